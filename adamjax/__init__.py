@@ -1,0 +1,23 @@
+"""Adam for JAX: optimizers as values."""
+
+from adamjax import schedules as schedules
+from adamjax import storage as storage
+from adamjax._adam import scale_by_adam as scale_by_adam
+from adamjax._base import Transformation as Transformation
+from adamjax._base import apply_updates as apply_updates
+from adamjax._base import chain as chain
+from adamjax._moments import AdamState as AdamState
+from adamjax._optimizers import adam as adam
+from adamjax._optimizers import adamax as adamax
+from adamjax._optimizers import adamaxw as adamaxw
+from adamjax._optimizers import adamw as adamw
+from adamjax._optimizers import amsgrad as amsgrad
+from adamjax._optimizers import nadam as nadam
+from adamjax._optimizers import nadamw as nadamw
+from adamjax._optimizers import radam as radam
+from adamjax._transforms import ScheduleState as ScheduleState
+from adamjax._transforms import add_decayed_weights as add_decayed_weights
+from adamjax._transforms import clip_by_global_norm as clip_by_global_norm
+from adamjax._transforms import scale_by_learning_rate as scale_by_learning_rate
+from adamjax._variants import scale_by_adamax as scale_by_adamax
+from adamjax._variants import scale_by_radam as scale_by_radam

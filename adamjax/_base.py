@@ -1,0 +1,213 @@
+"""What every transformation is: a value with `init`, `update` and `step`, alone or in a chain."""
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from adamjax import _checks, _trees
+from adamjax._trees import PyTree
+from adamjax._value import Value, name_of, static_field, value
+
+Extra = Mapping[str, Any]
+
+
+class Transformation(Value):
+    """A gradient transformation: a pure `init`/`update` pair that is also a value.
+
+    Its fields are its hyperparameters and the leaves of a pytree: it can be passed to a jitted
+    function (changing a hyperparameter then compiles nothing), stacked by `jax.vmap`,
+    differentiated, compared, hashed and pickled. It unpacks into `init, update` and goes wherever
+    optax takes a `GradientTransformation`.
+    """
+
+    def __iter__(self) -> Iterator[Callable[..., Any]]:
+        return iter((self.init, self.update))
+
+    def init(self, params: PyTree) -> PyTree:
+        """The state before the first step.
+
+        Args:
+          params: A pytree of floating point or complex arrays; None is an absent parameter. Of
+            `jax.ShapeDtypeStruct`s the state is made of those too, and nothing is allocated.
+
+        Returns:
+          The state: each array has the shape and sharding of its parameter.
+
+        Raises:
+          TypeError: A leaf is not a floating point or complex array; the message has its path.
+        """
+        _checks.parameters(params)
+        return self._init(params)
+
+    def update(
+        self, updates: PyTree, state: PyTree, params: PyTree | None = None, **extra: Any
+    ) -> tuple[PyTree, PyTree]:
+        """Transform the gradients: one step, without applying it.
+
+        Args:
+          updates: The gradients, or what the transformation before this one made of them: like
+            `params` in structure and shapes. A None freezes what stands at its place in `params`.
+          state: What `init` or the last `update` returned.
+          params: The current parameters. Needed by weight decay only, but see Returns.
+          **extra: Passed on to the members of a chain that take them, ignored by the others.
+
+        Returns:
+          The updates, ready for `apply_updates`, and the new state. With `params` the updates have
+          their structure and dtypes (zeros where the gradient is None); without, those of the
+          gradients. The state keeps its structure, shapes, dtypes and shardings.
+
+        Raises:
+          TypeError, ValueError: The trees do not fit each other; the message names the path.
+        """
+        _checks.updates(updates, params)
+        direction, state = self._update(updates, state, params, extra)
+        direction = _round(direction, updates, params)
+        # Zeros and not None: what applies the updates may not know None.
+        return direction if params is None else _fill(direction, params), state
+
+    def step(self, grads: PyTree, state: PyTree, params: PyTree, **extra: Any) -> tuple[PyTree, PyTree]:
+        """One whole step: `update`, then `apply_updates`.
+
+        Returns:
+          The new parameters (first, as in the arguments of a training step) and the new state.
+        """
+        updates, state = self.update(grads, state, params, **extra)
+        return apply_updates(params, updates), state
+
+    def _init(self, params: PyTree) -> PyTree:
+        """What `init` does once the parameters are checked."""
+        return ()
+
+    def _update(self, updates: PyTree, state: PyTree, params: PyTree | None, extra: Extra) -> tuple[PyTree, PyTree]:
+        """What `update` does once the trees are checked.
+
+        Takes and returns updates in any dtype; arithmetic is in float32 or wider, and only the end
+        of the outermost `update` rounds to the dtype of the parameters.
+        """
+        raise NotImplementedError
+
+
+@value
+class Foreign(Transformation):
+    """A transformation from elsewhere (any pair of `init` and `update`), as a member of a chain.
+
+    Its hyperparameters live in closures, so all of it is static.
+    """
+
+    transform: Any = static_field()
+
+    def _init(self, params: PyTree) -> PyTree:
+        return self.transform.init(params)
+
+    def _update(self, updates: PyTree, state: PyTree, params: PyTree | None, extra: Extra) -> tuple[PyTree, PyTree]:
+        accepted = inspect.signature(self.transform.update).parameters
+        if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in accepted.values()):
+            extra = {name: x for name, x in extra.items() if name in accepted}
+        return self.transform.update(updates, state, params, **extra)
+
+    def __repr__(self) -> str:
+        return f"Foreign({name_of(self.transform.update)})"
+
+
+@value
+class Chain(Transformation):
+    """Transformations one after another; the state is the tuple of theirs."""
+
+    transforms: tuple[Transformation, ...]
+
+    def _init(self, params: PyTree) -> PyTree:
+        return tuple(t._init(params) for t in self.transforms)
+
+    def _update(self, updates: PyTree, state: PyTree, params: PyTree | None, extra: Extra) -> tuple[PyTree, PyTree]:
+        _checks.state(state, tuple, "a chain")
+        if len(state) != len(self.transforms):
+            raise ValueError(
+                f"a chain of {len(self.transforms)} transformations was given {len(state)} states: "
+                "this state belongs to another optimizer, call init(params)"
+            )
+        grads, new_state = updates, []
+        for transform, part in zip(self.transforms, state, strict=True):
+            if isinstance(transform, Foreign) and updates is not grads:
+                # Others keep their state in the dtype of what they are given: hand them that of
+                # the parameters, not our wider intermediate one.
+                updates = _round(updates, grads, params)
+            updates, part = transform._update(updates, part, params, extra)
+            new_state.append(part)
+        return updates, tuple(new_state)
+
+    def __repr__(self) -> str:
+        members = ", ".join(map(repr, self.transforms))
+        return f"Chain(({members}{',' if len(self.transforms) == 1 else ''}))"
+
+
+def chain(*transforms: Any) -> Chain:
+    """Apply transformations one after another.
+
+    Args:
+      *transforms: Ours, optax's, or any object with `init` and `update`. None at all: the identity.
+
+    Returns:
+      A transformation whose state is the tuple of its members' states. Extra keyword arguments of
+      `update` reach those members whose own `update` takes them.
+
+    Raises:
+      TypeError: An argument has no `init` and `update`.
+
+    >>> import adamjax
+    >>> adamjax.chain(adamjax.clip_by_global_norm(1.0), adamjax.scale_by_learning_rate(0.1))
+    Chain((ClipByGlobalNorm(max_norm=1.0), ScaleByLearningRate(learning_rate=0.1)))
+    """
+    return Chain(tuple(_as_transformation(t, i) for i, t in enumerate(transforms)))
+
+
+def apply_updates(params: PyTree, updates: PyTree) -> PyTree:
+    """Add updates to parameters: `params + updates`, rounded once to the parameters' dtype.
+
+    Args:
+      params: The parameters.
+      updates: What `update` returned: the structure and shapes of `params`. The sum is taken in
+        float32 or wider. A None leaves what stands at its place as it is.
+
+    Returns:
+      The new parameters, with the structure, shapes and dtypes of `params`.
+
+    Raises:
+      TypeError, ValueError: The trees do not fit each other; the message names the path.
+
+    >>> import adamjax, jax.numpy as jnp
+    >>> adamjax.apply_updates({"w": jnp.array([1.0, 2.0])}, {"w": jnp.array([0.5, -0.5])})
+    {'w': Array([1.5, 1.5], dtype=float32)}
+    """
+    _checks.updates(updates, params)
+    structure, rows = _trees.flatten(updates, params)
+    return jax.tree.unflatten(structure, [p if u is None else _add(p, u) for u, p in rows])
+
+
+@jax.jit
+def _add(p: jax.Array, u: jax.Array) -> jax.Array:
+    dtype = _trees.compute_dtype(p.dtype, u.dtype)
+    return (p.astype(dtype) + u.astype(dtype)).astype(p.dtype)
+
+
+def _round(updates: PyTree, grads: PyTree, params: PyTree | None) -> PyTree:
+    """Round to the dtypes of the parameters, or of the gradients where those are not given."""
+    like = grads if params is None else params
+    return _trees.map_leaves(lambda u, x: _trees.cast(u, _trees.dtype_of(x)), updates, like)
+
+
+def _fill(updates: PyTree, params: PyTree) -> PyTree:
+    """Zeros in place of None."""
+    structure, rows = _trees.flatten(updates, params)
+    return jax.tree.unflatten(structure, [jax.tree.map(jnp.zeros_like, p) if u is None else u for u, p in rows])
+
+
+def _as_transformation(x: Any, position: int) -> Transformation:
+    if isinstance(x, Transformation):
+        return x
+    if isinstance(x, type) or not (callable(getattr(x, "init", None)) and callable(getattr(x, "update", None))):
+        hint = f": call it, {name_of(x)}(...)" if callable(x) else ""
+        raise TypeError(f"argument {position} of chain is {x!r}, expected a transformation with init and update{hint}")
+    return Foreign(x)

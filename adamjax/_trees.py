@@ -1,0 +1,90 @@
+"""The few tree helpers that all transformations share.
+
+`None` counts as a leaf here: in parameters and gradients alike it is an absent parameter, in the
+gradients alone it freezes whatever stands at its place in the other trees.
+"""
+
+from collections.abc import Callable
+from functools import cache, reduce
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+PyTree = Any
+
+
+def is_none(x: Any) -> bool:
+    return x is None
+
+
+def flatten(tree: PyTree, *others: PyTree) -> tuple[Any, list[tuple[Any, ...]]]:
+    """The structure of `tree`, and per leaf a row: that leaf and what stands there in `others`.
+
+    A tree of `others` that is None as a whole gives None in every row.
+    """
+    structure: Any
+    leaves, structure = jax.tree.flatten(tree, is_leaf=is_none)
+    columns = [[None] * len(leaves) if other is None else structure.flatten_up_to(other) for other in others]
+    return structure, list(zip(leaves, *columns, strict=True))
+
+
+def unflatten(structure: Any, rows: list[tuple[Any, ...]], width: int) -> tuple[PyTree, ...]:
+    """The `width` trees that `rows` of leaves make."""
+    columns = zip(*rows, strict=True) if rows else [()] * width
+    return tuple(jax.tree.unflatten(structure, column) for column in columns)
+
+
+def map_leaves(f: Callable[..., Any], tree: PyTree, *others: PyTree) -> PyTree:
+    """`f` over the leaves of `tree` and their places in `others`; a None of `tree` stays None."""
+    structure, rows = flatten(tree, *others)
+    return jax.tree.unflatten(structure, [None if row[0] is None else f(*row) for row in rows])
+
+
+def dtype_of(x: Any) -> np.dtype:
+    """The dtype JAX gives to an array, a tracer, a `ShapeDtypeStruct` or a Python number."""
+    return jnp.result_type(x) if isinstance(x, (np.ndarray, np.generic, float, complex)) else x.dtype
+
+
+@cache
+def real_dtype(dtype: np.dtype) -> np.dtype:
+    """The dtype of the real and imaginary parts; `dtype` itself where it is real."""
+    return jnp.finfo(dtype).dtype
+
+
+@cache
+def compute_dtype(*dtypes: np.dtype) -> np.dtype:
+    """The dtype in which arrays of `dtypes` are combined: never below float32."""
+    # Even where JAX is told to refuse implicit promotion: this one is explicit.
+    with jax.numpy_dtype_promotion("standard"):
+        return reduce(jnp.promote_types, dtypes, jnp.dtype(jnp.float32))
+
+
+def cast(x: Any, dtype: np.dtype) -> Any:
+    return (
+        x if getattr(x, "dtype", None) == dtype and not getattr(x, "weak_type", False) else jnp.asarray(x).astype(dtype)
+    )
+
+
+def is_abstract(x: Any) -> bool:
+    return isinstance(x, jax.ShapeDtypeStruct)
+
+
+def zeros_like(x: Any, dtype: np.dtype) -> Any:
+    """Zeros of the shape and sharding of `x`; abstract where `x` is."""
+    if is_abstract(x):
+        return jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding)
+    return jnp.zeros_like(x, dtype=dtype)
+
+
+def zero_count(like: PyTree) -> Any:
+    """The step count before the first step: an int32 scalar, abstract where a leaf of `like` is."""
+    if any(map(is_abstract, jax.tree.leaves(like))):
+        return jax.ShapeDtypeStruct((), jnp.int32)
+    return jnp.zeros((), jnp.int32)
+
+
+def increment(count: jax.Array) -> jax.Array:
+    """`count + 1`, staying at the largest int32 once there (a wrapped count would be negative)."""
+    return count + (count < np.iinfo(np.int32).max).astype(count.dtype)

@@ -1,0 +1,120 @@
+"""Values: frozen dataclasses that are pytrees of their numbers, equal by content, hashable."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, TypeVar, dataclass_transform
+
+import jax
+import numpy as np
+from jax.tree_util import GetAttrKey
+
+from adamjax import _checks
+
+T = TypeVar("T")
+
+
+def static_field(**kwargs: Any) -> Any:
+    """A dataclass field that is part of the tree's structure and not one of its leaves."""
+    return dataclasses.field(metadata={"static": True}, **kwargs)
+
+
+@dataclass_transform(frozen_default=True, eq_default=False, field_specifiers=(dataclasses.field, static_field))
+def value(cls: type[T]) -> type[T]:
+    """Make `cls`, a subclass of `Value`, a frozen dataclass and register it as a pytree.
+
+    Fields made by `static_field` must be hashable and become part of the structure; all others
+    are children. The constructor may validate; flattening and unflattening never do, because the
+    leaves that a transformation of JAX puts there are tracers, shapes or plain `object()`s.
+    """
+    cls = dataclasses.dataclass(frozen=True, eq=False, repr=False)(cls)
+    fields = dataclasses.fields(cls)  # type: ignore[arg-type]
+    children = tuple(f.name for f in fields if not f.metadata.get("static"))
+    statics = tuple(f.name for f in fields if f.metadata.get("static"))
+    keys = tuple(GetAttrKey(name) for name in children)
+
+    def flatten(self: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        return tuple(getattr(self, n) for n in children), tuple(getattr(self, n) for n in statics)
+
+    def flatten_with_keys(self: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        leaves, aux = flatten(self)
+        return tuple(zip(keys, leaves, strict=True)), aux
+
+    def unflatten(aux: tuple[Any, ...], leaves: Any) -> T:
+        self = object.__new__(cls)
+        self.__dict__.update(zip(children, leaves, strict=True))
+        self.__dict__.update(zip(statics, aux, strict=True))
+        return self
+
+    jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
+    return cls
+
+
+class Value:
+    """Base of all values: equality, hash and a readable repr, made from fields and leaves.
+
+    Numbers compare by value, arrays (and anything else that may be a leaf) by identity: a value
+    that holds an array can still be a static argument of `jax.jit` or the metadata of another
+    pytree, where an elementwise comparison would fail.
+    """
+
+    def __eq__(self, other: object) -> bool:
+        if type(self) is not type(other):
+            return NotImplemented
+        leaves, structure = _flatten(self)
+        others, other_structure = _flatten(other)
+        return bool(structure == other_structure) and all(map(_same, leaves, others))
+
+    def __hash__(self) -> int:
+        leaves, structure = _flatten(self)
+        return hash((structure, *(leaf if _is_number(leaf) else id(leaf) for leaf in leaves)))
+
+    def __repr__(self) -> str:
+        shown = []
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            content = getattr(self, field.name)
+            # Of the choices, only those that were made say something.
+            if not field.metadata.get("static") or content != field.default:
+                shown.append(f"{field.name}={_show(content)}")
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+    def _replace_field(self, name: str, content: Any) -> None:
+        """For `__post_init__` only: put the checked and normalised content in place."""
+        object.__setattr__(self, name, content)
+
+    def _check_numbers(self, *names: str, low: float = 0.0, below: float = math.inf) -> None:
+        """For `__post_init__` only: check fields that hold numbers in [low, below)."""
+        for name in names:
+            self._replace_field(name, _checks.number(name, getattr(self, name), low=low, below=below))
+
+
+def is_static_callable(x: Any) -> bool:
+    """Whether `x` is a callable without leaves of its own: a function, not a callable pytree."""
+    return callable(x) and not jax.tree_util.is_tree_node(type(x))
+
+
+def name_of(fn: Callable[..., Any]) -> str:
+    """A function's name without the `<locals>` of the factory that made it."""
+    return getattr(fn, "__qualname__", type(fn).__name__).split(".<locals>")[0]
+
+
+def _flatten(x: Any) -> tuple[list[Any], Any]:
+    return jax.tree.flatten(x)
+
+
+def _is_number(x: Any) -> bool:
+    return isinstance(x, (int, float))
+
+
+def _same(a: Any, b: Any) -> bool:
+    return a is b or (_is_number(a) and _is_number(b) and a == b)
+
+
+def _show(x: Any) -> str:
+    if isinstance(x, np.dtype):
+        return x.name
+    if isinstance(x, (jax.Array, np.ndarray)) and not isinstance(x, jax.core.Tracer) and x.ndim:
+        return f"{x.dtype.name}[{','.join(map(str, x.shape))}]"
+    if hasattr(x, "__qualname__"):
+        return name_of(x)
+    return repr(x)
