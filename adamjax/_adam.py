@@ -1,0 +1,157 @@
+"""The Adam step of one array, and Adam as a transformation."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import Array
+
+from adamjax import _checks
+from adamjax._moments import Moments, Step
+from adamjax._numerics import abs2, correction, decay_rate, divide, mix, sqrt
+from adamjax._value import static_field, value
+
+
+class Scalars(NamedTuple):
+    """The hyperparameters and bias corrections of step t: 0-d arrays in the dtype of the step."""
+
+    b1: Any
+    a1: Any  # 1 - b1
+    b2: Any
+    a2: Any  # 1 - b2
+    c1: Any  # 1 - b1**t
+    c1_next: Any  # 1 - b1**(t + 1)
+    c2: Any  # 1 - b2**t
+    eps: Any
+    eps_root: Any
+
+
+def adam_step(g: Array, m: Array, v: Array, v_max: Any, s: Scalars, nesterov: bool, amsgrad: str | None) -> Step:
+    """One step of one array (Kingma & Ba, 2015, Algorithm 1): the direction and the new moments."""
+    m, m_hat = first_moment(g, m, s, nesterov)
+    v, v_max, v_hat = second_moment(g, v, v_max, s, amsgrad)
+    return divide(m_hat, sqrt(v_hat + s.eps_root) + s.eps), m, v, v_max
+
+
+def first_moment(g: Array, m: Array, s: Any, nesterov: bool) -> tuple[Array, Array]:
+    m = mix(m, g, s.b1, s.a1)
+    if nesterov:  # Dozat (2016), with a constant b1
+        return m, s.b1 * m / s.c1_next + s.a1 * g / s.c1
+    return m, m / s.c1
+
+
+def second_moment(g: Array, v: Array, v_max: Any, s: Scalars, amsgrad: str | None) -> tuple[Array, Any, Array]:
+    v = mix(v, abs2(g), s.b2, s.a2)
+    if amsgrad is None:
+        return v, None, v / s.c2
+    if amsgrad == "corrected":
+        v_max = jnp.maximum(v_max, v / s.c2)
+        return v, v_max, v_max
+    # "torch", and "paper" (Reddi et al., 2018), for which all bias corrections are 1.
+    v_max = jnp.maximum(v_max, v)
+    return v, v_max, v_max / s.c2
+
+
+def adam_scalars(opt: Any, t: Array, corrected: bool = True) -> Scalars:
+    """The scalars of step `t`, in its dtype, for an `opt` that has Adam's hyperparameters."""
+    b1, a1, log_b1 = decay_rate("b1", opt.b1, t.dtype)
+    b2, a2, log_b2 = decay_rate("b2", opt.b2, t.dtype)
+    c1, c1_next, c2 = correction(t, log_b1), correction(t + 1, log_b1), correction(t, log_b2)
+    if not corrected:
+        c1 = c1_next = c2 = jnp.ones_like(t)
+    eps = _checks.scalar("eps", opt.eps, t.dtype)
+    return Scalars(b1, a1, b2, a2, c1, c1_next, c2, eps, _checks.scalar("eps_root", opt.eps_root, t.dtype))
+
+
+@value
+class ScaleByAdam(Moments):
+    """Adam's direction; see `scale_by_adam`."""
+
+    b1: Any
+    b2: Any
+    eps: Any
+    eps_root: Any
+    mu_dtype: Any = static_field(default=None)
+    nu_dtype: Any = static_field(default=None)
+    nesterov: bool = static_field(default=False)
+    amsgrad: Any = static_field(default=None)
+
+    def __post_init__(self) -> None:
+        self._check_numbers("b1", "b2", below=1.0)
+        self._check_numbers("eps", "eps_root")
+        self._check_dtypes()
+        _checks.choice("nesterov", self.nesterov, (False, True))
+        form = _checks.choice("amsgrad", self.amsgrad, (None, False, True, "torch", "corrected", "paper"))
+        self._replace_field("amsgrad", "torch" if form is True else form or None)
+
+    @property
+    def keeps_maximum(self) -> bool:
+        return self.amsgrad is not None
+
+    def _rule(self) -> tuple[Callable[..., Step], tuple[Any, ...]]:
+        return adam_step, (self.nesterov, self.amsgrad)
+
+    def _scalars(self, t: Array) -> Scalars:
+        return adam_scalars(self, t, corrected=self.amsgrad != "paper")
+
+
+def scale_by_adam(
+    b1: Any = 0.9,
+    b2: Any = 0.999,
+    eps: Any = 1e-8,
+    eps_root: Any = 0.0,
+    mu_dtype: Any = None,
+    *,
+    nu_dtype: Any = None,
+    nesterov: bool = False,
+    amsgrad: bool | str = False,
+) -> ScaleByAdam:
+    r"""Adam's direction, :math:`\hat m / (\sqrt{\hat v + \bar\varepsilon} + \varepsilon)`.
+
+    .. math::
+        m &\leftarrow m + (1 - \beta_1)(g - m), \qquad v \leftarrow v + (1 - \beta_2)(|g|^2 - v) \\
+        \hat m &= m / (1 - \beta_1^t), \qquad \hat v = v / (1 - \beta_2^t)
+
+    Arithmetic is in float32 or wider whatever the dtypes of parameters, gradients and moments.
+    Where `b1` and `b2` are Python numbers, :math:`1 - \beta` and :math:`\log\beta` are formed in
+    double precision. For the best accuracy leave them numbers; as traced leaves they are float32.
+
+    Args:
+      b1: Decay rate of the first moment, in [0, 1): the mean of about 1 / (1 - b1) gradients.
+      b2: Decay rate of the second moment, in [0, 1). The nearer to 1, the steadier the scale, and
+        the longer it takes to follow a change of it: about 1 / (1 - b2) steps.
+      eps: At least 0, added to the root: bounds the direction where gradients are tiny. It is
+        float32 even for half precision parameters, so 1e-8 does its work there too.
+      eps_root: At least 0, added under the root, as for differentiating through the optimizer. The
+        slope at a zero gradient is finite without it.
+      mu_dtype: How the first moment is stored: bfloat16, float16, float32, float64, complex64 or
+        complex128. None: as the parameter, but at least float32. It is rounded to nearest.
+      nu_dtype: The same for the second moment, real. bfloat16 and float16 are rounded stochastically
+        (by a hash of step, leaf and position), since nearest rounding would stop its decay.
+      nesterov: Look ahead by one step (Dozat, 2016; NAdam with a constant `b1`).
+      amsgrad: Divide by the largest second moment so far (Reddi et al., 2018). "torch" (or True):
+        the maximum of the raw moments, corrected by this step's bias. "corrected": the maximum of
+        the corrected ones, as in optax. "paper": no bias corrections at all.
+
+    Returns:
+      A transformation with state `AdamState`.
+
+    Raises:
+      ValueError: A number is out of range, or a dtype or a form of AMSGrad is not one of the above.
+      TypeError: A hyperparameter is not a number.
+
+    References:
+      Kingma & Ba, 2015, https://arxiv.org/abs/1412.6980;
+      Dozat, 2016, https://openreview.net/forum?id=OM0jvwB8jIp57ZJjtNEZ;
+      Reddi et al., 2018, https://openreview.net/forum?id=ryQu7f-RZ.
+
+    >>> import adamjax, jax.numpy as jnp
+    >>> opt = adamjax.scale_by_adam(b1=0.9)
+    >>> opt
+    ScaleByAdam(b1=0.9, b2=0.999, eps=1e-08, eps_root=0.0)
+    >>> state = opt.init(jnp.zeros(2))
+    >>> direction, state = opt.update(jnp.array([1e-3, -1e3]), state)
+    >>> print(direction.round(3))
+    [ 1. -1.]
+    """
+    return ScaleByAdam(b1, b2, eps, eps_root, mu_dtype, nu_dtype, nesterov, amsgrad)

@@ -1,0 +1,121 @@
+"""What makes a transformation of a pytree out of the step of one array: state, dtypes, storage."""
+
+import contextlib
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.export
+from jax import Array
+
+from adamjax import _checks, _trees, storage
+from adamjax._base import Extra, Transformation
+from adamjax._trees import PyTree
+
+Step = tuple[Array, Array, Array, Any]  # the direction, and the new m, v, v_max (or None)
+
+
+class AdamState(NamedTuple):
+    """What the next step needs of the last ones.
+
+    Fields:
+      count: int32 scalar, the number of steps done; stays at its largest value once there.
+      mu: First moments, shaped and sharded like the parameters, in `mu_dtype`; without one in the
+        parameters' own dtype, but at least float32.
+      nu: Second moments (Adamax: infinity norms), likewise by `nu_dtype`; real throughout.
+      nu_max: Running maxima of the second moments, like `nu`; None unless AMSGrad.
+    """
+
+    count: Array  # type: ignore[assignment]  # tuple.count, which nobody counts with
+    mu: PyTree
+    nu: PyTree
+    nu_max: PyTree | None = None
+
+
+jax.export.register_namedtuple_serialization(AdamState, serialized_name="adamjax.AdamState")
+
+
+class Moments(Transformation):
+    """Base of the transformations that keep two moments per parameter.
+
+    A member has the fields `mu_dtype` and `nu_dtype`, and says what the step of one array is.
+    """
+
+    mu_dtype: Any
+    nu_dtype: Any
+
+    @property
+    def keeps_maximum(self) -> bool:
+        """Whether the state has `nu_max`."""
+        return False
+
+    def _rule(self) -> tuple[Callable[..., Step], tuple[Any, ...]]:
+        """The step of one array, called as `rule(g, m, v, v_max, scalars, *options)`."""
+        raise NotImplementedError
+
+    def _scalars(self, t: Array) -> Any:
+        """What the rule needs of the hyperparameters at step `t` (1 for the first), in its dtype."""
+        raise NotImplementedError
+
+    def _check_dtypes(self) -> None:
+        self._replace_field("mu_dtype", storage.moment_dtype("mu_dtype", self.mu_dtype, signed=True))
+        self._replace_field("nu_dtype", storage.moment_dtype("nu_dtype", self.nu_dtype, signed=False))
+
+    def _init(self, params: PyTree) -> AdamState:
+        def empty_nu() -> PyTree:
+            return jax.tree.map(lambda p: storage.empty(p, "nu_dtype", self.nu_dtype, signed=False), params)
+
+        mu = jax.tree.map(lambda p: storage.empty(p, "mu_dtype", self.mu_dtype, signed=True), params)
+        return AdamState(_trees.zero_count(params), mu, empty_nu(), empty_nu() if self.keeps_maximum else None)
+
+    def _update(self, updates: PyTree, state: PyTree, params: PyTree | None, extra: Extra) -> tuple[PyTree, AdamState]:
+        _checks.state(state, AdamState, type(self).__name__)
+        _checks.updates(updates, state.mu, "state.mu")
+        count = _trees.increment(state.count)
+        rule, options = self._rule()
+        scalars = cache(lambda dtype: self._scalars(count.astype(dtype)))
+        structure, rows = _trees.flatten(updates, state.mu, state.nu, state.nu_max)
+        steps: list[tuple[Any, ...]] = []
+        for i, (g, m, v, v_max) in enumerate(rows):
+            if g is None:
+                steps.append((None, m, v, v_max))
+                continue
+            dtype = _trees.real_dtype(_trees.compute_dtype(_trees.dtype_of(g), m.dtype, v.dtype))
+            seed = storage.seed(count, i) if storage.is_narrow(v.dtype) else None
+            steps.append(_step_leaf(g, m, v, v_max, scalars(dtype), seed, rule=rule, options=options))
+        direction, mu, nu, nu_max = _trees.unflatten(structure, steps, 4)
+        return direction, AdamState(count, mu, nu, nu_max if self.keeps_maximum else None)
+
+
+# A compiled function of its own: a tree of a thousand leaves is traced once per distinct leaf.
+@partial(jax.jit, static_argnames=("rule", "options"))
+def _step_leaf(
+    g: Array,
+    m: Array,
+    v: Array,
+    v_max: Any,
+    scalars: Any,
+    seed: Array | None,
+    *,
+    rule: Callable[..., Step],
+    options: tuple[Any, ...],
+) -> Step:
+    """Load the moments of one leaf, step in float32 or wider, store them."""
+    stored = (m, v, v_max)
+    chex.assert_equal_shape(jax.tree.leaves((g, stored)))
+    dtype = _trees.compute_dtype(g.dtype, m.dtype, v.dtype)
+    real = _trees.real_dtype(dtype)
+    g, m, v = g.astype(dtype), m.astype(dtype), v.astype(real)
+    v_max = None if v_max is None else v_max.astype(real)
+    # Real scalars times complex arrays are meant, even where promotion is strict.
+    with jax.numpy_dtype_promotion("standard") if dtype != real else contextlib.nullcontext():
+        direction, m, v, v_max = rule(g, m, v, v_max, scalars, *options)
+    kept = (
+        storage.store_signed(m, stored[0].dtype),
+        storage.store_decaying(v, stored[1].dtype, seed),
+        None if v_max is None else storage.store_growing(v_max, stored[2].dtype),
+    )
+    chex.assert_trees_all_equal_shapes_and_dtypes(kept, stored)
+    return direction, *kept

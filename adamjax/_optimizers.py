@@ -1,0 +1,273 @@
+"""The optimizers: chains of what the other modules define."""
+
+from typing import Any
+
+from adamjax import _checks
+from adamjax._adam import scale_by_adam
+from adamjax._base import Chain, Transformation, chain
+from adamjax._transforms import AddDecayedWeights, Objective, ScaleByLearningRate, number_or_schedule
+from adamjax._variants import scale_by_adamax, scale_by_radam
+from adamjax.schedules import Proportional, as_schedule
+
+# Arguments are described where they act: at scale_by_adam, add_decayed_weights and
+# scale_by_learning_rate. The docstrings here say what is particular to an optimizer.
+
+
+def adam(
+    learning_rate: Any = 1e-3,
+    b1: Any = 0.9,
+    b2: Any = 0.999,
+    eps: Any = 1e-8,
+    eps_root: Any = 0.0,
+    mu_dtype: Any = None,
+    *,
+    nu_dtype: Any = None,
+    nesterov: bool = False,
+    amsgrad: bool | str = False,
+    weight_decay: Any = 0.0,
+    mask: Any = None,
+    maximize: bool = False,
+) -> Chain:
+    """Adam (Kingma & Ba, 2015).
+
+    Args:
+      learning_rate: A number or a schedule; see `scale_by_learning_rate`. About the size of a
+        step of each parameter.
+      b1, b2, eps, eps_root, mu_dtype, nu_dtype, nesterov, amsgrad: See `scale_by_adam`.
+      weight_decay: A number or a schedule: L2 regularisation, added to the gradient before the
+        moments, as in torch.optim.Adam. For decoupled weight decay use `adamw`. Where it is not
+        the Python number 0, `update` needs `params`.
+      mask: Which leaves `weight_decay` applies to; see `add_decayed_weights`.
+      maximize: Ascend instead of descend. The weight decay still pulls towards 0.
+
+    Returns:
+      A transformation whose state is a tuple that starts with an `AdamState`.
+
+    Raises:
+      ValueError, TypeError: An argument is out of range or of the wrong kind.
+
+    >>> import adamjax, jax, jax.numpy as jnp
+    >>> opt = adamjax.adam(0.1)
+    >>> opt
+    Chain((ScaleByAdam(b1=0.9, b2=0.999, eps=1e-08, eps_root=0.0), ScaleByLearningRate(learning_rate=0.1)))
+    >>> params = jnp.array([1.0, -1.0])
+    >>> state = opt.init(params)
+    >>> params, state = opt.step(jax.grad(lambda p: jnp.sum(p**2))(params), state, params)
+    >>> params
+    Array([ 0.9, -0.9], dtype=float32)
+    """
+    moments = scale_by_adam(b1, b2, eps, eps_root, mu_dtype, nu_dtype=nu_dtype, nesterov=nesterov, amsgrad=amsgrad)
+    return chain(_of_objective(moments, weight_decay, mask, maximize), ScaleByLearningRate(learning_rate))
+
+
+def adamw(
+    learning_rate: Any = 1e-3,
+    b1: Any = 0.9,
+    b2: Any = 0.999,
+    eps: Any = 1e-8,
+    eps_root: Any = 0.0,
+    mu_dtype: Any = None,
+    weight_decay: Any = 1e-4,
+    mask: Any = None,
+    *,
+    nu_dtype: Any = None,
+    nesterov: bool = False,
+    amsgrad: bool | str = False,
+    maximize: bool = False,
+    decay_schedule: str = "lr",
+) -> Chain:
+    """Adam with decoupled weight decay (Loshchilov & Hutter, 2019).
+
+    Arguments not listed are those of `adam`.
+
+    Args:
+      weight_decay: A number or a schedule; see `add_decayed_weights`. The default is optax's;
+        torch.optim.AdamW has 1e-2.
+      mask: Which leaves decay; see `add_decayed_weights`.
+      decay_schedule: What the decay is multiplied by. "lr": the learning rate, so each step takes
+        lr * weight_decay of a parameter (optax, torch). "independent": only the shape of the
+        learning rate's schedule, lr / peak, so that the decay need not be tuned again with the
+        learning rate; a constant one leaves weight_decay itself. A schedule from elsewhere, whose
+        peak is not known, is refused.
+
+    Returns:
+      A transformation whose state is a tuple that starts with an `AdamState`; `update` needs
+      `params`.
+
+    Raises:
+      ValueError, TypeError: An argument is out of range or of the wrong kind.
+
+    References:
+      Loshchilov & Hutter, 2019, https://arxiv.org/abs/1711.05101.
+
+    >>> import adamjax
+    >>> adamjax.adamw(3e-4, weight_decay=0.1).transforms[1:]
+    (AddDecayedWeights(weight_decay=0.1), ScaleByLearningRate(learning_rate=0.0003))
+    """
+    moments = scale_by_adam(b1, b2, eps, eps_root, mu_dtype, nu_dtype=nu_dtype, nesterov=nesterov, amsgrad=amsgrad)
+    direction = _of_objective(moments, 0.0, None, maximize)
+    if _checks.choice("decay_schedule", decay_schedule, ("lr", "independent")) == "lr":
+        return chain(direction, _decay(weight_decay, mask), ScaleByLearningRate(learning_rate))
+    decay = _decay(_with_shape_of(learning_rate, weight_decay), mask, flip_sign=True)
+    return chain(direction, ScaleByLearningRate(learning_rate), decay)
+
+
+def amsgrad(
+    learning_rate: Any = 1e-3,
+    b1: Any = 0.9,
+    b2: Any = 0.999,
+    eps: Any = 1e-8,
+    eps_root: Any = 0.0,
+    mu_dtype: Any = None,
+    *,
+    nu_dtype: Any = None,
+    nesterov: bool = False,
+    weight_decay: Any = 0.0,
+    mask: Any = None,
+    maximize: bool = False,
+    variant: str = "torch",
+) -> Chain:
+    """Adam with the largest second moment so far (Reddi et al., 2018).
+
+    Arguments are those of `adam`, but for this one.
+
+    Args:
+      variant: "torch", "corrected" (optax's default) or "paper" (optax with `bias_correction_mu` and
+        `bias_correction_nu` False); see `amsgrad` of `scale_by_adam`.
+    """
+    variant = _checks.choice("variant", variant, ("torch", "corrected", "paper"))
+    return adam(
+        learning_rate,
+        b1,
+        b2,
+        eps,
+        eps_root,
+        mu_dtype,
+        nu_dtype=nu_dtype,
+        nesterov=nesterov,
+        amsgrad=variant,
+        weight_decay=weight_decay,
+        mask=mask,
+        maximize=maximize,
+    )
+
+
+def nadam(
+    learning_rate: Any = 1e-3,
+    b1: Any = 0.9,
+    b2: Any = 0.999,
+    eps: Any = 1e-8,
+    eps_root: Any = 0.0,
+    mu_dtype: Any = None,
+    *,
+    nu_dtype: Any = None,
+) -> Chain:
+    """Adam with Nesterov momentum (Dozat, 2016), as in optax: `b1` is constant.
+
+    Arguments are those of `adam`. torch.optim.NAdam's schedule of `b1` is another algorithm.
+    """
+    return adam(learning_rate, b1, b2, eps, eps_root, mu_dtype, nu_dtype=nu_dtype, nesterov=True)
+
+
+def nadamw(
+    learning_rate: Any = 1e-3,
+    b1: Any = 0.9,
+    b2: Any = 0.999,
+    eps: Any = 1e-8,
+    eps_root: Any = 0.0,
+    mu_dtype: Any = None,
+    weight_decay: Any = 1e-4,
+    mask: Any = None,
+    *,
+    nu_dtype: Any = None,
+) -> Chain:
+    """`nadam` with decoupled weight decay. Arguments are those of `adamw`."""
+    return adamw(learning_rate, b1, b2, eps, eps_root, mu_dtype, weight_decay, mask, nu_dtype=nu_dtype, nesterov=True)
+
+
+def radam(
+    learning_rate: Any = 1e-3,
+    b1: Any = 0.9,
+    b2: Any = 0.999,
+    eps: Any = 1e-8,
+    eps_root: Any = 0.0,
+    threshold: Any = 5.0,
+    *,
+    nesterov: bool = False,
+    mu_dtype: Any = None,
+    nu_dtype: Any = None,
+) -> Chain:
+    """Rectified Adam (Liu et al., 2020): starts without the second moment, so needs no warmup.
+
+    Args:
+      learning_rate: A number or a schedule.
+      b1, b2, eps, eps_root, threshold, nesterov, mu_dtype, nu_dtype: See `scale_by_radam`.
+    """
+    moments = scale_by_radam(b1, b2, eps, eps_root, threshold, mu_dtype=mu_dtype, nu_dtype=nu_dtype, nesterov=nesterov)
+    return chain(moments, ScaleByLearningRate(learning_rate))
+
+
+def adamax(
+    learning_rate: Any = 1e-3,
+    b1: Any = 0.9,
+    b2: Any = 0.999,
+    eps: Any = 1e-8,
+    *,
+    mu_dtype: Any = None,
+    nu_dtype: Any = None,
+) -> Chain:
+    """Adam with the infinity norm in place of the second moment (Kingma & Ba, 2015, section 7.1).
+
+    Args:
+      learning_rate: A number or a schedule.
+      b1, b2, eps, mu_dtype, nu_dtype: See `scale_by_adamax`.
+    """
+    return chain(scale_by_adamax(b1, b2, eps, mu_dtype=mu_dtype, nu_dtype=nu_dtype), ScaleByLearningRate(learning_rate))
+
+
+def adamaxw(
+    learning_rate: Any = 1e-3,
+    b1: Any = 0.9,
+    b2: Any = 0.999,
+    eps: Any = 1e-8,
+    weight_decay: Any = 1e-4,
+    mask: Any = None,
+    *,
+    mu_dtype: Any = None,
+    nu_dtype: Any = None,
+) -> Chain:
+    """`adamax` with decoupled weight decay.
+
+    Args:
+      learning_rate: A number or a schedule.
+      b1, b2, eps, mu_dtype, nu_dtype: See `scale_by_adamax`.
+      weight_decay, mask: See `add_decayed_weights`.
+    """
+    return chain(
+        scale_by_adamax(b1, b2, eps, mu_dtype=mu_dtype, nu_dtype=nu_dtype),
+        _decay(weight_decay, mask),
+        ScaleByLearningRate(learning_rate),
+    )
+
+
+def _of_objective(moments: Transformation, weight_decay: Any, mask: Any, maximize: bool) -> Transformation:
+    """`moments` of the objective; `moments` itself where that is the function as it is."""
+    objective = Objective(moments, weight_decay, mask, maximize)
+    plain = isinstance(objective.weight_decay, float) and objective.weight_decay == 0 and not maximize
+    return moments if plain else objective
+
+
+def _decay(weight_decay: Any, mask: Any, flip_sign: bool = False) -> AddDecayedWeights:
+    return AddDecayedWeights(number_or_schedule("weight_decay", weight_decay), mask, flip_sign)
+
+
+def _with_shape_of(learning_rate: Any, weight_decay: Any) -> Any:
+    if not callable(learning_rate):
+        return weight_decay
+    schedule = as_schedule(learning_rate)
+    if not hasattr(schedule, "peak"):
+        raise ValueError(
+            f"decay_schedule='independent' needs the peak of the learning rate, and {learning_rate!r} has none: "
+            "use one of adamjax.schedules, or decay_schedule='lr'"
+        )
+    return Proportional(number_or_schedule("weight_decay", weight_decay), schedule)

@@ -1,0 +1,336 @@
+"""Learning rate schedules, as values.
+
+A schedule is a callable of the step count (0 for the first update) and a pytree of its numbers:
+it can be printed, compared, stacked by `jax.vmap` and differentiated, and changing one of its
+numbers compiles nothing. Every argument may be a Python number, an array or a tracer.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from adamjax import _checks
+from adamjax._value import Value, is_static_callable, static_field, value
+
+Number = Any  # a Python number, a 0-d array or a tracer
+
+
+class Schedule(Value):
+    """Base of all schedules.
+
+    Calling one with a step count (an int or an integer array of any shape, 0 for the first update)
+    gives the value there: of the count's shape, in float32 (float64 under `jax_enable_x64`).
+    `peak` is the largest value it reaches.
+    """
+
+    peak: Number
+
+    def __call__(self, count: Any) -> jax.Array:
+        raise NotImplementedError
+
+    def _check_steps(self, *names: str, low: float = 0.0) -> None:
+        self._check_numbers(*names, low=low)
+        for name in names:
+            steps = getattr(self, name)
+            if isinstance(steps, float) and not steps.is_integer():
+                raise ValueError(f"Invalid {name} value: {steps}; {name} must be a whole number of steps")
+
+    def _check_fit(self, *phases: str) -> None:
+        lengths = [getattr(self, name) for name in (*phases, "total_steps")]
+        if all(isinstance(n, float) for n in lengths) and sum(lengths[:-1]) > lengths[-1]:
+            raise ValueError(
+                f"Invalid {phases[0]} value: {lengths[0]:g}; {' + '.join(phases)} is {sum(lengths[:-1]):g}, "
+                f"it must fit into total_steps, which is {lengths[-1]:g}"
+            )
+
+
+def _float(x: Any) -> jax.Array:
+    """A count or a number in the precision of the schedule; strong, whatever it came as."""
+    return jnp.asarray(x).astype(jnp.result_type(float))
+
+
+def _ramp(count: jax.Array, start: Any, steps: Any) -> jax.Array:
+    """0 up to `start`, then linearly to exactly 1 `steps` later; a jump where `steps` is 0."""
+    elapsed = count - _float(start)
+    length = _float(steps)
+    return jnp.where(length > 0, jnp.clip(elapsed / jnp.maximum(length, 1), 0, 1), (elapsed >= 0).astype(count.dtype))
+
+
+def _mix(a: Any, b: Any, weight: jax.Array) -> jax.Array:
+    """From `a` (weight 0) to `b` (weight 1), exact at both, where `a + w * (b - a)` is not."""
+    return (1 - weight) * _float(a) + weight * _float(b)
+
+
+def _cosine(fraction: jax.Array) -> jax.Array:
+    """Half a cosine from 0 to 1, exact at both (the cosine of float(pi) rounds to -1)."""
+    return (1 - jnp.cos(np.pi * fraction)) / 2
+
+
+def _larger(a: Any, b: Any) -> Any:
+    return max(a, b) if isinstance(a, float) and isinstance(b, float) else jnp.maximum(_float(a), _float(b))
+
+
+@value
+class Constant(Schedule):
+    """The same value at every step.
+
+    Args:
+      value: At least 0.
+    """
+
+    value: Number
+
+    def __post_init__(self) -> None:
+        self._check_numbers("value")
+
+    @property
+    def peak(self) -> Number:
+        return self.value
+
+    def __call__(self, count: Any) -> jax.Array:
+        return jnp.full(jnp.shape(count), _float(self.value))
+
+
+@value
+class Linear(Schedule):
+    """A straight line, constant after its end.
+
+    Args:
+      init: The value at step 0.
+      end: The value from step `total_steps` on.
+      total_steps: Length in steps.
+
+    >>> import adamjax
+    >>> schedule = adamjax.schedules.linear(1.0, 0.5, total_steps=100)
+    >>> [float(schedule(t)) for t in (0, 50, 100, 1000)]
+    [1.0, 0.75, 0.5, 0.5]
+    """
+
+    init: Number
+    end: Number
+    total_steps: Number
+
+    def __post_init__(self) -> None:
+        self._check_numbers("init", "end")
+        self._check_steps("total_steps", low=1)
+
+    @property
+    def peak(self) -> Number:
+        return _larger(self.init, self.end)
+
+    def __call__(self, count: Any) -> jax.Array:
+        return _mix(self.init, self.end, _ramp(_float(count), 0, self.total_steps))
+
+
+@value
+class Cosine(Schedule):
+    """Half a cosine from `peak` down to `end`, constant after it (Loshchilov & Hutter, 2017).
+
+    Args:
+      peak: The value at step 0.
+      total_steps: Length in steps.
+      end: The value from step `total_steps` on.
+    """
+
+    peak: Number
+    total_steps: Number
+    end: Number = 0.0
+
+    def __post_init__(self) -> None:
+        self._check_numbers("peak", "end")
+        self._check_steps("total_steps", low=1)
+
+    def __call__(self, count: Any) -> jax.Array:
+        return _mix(self.peak, self.end, _cosine(_ramp(_float(count), 0, self.total_steps)))
+
+
+@value
+class WarmupCosine(Schedule):
+    """A straight line from `init` up to `peak`, then half a cosine down to `end`.
+
+    Args:
+      peak: The value at step `warmup_steps`.
+      warmup_steps: Length of the warmup; 0 starts at `peak`.
+      total_steps: Where `end` is reached, warmup included.
+      end: The value from step `total_steps` on.
+      init: The value at step 0.
+
+    >>> import adamjax
+    >>> schedule = adamjax.schedules.warmup_cosine(0.5, warmup_steps=10, total_steps=110, end=0.25)
+    >>> [float(schedule(t)) for t in (0, 5, 10, 60, 110)]
+    [0.0, 0.25, 0.5, 0.375, 0.25]
+    """
+
+    peak: Number
+    warmup_steps: Number
+    total_steps: Number
+    end: Number = 0.0
+    init: Number = 0.0
+
+    def __post_init__(self) -> None:
+        self._check_numbers("peak", "end", "init")
+        self._check_steps("warmup_steps")
+        self._check_steps("total_steps", low=1)
+        self._check_fit("warmup_steps")
+
+    def __call__(self, count: Any) -> jax.Array:
+        count = _float(count)
+        rise = _ramp(count, 0, self.warmup_steps)
+        fall = _ramp(count, self.warmup_steps, _float(self.total_steps) - _float(self.warmup_steps))
+        return jnp.where(rise < 1, _mix(self.init, self.peak, rise), _mix(self.peak, self.end, _cosine(fall)))
+
+
+@value
+class WarmupStableDecay(Schedule):
+    """Up to `peak`, constant there, and down to `end` in the last `decay_steps`.
+
+    The stable phase can be prolonged without deciding on `total_steps` beforehand (Hu et al., 2024,
+    MiniCPM; Hägele et al., 2024, who found the square root shape of decay better than a line).
+
+    Args:
+      peak: The value of the stable phase.
+      warmup_steps: Length of the linear warmup from `init`; 0 starts at `peak`.
+      total_steps: Where `end` is reached.
+      decay_steps: Length of the decay, within `total_steps`.
+      end: The value from step `total_steps` on.
+      init: The value at step 0.
+      shape: `"linear"`, or `"sqrt"` for a decay by 1 - sqrt(fraction).
+    """
+
+    peak: Number
+    warmup_steps: Number
+    total_steps: Number
+    decay_steps: Number
+    end: Number = 0.0
+    init: Number = 0.0
+    shape: str = static_field(default="linear")
+
+    def __post_init__(self) -> None:
+        self._check_numbers("peak", "end", "init")
+        self._check_steps("warmup_steps", "decay_steps")
+        self._check_steps("total_steps", low=1)
+        self._check_fit("warmup_steps", "decay_steps")
+        _checks.choice("shape", self.shape, ("linear", "sqrt"))
+
+    def __call__(self, count: Any) -> jax.Array:
+        count = _float(count)
+        rise = _ramp(count, 0, self.warmup_steps)
+        fall = _ramp(count, _float(self.total_steps) - _float(self.decay_steps), self.decay_steps)
+        if self.shape == "sqrt":
+            # Guarded so that the slope at the start of the decay, where it is infinite, is not NaN.
+            fall = jnp.where(fall > 0, jnp.sqrt(jnp.where(fall > 0, fall, 1)), 0)
+        return jnp.where(rise < 1, _mix(self.init, self.peak, rise), _mix(self.peak, self.end, fall))
+
+
+@value
+class InverseSqrt(Schedule):
+    """A straight line up to `peak`, then `peak * sqrt(warmup_steps / count)` (Vaswani et al., 2017).
+
+    Args:
+      peak: The value at step `warmup_steps`.
+      warmup_steps: Length of the warmup, and time scale of the decay; at least 1.
+      init: The value at step 0.
+
+    >>> import adamjax
+    >>> schedule = adamjax.schedules.inverse_sqrt(1.0, warmup_steps=100)
+    >>> [float(schedule(t)) for t in (0, 50, 100, 400)]
+    [0.0, 0.5, 1.0, 0.5]
+    """
+
+    peak: Number
+    warmup_steps: Number
+    init: Number = 0.0
+
+    def __post_init__(self) -> None:
+        self._check_numbers("peak", "init")
+        self._check_steps("warmup_steps", low=1)
+
+    def __call__(self, count: Any) -> jax.Array:
+        count, warmup = _float(count), _float(self.warmup_steps)
+        decay = jnp.sqrt(warmup / jnp.maximum(count, warmup))
+        rise = _ramp(count, 0, warmup)
+        return jnp.where(rise < 1, _mix(self.init, self.peak, rise), decay * _float(self.peak))
+
+
+@value
+class OneCycle(Schedule):
+    """Cosine up to `peak`, then cosine down far below the start (Smith & Topin, 2019).
+
+    Args:
+      peak: The largest value, reached at step `round(pct_start * total_steps)`.
+      total_steps: Where the end is reached.
+      pct_start: Fraction of the steps spent rising, in [0, 1).
+      div_factor: The value at step 0 is `peak / div_factor`.
+      final_div_factor: The value from step `total_steps` on is the one at step 0 divided by this.
+    """
+
+    peak: Number
+    total_steps: Number
+    pct_start: Number = 0.3
+    div_factor: Number = 25.0
+    final_div_factor: Number = 1e4
+
+    def __post_init__(self) -> None:
+        self._check_numbers("peak")
+        self._check_numbers("pct_start", below=1.0)
+        self._check_numbers("div_factor", "final_div_factor", low=1.0)
+        self._check_steps("total_steps", low=1)
+
+    def __call__(self, count: Any) -> jax.Array:
+        count, total = _float(count), _float(self.total_steps)
+        start = _float(self.peak) / _float(self.div_factor)
+        top = jnp.round(_float(self.pct_start) * total)
+        rise, fall = _ramp(count, 0, top), _ramp(count, top, total - top)
+        return jnp.where(
+            rise < 1,
+            _mix(start, self.peak, _cosine(rise)),
+            _mix(self.peak, start / _float(self.final_div_factor), _cosine(fall)),
+        )
+
+
+@value
+class FromFunction(Schedule):
+    """Any callable of the step count (optax's schedules among them), kept static; without `peak`."""
+
+    function: Callable[[Any], Any] = static_field()
+
+    def __call__(self, count: Any) -> jax.Array:
+        return self.function(count)
+
+
+@value
+class Proportional(Schedule):
+    """`level` in proportion to another schedule: `level * schedule(count) / schedule.peak`.
+
+    0 throughout where the other's peak is 0.
+    """
+
+    level: Number  # or a schedule
+    schedule: Schedule
+
+    @property
+    def peak(self) -> Number:
+        return self.level.peak if callable(self.level) else self.level
+
+    def __call__(self, count: Any) -> jax.Array:
+        level = self.level(count) if callable(self.level) else self.level
+        peak = _float(self.schedule.peak)
+        share = jnp.where(peak > 0, _float(self.schedule(count)) / jnp.where(peak > 0, peak, 1), 0)
+        return _float(level) * share
+
+
+def as_schedule(x: Any) -> Any:
+    """A plain function as a schedule; schedules and other callable pytrees as they are."""
+    return FromFunction(x) if is_static_callable(x) else x
+
+
+constant = Constant
+linear = Linear
+cosine = Cosine
+warmup_cosine = WarmupCosine
+warmup_stable_decay = WarmupStableDecay
+inverse_sqrt = InverseSqrt
+one_cycle = OneCycle
