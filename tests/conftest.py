@@ -1,0 +1,17 @@
+"""JAX at its strictest, on eight virtual devices."""
+
+import itertools
+
+import jax
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture
+def getkey():
+    """A function that returns a new key at each call."""
+    seeds = itertools.count()
+    return lambda: jax.random.key(next(seeds))

@@ -1,0 +1,46 @@
+"""What several tests need."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def aval(x):
+    """Shape, dtype and weak type of each leaf: what decides about a recompilation."""
+
+    def of_leaf(y):
+        y = y if isinstance(y, jax.ShapeDtypeStruct) else jnp.asarray(y)
+        return y.shape, y.dtype.name, y.weak_type
+
+    return jax.tree.map(of_leaf, x)
+
+
+def assert_same_types(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    assert aval(a) == aval(b)
+
+
+def assert_close(actual, expected, tolerance):
+    """Structures equal and leaves within `tolerance`, both absolute and relative."""
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(np.asarray(a), np.asarray(e), rtol=tolerance, atol=tolerance)
+
+
+def assert_equal(actual, expected):
+    """Structures equal and leaves bit-identical (NaN included)."""
+    assert_same_types(actual, expected)
+    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(e))
+
+
+def gradients(shape, steps, seed=0, dtype=np.float32):
+    """Gradients over four decades, of either sign, as NumPy arrays."""
+    rng = np.random.default_rng(seed)
+
+    def draw():
+        return rng.choice([-1, 1], shape) * 10.0 ** rng.uniform(-3, 1, shape)
+
+    if np.issubdtype(dtype, np.complexfloating):
+        return [(draw() + 1j * draw()).astype(dtype) for _ in range(steps)]
+    return [draw().astype(dtype) for _ in range(steps)]

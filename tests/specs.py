@@ -1,0 +1,102 @@
+"""Every public optimizer and option, with what the oracle calls it: the grid that tests are made of."""
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import oracle
+
+import adamjax
+from adamjax import schedules
+
+
+class Spec(NamedTuple):
+    make: Any  # () -> optimizer
+    oracle: dict[str, Any]
+    needs_params: bool = False
+
+
+LR = 1e-2
+RISE_AND_FALL = schedules.warmup_cosine(LR, warmup_steps=5, total_steps=40, end=1e-3)
+RISE_AND_FALL_ORACLE = oracle.warmup_cosine(LR, 5, 40, 1e-3)
+
+
+def _spec(make, *, needs_params=False, with_oracle=None, **keywords):
+    renamed = {k: v for k, v in keywords.items() if k not in ("weight_decay", "decay_schedule", "mask")}
+    return Spec(
+        lambda: make(**{"learning_rate": LR} | keywords),
+        {"learning_rate": LR} | renamed | (with_oracle or {}),
+        needs_params,
+    )
+
+
+# One of each public optimizer; and with options that change what a chain is made of.
+PUBLIC = ("adam", "amsgrad torch", "adamw", "nadam", "nadamw", "radam", "adamax", "adamaxw")
+GRID = (*PUBLIC, "adam coupled maximize", "adam coupled schedule", "adamw schedules", "adamw independent")
+
+SPECS = {
+    "adam": _spec(adamjax.adam),
+    "adam betas": _spec(adamjax.adam, b1=0.5, b2=0.95),
+    "adam zero betas": _spec(adamjax.adam, b1=0.0, b2=0.0, eps=1e-3),
+    "adam eps": _spec(adamjax.adam, eps=1e-2, eps_root=1e-3),
+    "adam nesterov": _spec(adamjax.adam, nesterov=True),
+    "adam maximize": _spec(adamjax.adam, maximize=True, needs_params=False),
+    "adam coupled": _spec(adamjax.adam, weight_decay=0.1, with_oracle={"coupled": 0.1}, needs_params=True),
+    "adam coupled maximize": _spec(
+        adamjax.adam, weight_decay=0.1, maximize=True, with_oracle={"coupled": 0.1}, needs_params=True
+    ),
+    "adam coupled schedule": _spec(
+        adamjax.adam,
+        weight_decay=lambda t: (t + 1).astype(jnp.result_type(float)) * 0.01,
+        with_oracle={"coupled": lambda t: 0.01 * (t + 1)},
+        needs_params=True,
+    ),
+    "adam schedule": _spec(
+        adamjax.adam, learning_rate=RISE_AND_FALL, with_oracle={"learning_rate": RISE_AND_FALL_ORACLE}
+    ),
+    "amsgrad torch": _spec(adamjax.amsgrad, with_oracle={"amsgrad": "torch"}),
+    "amsgrad corrected": _spec(adamjax.adam, amsgrad="corrected"),
+    "amsgrad paper": _spec(adamjax.adam, amsgrad="paper"),
+    "amsgrad nesterov": _spec(adamjax.adam, amsgrad="torch", nesterov=True),
+    "amsgrad paper nesterov": _spec(adamjax.adam, amsgrad="paper", nesterov=True),
+    "adamw": _spec(adamjax.adamw, weight_decay=0.1, with_oracle={"decoupled": 0.1}, needs_params=True),
+    "adamw maximize": _spec(
+        adamjax.adamw, weight_decay=0.1, maximize=True, with_oracle={"decoupled": 0.1}, needs_params=True
+    ),
+    "adamw schedules": _spec(
+        adamjax.adamw,
+        learning_rate=RISE_AND_FALL,
+        weight_decay=schedules.linear(0.2, 0.0, 20),
+        with_oracle={"learning_rate": RISE_AND_FALL_ORACLE, "decoupled": lambda t: 0.2 * (1 - min(t / 20, 1))},
+        needs_params=True,
+    ),
+    "adamw independent": _spec(
+        adamjax.adamw,
+        learning_rate=RISE_AND_FALL,
+        weight_decay=0.02,
+        decay_schedule="independent",
+        with_oracle={
+            "learning_rate": RISE_AND_FALL_ORACLE,
+            "independent": lambda t: 0.02 * RISE_AND_FALL_ORACLE(t) / LR,
+        },
+        needs_params=True,
+    ),
+    "adamw independent constant": _spec(
+        adamjax.adamw,
+        weight_decay=0.02,
+        decay_schedule="independent",
+        with_oracle={"independent": 0.02},
+        needs_params=True,
+    ),
+    "nadam": _spec(adamjax.nadam, with_oracle={"nesterov": True}),
+    "nadamw": _spec(
+        adamjax.nadamw, weight_decay=0.1, with_oracle={"nesterov": True, "decoupled": 0.1}, needs_params=True
+    ),
+    "radam": _spec(adamjax.radam, with_oracle={"algorithm": "radam"}),
+    "radam short": _spec(adamjax.radam, b2=0.9, with_oracle={"algorithm": "radam"}),
+    "radam intractable": _spec(adamjax.radam, b2=0.5, with_oracle={"algorithm": "radam"}),
+    "radam threshold": _spec(adamjax.radam, b2=0.99, threshold=20.0, nesterov=True, with_oracle={"algorithm": "radam"}),
+    "adamax": _spec(adamjax.adamax, with_oracle={"algorithm": "adamax"}),
+    "adamaxw": _spec(
+        adamjax.adamaxw, weight_decay=0.1, with_oracle={"algorithm": "adamax", "decoupled": 0.1}, needs_params=True
+    ),
+}

@@ -1,0 +1,316 @@
+"""Every public optimizer through every rule that holds for all of them."""
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import assert_close, assert_equal, assert_same_types, aval
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from specs import GRID, LR, PUBLIC, SPECS
+from tolerances import RECOMPILED
+
+import adamjax
+
+HALVES = ("bfloat16", "float16", "float32")
+PAIRS = [(p, g) for p in HALVES for g in HALVES] + [("complex64", "complex64"), ("complex64", "float32")]
+PAIRS_X64 = [("float64", "float64"), ("float64", "bfloat16"), ("float32", "float64"), ("complex128", "complex64")]
+
+# Where all optimizers share the code in question, one of each kind stands for them.
+KINDS = ["adamw schedules", "amsgrad torch", "radam", "adamaxw", "adam coupled"]
+
+
+def tree(dtype, seed=0):
+    """Matrices, vectors, a scalar, nothing at all, and an absent leaf."""
+    rng = np.random.default_rng(seed)
+
+    def draw(*shape):
+        x = rng.normal(size=shape)
+        return jnp.asarray(x + 1j * rng.normal(size=shape) if dtype.startswith("complex") else x, dtype)
+
+    return {"kernel": draw(4, 3), "bias": (draw(3), None), "scale": draw(), "empty": draw(0, 2)}
+
+
+def check_types(opt, p_dtype, g_dtype):
+    """Types before and after an update are the same: one compile, stable carries. Nothing is computed."""
+    params, grads = tree(p_dtype), tree(g_dtype, seed=1)
+    state = opt.init(params)
+    updates, new_state = jax.eval_shape(opt.update, grads, state, params)
+    assert_same_types(new_state, state)
+    assert_same_types(updates, params)
+    assert not any(x.weak_type for x in jax.tree.leaves((updates, new_state)))
+    assert_same_types(jax.eval_shape(adamjax.apply_updates, params, updates), params)
+    assert_same_types(jax.eval_shape(opt.init, params), state)
+
+
+@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize(("p_dtype", "g_dtype"), PAIRS)
+def test_types_are_stable(name, p_dtype, g_dtype):
+    check_types(SPECS[name].make(), p_dtype, g_dtype)
+
+
+@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize(("p_dtype", "g_dtype"), PAIRS_X64)
+def test_types_are_stable_in_x64(name, p_dtype, g_dtype):
+    with jax.enable_x64(True):
+        check_types(SPECS[name].make(), p_dtype, g_dtype)
+
+
+@pytest.mark.parametrize("make", [adamjax.adamw, adamjax.amsgrad, adamjax.nadam, adamjax.radam, adamjax.adamax])
+@pytest.mark.parametrize(
+    ("mu_dtype", "nu_dtype"), [("bfloat16", "bfloat16"), ("float16", "float16"), (None, "bfloat16")]
+)
+@pytest.mark.parametrize("p_dtype", HALVES)
+def test_types_are_stable_with_narrow_moments(make, mu_dtype, nu_dtype, p_dtype):
+    opt = make(LR, mu_dtype=mu_dtype, nu_dtype=nu_dtype)
+    check_types(opt, p_dtype, p_dtype)
+    state = opt.init(tree(p_dtype))[0]
+    assert all(x.dtype == (mu_dtype or "float32") for x in jax.tree.leaves(state.mu))
+    assert all(x.dtype == nu_dtype for x in jax.tree.leaves((state.nu, state.nu_max)))
+
+
+@pytest.mark.parametrize("name", GRID)
+@pytest.mark.parametrize(("p_dtype", "g_dtype"), [("float16", "bfloat16"), ("complex64", "float32")])
+def test_two_steps_compile_once(name, p_dtype, g_dtype):
+    opt = SPECS[name].make()
+    params, grads = tree(p_dtype), tree(g_dtype, seed=1)
+    step = jax.jit(opt.step)
+    first = step(grads, opt.init(params), params)
+    second = step(grads, first[1], first[0])
+    assert step._cache_size() == 1
+    assert_same_types(second, (params, opt.init(params)))
+    assert all(np.all(np.isfinite(np.asarray(x, np.complex64))) for x in jax.tree.leaves(second))
+
+
+@pytest.mark.parametrize("p_dtype", ["bfloat16", "float16", "float32", "complex64"])
+def test_default_state_dtypes(p_dtype):
+    """Moments are float32 whatever the parameters; the second is real."""
+    state = adamjax.scale_by_adam(amsgrad=True).init(tree(p_dtype))
+    first = "complex64" if p_dtype == "complex64" else "float32"
+    assert all(x.dtype == first for x in jax.tree.leaves(state.mu))
+    assert all(x.dtype == "float32" for x in jax.tree.leaves((state.nu, state.nu_max)))
+    assert state.count.dtype == "int32"
+    assert adamjax.scale_by_adam().init(tree(p_dtype)).nu_max is None
+
+
+@pytest.mark.parametrize("name", GRID)
+def test_eager_scan_and_cond_agree_with_jit(name):
+    opt = SPECS[name].make()
+    params, grads = tree("float32"), tree("float32", seed=1)
+
+    def step(params, state):
+        return opt.step(grads, state, params)
+
+    expected = params, opt.init(params)
+    for _ in range(2):
+        expected = jax.jit(step)(*expected)
+    eager = step(*step(params, opt.init(params)))
+    scanned, _ = jax.lax.scan(lambda carry, _: (step(*carry), None), (params, opt.init(params)), length=2)
+    branched = jax.jit(lambda go, carry: jax.lax.cond(go, lambda c: step(*step(*c)), lambda c: c, carry))(
+        True, (params, opt.init(params))
+    )
+    for found in (eager, scanned, branched):
+        assert_close(found, expected, RECOMPILED)
+        assert_same_types(found, expected)
+
+
+@pytest.mark.parametrize("name", GRID)
+def test_step_is_update_and_apply(name):
+    opt = SPECS[name].make()
+    for dtype in ("bfloat16", "float32"):
+        params, grads = tree(dtype), tree(dtype, seed=1)
+
+        @jax.jit
+        def both(params, state, grads=grads, opt=opt):
+            updates, new_state = opt.update(grads, state, params)
+            return (adamjax.apply_updates(params, updates), new_state), opt.step(grads, state, params)
+
+        apart, whole = both(params, opt.init(params))
+        assert_equal(apart, whole)
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_params_are_needed_only_by_weight_decay(name):
+    opt, params, grads = SPECS[name].make(), tree("float32"), tree("float32", seed=1)
+    if SPECS[name].needs_params:
+        with pytest.raises(ValueError, match=r"needs the parameters: call update\(grads, state, params\)"):
+            opt.update(grads, opt.init(params))
+    else:
+        assert_equal(opt.update(grads, opt.init(params)), opt.update(grads, opt.init(params), params))
+
+
+def test_update_without_params_has_the_dtype_of_the_gradient():
+    for dtype in (*HALVES, "complex64"):
+        g = tree(dtype)
+        updates, _ = adamjax.adam(LR).update(
+            g, adamjax.adam(LR).init(tree("complex64" if dtype == "complex64" else "float32"))
+        )
+        assert_same_types(updates, g)
+
+
+@pytest.mark.parametrize("name", GRID)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_every_buffer_is_donated_and_aliased(name, dtype):
+    opt = SPECS[name].make()
+    params = {k: jnp.ones((64, 64), dtype) for k in "ab"}
+    state = opt.init(params)
+    step = jax.jit(opt.step, donate_argnums=(1, 2)).lower(params, state, params).compile()
+    memory = step.memory_analysis()
+    held = sum(x.nbytes for x in jax.tree.leaves((params, state)))
+    assert memory.alias_size_in_bytes == held
+    new_params, new_state = step(jax.tree.map(jnp.copy, params), state, params)
+    assert all(x.is_deleted() for x in jax.tree.leaves((params, state)))
+    assert not any(x.is_deleted() for x in jax.tree.leaves((new_params, new_state)))
+
+
+@pytest.mark.parametrize("jit", [False, True])
+def test_no_buffer_is_shared_between_leaves(jit):
+    for name in GRID:
+        opt = SPECS[name].make()
+        params = {k: jnp.ones((8, 8)) for k in "ab"}
+        state = (jax.jit(opt.init) if jit else opt.init)(params)
+        pointers = [x.unsafe_buffer_pointer() for x in jax.tree.leaves((params, state))]
+        assert len(set(pointers)) == len(pointers), name
+
+
+@pytest.mark.parametrize("name", GRID)
+def test_abstract_init_allocates_nothing(name):
+    opt = SPECS[name].make()
+    real = opt.init(tree("bfloat16"))
+    shapes = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), tree("bfloat16"))
+    abstract = opt.init(shapes)
+    assert all(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(abstract))
+    assert jax.tree.structure(abstract) == jax.tree.structure(real)
+    assert [(x.shape, x.dtype) for x in jax.tree.leaves(abstract)] == [
+        (x.shape, x.dtype) for x in jax.tree.leaves(real)
+    ]
+    evaluated = jax.eval_shape(opt.init, shapes)
+    assert [(x.shape, x.dtype) for x in jax.tree.leaves(evaluated)] == [
+        (x.shape, x.dtype) for x in jax.tree.leaves(real)
+    ]
+
+
+def test_abstract_init_keeps_shardings():
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+    sharding = NamedSharding(mesh, PartitionSpec("x"))
+    state = adamjax.scale_by_adam().init(jax.ShapeDtypeStruct((8, 2), jnp.float32, sharding=sharding))
+    assert state.mu.sharding == state.nu.sharding == sharding
+
+
+@pytest.mark.parametrize("name", GRID)
+def test_sharded_state_follows_the_parameters(name):
+    """In Auto and in Explicit mode, eager and jitted; and the numbers are those of one device."""
+    opt = SPECS[name].make()
+    params, grads = jnp.linspace(-1, 1, 32).reshape(2, 16), jnp.linspace(2, -2, 32).reshape(2, 16)
+    expected = jax.jit(opt.step)(grads, opt.init(params), params)
+    for kind in (AxisType.Auto, AxisType.Explicit):
+        mesh = jax.make_mesh((8,), ("x",), axis_types=(kind,))
+        sharding = NamedSharding(mesh, PartitionSpec(None, "x"))
+        with jax.set_mesh(mesh):
+            p, g = jax.device_put((params, grads), sharding)
+            state = opt.init(p)
+            assert all(x.sharding == sharding for x in jax.tree.leaves(state) if x.ndim)
+            found = jax.jit(opt.step)(g, state, p)
+            assert jax.tree.map(jax.typeof, found[1]) == jax.tree.map(jax.typeof, state)
+            assert jax.tree.map(jax.typeof, jax.jit(opt.init)(p)) == jax.tree.map(jax.typeof, state)
+            assert jax.tree.map(jax.typeof, opt.step(g, state, p)[1]) == jax.tree.map(jax.typeof, state)
+            assert jax.typeof(found[0]) == jax.typeof(p)
+        assert_close(jax.device_get(found), jax.device_get(expected), RECOMPILED)
+
+
+def test_stochastic_rounding_does_not_depend_on_the_sharding():
+    opt = adamjax.adam(LR, nu_dtype=jnp.bfloat16)
+    params = jnp.linspace(-1, 1, 128).reshape(8, 16)
+    _, expected = jax.jit(opt.step)(params, opt.init(params), params)
+    for kind in (AxisType.Auto, AxisType.Explicit):
+        mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(kind, kind))
+        with jax.set_mesh(mesh):
+            p = jax.device_put(params, NamedSharding(mesh, PartitionSpec("x", "y")))
+            _, found = jax.jit(opt.step)(p, opt.init(p), p)
+        np.testing.assert_array_equal(np.asarray(found[0].nu), np.asarray(expected[0].nu))
+
+
+@pytest.mark.parametrize("name", GRID)
+def test_jitted_step_transfers_nothing(name):
+    opt = SPECS[name].make()
+    params, grads = tree("float32"), tree("float32", seed=1)
+    step, state = jax.jit(opt.step), opt.init(params)
+    with jax.transfer_guard("disallow"):
+        found = step(grads, state, params)
+    assert_equal(found, step(grads, state, params))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_none_gradients_freeze(kind):
+    opt, params, grads = SPECS[kind].make(), tree("float32"), tree("float32", seed=1)
+    params, state = opt.step(grads, opt.init(params), params)
+    frozen = grads | {"kernel": None, "bias": None}
+    updates, new_state = jax.jit(opt.update)(frozen, state, params)
+    assert_equal(updates["kernel"], jnp.zeros((4, 3)))
+    assert jax.tree.structure(updates) == jax.tree.structure(params)
+    new_params, _ = jax.jit(opt.step)(frozen, state, params)
+    for name in ("kernel", "bias"):
+        assert_equal(new_params[name], params[name])
+    assert_same_types(new_state, state)
+    whole, whole_state = jax.jit(opt.update)(grads, state, params)
+    assert_equal(updates["scale"], whole["scale"])
+    for before, after, moving in zip(state, new_state, whole_state, strict=True):
+        if isinstance(before, adamjax.AdamState):
+            assert_equal(after.mu["kernel"], before.mu["kernel"])
+            assert_equal(after.nu["bias"], before.nu["bias"])
+            assert_equal(after.nu["scale"], moving.nu["scale"])
+            assert after.count == before.count + 1
+
+
+@pytest.mark.parametrize("empty", [{}, (), None, {"a": None}, [{}, []]])
+def test_empty_trees(empty):
+    for name in GRID:
+        opt = adamjax.chain(adamjax.clip_by_global_norm(1.0), SPECS[name].make())
+        state = opt.init(empty)
+        params, new_state = jax.jit(opt.step)(empty, state, empty)
+        assert params == empty or params is empty
+        assert_same_types(new_state, state)
+
+
+def test_python_and_numpy_leaves():
+    opt = adamjax.adamw(LR)
+    params = {"a": 0.5, "b": np.ones(3), "c": np.float32(2)}
+    state = opt.init(params)
+    new, new_state = opt.step(params, state, params)
+    assert aval(new) == {"a": ((), "float32", False), "b": ((3,), "float32", False), "c": ((), "float32", False)}
+    assert_same_types(new_state, state)
+
+
+def test_a_thousand_leaves_trace_once_per_distinct_leaf(monkeypatch):
+    calls = []
+    original = adamjax._adam.adam_step
+
+    def counted(*arguments):
+        calls.append(arguments)
+        return original(*arguments)
+
+    monkeypatch.setattr(adamjax._adam, "adam_step", counted)
+    opt = adamjax.adamw(LR)
+    params = [jnp.ones((2 + i % 4,)) for i in range(200)]
+    jax.jit(opt.step).lower(params, opt.init(params), params)
+    assert len(calls) == 4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_states_survive_export(kind):
+    """The step as StableHLO, with its state as an argument, written to bytes and read back."""
+    opt, params, grads = SPECS[kind].make(), tree("float32"), tree("float32", seed=1)
+    state = opt.init(params)
+    step = jax.jit(opt.step)
+    restored = jax.export.deserialize(jax.export.export(step)(grads, state, params).serialize())
+    found = restored.call(grads, state, params)
+    assert_close(found, step(grads, state, params), RECOMPILED)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_lowers_for_other_platforms(kind, platform):
+    opt, params = SPECS[kind].make(), tree("bfloat16")
+    exported = jax.export.export(jax.jit(opt.step), platforms=[platform])(params, opt.init(params), params)
+    assert exported.platforms == (platform,)
+    assert "stablehlo.sqrt" in exported.mlir_module() or "adamax" in kind
