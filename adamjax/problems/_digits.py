@@ -1,0 +1,102 @@
+"""Handwritten digits: the data that scikit-learn carries in its wheel, and a small classifier."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from adamjax._extras import require
+
+_VALIDATION = 360  # of 1797 images
+
+
+@dataclasses.dataclass(frozen=True)
+class Digits:
+    """A multilayer perceptron on 8 x 8 images of handwritten digits, as a `Problem`.
+
+    Fields:
+      hidden: Widths of the hidden layers.
+      batch_size: Images per update, drawn with replacement from the 1437 training images.
+    """
+
+    hidden: tuple[int, ...] = (128,)
+    batch_size: int = 128
+
+    def __post_init__(self) -> None:
+        if not all(isinstance(width, int) and width > 0 for width in self.hidden):
+            raise ValueError(f"Invalid hidden value: {self.hidden!r}; hidden must hold positive layer widths")
+        if not (isinstance(self.batch_size, int) and self.batch_size > 0):
+            raise ValueError(f"Invalid batch_size value: {self.batch_size!r}; batch_size must be a positive int")
+        images, labels = require("sklearn.datasets", "demo", "the digits problem").load_digits(return_X_y=True)
+        order = np.random.default_rng(0).permutation(len(images))
+        images, labels = (images[order] / 16).astype(np.float32), labels[order].astype(np.int32)
+        object.__setattr__(self, "_train", (images[:-_VALIDATION], labels[:-_VALIDATION]))
+        object.__setattr__(self, "_validation", (images[-_VALIDATION:], labels[-_VALIDATION:]))
+
+    def init(self, key: jax.Array) -> Any:
+        """Kernels of variance 2 / fan-in (He et al., 2015), biases of 0; float32."""
+        widths = (64, *self.hidden, 10)
+        keys = jax.random.split(key, len(widths) - 1)
+        return {
+            f"layer_{i}": {
+                "kernel": jax.random.normal(k, (m, n), jnp.float32) * np.float32(np.sqrt(2 / m)),
+                "bias": jnp.zeros(n, jnp.float32),
+            }
+            for i, (k, m, n) in enumerate(zip(keys, widths[:-1], widths[1:], strict=True))
+        }
+
+    def batch(self, step: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """`batch_size` random training images (float32[., 64]) and labels (int32[.])."""
+        images, labels = self._train  # type: ignore[attr-defined]
+        chosen = jax.random.randint(jax.random.fold_in(key, step), (self.batch_size,), 0, len(labels))
+        return jnp.asarray(images)[chosen], jnp.asarray(labels)[chosen]
+
+    def loss(self, params: Any, batch: tuple[jax.Array, jax.Array], key: jax.Array) -> jax.Array:
+        """Mean cross-entropy, in nats."""
+        images, labels = batch
+        return _cross_entropy(_logits(params, images), labels)
+
+    def evaluate(self, params: Any) -> dict[str, jax.Array]:
+        """Cross-entropy and accuracy on the validation images."""
+        images, labels = self._validation  # type: ignore[attr-defined]
+        logits, labels = _logits(params, jnp.asarray(images)), jnp.asarray(labels)
+        return {
+            "loss": _cross_entropy(logits, labels),
+            "accuracy": jnp.mean((jnp.argmax(logits, axis=-1) == labels).astype(jnp.float32)),
+        }
+
+
+def digits(*, hidden: tuple[int, ...] = (128,), batch_size: int = 128) -> Digits:
+    """The embedded default problem: a small classifier of handwritten digits.
+
+    Args:
+      hidden: Widths of the hidden layers; () for a linear classifier.
+      batch_size: Images per update.
+
+    Raises:
+      ImportError: scikit-learn, which carries the images, is not installed.
+      ValueError: A width or the batch size is not a positive int.
+
+    >>> import adamjax
+    >>> problem = adamjax.problems.digits(hidden=(32, 32))
+    >>> adamjax.problems.check(problem)
+    """
+    return Digits(tuple(hidden), batch_size)
+
+
+def _logits(params: Any, images: jax.Array) -> jax.Array:
+    """In the precision of the parameters, but for the result, which is float32 or wider."""
+    layers = [params[name] for name in sorted(params, key=lambda name: int(name.removeprefix("layer_")))]
+    x = images.astype(layers[0]["kernel"].dtype)
+    for i, layer in enumerate(layers):
+        x = x @ layer["kernel"] + layer["bias"][None]
+        if i + 1 < len(layers):
+            x = jax.nn.relu(x)
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    log_probabilities = jax.nn.log_softmax(logits)
+    return -jnp.mean(jnp.take_along_axis(log_probabilities, labels[:, None], axis=-1))

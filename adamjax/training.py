@@ -1,0 +1,127 @@
+"""One training run: a problem, an optimizer, and a jitted step."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from adamjax._base import apply_updates
+from adamjax.problems import Problem, check
+
+
+class Report(NamedTuple):
+    """Where a run is.
+
+    Fields:
+      step: Updates done.
+      losses: float64[.], the training losses of the updates since the last report.
+      metrics: What `problem.evaluate` says, as floats; None where it was not asked.
+      params: The parameters. The next step takes their memory: copy what is to be kept.
+      state: The optimizer's state, likewise.
+    """
+
+    step: int
+    losses: np.ndarray
+    metrics: dict[str, float] | None
+    params: Any
+    state: Any
+
+    @property
+    def diverged_at(self) -> int | None:
+        """The first step (counted from 1) whose loss is not finite."""
+        bad = np.flatnonzero(~np.isfinite(self.losses))
+        return self.step - len(self.losses) + int(bad[0]) + 1 if len(bad) else None
+
+
+def train(
+    problem: Problem,
+    optimizer: Any,
+    *,
+    steps: int,
+    seed: int = 0,
+    dtype: Any = None,
+    report_every: int = 10,
+    evaluate_every: int = 100,
+    stop: Callable[[], bool] = lambda: False,
+) -> Iterator[Report]:
+    """Train, and report on the way.
+
+    Args:
+      problem: What to train.
+      optimizer: One of this package's, or optax's.
+      steps: Number of updates.
+      seed: Of the parameters, the data order and the keys of the loss.
+      dtype: Dtype of the parameters; None for what `problem.init` gives.
+      report_every: Updates between reports.
+      evaluate_every: Updates between evaluations.
+      stop: Asked at each report; the run ends when it says so.
+
+    Returns:
+      An iterator: a `Report` before the first step, then as often as asked for. The last one has
+      metrics; it comes early if `stop` says so, or a loss was not finite.
+
+    Raises:
+      TypeError: `problem` is not a `Problem`.
+      ValueError: A number of steps is less than 1.
+
+    >>> import adamjax
+    >>> from adamjax.training import train
+    >>> for report in train(adamjax.problems.digits(), adamjax.adam(3e-3), steps=200):
+    ...     pass
+    >>> report.step, report.metrics["accuracy"] > 0.9
+    (200, True)
+    """
+    for name, x in (("steps", steps), ("report_every", report_every), ("evaluate_every", evaluate_every)):
+        if x < 1:
+            raise ValueError(f"Invalid {name} value: {x!r}; {name} must be at least 1")
+    check(problem)
+    return _run(problem, optimizer, steps, seed, dtype, report_every, evaluate_every, stop)
+
+
+def _run(
+    problem: Problem,
+    optimizer: Any,
+    steps: int,
+    seed: int,
+    dtype: Any,
+    report_every: int,
+    evaluate_every: int,
+    stop: Callable[[], bool],
+) -> Iterator[Report]:
+    init_key, data_key, loss_key = jax.random.split(jax.random.key(seed), 3)
+
+    @jax.jit
+    def start(key: jax.Array) -> tuple[Any, Any]:
+        params = problem.init(key)
+        if dtype is not None:
+            params = jax.tree.map(lambda p: p.astype(dtype), params)
+        return params, optimizer.init(params)
+
+    @partial(jax.jit, donate_argnums=(0, 1))
+    def train_step(params: Any, state: Any, step: jax.Array) -> tuple[Any, Any, jax.Array]:
+        batch = problem.batch(step, data_key)
+        loss, grads = jax.value_and_grad(problem.loss)(params, batch, jax.random.fold_in(loss_key, step))
+        # Of a complex parameter, JAX's gradient is the conjugate of the direction of ascent.
+        updates, state = optimizer.update(jax.tree.map(jnp.conj, grads), state, params)
+        return apply_updates(params, updates), state, loss
+
+    evaluate = jax.jit(problem.evaluate)
+    params, state = start(init_key)
+    losses: list[jax.Array] = []
+    for step in range(steps + 1):
+        if step:
+            params, state, loss = train_step(params, state, np.int32(step - 1))
+            losses.append(loss)
+        if step % report_every and step % evaluate_every and step < steps:
+            continue
+        report = Report(step, np.asarray(jax.device_get(losses), np.float64), None, params, state)
+        losses.clear()
+        last = step == steps or report.diverged_at is not None or stop()
+        if last or step % evaluate_every == 0:
+            report = report._replace(metrics={k: float(x) for k, x in evaluate(params).items()})
+        yield report
+        if last:
+            return
