@@ -4,21 +4,20 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from adamjax import _checks
 from adamjax._moments import Moments, Step
-from adamjax._numerics import abs2, correction, decay_rate, divide, mix, sqrt
+from adamjax._numerics import Decay, abs2, correction, decay, divide, mix, sqrt
 from adamjax._value import static_field, value
 
 
 class Scalars(NamedTuple):
     """The hyperparameters and bias corrections of step t: 0-d arrays in the dtype of the step."""
 
-    b1: Any
-    a1: Any  # 1 - b1
-    b2: Any
-    a2: Any  # 1 - b2
+    decay1: Decay
+    decay2: Decay
     c1: Any  # 1 - b1**t
     c1_next: Any  # 1 - b1**(t + 1)
     c2: Any  # 1 - b2**t
@@ -34,14 +33,14 @@ def adam_step(g: Array, m: Array, v: Array, v_max: Any, s: Scalars, nesterov: bo
 
 
 def first_moment(g: Array, m: Array, s: Any, nesterov: bool) -> tuple[Array, Array]:
-    m = mix(m, g, s.b1, s.a1)
+    m = mix(m, g, s.decay1)
     if nesterov:  # Dozat (2016), with a constant b1
-        return m, s.b1 * m / s.c1_next + s.a1 * g / s.c1
+        return m, s.decay1.b * m / s.c1_next + s.decay1.a * g / s.c1
     return m, m / s.c1
 
 
 def second_moment(g: Array, v: Array, v_max: Any, s: Scalars, amsgrad: str | None) -> tuple[Array, Any, Array]:
-    v = mix(v, abs2(g), s.b2, s.a2)
+    v = mix(v, abs2(g), s.decay2)
     if amsgrad is None:
         return v, None, v / s.c2
     if amsgrad == "corrected":
@@ -54,13 +53,17 @@ def second_moment(g: Array, v: Array, v_max: Any, s: Scalars, amsgrad: str | Non
 
 def adam_scalars(opt: Any, t: Array, corrected: bool = True) -> Scalars:
     """The scalars of step `t`, in its dtype, for an `opt` that has Adam's hyperparameters."""
-    b1, a1, log_b1 = decay_rate("b1", opt.b1, t.dtype)
-    b2, a2, log_b2 = decay_rate("b2", opt.b2, t.dtype)
-    c1, c1_next, c2 = correction(t, log_b1), correction(t + 1, log_b1), correction(t, log_b2)
+    decay1, decay2 = decay("b1", opt.b1, t.dtype), decay("b2", opt.b2, t.dtype)
+    c1, c1_next, c2 = correction(t, decay1), correction(t + 1, decay1), correction(t, decay2)
     if not corrected:
         c1 = c1_next = c2 = jnp.ones_like(t)
-    eps = _checks.scalar("eps", opt.eps, t.dtype)
-    return Scalars(b1, a1, b2, a2, c1, c1_next, c2, eps, _checks.scalar("eps_root", opt.eps_root, t.dtype))
+    eps_root = _checks.scalar("eps_root", opt.eps_root, t.dtype)
+    return Scalars(decay1, decay2, c1, c1_next, c2, epsilon(opt.eps, t.dtype), eps_root)
+
+
+def epsilon(eps: Any, dtype: np.dtype) -> Any:
+    """Not less than the root of the smallest number: where gradients have no squares, 0 / 0 is 0."""
+    return jnp.maximum(_checks.scalar("eps", eps, dtype), float(jnp.finfo(dtype).tiny) ** 0.5)
 
 
 @value
@@ -121,7 +124,8 @@ def scale_by_adam(
       b2: Decay rate of the second moment, in [0, 1). The nearer to 1, the steadier the scale, and
         the longer it takes to follow a change of it: about 1 / (1 - b2) steps.
       eps: At least 0, added to the root: bounds the direction where gradients are tiny. It is
-        float32 even for half precision parameters, so 1e-8 does its work there too.
+        float32 even for half precision parameters, so 1e-8 does its work there too. Below 1e-19,
+        it counts as that: no smaller gradient has a square in float32, and 0 / 0 would be NaN.
       eps_root: At least 0, added under the root, as for differentiating through the optimizer. The
         slope at a zero gradient is finite without it.
       mu_dtype: How the first moment is stored: bfloat16, float16, float32, float64, complex64 or

@@ -1,7 +1,7 @@
 """Arithmetic with care where the obvious form loses digits, or is infinite."""
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +11,47 @@ from jax import Array
 from adamjax import _checks
 
 
-def mix(x: Array, y: Array, b: Array, a: Array) -> Array:
-    """b * x + a * y for b + a = 1, where the float32 nearest to b and to a do not sum to 1.
+class Decay(NamedTuple):
+    """What a running mean that decays at rate b needs: 0-d arrays."""
 
-    By the smaller weight alone: a mean of equals stays what it is, and the larger of x and y, where
-    it weighs little, does not cost the other its digits.
+    b: Any
+    a: Any  # 1 - b
+    log_b: Any
+    keep: Any  # 1 where b is above a half, b else
+    undo: Any  # 1 where b is above a half, 0 else
+
+
+def decay(name: str, b: Any, dtype: np.dtype) -> Decay:
+    """The rate `b`, a number or a 0-d array, for arithmetic in `dtype`.
+
+    Of a number, 1 - b and log(b) are formed in double: the float32 next to 0.999 is off by 1.3e-5 of
+    its distance to 1.
     """
-    return jnp.where(a < 0.5, x + a * (y - x), y + b * (x - y))
+    if isinstance(b, float):
+        slow = b > 0.5
+        numbers = (b, 1 - b, log(b), 1.0 if slow else b, 1.0 if slow else 0.0)
+        return Decay(*(np.asarray(x, dtype) for x in numbers))
+    b = _checks.scalar(name, b, dtype)
+    slow = b > 0.5
+    return Decay(b, 1 - b, jnp.log1p(-(1 - b)), jnp.where(slow, 1, b), jnp.where(slow, 1, jnp.zeros_like(b)))
+
+
+def mix(mean: Array, x: Array, d: Decay) -> Array:
+    """The mean after one more x: b * mean + a * x.
+
+    Where b is near 1, as mean + a * (x - mean): the float32 next to b and to a do not sum to 1, and a
+    mean of equals would drift. Where b is small, as written: a large mean would cost x its digits.
+    """
+    return d.keep * mean + d.a * (x - d.undo * mean)
+
+
+def correction(t: Array, d: Decay) -> Array:
+    """1 - b**t; formed as written it would cancel, which for b = 0.999 costs three digits."""
+    return -jnp.expm1(t * d.log_b)
+
+
+def log(b: float) -> float:
+    return math.log(b) if b > 0 else -math.inf
 
 
 def abs2(g: Array) -> Array:
@@ -25,8 +59,7 @@ def abs2(g: Array) -> Array:
 
 
 def divide(x: Array, d: Array) -> Array:
-    """Divide by a real d, with 0 / 0 = 0: what eps = 0 makes of a parameter without gradients."""
-    d = jnp.where(d == 0, 1.0, d)
+    """Divide by a real d; a complex division would square it."""
     return jax.lax.complex(x.real / d, x.imag / d) if jnp.iscomplexobj(x) else x / d
 
 
@@ -41,23 +74,3 @@ def _sqrt_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Arr
     root = sqrt(primals[0])
     at_zero = root == 0
     return root, jnp.where(at_zero, 0.0, 0.5 / jnp.where(at_zero, 1.0, root)) * tangents[0]
-
-
-def log(b: float) -> float:
-    return math.log(b) if b > 0 else -math.inf
-
-
-def decay_rate(name: str, b: Any, dtype: np.dtype) -> tuple[Any, Any, Any]:
-    """b, 1 - b and log(b).
-
-    Of a number, in double: the float32 next to 0.999 is off by 1.3e-5 of its distance to 1.
-    """
-    if isinstance(b, float):
-        return np.asarray(b, dtype), np.asarray(1 - b, dtype), np.asarray(log(b), dtype)
-    b = _checks.scalar(name, b, dtype)
-    return b, 1 - b, jnp.log1p(-(1 - b))
-
-
-def correction(t: Array, log_b: Any) -> Array:
-    """1 - b**t; formed as written, it would cancel: for b = 0.999 that costs three digits."""
-    return -jnp.expm1(t * log_b)

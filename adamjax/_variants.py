@@ -8,9 +8,9 @@ import numpy as np
 from jax import Array
 
 from adamjax import _checks
-from adamjax._adam import Scalars, adam_scalars, first_moment, second_moment
+from adamjax._adam import Scalars, adam_scalars, epsilon, first_moment, second_moment
 from adamjax._moments import Moments, Step
-from adamjax._numerics import correction, decay_rate, divide, log, sqrt
+from adamjax._numerics import Decay, correction, decay, divide, log, sqrt
 from adamjax._value import static_field, value
 
 
@@ -35,12 +35,13 @@ def sma_lengths(b: Any, t: Array) -> tuple[Any, Array]:
     With x = -t log(b) and phi(x) = 1 - x / (exp(x) - 1) it is bracket - 2 / log(b) * phi(x), where
     bracket = 2 / (1 - b) - 1 + 2 / log(b), and both have power series where they would cancel.
     """
-    _, a, log_b = decay_rate("b2", b, t.dtype)
+    _, a, log_b, _, _ = decay("b2", b, t.dtype)
     near = 0.5 if t.dtype == jnp.float32 else 0.1
     x = jnp.minimum(-t * log_b, 80.0)  # phi is 1 there; exp, and log(0), would overflow
     series = x * (1 / 2 - x * (1 / 12 - x**2 * (1 / 720 - x**2 * (1 / 30240 - x**2 / 1209600))))
     far = jnp.where(x < near, 1.0, x)
     phi = jnp.where(x < near, series, 1 - far / jnp.expm1(far))
+    bracket: Any
     if isinstance(b, float):
         bracket = np.asarray(2 / (1 - b) - 1 + 2 / log(b), t.dtype)
     else:
@@ -50,8 +51,7 @@ def sma_lengths(b: Any, t: Array) -> tuple[Any, Array]:
 
 
 class AdamaxScalars(NamedTuple):
-    b1: Any
-    a1: Any
+    decay1: Decay
     c1: Any
     b2: Any
     eps: Any
@@ -143,9 +143,8 @@ class ScaleByAdamax(Moments):
         return adamax_step, ()
 
     def _scalars(self, t: Array) -> AdamaxScalars:
-        b1, a1, log_b1 = decay_rate("b1", self.b1, t.dtype)
-        b2, _, _ = decay_rate("b2", self.b2, t.dtype)
-        return AdamaxScalars(b1, a1, correction(t, log_b1), b2, _checks.scalar("eps", self.eps, t.dtype))
+        decay1, b2 = decay("b1", self.b1, t.dtype), _checks.scalar("b2", self.b2, t.dtype)
+        return AdamaxScalars(decay1, correction(t, decay1), b2, epsilon(self.eps, t.dtype))
 
 
 def scale_by_adamax(

@@ -7,7 +7,7 @@ import oracle
 import pytest
 from helpers import gradients
 from specs import LR, SPECS
-from tolerances import ONE_STEP, ORACLE
+from tolerances import ORACLE
 
 import adamjax
 
