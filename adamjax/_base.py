@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -186,7 +187,7 @@ def apply_updates(params: PyTree, updates: PyTree) -> PyTree:
     return jax.tree.unflatten(structure, [p if u is None else _add(p, u) for u, p in rows])
 
 
-@jax.jit
+@partial(jax.jit, inline=True)
 def _add(p: jax.Array, u: jax.Array) -> jax.Array:
     dtype = _trees.compute_dtype(p.dtype, u.dtype)
     return (p.astype(dtype) + u.astype(dtype)).astype(p.dtype)

@@ -79,7 +79,7 @@ def updates(grads: PyTree, like: PyTree, name: str = "params") -> None:
     try:
         _, rows = _trees.flatten(grads, like)
     except ValueError:
-        raise ValueError(_structure_message(grads, like, name)) from None
+        raise ValueError(f"the gradients {_difference(grads, like, name)}; {_remedy(name)}") from None
     if like is None:
         ok = all(g is None or _is_inexact(g) for g, _ in rows)
     else:
@@ -102,7 +102,8 @@ def prefix(tree: PyTree, params: PyTree) -> None:
     try:
         structure.flatten_up_to(params)
     except ValueError:
-        raise ValueError(_structure_message(tree, params, "params", who="the mask")) from None
+        remedy = "a mask has the structure of params, or of a prefix of it"
+        raise ValueError(f"the flags of the mask {_difference(tree, params, 'params')}; {remedy}") from None
 
 
 def state(found: Any, expected: type, who: str) -> None:
@@ -118,6 +119,10 @@ def given(params: PyTree, grads: PyTree, who: str) -> None:
     """Check that parameters were passed to a transformation that reads them, if there are any."""
     if params is None and jax.tree.leaves(grads):
         raise ValueError(f"{who} needs the parameters: call update(grads, state, params)")
+
+
+def _shape(x: Any) -> tuple[int, ...]:
+    return getattr(x, "shape", ())
 
 
 @cache
@@ -140,7 +145,7 @@ def _fits(g: Any, p: Any) -> bool:
     return (
         _is_inexact(g)
         and _is_inexact(p)
-        and jnp.shape(g) == jnp.shape(p)
+        and _shape(g) == _shape(p)
         # A real gradient of a complex parameter loses nothing; the reverse would.
         and (not _is_complex_dtype(_trees.dtype_of(g)) or _is_complex_dtype(_trees.dtype_of(p)))
     )
@@ -157,37 +162,56 @@ def _raise_first_misfit(grads: PyTree, like: PyTree, name: str) -> None:
             raise TypeError(_leaf_message(f"the gradient for {where}", g))
         if p is None:
             raise ValueError(f"{where} is None, but its gradient is {_describe(g)}: make both None, or neither")
+        if _is_node(p):
+            raise ValueError(f"the gradients {_difference(grads, like, name)}; {_remedy(name)}")
         if not _is_inexact(p):
-            if isinstance(p, (dict, list, tuple)):
-                raise ValueError(_structure_message(grads, like, name))
             raise TypeError(_leaf_message(where, p))
-        if jnp.shape(g) != jnp.shape(p):
+        if _shape(g) != _shape(p):
             raise ValueError(
-                f"the gradient for {where} has shape {jnp.shape(g)}, expected {jnp.shape(p)}: "
+                f"the gradient for {where} has shape {_shape(g)}, expected {_shape(p)}: "
                 f"it is not broadcast; {_remedy(name)}"
             )
+        remedy = (
+            "take .real of the gradient, or make the parameter complex"
+            if name == "params"
+            else "the moment of a complex parameter needs mu_dtype=None or a complex one"
+        )
         raise TypeError(
             f"the gradient for {where} is complex ({_trees.dtype_of(g)}), expected a real one "
-            f"({_trees.dtype_of(p)}): take .real first, or make the parameter complex"
+            f"({_trees.dtype_of(p)}): {remedy}"
         )
 
 
-def _structure_message(tree: PyTree, like: PyTree, name: str, who: str = "the gradients") -> str:
-    """Name the first place at which two trees part."""
-    found = dict(jax.tree.leaves_with_path(tree, is_leaf=_trees.is_none))
-    expected = dict(jax.tree.leaves_with_path(like, is_leaf=_trees.is_none))
-    prefixes = {path[:n] for path in found for n in range(len(path) + 1)}
-    for path in expected:
-        # A leaf of `tree` may stand above: then it is a prefix, and the trees part elsewhere.
-        if not any(path[:n] in found for n in range(len(path) + 1)) and path not in prefixes:
-            return f"{who} lack {_at(name, path)} ({_describe(expected[path])}); {_remedy(name)}"
-    for path in found:
-        if path not in expected and not any(path == p[: len(path)] for p in expected):
-            return f"{who} have {_at('', path) or 'a leaf'} ({_describe(found[path])}), {name} has not; {_remedy(name)}"
-    return (
-        f"{who} and {name} differ in structure: {jax.tree.structure(tree)} "
-        f"against {jax.tree.structure(like)}; {_remedy(name)}"
-    )
+def _difference(tree: PyTree, like: PyTree, name: str) -> str:
+    """How `tree` differs from `like`, at the first place where it does."""
+    whole = f"are {jax.tree.structure(tree)}, expected {jax.tree.structure(like)}"
+    return _first_difference(tree, like, name) or whole
+
+
+def _first_difference(tree: PyTree, like: PyTree, where: str) -> str | None:
+    if tree is None or not (_is_node(tree) or _is_node(like)):
+        return None
+    if type(tree) is not type(like):
+        return f"have {_describe(tree)} at {where}, expected {_describe(like)}"
+    children, expected = _children(tree), _children(like)
+    for key, child in expected.items():
+        if key not in children:
+            return f"lack {where}{key} ({_describe(child)})"
+    for key, child in children.items():
+        if key not in expected:
+            return f"have {_describe(child)} at {where}{key}, where nothing is expected"
+        if (difference := _first_difference(child, expected[key], where + key)) is not None:
+            return difference
+    return None
+
+
+def _is_node(x: Any) -> bool:
+    return jax.tree_util.is_tree_node(type(x))
+
+
+def _children(node: PyTree) -> dict[str, Any]:
+    below = jax.tree.leaves_with_path(node, is_leaf=lambda x: x is not node)
+    return {jax.tree_util.keystr(path): child for path, child in below}
 
 
 def _remedy(name: str) -> str:
@@ -222,6 +246,8 @@ def _describe(x: Any) -> str:
         return f"{x.dtype}[{','.join(map(str, x.shape))}]"
     if isinstance(x, (dict, list, tuple)):
         return f"a {type(x).__name__}"
+    if x is None:
+        return "None"
     return f"{x!r} ({type(x).__name__})"
 
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -258,7 +258,7 @@ def _varying(x: Any) -> frozenset[str]:
     return jax.typeof(x).manual_axis_type.varying
 
 
-@jax.jit
+@partial(jax.jit, inline=True)
 def _sum_of_squares(x: Array) -> Array:
     return jnp.sum(abs2(x.astype(_trees.compute_dtype(x.dtype))))
 
@@ -267,12 +267,12 @@ def _compute_dtype(x: Any) -> Any:
     return _trees.compute_dtype(_trees.dtype_of(x))
 
 
-@jax.jit
+@partial(jax.jit, inline=True)
 def _scale(u: Array, factor: Array) -> Array:
     return u.astype(factor.dtype) * factor
 
 
-@jax.jit
+@partial(jax.jit, inline=True)
 def _add_scaled(u: Array, p: Array, factor: Array) -> Array:
     return u.astype(factor.dtype) + factor * p.astype(factor.dtype)
 

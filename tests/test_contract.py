@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from helpers import assert_close, assert_equal, assert_same_types, aval
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from specs import GRID, LR, PUBLIC, SPECS
+from specs import GRID, LR, SPECS
 from tolerances import RECOMPILED
 
 import adamjax

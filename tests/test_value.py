@@ -149,7 +149,7 @@ def loss_after_steps(opt, params):
     return sum(jnp.sum(p**2) for p in jax.tree.leaves(params))
 
 
-@pytest.mark.parametrize("name", [*GRID, "radam intractable"])
+@pytest.mark.parametrize("name", ["adamw", "amsgrad torch", "nadam", "radam", "radam intractable", "adamaxw"])
 def test_hypergradients_are_finite(name):
     opt = SPECS[name].make()
     slopes = jax.jit(jax.grad(loss_after_steps))(opt, PARAMS)
