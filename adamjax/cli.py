@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 import adamjax
-from adamjax import problems, schedules, training
+from adamjax import _checks, problems, schedules, training
 from adamjax._extras import require
 from adamjax.run_folder import RunFolder
 
@@ -190,10 +190,11 @@ def _advice(step: int, rate: float, options: dict[str, Any]) -> str:
 
 def _schedule(options: dict[str, Any]) -> schedules.Schedule:
     make, steps = getattr(schedules, options["schedule"]), options["steps"]
+    peak = _checks.number("learning_rate", options["learning_rate"])
     chosen = _accepted(make, options, SCHEDULE_OPTIONS, f"the schedule {options['schedule']}")
     defaults = {"total_steps": steps, "warmup_steps": -(-steps // 10), "decay_steps": steps // 5, "end": 0.0}
     accepted = inspect.signature(make).parameters
-    return make(options["learning_rate"], **{k: x for k, x in defaults.items() if k in accepted} | chosen)
+    return make(peak, **{k: x for k, x in defaults.items() if k in accepted} | chosen)
 
 
 def _problem(options: dict[str, Any]) -> problems.Problem:

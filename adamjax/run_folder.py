@@ -61,6 +61,7 @@ class RunFolder:
                     axis.plot(*zip(*points, strict=True), style, label="validation" if name != panel else "training")
             axis.set(xlabel="step", title=panel.replace("_", " "))
         axes[0][0].set_yscale("log")
-        axes[0][0].legend()
+        if axes[0][0].lines:
+            axes[0][0].legend()
         figure.savefig(self.path / "curves.png", dpi=120)
         plt.close(figure)

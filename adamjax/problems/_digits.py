@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from adamjax._extras import require
+from adamjax._trees import compute_dtype
 
 _VALIDATION = 360  # of 1797 images
 
@@ -94,7 +95,7 @@ def _logits(params: Any, images: jax.Array) -> jax.Array:
         x = x @ layer["kernel"] + layer["bias"][None]
         if i + 1 < len(layers):
             x = jax.nn.relu(x)
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x.astype(compute_dtype(x.dtype))
 
 
 def _cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:

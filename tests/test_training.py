@@ -1,0 +1,318 @@
+"""Problems, training runs and the command line."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers import assert_equal
+
+import adamjax
+from adamjax import cli, problems
+from adamjax._extras import require
+from adamjax.run_folder import RunFolder
+from adamjax.training import train
+
+
+class Parabola:
+    """A loss without data, whose parameter can be real or complex."""
+
+    def __init__(self, target=3.0):
+        self.target = target
+
+    def init(self, key):
+        return {"x": jnp.zeros(2, jnp.result_type(self.target, jnp.float32))}
+
+    def batch(self, step, key):
+        return jax.random.normal(jax.random.fold_in(key, step), (2,))
+
+    def loss(self, params, batch, key):
+        return jnp.sum(jnp.abs(params["x"] - self.target) ** 2)
+
+    def evaluate(self, params):
+        return {"loss": self.loss(params, None, None)}
+
+
+def test_digits_learn():
+    *_, report = train(problems.digits(), adamjax.adamw(3e-3), steps=400)
+    assert report.step == 400
+    assert report.metrics["accuracy"] > 0.95
+    assert report.diverged_at is None
+
+
+def test_digits_data():
+    problem = problems.digits(hidden=(), batch_size=7)
+    params = problem.init(jax.random.key(0))
+    assert {k: v.shape for k, v in params["layer_0"].items()} == {"kernel": (64, 10), "bias": (10,)}
+    images, labels = problem.batch(0, jax.random.key(0))
+    assert images.shape == (7, 64)
+    assert images.min() >= 0
+    assert images.max() <= 1
+    assert_equal(problem.batch(0, jax.random.key(0)), (images, labels))
+    assert not np.array_equal(images, problem.batch(1, jax.random.key(0))[0])
+    everything = np.concatenate([problem._train[1], problem._validation[1]])
+    assert len(everything) == 1797
+    assert set(everything) == set(range(10))
+    deep = problems.digits(hidden=(8,) * 11).init(jax.random.key(0))
+    assert problems.digits().loss(deep, problem.batch(0, jax.random.key(1)), None) < 20  # layer_10 after layer_9
+    for bad in ({"hidden": (0,)}, {"hidden": (2.5,)}, {"batch_size": 0}):
+        with pytest.raises(ValueError, match=f"^Invalid {next(iter(bad))} value"):
+            problems.digits(**bad)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"batch": None}, "Parabola is not a problem: it has no method batch"),
+        ({"loss": lambda p, b, k: p["x"]}, r"loss returns .*shape=\(2,\).*expected a real floating point scalar"),
+        ({"loss": lambda p, b, k: jnp.zeros((), int)}, "loss returns .*int32.*expected a real"),
+        ({"evaluate": lambda p: {"accuracy": p["x"][0]}}, 'evaluate returns .*expected a dict with "loss"'),
+        ({"evaluate": lambda p: p["x"][0]}, "evaluate returns .*expected a dict"),
+        ({"evaluate": lambda p: {"loss": p["x"]}}, "evaluate returns .* for 'loss', expected a scalar"),
+    ],
+)
+def test_bad_problems(change, message):
+    problem = Parabola()
+    for name, method in change.items():
+        setattr(problem, name, method)
+    with pytest.raises(TypeError, match=message):
+        problems.check(problem)
+    with pytest.raises(TypeError, match=message):
+        train(problem, adamjax.adam(), steps=1)
+
+
+def test_reports():
+    reports = [
+        (r.step, len(r.losses), r.metrics is not None)
+        for r in train(Parabola(), adamjax.adam(0.1), steps=25, report_every=10, evaluate_every=15)
+    ]
+    assert reports == [(0, 0, True), (10, 10, False), (15, 5, True), (20, 5, False), (25, 5, True)]
+    stopped = [r.step for r in train(Parabola(), adamjax.adam(0.1), steps=99, stop=lambda: True)]
+    assert stopped == [0]
+    for bad in ({"steps": 0}, {"steps": 1, "report_every": 0}, {"steps": 1, "evaluate_every": -1}):
+        with pytest.raises(ValueError, match="must be at least 1"):
+            train(Parabola(), adamjax.adam(), **bad)
+
+
+def test_runs_are_reproducible():
+    first, same, other = (
+        np.concatenate([r.losses for r in train(problems.digits(), adamjax.adam(), steps=20, seed=seed)])
+        for seed in (0, 0, 1)
+    )
+    np.testing.assert_array_equal(first, same)
+    assert not np.array_equal(first, other)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_parameters(dtype):
+    *_, report = train(problems.digits(), adamjax.adam(3e-3), steps=200, dtype=dtype)
+    assert all(p.dtype == dtype for p in jax.tree.leaves(report.params))
+    assert report.metrics["accuracy"] > 0.9
+
+
+@pytest.mark.usefixtures("lenient")
+def test_complex_parameters_and_optax_descend():
+    for problem, optimizer in ((Parabola(1 + 2j), adamjax.adam(0.1)), (Parabola(), optax.adam(0.1))):
+        *_, report = train(problem, optimizer, steps=200)
+        assert report.metrics["loss"] < 1e-2
+
+
+def test_divergence_is_reported_at_its_step():
+    class Cliff(Parabola):
+        def batch(self, step, key):
+            return jnp.where(step == 17, jnp.nan, 0.0)
+
+        def loss(self, params, batch, key):
+            return super().loss(params, batch, key) + (0.0 if batch is None else batch)
+
+    reports = list(train(Cliff(), adamjax.adam(0.1), steps=99))
+    assert reports[-1].step == 20
+    assert reports[-1].diverged_at == 18  # the 18th step, with the batch of count 17
+    assert [r.diverged_at for r in reports[:-1]] == [None, None]
+
+
+def read(folder):
+    config = json.loads((folder / "config.json").read_text())
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    return config, metrics
+
+
+def test_train_command(tmp_path, capsys):
+    out = tmp_path / "run"
+    flags = ["--optimizer=radam", "--b1=0.8", "--nesterov", "--schedule=linear", "--end=1e-4", "--batch-size=32"]
+    flags += ["--steps=60", "--seed=3"]
+    assert cli.main(["train", *flags, "--out", str(out)]) == 0
+    config, metrics = read(out)
+    assert config["flags"]["optimizer"] == "radam"
+    assert "ScaleByRAdam(b1=0.8" in config["optimizer"]
+    assert "nesterov=True" in config["optimizer"]
+    assert [m["step"] for m in metrics] == [0, 10, 20, 30, 40, 50, 60]
+    assert {"step", "loss", "learning_rate", "val_loss", "val_accuracy"} == metrics[-1].keys()
+    np.testing.assert_allclose(metrics[1]["learning_rate"], 3e-3 + (1e-4 - 3e-3) * 9 / 60, rtol=1e-5)
+    assert "validation after 60 steps: accuracy" in capsys.readouterr().out
+    # config.json is enough to run again, to the last digit; other flags override it.
+    assert cli.main(["train", "--config", str(out / "config.json"), "--out", str(tmp_path / "again")]) == 0
+    again, same = read(tmp_path / "again")
+    assert (again, same) == (config, metrics)
+    shorter = ["train", "--config", str(out / "config.json"), "--steps", "20", "--out", str(tmp_path / "shorter")]
+    assert cli.main(shorter) == 0
+    assert read(tmp_path / "shorter")[1][-1]["step"] == 20
+
+
+@pytest.mark.parametrize("schedule", cli.SCHEDULES)
+def test_train_command_with_every_schedule(tmp_path, schedule):
+    arguments = ["train", "--problem=test_training:PARABOLA", "--steps=9", f"--schedule={schedule}"]
+    assert cli.main([*arguments, "--out", str(tmp_path / "run")]) == 0
+    assert len(read(tmp_path / "run")[1]) == 2
+
+
+@pytest.mark.parametrize("optimizer", cli.OPTIMIZERS)
+def test_train_command_with_every_optimizer(tmp_path, optimizer):
+    arguments = [
+        "train",
+        "--steps",
+        "5",
+        "--optimizer",
+        optimizer,
+        "--dtype",
+        "bfloat16",
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    assert cli.main(arguments) == 0
+    assert read(tmp_path / "run")[0]["flags"]["dtype"] == "bfloat16"
+
+
+def test_every_hyperparameter_has_a_flag():
+    import inspect
+
+    named = {name for o in cli.OPTIMIZERS for name in inspect.signature(getattr(adamjax, o)).parameters}
+    assert named - {"learning_rate", "mask"} == set(cli.HYPERPARAMETERS)
+    assert all(callable(getattr(adamjax.schedules, name)) for name in cli.SCHEDULES)
+
+
+BAD_COMMANDS = [
+    ("--learning-rate -1", "Invalid learning rate: -1.0"),
+    ("--learning-rate nan", "Invalid learning rate: nan"),
+    ("--b1 1.5", "Invalid beta parameter at index 0: 1.5"),
+    ("--steps 0", "Invalid total_steps value: 0"),
+    ("--steps 0 --schedule constant", "Invalid steps value: 0"),
+    ("--warmup-steps 200 --steps 100", "Invalid warmup_steps value: 200"),
+    ("--threshold 6", "--threshold means nothing to adamw"),
+    ("--optimizer adamax --amsgrad torch", "--amsgrad means nothing to adamax"),
+    ("--schedule constant --warmup-steps 5", "--warmup-steps means nothing to the schedule constant"),
+    ("--batch-size 0", "Invalid batch_size value: 0"),
+    ("--problem mnist", "--problem mnist is neither 'digits' nor MODULE:OBJECT"),
+    ("--problem nowhere:thing", "--problem nowhere:thing: No module named 'nowhere'"),
+    ("--problem json:nothing", "--problem json:nothing: module 'json' has no attribute 'nothing'"),
+    ("--problem json:__version__", "neither a problem nor what makes one"),
+    ("--problem test_training:PARABOLA --batch-size 3", "--batch-size means nothing to test_training:PARABOLA"),
+    ("--problem test_training:Parabola --batch-size 3", "--batch-size means nothing to test_training:Parabola"),
+    ("--problem builtins:dict", "dict is not a problem: it has no method init, batch, loss, evaluate"),
+    ("--config nowhere.json", "--config nowhere.json is not the config.json of a run"),
+    ("--evaluate-every 0", "Invalid evaluate_every value: 0"),
+]
+PARABOLA = Parabola()
+
+
+@pytest.mark.parametrize(("flags", "message"), BAD_COMMANDS)
+def test_bad_commands(tmp_path, capsys, flags, message):
+    assert cli.main(["train", "--out", str(tmp_path / "run"), *flags.split()]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_own_problems(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for i, name in enumerate(("PARABOLA", "Parabola"), start=1):
+        assert cli.main(["train", "--problem", f"test_training:{name}", "--steps", "20", "--learning-rate", "0.3"]) == 0
+        assert {"step", "loss", "learning_rate", "val_loss"} == read(tmp_path / "runs" / f"train-{i}")[1][-1].keys()
+
+
+def test_nothing_is_overwritten(tmp_path, capsys):
+    arguments = ["train", "--problem=test_training:PARABOLA", "--steps=5", "--out", str(tmp_path)]
+    assert cli.main(arguments) == 0
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    assert cli.main(arguments) == 2
+    assert "already holds a run: choose another --out" in capsys.readouterr().err
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+class Explosion(Parabola):
+    def loss(self, params, batch, key):
+        return jnp.sum(jnp.exp(params["x"] * 1e3))
+
+
+def test_divergence_ends_the_command(tmp_path, capsys):
+    flags = ["--steps", "99", "--learning-rate", "0.5", "--problem", "test_training:Explosion", "--maximize"]
+    assert cli.main(["train", *flags, "--out", str(tmp_path / "run")]) == 1
+    message = capsys.readouterr().err
+    assert "the loss was not finite at step 5 (learning rate 0.2)" in message
+    assert "Try a --learning-rate below 0.5 (a tenth, say), or more --warmup-steps." in message
+    _, metrics = read(tmp_path / "run")
+    assert metrics[-1]["step"] == 10
+    assert metrics[-1]["loss"] is None
+
+
+SLOW = """
+import time
+import test_training
+
+class Slow(test_training.Parabola):
+    def loss(self, params, batch, key):
+        import jax
+        jax.debug.callback(lambda: time.sleep(0.02))
+        return super().loss(params, batch, key)
+"""
+
+
+def test_ctrl_c_leaves_a_usable_folder(tmp_path):
+    (tmp_path / "slow.py").write_text(textwrap.dedent(SLOW))
+    command = [sys.executable, "-m", "adamjax", "train", "--problem", "slow:Slow", "--steps", "100000", "--out", "run"]
+    environment = os.environ | {"PYTHONPATH": os.path.dirname(__file__)}
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (metrics.exists() and metrics.read_text().count("\n") > 3):
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "validation after" in output
+    _, lines = read(tmp_path / "run")
+    assert "val_loss" in lines[-1]
+    assert 0 < lines[-1]["step"] < 100000
+
+
+def test_version_and_help(capsys):
+    for arguments, text in ((["--version"], "adamjax 0."), (["train", "--help"], "--learning-rate")):
+        with pytest.raises(SystemExit) as exit_:
+            cli.main(arguments)
+        assert exit_.value.code == 0
+        assert text in capsys.readouterr().out
+
+
+def test_missing_extras_name_the_command(monkeypatch, capsys, tmp_path):
+    with pytest.raises(ImportError, match=r"drawing needs nothing_like_it: run  pip install 'adamjax\[demo\]'"):
+        require("nothing_like_it.at_all", "demo", "drawing")
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    assert cli.main(["train", "--out", str(tmp_path / "run")]) == 2
+    assert "pip install 'adamjax[demo]'" in capsys.readouterr().err
+
+
+def test_run_folder_writes_as_it_goes(tmp_path):
+    folder = RunFolder.new(tmp_path)
+    folder.log({"step": 1, "loss": float("inf")})
+    assert (tmp_path / "train-1" / "metrics.jsonl").read_text() == '{"step": 1, "loss": null}\n'
+    assert RunFolder.new(tmp_path).path == tmp_path / "train-2"
+    folder.plot()
+    assert (tmp_path / "train-1" / "curves.png").exists()
