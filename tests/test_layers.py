@@ -1,0 +1,75 @@
+"""Imports run one way: no module imports one of a higher floor."""
+
+import ast
+from pathlib import Path
+
+import adamjax
+
+# From the ground up. Modules of one line do not import each other, but for those named later in it.
+FLOORS = [
+    ["_trees", "_extras"],
+    ["_checks"],
+    ["_value", "_numerics"],
+    ["storage", "schedules", "_base"],
+    ["_moments"],
+    ["_adam"],
+    ["_variants", "_transforms"],
+    ["_optimizers"],
+    ["problems._problem", "problems._digits"],
+    ["problems"],
+    ["training", "run_folder"],
+    ["cli"],
+    ["__main__"],
+]
+ROOT = Path(adamjax.__file__).parent
+FLOOR = {name: i for i, floor in enumerate(FLOORS) for name in floor}
+CORE = {name for floor in FLOORS[:8] for name in floor}
+
+
+def modules():
+    for path in ROOT.rglob("*.py"):
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        yield name, ast.parse(path.read_text())
+
+
+def imports(tree):
+    """(module, name) of each import, wherever it stands."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, None) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from ((node.module, alias.name) for alias in node.names)
+
+
+def test_every_module_has_its_floor():
+    assert {name for name, _ in modules()} == {"__init__", *FLOOR}
+
+
+def test_imports_run_downwards():
+    for name, tree in modules():
+        if name == "__init__":
+            continue
+        for module, imported in imports(tree):
+            if module == "adamjax" and imported not in FLOOR:
+                assert name not in CORE, f"{name} imports the package itself"
+            elif module.split(".")[0] == "adamjax":
+                below = imported if module == "adamjax" else module.removeprefix("adamjax.")
+                assert FLOOR[below] < FLOOR[name], f"{name} imports {below}"
+
+
+def test_the_core_needs_jax_and_chex_alone():
+    allowed = {"adamjax", "jax", "chex", "numpy"}
+    standard = {"ast", "collections", "contextlib", "dataclasses", "functools", "inspect", "math", "numbers", "typing"}
+    for name, tree in modules():
+        if name in CORE:
+            found = {module.split(".")[0] for module, _ in imports(tree)} - standard
+            assert found <= allowed | {"importlib"}, name
+
+
+def test_the_public_module_only_re_exports():
+    tree = ast.parse((ROOT / "__init__.py").read_text())
+    docstring, *rest = tree.body
+    assert isinstance(docstring, ast.Expr)
+    for node in rest:
+        assert isinstance(node, ast.ImportFrom)
+        assert all(alias.asname == alias.name for alias in node.names)
