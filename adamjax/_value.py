@@ -113,8 +113,8 @@ def _same(a: Any, b: Any) -> bool:
 def _show(x: Any) -> str:
     if isinstance(x, np.dtype):
         return x.name
-    if isinstance(x, (jax.Array, np.ndarray)) and not isinstance(x, jax.core.Tracer) and x.ndim:
-        return f"{x.dtype.name}[{','.join(map(str, x.shape))}]"
+    if isinstance(x, (jax.Array, np.ndarray)) and not isinstance(x, jax.core.Tracer):
+        return f"{x.dtype.name}[{','.join(map(str, x.shape))}]" if x.ndim else f"{x.dtype.name}({x.item():.6g})"
     if hasattr(x, "__qualname__"):
         return name_of(x)
     return repr(x)

@@ -68,6 +68,7 @@ def test_repr():
     )
     population = jax.vmap(adamjax.adam)(jnp.array([0.1, 0.2]))
     assert "learning_rate=float32[2]" in repr(population)
+    assert repr(adamjax.scale_by_learning_rate(jnp.float32(0.1))) == "ScaleByLearningRate(learning_rate=float32(0.1))"
     assert repr(adamjax.chain()) == "Chain(())"
     assert repr(adamjax.chain(adamjax.scale_by_learning_rate(0.1))).endswith(",))")
 
