@@ -81,6 +81,30 @@ def train(
     return _run(problem, optimizer, steps, seed, dtype, report_every, evaluate_every, stop)
 
 
+class Keys(NamedTuple):
+    """Where the randomness of a run comes from: keys of the parameters, the data and the loss."""
+
+    init: jax.Array
+    data: jax.Array
+    loss: jax.Array
+
+
+def keys_of(seed: Any) -> Keys:
+    """The keys of the run that `seed` (an int, or an integer scalar) names."""
+    return Keys(*jax.random.split(jax.random.key(seed), 3))
+
+
+def train_step(
+    problem: Problem, optimizer: Any, keys: Keys, params: Any, state: Any, step: Any
+) -> tuple[Any, Any, jax.Array]:
+    """Update number `step` (0 for the first): the new parameters and state, and the loss before it."""
+    batch = problem.batch(step, keys.data)
+    loss, grads = jax.value_and_grad(problem.loss)(params, batch, jax.random.fold_in(keys.loss, step))
+    # Of a complex parameter, JAX's gradient is the conjugate of the direction of ascent.
+    updates, state = optimizer.update(jax.tree.map(jnp.conj, grads), state, params)
+    return apply_updates(params, updates), state, loss
+
+
 def _run(
     problem: Problem,
     optimizer: Any,
@@ -91,29 +115,22 @@ def _run(
     evaluate_every: int,
     stop: Callable[[], bool],
 ) -> Iterator[Report]:
-    init_key, data_key, loss_key = jax.random.split(jax.random.key(seed), 3)
+    keys = keys_of(seed)
 
     @jax.jit
-    def start(key: jax.Array) -> tuple[Any, Any]:
-        params = problem.init(key)
+    def start(keys: Keys) -> tuple[Any, Any]:
+        params = problem.init(keys.init)
         if dtype is not None:
             params = jax.tree.map(lambda p: p.astype(dtype), params)
         return params, optimizer.init(params)
 
-    @partial(jax.jit, donate_argnums=(0, 1))
-    def train_step(params: Any, state: Any, step: jax.Array) -> tuple[Any, Any, jax.Array]:
-        batch = problem.batch(step, data_key)
-        loss, grads = jax.value_and_grad(problem.loss)(params, batch, jax.random.fold_in(loss_key, step))
-        # Of a complex parameter, JAX's gradient is the conjugate of the direction of ascent.
-        updates, state = optimizer.update(jax.tree.map(jnp.conj, grads), state, params)
-        return apply_updates(params, updates), state, loss
-
+    advance = jax.jit(partial(train_step, problem, optimizer, keys), donate_argnums=(0, 1))
     evaluate = jax.jit(problem.evaluate)
-    params, state = start(init_key)
+    params, state = start(keys)
     losses: list[jax.Array] = []
     for step in range(steps + 1):
         if step:
-            params, state, loss = train_step(params, state, np.int32(step - 1))
+            params, state, loss = advance(params, state, np.int32(step - 1))
             losses.append(loss)
         if step % report_every and step % evaluate_every and step < steps:
             continue

@@ -17,7 +17,10 @@ FLOORS = [
     ["_optimizers"],
     ["problems._problem", "problems._digits"],
     ["problems"],
-    ["training", "run_folder"],
+    ["training", "run_folder", "tuning._space"],
+    ["tuning._population"],
+    ["tuning._sweep"],
+    ["tuning"],
     ["cli"],
     ["__main__"],
 ]

@@ -13,3 +13,7 @@ TORCH = {"float32": 5e-6, "float64": 1e-12}
 
 # The same computation, compiled differently (vmap, scan, eager): a few units in the last place.
 RECOMPILED = 1e-6
+
+# A member of a sweep against a run of its own, relative, over tens of steps: traced leaves, another
+# order of operations, and what the training itself makes of such differences.
+SWEEP = 1e-3

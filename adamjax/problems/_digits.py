@@ -1,6 +1,7 @@
 """Handwritten digits: the data that scikit-learn carries in its wheel, and a small classifier."""
 
 import dataclasses
+import itertools
 from typing import Any
 
 import jax
@@ -37,21 +38,24 @@ class Digits:
         object.__setattr__(self, "_validation", (images[-_VALIDATION:], labels[-_VALIDATION:]))
 
     def init(self, key: jax.Array) -> Any:
-        """Kernels of variance 2 / fan-in (He et al., 2015), biases of 0; float32."""
+        """Kernels uniform with variance 2 / fan-in (He et al., 2015), biases of 0; float32."""
         widths = (64, *self.hidden, 10)
-        keys = jax.random.split(key, len(widths) - 1)
-        return {
-            f"layer_{i}": {
-                "kernel": jax.random.normal(k, (m, n), jnp.float32) * np.float32(np.sqrt(2 / m)),
-                "bias": jnp.zeros(n, jnp.float32),
-            }
-            for i, (k, m, n) in enumerate(zip(keys, widths[:-1], widths[1:], strict=True))
-        }
+        shapes = list(itertools.pairwise(widths))
+        # One draw for all layers compiles in a third of the time.
+        draws = jax.random.uniform(key, (sum(m * n for m, n in shapes),), jnp.float32, -1, 1)
+        params, taken = {}, 0
+        for i, (m, n) in enumerate(shapes):
+            kernel = draws[taken : taken + m * n].reshape(m, n) * np.float32(np.sqrt(6 / m))
+            params[f"layer_{i}"] = {"kernel": kernel, "bias": jnp.zeros(n, jnp.float32)}
+            taken += m * n
+        return params
 
     def batch(self, step: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
         """`batch_size` random training images (float32[., 64]) and labels (int32[.])."""
         images, labels = self._train  # type: ignore[attr-defined]
-        chosen = jax.random.randint(jax.random.fold_in(key, step), (self.batch_size,), 0, len(labels))
+        # Cheaper to compile than jax.random.randint, and even enough for this few.
+        fraction = jax.random.uniform(jax.random.fold_in(key, step), (self.batch_size,), jnp.float32)
+        chosen = (fraction * np.float32(len(labels))).astype(jnp.int32)
         return jnp.asarray(images)[chosen], jnp.asarray(labels)[chosen]
 
     def loss(self, params: Any, batch: tuple[jax.Array, jax.Array], key: jax.Array) -> jax.Array:

@@ -1,0 +1,9 @@
+"""Tuning: settings of an optimizer, tried and judged by validation performance."""
+
+from adamjax.problems import Problem as Problem
+from adamjax.tuning._space import Choice as Choice
+from adamjax.tuning._space import Linear as Linear
+from adamjax.tuning._space import Log as Log
+from adamjax.tuning._space import Space as Space
+from adamjax.tuning._sweep import Sweep as Sweep
+from adamjax.tuning._sweep import sweep as sweep

@@ -1,0 +1,234 @@
+"""Sweeps: many settings of an optimizer, judged by validation performance."""
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from adamjax import _checks
+from adamjax._base import chain
+from adamjax._extras import require
+from adamjax._optimizers import adamw
+from adamjax.problems import Problem
+from adamjax.tuning._population import Runner
+from adamjax.tuning._space import Setting, Space
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Sweep:
+    """What a sweep found. Arrays are [settings, seeds, points], [settings, seeds] or [settings].
+
+    Fields:
+      settings: The keyword arguments of each optimizer.
+      steps: int[points], after how many updates the points were taken.
+      losses: The mean training loss since the point before.
+      metrics: The validation metrics at the points, by name.
+      diverged_at: int[settings, seeds], the first step (counted from 1) at which something was not
+        finite; 0 for none.
+      metric, mode: What settings are judged by: the lowest ("min") or the highest ("max").
+      execution: How the program ran, in words.
+      probe: Measured seconds of one step of the whole sweep, by the ways of running it that were
+        tried; empty where the way was given.
+      seconds: Duration of the sweep, compilation included.
+    """
+
+    settings: list[Setting]
+    steps: np.ndarray
+    losses: np.ndarray
+    metrics: dict[str, np.ndarray]
+    diverged_at: np.ndarray
+    metric: str
+    mode: str
+    execution: str
+    probe: dict[str, float]
+    seconds: float
+
+    @property
+    def infeasible(self) -> np.ndarray:
+        """bool[settings]: whether a run of the setting diverged."""
+        return np.asarray((self.diverged_at > 0).any(axis=1))
+
+    @property
+    def last(self) -> np.ndarray:
+        """float[settings, seeds]: the metric at the end; NaN where the run diverged."""
+        return np.where(self.diverged_at > 0, np.nan, self.metrics[self.metric][:, :, -1])
+
+    @property
+    def best(self) -> np.ndarray:
+        """float[settings, seeds]: the best value of the metric at any point; NaN where the run diverged."""
+        values = self.metrics[self.metric]
+        return np.where(self.diverged_at > 0, np.nan, values.min(axis=2) if self.mode == "min" else values.max(axis=2))
+
+    @property
+    def ranking(self) -> list[int]:
+        """The feasible settings, best first, by the mean over the seeds of `last`."""
+        score = self.last.mean(axis=1) * (1 if self.mode == "min" else -1)
+        return [int(i) for i in np.argsort(score, kind="stable") if not self.infeasible[i]]
+
+    @property
+    def winner(self) -> Setting:
+        """The best setting.
+
+        Raises:
+          ValueError: Every setting is infeasible.
+        """
+        if not self.ranking:
+            earliest = self.diverged_at[self.diverged_at > 0].min()
+            raise ValueError(
+                f"all {len(self.settings)} settings diverged, the first at step {earliest}: "
+                "sweep smaller learning rates, or look at the problem"
+            )
+        return self.settings[self.ranking[0]]
+
+    def __repr__(self) -> str:
+        diverged = f", {self.infeasible.sum()} diverged" if self.infeasible.any() else ""
+        best = f"; best {self.metric} {self.last[self.ranking[0]].mean():.4g} of {self.winner}" if self.ranking else ""
+        return f"Sweep({len(self.settings)} settings x {self.diverged_at.shape[1]} seeds{diverged}{best})"
+
+
+def sweep(
+    problem: Problem,
+    space: Space | Sequence[Mapping[str, Any]],
+    *,
+    optimizer: Callable[..., Any] = adamw,
+    steps: int,
+    trials: int = 64,
+    method: str = "halton",
+    seeds: int | Sequence[int] = 1,
+    points: int = 20,
+    execution: str = "auto",
+    mesh: Mesh | None = None,
+    metric: str = "loss",
+    mode: str = "min",
+    memory: float | None = None,
+    progress: bool = False,
+) -> Sweep:
+    """Train a problem with many settings of an optimizer, in one compiled program.
+
+    The settings are stacked into one optimizer, whose hyperparameters are arrays; those that differ
+    in more than numbers (`amsgrad`, say) go into a program each. Every setting sees the same initial
+    parameters and the same batches, those of `adamjax.training.train` with the same seed. A setting
+    that diverges is marked, and changes nothing for the others.
+
+    Args:
+      problem: What to train.
+      space: A `Space`, or the settings themselves: keyword arguments of `optimizer`.
+      optimizer: Called with a setting, returns the optimizer: one of this package's, or a function
+        that makes a chain of them. Optimizers from elsewhere compile once for each setting.
+      steps: Updates of each run.
+      trials: How many points of the space.
+      method: How they are chosen; see `Space.points`.
+      seeds: How many seeds (0, 1, ...), or which: each setting is trained once with each.
+      points: How often each run is evaluated on the way.
+      execution: How the runs of the program follow each other. "map": one after another. "vmap":
+        all at once. "sharded": spread over the devices of `mesh`, and on each of them as a probe
+        says. "auto": the same, where there is more than one device; else as the probe says, which
+        times a few steps of either, unless the whole takes less time than to compile the other.
+      mesh: The devices to spread over, of one process or many; None for all there are. Given with
+        "map" or "vmap", those are what happens on each device.
+      metric: Which of the problem's metrics settings are judged by.
+      mode: "min" or "max": which is better.
+      memory: Bytes that a device may use, None for 80 % of what is free. What needs more is done in
+        chunks.
+      progress: Whether to show a progress bar.
+
+    Returns:
+      A `Sweep`.
+
+    Raises:
+      ValueError: A number is out of range, the problem does not return `metric`, or there are no settings.
+      TypeError: `problem` is not a `Problem`, or `optimizer` does not take a setting.
+
+    >>> import adamjax
+    >>> from adamjax.tuning import Log, Space, sweep
+    >>> space = Space(learning_rate=Log(1e-4, 1e-1))
+    >>> result = sweep(adamjax.problems.digits(), space, steps=50, trials=8)
+    >>> 1e-3 < result.winner["learning_rate"] < 1e-1
+    True
+    """
+    begin = time.perf_counter()
+    for name, x in (("steps", steps), ("trials", trials), ("points", points)):
+        _check_count(name, x)
+    seeds_ = np.arange(_check_count("seeds", seeds)) if isinstance(seeds, int) else np.asarray(seeds)
+    if not seeds_.size:
+        raise ValueError("there are no seeds: give a number of them, or at least one")
+    _checks.choice("mode", mode, ("min", "max"))
+    settings = space.points(trials, method=method) if isinstance(space, Space) else [dict(s) for s in space]
+    if not settings:
+        raise ValueError("there are no settings: give a Space, or at least one dict of the optimizer's arguments")
+    runner = Runner(problem, execution=execution, mesh=mesh, memory=memory)
+    found = run_settings(
+        runner, settings, optimizer, seeds_.astype(np.int32), marks_of(steps, points), metric, progress
+    )
+    return Sweep(settings, *found, metric, mode, runner.execution, runner.probe, time.perf_counter() - begin)
+
+
+def marks_of(steps: int, points: int) -> np.ndarray:
+    """`points` steps evenly up to the last; fewer where there are fewer."""
+    return np.unique(np.round(np.linspace(0, steps, points + 1)[1:]).astype(int).clip(1))
+
+
+def run_settings(
+    runner: Runner,
+    settings: Sequence[Setting],
+    optimizer: Callable[..., Any],
+    seeds: np.ndarray,
+    marks: np.ndarray,
+    metric: str,
+    progress: bool,
+) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray], np.ndarray]:
+    """Steps, losses, metrics and divergences of all settings, as the fields of a `Sweep`."""
+    names = sorted(runner.metrics)
+    if metric not in names:
+        raise ValueError(f"Invalid metric value: {metric!r}; the problem's evaluate returns {', '.join(names)}")
+    groups: dict[Any, list[int]] = {}
+    opts = [_make(optimizer, setting, i) for i, setting in enumerate(settings)]
+    for i, opt in enumerate(opts):
+        leaves, structure = jax.tree.flatten(opt)
+        groups.setdefault((structure, tuple(map(np.shape, leaves))), []).append(i)
+    shape = (len(settings), len(seeds), len(marks))
+    losses, metrics = np.full(shape, np.nan), {name: np.full(shape, np.nan) for name in names}
+    diverged_at = np.zeros(shape[:2], int)
+    done = np.concatenate([[0], marks])
+    with contextlib.ExitStack() as stack:
+        bar = stack.enter_context(_bar(len(settings) * len(seeds) * int(marks[-1]))) if progress else None
+        for group in groups.values():
+            for chunk, point, (loss, values, diverged) in runner.run([opts[i] for i in group], seeds, marks):
+                rows = np.asarray(group)[chunk]
+                losses[rows, :, point] = loss.T
+                for name in names:
+                    metrics[name][rows, :, point] = values[name].T
+                diverged_at[rows] = diverged.T
+                if bar is not None:
+                    bar.update(len(rows) * len(seeds) * int(done[point + 1] - done[point]))
+    # A run whose losses are finite may still end where the validation is not.
+    bad = ~np.isfinite(metrics[metric])
+    diverged_at = np.where((diverged_at == 0) & bad.any(axis=2), marks[bad.argmax(axis=2)], diverged_at)
+    return marks, losses, metrics, diverged_at
+
+
+def _make(optimizer: Callable[..., Any], setting: Setting, position: int) -> Any:
+    """The optimizer, as one of ours wherever it is from."""
+    try:
+        return chain(optimizer(**setting))
+    except (TypeError, ValueError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"setting {position}, {setting}: {error}") from error
+
+
+def _check_count(name: str, x: Any) -> int:
+    if isinstance(x, bool) or not isinstance(x, (int, np.integer)):
+        raise TypeError(f"Invalid {name} value: {x!r}; {name} must be an int")
+    if x < 1:
+        raise ValueError(f"Invalid {name} value: {x!r}; {name} must be at least 1")
+    return int(x)
+
+
+def _bar(total: int) -> Any:
+    tqdm = require("tqdm", "tune", "the progress bar").tqdm
+    return tqdm(total=total, unit="step", unit_scale=True, dynamic_ncols=True, disable=jax.process_index() > 0)
