@@ -1,6 +1,7 @@
 """Arithmetic with care where the obvious form loses digits, or is infinite."""
 
 import math
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -56,6 +57,11 @@ def log(b: float) -> float:
 
 def abs2(g: Array) -> Array:
     return g.real * g.real + g.imag * g.imag if jnp.iscomplexobj(g) else g * g
+
+
+@partial(jax.jit, inline=True)
+def scale(u: Array, factor: Array) -> Array:
+    return u.astype(factor.dtype) * factor
 
 
 def divide(x: Array, d: Array) -> Array:

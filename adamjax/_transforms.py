@@ -12,7 +12,7 @@ from jax import Array
 
 from adamjax import _checks, _trees
 from adamjax._base import Extra, Transformation, chain
-from adamjax._numerics import abs2, sqrt
+from adamjax._numerics import abs2, scale, sqrt
 from adamjax._trees import PyTree
 from adamjax._value import static_field, value
 from adamjax.schedules import as_schedule
@@ -75,7 +75,7 @@ class ScaleByLearningRate(Scheduled):
         rate, state = self._advance(state)
         sign = -1 if self.flip_sign else 1
         factor = cache(lambda dtype: sign * _checks.scalar("learning_rate", rate, dtype))
-        return _trees.map_leaves(lambda u: _scale(u, factor(_compute_dtype(u))), updates), state
+        return _trees.map_leaves(lambda u: scale(u, factor(_compute_dtype(u))), updates), state
 
 
 def scale_by_learning_rate(learning_rate: Any, *, flip_sign: bool = True) -> Transformation:
@@ -205,7 +205,7 @@ class ClipByGlobalNorm(Transformation):
         exceeds = ~(norm <= limit)
         shrink = jnp.where(exceeds, limit / jnp.where(exceeds, norm, 1.0), 1.0)
         factor = cache(lambda dtype: shrink.astype(dtype))
-        return _trees.map_leaves(lambda u: _scale(u, factor(_compute_dtype(u))), updates), state
+        return _trees.map_leaves(lambda u: scale(u, factor(_compute_dtype(u))), updates), state
 
 
 def clip_by_global_norm(max_norm: Any, *, axis_name: str | tuple[str, ...] | None = None) -> ClipByGlobalNorm:
@@ -265,11 +265,6 @@ def _sum_of_squares(x: Array) -> Array:
 
 def _compute_dtype(x: Any) -> Any:
     return _trees.compute_dtype(_trees.dtype_of(x))
-
-
-@partial(jax.jit, inline=True)
-def _scale(u: Array, factor: Array) -> Array:
-    return u.astype(factor.dtype) * factor
 
 
 @partial(jax.jit, inline=True)

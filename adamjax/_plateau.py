@@ -1,0 +1,154 @@
+"""A learning rate that falls when the loss no longer does: as a transformation, since it has a state."""
+
+from functools import cache
+from typing import Any, NamedTuple
+
+import jax
+import jax.export
+import jax.numpy as jnp
+from jax import Array
+
+from adamjax import _checks, _trees
+from adamjax._base import Extra, Transformation
+from adamjax._numerics import scale
+from adamjax._trees import PyTree
+from adamjax._value import static_field, value
+
+
+class PlateauState(NamedTuple):
+    """What a plateau is recognised by. All are scalars; floating point ones are float32 (float64 in x64 mode).
+
+    Fields:
+      scale: What updates are multiplied by.
+      best: The best mean so far (of the negative, where the mode is "max").
+      mean: Of the values since the last judgement.
+      count: int32, how many those are.
+      plateau: int32, judgements since the best.
+      cooldown: int32, judgements still to be ignored.
+    """
+
+    scale: Array
+    best: Array
+    mean: Array
+    count: Array  # type: ignore[assignment]  # tuple.count, which nobody counts with
+    plateau: Array
+    cooldown: Array
+
+
+jax.export.register_namedtuple_serialization(PlateauState, serialized_name="adamjax.PlateauState")
+
+
+@value
+class ReduceOnPlateau(Transformation):
+    """See `reduce_on_plateau`."""
+
+    factor: Any
+    patience: Any
+    rtol: Any
+    atol: Any
+    cooldown: Any
+    accumulation_size: Any
+    min_scale: Any
+    mode: str = static_field(default="min")
+
+    def __post_init__(self) -> None:
+        self._check_numbers("factor", below=1.0)
+        self._check_numbers("patience", "accumulation_size", low=1.0)
+        self._check_numbers("rtol", "atol", "cooldown", "min_scale")
+        _checks.choice("mode", self.mode, ("min", "max"))
+
+    def _init(self, params: PyTree) -> PlateauState:
+        def real(x: float) -> Array:
+            return jnp.full((), x, jnp.result_type(float))
+
+        def zero() -> Array:  # a buffer each, so that all can be donated
+            return jnp.zeros((), jnp.int32)
+
+        def make() -> PlateauState:
+            return PlateauState(real(1.0), real(jnp.inf), real(0.0), zero(), zero(), zero())
+
+        return jax.eval_shape(make) if any(map(_trees.is_abstract, jax.tree.leaves(params))) else make()
+
+    def _update(
+        self, updates: PyTree, state: PyTree, params: PyTree | None, extra: Extra
+    ) -> tuple[PyTree, PlateauState]:
+        _checks.state(state, PlateauState, type(self).__name__)
+        if "value" not in extra:
+            raise ValueError("ReduceOnPlateau needs what it watches: call update(grads, state, params, value=loss)")
+        state = self._judge(state, _checks.scalar("value", extra["value"], state.mean.dtype))
+        factor = cache(lambda dtype: state.scale.astype(dtype))
+        return _trees.map_leaves(lambda u: scale(u, factor(_trees.compute_dtype(_trees.dtype_of(u)))), updates), state
+
+    def _judge(self, state: PlateauState, x: Array) -> PlateauState:
+        """The state after one more value; it is judged once as many as asked for have come together."""
+
+        def number(name: str, dtype: Any) -> Any:
+            return _checks.scalar(name, getattr(self, name), dtype)
+
+        real, whole = state.mean.dtype, jnp.dtype(jnp.int32)
+        count = state.count + 1
+        mean = state.mean + ((x if self.mode == "min" else -x) - state.mean) / count.astype(real)
+        # By the magnitude of the best: a share of a negative one, taken off, would be an easier goal.
+        goal = state.best - (number("rtol", real) * jnp.abs(state.best) + number("atol", real))
+        improved = mean < jnp.where(jnp.isinf(state.best), state.best, goal)
+        cooling = state.cooldown > 0
+        plateau = jnp.where(improved | cooling, 0, state.plateau + 1)
+        falls = plateau >= number("patience", whole)
+        lower = jnp.maximum(state.scale * number("factor", real), number("min_scale", real))
+        judged = PlateauState(
+            jnp.where(falls, jnp.minimum(lower, state.scale), state.scale),
+            jnp.where(improved, mean, state.best),
+            jnp.zeros_like(mean),
+            jnp.zeros_like(count),
+            jnp.where(falls, 0, plateau),
+            jnp.where(falls, number("cooldown", whole), jnp.maximum(state.cooldown - 1, 0)),
+        )
+        due = count >= number("accumulation_size", whole)
+        waiting = state._replace(mean=mean, count=count)
+        return jax.tree.map(lambda a, b: jnp.where(due, a, b), judged, waiting)
+
+
+def reduce_on_plateau(
+    factor: Any = 0.1,
+    patience: Any = 10,
+    rtol: Any = 1e-4,
+    atol: Any = 0.0,
+    cooldown: Any = 0,
+    accumulation_size: Any = 1,
+    min_scale: Any = 0.0,
+    *,
+    mode: str = "min",
+) -> ReduceOnPlateau:
+    """Scale the updates down whenever a watched value has stopped improving.
+
+    A transformation, for the end of a chain: `update` (or `step`) then takes the value as an extra
+    argument, `value=loss`. A value improves if it is below the best by more than
+    rtol * |best| + atol, whatever its sign; one that is not a number does not improve.
+
+    Args:
+      factor: What the scale is multiplied by, in [0, 1).
+      patience: Judgements without improvement after which it is; at least 1.
+      rtol, atol: How much better than the best is an improvement; at least 0.
+      cooldown: Judgements to ignore after each reduction.
+      accumulation_size: Values whose mean is judged; more than 1 for the losses of minibatches.
+      min_scale: Where the reductions end; at least 0.
+      mode: "min", or "max" for a value that should grow.
+
+    Returns:
+      A transformation with state `PlateauState`.
+
+    Raises:
+      ValueError, TypeError: An argument is out of range; at `update`, if `value` is missing.
+
+    >>> import adamjax, jax.numpy as jnp
+    >>> opt = adamjax.chain(adamjax.adam(0.1), adamjax.schedules.reduce_on_plateau(0.5, patience=1))
+    >>> params = jnp.zeros(1)
+    >>> state = opt.init(params)
+    >>> for loss in (-1.0, -2.0, -2.0):
+    ...     params, state = opt.step(jnp.ones(1), state, params, value=loss)
+    ...     print(state[1].scale)
+    1.0
+    1.0
+    0.5
+    """
+    return ReduceOnPlateau(factor, patience, rtol, atol, cooldown, accumulation_size, min_scale, mode)
