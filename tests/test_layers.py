@@ -10,14 +10,15 @@ FLOORS = [
     ["_trees", "_extras"],
     ["_checks"],
     ["_value", "_numerics"],
-    ["storage", "schedules", "_base"],
-    ["_moments"],
+    ["storage", "_base"],
+    ["_plateau", "_moments"],
+    ["schedules"],
     ["_adam"],
     ["_variants", "_transforms"],
     ["_optimizers"],
     ["problems._problem", "problems._digits"],
     ["problems"],
-    ["training", "run_folder", "tuning._space"],
+    ["training", "run_folder", "tuning._space", "tuning._batch"],
     ["tuning._population"],
     ["tuning._sweep"],
     ["tuning"],
@@ -26,7 +27,7 @@ FLOORS = [
 ]
 ROOT = Path(adamjax.__file__).parent
 FLOOR = {name: i for i, floor in enumerate(FLOORS) for name in floor}
-CORE = {name for floor in FLOORS[:8] for name in floor}
+CORE = {name for floor in FLOORS[:9] for name in floor}
 
 
 def modules():

@@ -1,6 +1,7 @@
 """Tuning: settings of an optimizer, tried and judged by validation performance."""
 
 from adamjax.problems import Problem as Problem
+from adamjax.tuning._batch import scale_for_batch as scale_for_batch
 from adamjax.tuning._space import Choice as Choice
 from adamjax.tuning._space import Linear as Linear
 from adamjax.tuning._space import Log as Log

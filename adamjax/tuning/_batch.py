@@ -1,0 +1,75 @@
+"""Hyperparameters for another batch size."""
+
+import inspect
+import math
+import numbers
+from collections.abc import Mapping
+from typing import Any
+
+from adamjax import _checks
+from adamjax._optimizers import adam
+
+RULES = ("sqrt", "beta2_half_life")
+
+
+def scale_for_batch(hparams: Mapping[str, Any], *, old: int, new: int, rule: str = "sqrt") -> dict[str, Any]:
+    """Adam's hyperparameters for a batch size of `new`, of those that were good for `old`.
+
+    Args:
+      hparams: Keyword arguments of an optimizer. Those that the rule changes and that are not
+        given are taken to be adamjax's defaults.
+      old: The batch size they belong to.
+      new: The batch size to scale to.
+      rule: With k = new / old: "sqrt" multiplies the learning rate by sqrt(k), divides eps by it, and
+        multiplies 1 - b1 and 1 - b2 by k, for as long as noise dominates the gradients (Malladi et
+        al., 2022; their steps also grow fewer, by k). "beta2_half_life" raises b2 to the power of
+        k and leaves everything else: the second moment then forgets half after as many examples as
+        before (Marek et al., 2025, who found it enough to train at any small batch size).
+
+    Returns:
+      All of `hparams`, with those changed.
+
+    Raises:
+      ValueError: A batch size is not positive, a number is out of its range, or the scaled b1 or b2
+        would not be above 0; the message has the largest factor that is possible.
+      TypeError: One of the numbers is a schedule or an array: scale its peak.
+
+    References:
+      Malladi et al., 2022, https://arxiv.org/abs/2205.10287;
+      Marek et al., 2025, https://arxiv.org/abs/2507.07101.
+
+    >>> from adamjax.tuning import scale_for_batch
+    >>> scale_for_batch({"learning_rate": 1e-3, "b1": 0.9, "b2": 0.99, "eps": 1e-8}, old=256, new=1024)
+    {'learning_rate': 0.002, 'b1': 0.6, 'b2': 0.96, 'eps': 5e-09}
+    """
+    _checks.choice("rule", rule, RULES)
+    for name, size in (("old", old), ("new", new)):
+        if not (isinstance(size, numbers.Real) and 0 < size < math.inf):
+            raise ValueError(f"Invalid {name} value: {size!r}; {name} must be a positive batch size")
+    names = ("learning_rate", "b1", "b2", "eps") if rule == "sqrt" else ("b2",)
+    defaults = inspect.signature(adam).parameters
+    now = {name: _number(name, hparams.get(name, defaults[name].default)) for name in names}
+    factor = new / old
+    if rule == "beta2_half_life":
+        return {**hparams, "b2": now["b2"] ** factor}
+    scaled = {name: _one_minus(factor * _one_minus(now[name])) for name in ("b1", "b2")}
+    least = min(scaled, key=lambda name: scaled[name])
+    if scaled[least] <= 0:
+        raise ValueError(
+            f"a batch {factor:g} times as large would make {least} {scaled[least]:g}: with {least}={now[least]:g}, "
+            f"the square root rule holds for factors below {1 / _one_minus(now[least]):g}"
+        )
+    rate, eps = now["learning_rate"] * math.sqrt(factor), now["eps"] / math.sqrt(factor)
+    return {**hparams, "learning_rate": rate, **scaled, "eps": eps}
+
+
+def _number(name: str, x: Any) -> float:
+    checked = _checks.number(name, x, below=1.0 if name in ("b1", "b2") else math.inf)
+    if not isinstance(checked, float):
+        raise TypeError(f"{name} is {x!r}, and only a number can be scaled: scale its peak, or each of its values")
+    return checked
+
+
+def _one_minus(x: float) -> float:
+    """Without the digits that a difference to 1 cannot have: 1 - 0.9 is 0.1."""
+    return round(1 - x, 15)
