@@ -22,6 +22,7 @@ from adamjax._extras import require
 from adamjax.run_folder import RunFolder
 
 OPTIMIZERS = ("adam", "adamax", "adamaxw", "adamw", "amsgrad", "nadam", "nadamw", "radam")
+PROBLEMS = ("characters", "digits", "digits_convnet")
 SCHEDULES = ("constant", "cosine", "inverse_sqrt", "linear", "one_cycle", "warmup_cosine", "warmup_stable_decay")
 
 _DTYPES = ("bfloat16", "float16", "float32")
@@ -88,7 +89,9 @@ def _parse(arguments: Sequence[str] | None) -> dict[str, Any]:
     )
     run = train.add_argument_group("the run")
     run.add_argument(
-        "--problem", default="digits", help="digits (default), or MODULE:OBJECT, a problem or what makes one"
+        "--problem",
+        default="digits",
+        help=f"{', '.join(PROBLEMS)} (default: digits), or MODULE:OBJECT, a problem or what makes one",
     )
     run.add_argument("--steps", type=int, default=1000, help="updates (default: 1000)")
     _add_flags(run, PROBLEM_OPTIONS)
@@ -199,12 +202,12 @@ def _schedule(options: dict[str, Any]) -> schedules.Schedule:
 
 def _problem(options: dict[str, Any]) -> problems.Problem:
     name = options["problem"]
-    if name == "digits":
-        made = problems.digits
+    if name in PROBLEMS:
+        made = getattr(problems, name)
     else:
         module, _, attribute = name.partition(":")
         if not attribute:
-            raise CommandError(f"--problem {name} is neither 'digits' nor MODULE:OBJECT")
+            raise CommandError(f"--problem {name} is neither one of {', '.join(PROBLEMS)} nor MODULE:OBJECT")
         # As for `python -m`, modules of the folder one stands in can be named.
         sys.path.insert(0, os.getcwd())
         try:

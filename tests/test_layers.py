@@ -5,7 +5,7 @@ from pathlib import Path
 
 import adamjax
 
-# From the ground up. Modules of one line do not import each other, but for those named later in it.
+# From the ground up. Modules of one line do not import each other.
 FLOORS = [
     ["_trees", "_extras"],
     ["_checks"],
@@ -16,11 +16,14 @@ FLOORS = [
     ["_adam"],
     ["_variants", "_transforms"],
     ["_optimizers"],
-    ["problems._problem", "problems._digits"],
+    ["problems._problem", "problems._parts"],
+    ["problems._digits", "problems._text"],
+    ["problems._convnet"],
     ["problems"],
     ["training", "run_folder", "tuning._space", "tuning._batch"],
     ["tuning._population"],
     ["tuning._sweep"],
+    ["tuning._range_test"],
     ["tuning"],
     ["cli"],
     ["__main__"],

@@ -211,7 +211,7 @@ BAD_COMMANDS = [
     ("--optimizer adamax --amsgrad torch", "--amsgrad means nothing to adamax"),
     ("--schedule constant --warmup-steps 5", "--warmup-steps means nothing to the schedule constant"),
     ("--batch-size 0", "Invalid batch_size value: 0"),
-    ("--problem mnist", "--problem mnist is neither 'digits' nor MODULE:OBJECT"),
+    ("--problem mnist", "--problem mnist is neither one of characters, digits, digits_convnet nor MODULE:OBJECT"),
     ("--problem nowhere:thing", "--problem nowhere:thing: No module named 'nowhere'"),
     ("--problem json:nothing", "--problem json:nothing: module 'json' has no attribute 'nothing'"),
     ("--problem json:__version__", "neither a problem nor what makes one"),
@@ -229,6 +229,13 @@ def test_bad_commands(tmp_path, capsys, flags, message):
     assert cli.main(["train", "--out", str(tmp_path / "run"), *flags.split()]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_named_problems(tmp_path):
+    for name in cli.PROBLEMS:
+        problems.check(getattr(problems, name)())
+    assert cli.main(["train", "--problem", "digits_convnet", "--steps", "3", "--out", str(tmp_path / "run")]) == 0
+    assert "val_accuracy" in (tmp_path / "run" / "metrics.jsonl").read_text()
 
 
 def test_own_problems(tmp_path, monkeypatch):

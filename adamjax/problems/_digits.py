@@ -10,12 +10,50 @@ import numpy as np
 
 from adamjax._extras import require
 from adamjax._trees import compute_dtype
+from adamjax.problems._parts import choose, cross_entropy, in_order, init_layers, measure
 
 _VALIDATION = 360  # of 1797 images
 
 
+class DigitImages:
+    """What all classifiers of the digits share: the images, the loss and the evaluation."""
+
+    batch_size: int
+    _train: tuple[np.ndarray, np.ndarray]
+    _validation: tuple[np.ndarray, np.ndarray]
+
+    def _load(self) -> None:
+        if not (isinstance(self.batch_size, int) and self.batch_size > 0):
+            raise ValueError(f"Invalid batch_size value: {self.batch_size!r}; batch_size must be a positive int")
+        images, labels = require("sklearn.datasets", "demo", "the digits problem").load_digits(return_X_y=True)
+        order = np.random.default_rng(0).permutation(len(images))
+        images, labels = (images[order] / 16).astype(np.float32), labels[order].astype(np.int32)
+        object.__setattr__(self, "_train", (images[:-_VALIDATION], labels[:-_VALIDATION]))
+        object.__setattr__(self, "_validation", (images[-_VALIDATION:], labels[-_VALIDATION:]))
+
+    def _logits(self, params: Any, images: jax.Array) -> jax.Array:
+        """In the precision of the parameters, but for the result, which is float32 or wider."""
+        raise NotImplementedError
+
+    def batch(self, step: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """`batch_size` random training images (float32[., 64]) and labels (int32[.])."""
+        images, labels = self._train
+        chosen = choose(step, key, self.batch_size, len(labels))
+        return jnp.asarray(images)[chosen], jnp.asarray(labels)[chosen]
+
+    def loss(self, params: Any, batch: tuple[jax.Array, jax.Array], key: jax.Array) -> jax.Array:
+        """Mean cross-entropy, in nats."""
+        images, labels = batch
+        return cross_entropy(self._logits(params, images), labels)
+
+    def evaluate(self, params: Any) -> dict[str, jax.Array]:
+        """Cross-entropy and accuracy on the validation images."""
+        images, labels = self._validation
+        return measure(self._logits(params, jnp.asarray(images)), jnp.asarray(labels))
+
+
 @dataclasses.dataclass(frozen=True)
-class Digits:
+class Digits(DigitImages):
     """A multilayer perceptron on 8 x 8 images of handwritten digits, as a `Problem`.
 
     Fields:
@@ -29,48 +67,20 @@ class Digits:
     def __post_init__(self) -> None:
         if not all(isinstance(width, int) and width > 0 for width in self.hidden):
             raise ValueError(f"Invalid hidden value: {self.hidden!r}; hidden must hold positive layer widths")
-        if not (isinstance(self.batch_size, int) and self.batch_size > 0):
-            raise ValueError(f"Invalid batch_size value: {self.batch_size!r}; batch_size must be a positive int")
-        images, labels = require("sklearn.datasets", "demo", "the digits problem").load_digits(return_X_y=True)
-        order = np.random.default_rng(0).permutation(len(images))
-        images, labels = (images[order] / 16).astype(np.float32), labels[order].astype(np.int32)
-        object.__setattr__(self, "_train", (images[:-_VALIDATION], labels[:-_VALIDATION]))
-        object.__setattr__(self, "_validation", (images[-_VALIDATION:], labels[-_VALIDATION:]))
+        self._load()
 
     def init(self, key: jax.Array) -> Any:
         """Kernels uniform with variance 2 / fan-in (He et al., 2015), biases of 0; float32."""
-        widths = (64, *self.hidden, 10)
-        shapes = list(itertools.pairwise(widths))
-        # One draw for all layers compiles in a third of the time.
-        draws = jax.random.uniform(key, (sum(m * n for m, n in shapes),), jnp.float32, -1, 1)
-        params, taken = {}, 0
-        for i, (m, n) in enumerate(shapes):
-            kernel = draws[taken : taken + m * n].reshape(m, n) * np.float32(np.sqrt(6 / m))
-            params[f"layer_{i}"] = {"kernel": kernel, "bias": jnp.zeros(n, jnp.float32)}
-            taken += m * n
-        return params
+        return init_layers(key, list(itertools.pairwise((64, *self.hidden, 10))))
 
-    def batch(self, step: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """`batch_size` random training images (float32[., 64]) and labels (int32[.])."""
-        images, labels = self._train  # type: ignore[attr-defined]
-        # Cheaper to compile than jax.random.randint, and even enough for this few.
-        fraction = jax.random.uniform(jax.random.fold_in(key, step), (self.batch_size,), jnp.float32)
-        chosen = (fraction * np.float32(len(labels))).astype(jnp.int32)
-        return jnp.asarray(images)[chosen], jnp.asarray(labels)[chosen]
-
-    def loss(self, params: Any, batch: tuple[jax.Array, jax.Array], key: jax.Array) -> jax.Array:
-        """Mean cross-entropy, in nats."""
-        images, labels = batch
-        return _cross_entropy(_logits(params, images), labels)
-
-    def evaluate(self, params: Any) -> dict[str, jax.Array]:
-        """Cross-entropy and accuracy on the validation images."""
-        images, labels = self._validation  # type: ignore[attr-defined]
-        logits, labels = _logits(params, jnp.asarray(images)), jnp.asarray(labels)
-        return {
-            "loss": _cross_entropy(logits, labels),
-            "accuracy": jnp.mean((jnp.argmax(logits, axis=-1) == labels).astype(jnp.float32)),
-        }
+    def _logits(self, params: Any, images: jax.Array) -> jax.Array:
+        layers = in_order(params)
+        x = images.astype(layers[0]["kernel"].dtype)
+        for i, layer in enumerate(layers):
+            x = x @ layer["kernel"] + layer["bias"][None]
+            if i + 1 < len(layers):
+                x = jax.nn.relu(x)
+        return x.astype(compute_dtype(x.dtype))
 
 
 def digits(*, hidden: tuple[int, ...] = (128,), batch_size: int = 128) -> Digits:
@@ -89,19 +99,3 @@ def digits(*, hidden: tuple[int, ...] = (128,), batch_size: int = 128) -> Digits
     >>> adamjax.problems.check(problem)
     """
     return Digits(tuple(hidden), batch_size)
-
-
-def _logits(params: Any, images: jax.Array) -> jax.Array:
-    """In the precision of the parameters, but for the result, which is float32 or wider."""
-    layers = [params[name] for name in sorted(params, key=lambda name: int(name.removeprefix("layer_")))]
-    x = images.astype(layers[0]["kernel"].dtype)
-    for i, layer in enumerate(layers):
-        x = x @ layer["kernel"] + layer["bias"][None]
-        if i + 1 < len(layers):
-            x = jax.nn.relu(x)
-    return x.astype(compute_dtype(x.dtype))
-
-
-def _cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    log_probabilities = jax.nn.log_softmax(logits)
-    return -jnp.mean(jnp.take_along_axis(log_probabilities, labels[:, None], axis=-1))
