@@ -2,6 +2,8 @@
 
 from adamjax.problems import Problem as Problem
 from adamjax.tuning._batch import scale_for_batch as scale_for_batch
+from adamjax.tuning._range_test import LrRange as LrRange
+from adamjax.tuning._range_test import lr_range_test as lr_range_test
 from adamjax.tuning._space import Choice as Choice
 from adamjax.tuning._space import Linear as Linear
 from adamjax.tuning._space import Log as Log

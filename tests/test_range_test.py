@@ -1,0 +1,236 @@
+"""Range tests: known answers of known curves, and suggestions that train."""
+
+import jax
+import numpy as np
+import pytest
+from tolerances import SWEEP
+
+import adamjax
+from adamjax.training import train
+from adamjax.tuning import LrRange, lr_range_test, sweep
+from adamjax.tuning._range_test import METHODS, Exponential
+
+DIGITS = adamjax.problems.digits(hidden=(8,), batch_size=16)
+RATES = np.geomspace(1e-6, 1, 200)
+OFFERED = [(mode, method) for mode, methods in METHODS.items() for method in methods]
+
+
+def curve(rates=RATES, scale=1.0):
+    """Stands still, is steepest at 1e-3, lowest at 0.02 and blows up."""
+    x = np.log10(rates / scale)
+    return 0.1 + 2.3 / (1 + 10 ** (1.5 * (x + 3))) + 10 ** (2 * (x + 0.7))
+
+
+# A tenth of the fall is done at BEGIN, the lowest loss is at LOWEST.
+BEGIN, LOWEST = 2.29e-4, 0.0240
+ANSWERS = {"valley": BEGIN ** (1 / 3) * LOWEST ** (2 / 3), "steep": 1e-3, "minimum/10": LOWEST / 10}
+
+
+def within(factor, a, b):
+    return 1 / factor <= a / b <= factor
+
+
+def disturbed(how):
+    losses, rng = curve(), np.random.default_rng(0)
+    if how == "spikes":
+        losses[[0, 40, 41, 90, 125, 140, 150]] *= [2, 50, 1e6, 0.01, 8, 100, 0.1]
+    elif how == "nan":
+        losses[180:] = np.nan
+    elif how == "inf, then finite":
+        losses[178] = np.inf
+    elif how == "huge, then nan":
+        losses[179], losses[180:] = 1e30, np.nan
+    elif how == "noise":
+        losses += 0.1 * rng.normal(size=len(losses))
+    elif how == "proportional noise":
+        losses *= np.exp(0.2 * rng.normal(size=len(losses)))
+    elif how == "negative":
+        losses -= 20
+    return losses
+
+
+HOWS = ["clean", "spikes", "nan", "inf, then finite", "huge, then nan", "noise", "proportional noise", "negative"]
+
+
+@pytest.mark.parametrize("how", HOWS)
+@pytest.mark.parametrize("method", ANSWERS)
+def test_answers_of_known_curves(how, method):
+    found = LrRange(RATES, disturbed(how))
+    factor = 2 if "noise" in how else 1.4
+    assert within(factor, found.suggestion(method), ANSWERS[method])
+    low, high = found.band
+    assert within(factor, low, BEGIN)
+    assert within(factor, high, LOWEST / 2)
+    assert found.warnings == ()
+
+
+@pytest.mark.parametrize("points", [30, 60, 1000, 5000])
+@pytest.mark.parametrize("scale", [0.1, 10.0])
+@pytest.mark.parametrize("method", ANSWERS)
+def test_answers_move_with_the_curve(points, scale, method):
+    rates = np.geomspace(1e-7, 10, points)
+    factor = 2 if points == 30 else 1.4  # 30 points are a factor of 1.9 apart
+    assert within(factor, LrRange(rates, curve(rates, scale)).suggestion(method), scale * ANSWERS[method])
+
+
+def test_what_comes_after_a_divergence_is_not_considered():
+    found = LrRange(RATES, curve())
+    assert curve()[found.diverged_at] > 4 * curve().min()
+    assert within(1.5, RATES[found.diverged_at], RATES[(RATES > LOWEST) & (curve() > 4 * curve().min())][0])
+    assert np.isfinite(found.smoothed[: found.diverged_at]).all()
+    assert np.isnan(found.smoothed[found.diverged_at :]).all()
+    for how, at in (("nan", 180), ("inf, then finite", 178)):
+        assert LrRange(RATES, disturbed(how)).diverged_at <= at
+    flat_end = np.minimum(curve(), 0.3)
+    assert LrRange(RATES, flat_end).diverged_at is None
+    assert LrRange(RATES, np.where(RATES > 0.1, np.nan, flat_end)).diverged_at == np.flatnonzero(RATES > 0.1)[0]
+
+
+NO_ANSWER = {
+    "falling": (curve()[:140], "the minimum lies on the edge of the range: raise max_lr"),
+    "rising": (curve()[145:175], "the loss does not fall: widen the range"),
+    "flat": (np.ones(200), "the loss does not fall"),
+    "noise alone": (2 + 0.1 * np.random.default_rng(1).normal(size=200), "the loss does not fall"),
+    "few": (curve()[::25], "the loss blows up after . points: lower min_lr and max_lr, or take more steps"),
+    "nan from the start": (np.full(200, np.nan), "the loss blows up after 0 points"),
+    "nan soon": (np.where(np.arange(200) < 2, 1.0, np.nan), "the loss blows up after 2 points"),
+}
+
+
+@pytest.mark.parametrize("name", NO_ANSWER)
+def test_curves_without_an_answer_say_why(name):
+    losses, message = NO_ANSWER[name]
+    found = LrRange(np.geomspace(1e-6, 1, len(losses)), losses)
+    for method in METHODS["ramp"]:
+        with pytest.raises(ValueError, match=f"no learning rate can be suggested: {message}"):
+            found.suggestion(method)
+    with pytest.raises(ValueError, match=message):
+        found.band  # noqa: B018
+    (warning,) = found.warnings
+    assert warning in repr(found)
+    assert found.plot() is not None
+
+
+def test_a_range_that_begins_too_late():
+    found = LrRange(RATES[100:], curve()[100:])
+    assert found.warnings == ("the loss falls from the smallest learning rate on: lower min_lr",)
+    assert 1e-3 < found.suggestion() < 2e-2
+
+
+def test_repr_says_what_was_found():
+    text = repr(LrRange(RATES, curve()))
+    assert text.startswith("LrRange(ramp: 200 points from 1e-06 to 1, diverged at 0.")
+    assert all(f"{method} 0.00" in text for method in METHODS["ramp"])
+    assert "band 0.0002" in text
+
+
+def test_the_ramp_hits_both_ends():
+    schedule = Exponential(1e-6, 0.3, 49)
+    rates = np.asarray(jax.jit(lambda s, t: s(t))(schedule, np.arange(60, dtype=np.int32)))
+    assert rates[0] == np.float32(1e-6)
+    assert (rates[49:] == np.float32(0.3)).all()
+    found = lr_range_test(DIGITS, max_lr=0.3, num_steps=50)
+    assert (found.learning_rates[0], found.learning_rates[-1], len(found.losses)) == (1e-6, 0.3, 50)
+    np.testing.assert_allclose(found.learning_rates, rates[:50], rtol=1e-5)
+
+
+def test_a_ramp_is_a_training_run():
+    found = lr_range_test(DIGITS, min_lr=1e-4, max_lr=0.1, num_steps=30, seed=3)
+    opt = adamjax.adamw(Exponential(1e-4, 0.1, 29))
+    losses = np.concatenate([report.losses for report in train(DIGITS, opt, steps=30, seed=3)])
+    np.testing.assert_allclose(found.losses, losses, rtol=SWEEP)
+
+
+def test_a_ramp_is_cut_where_it_is_not_finite():
+    found = lr_range_test(DIGITS, max_lr=1e30, num_steps=100)
+    assert len(found.losses) == len(found.learning_rates) < 100
+    assert np.isfinite(found.losses[:-1]).all()
+    assert not np.isfinite(found.losses[-1])
+    assert found.diverged_at < len(found.losses)
+
+
+def test_constant_rates_are_training_runs_and_divergence_is_marked():
+    found = lr_range_test(DIGITS, mode="constant", min_lr=1e-4, max_lr=1e30, num_steps=20, num_rates=18, seed=2)
+    np.testing.assert_allclose(found.learning_rates, np.logspace(-4, 30, 18))
+    *_, report = train(DIGITS, adamjax.adamw(1e-2), steps=20, seed=2, report_every=5)
+    np.testing.assert_allclose(found.losses[1], report.losses.mean(), rtol=SWEEP)
+    assert np.isfinite(found.losses[:3]).all()
+    assert np.isnan(found.losses[-1])
+    assert found.diverged_at <= np.flatnonzero(np.isnan(found.losses))[0]
+
+
+def test_optimizers_of_ones_own():
+    def clipped(learning_rate):
+        return adamjax.chain(adamjax.clip_by_global_norm(1.0), adamjax.adam(learning_rate))
+
+    found = lr_range_test(DIGITS, optimizer=clipped, num_steps=20)
+    assert np.isfinite(found.losses).all()
+    assert (found.losses != lr_range_test(DIGITS, num_steps=20).losses).any()
+
+
+@pytest.mark.parametrize("mode", METHODS)
+def test_plot(tmp_path, mode):
+    figure = LrRange(RATES, disturbed("noise"), mode).plot(tmp_path / "range.png")
+    assert (tmp_path / "range.png").read_bytes().startswith(b"\x89PNG")
+    (axis,) = figure.axes
+    labels = [text.get_text() for text in axis.get_legend().get_texts()]
+    assert [label.split(":")[0] for label in labels] == ["loss", "smoothed", "band", *METHODS[mode]]
+    assert axis.get_xscale() == "log"
+
+
+@pytest.mark.parametrize("mode", METHODS)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_every_suggestion_trains(mode, seed):
+    problem = adamjax.problems.digits()
+    found = lr_range_test(problem, mode=mode, seed=seed)
+    settings = [{"learning_rate": found.suggestion(method)} for method in METHODS[mode]]
+    trained = sweep(
+        problem, settings, steps=300, seeds=[seed], points=1, execution="map", metric="accuracy", mode="max"
+    )
+    assert (trained.last >= 0.96).all(), (settings, trained.last)
+
+
+CLEAN = LrRange(RATES, curve())
+BAD = [
+    (lambda: lr_range_test(DIGITS, min_lr=0.0), ValueError, "Invalid min_lr value: 0.0; min_lr must be above 0"),
+    (lambda: lr_range_test(DIGITS, min_lr=-1.0), ValueError, "Invalid min_lr value: -1.0; min_lr must be at least 0"),
+    (lambda: lr_range_test(DIGITS, min_lr="a"), TypeError, "Invalid min_lr value: 'a'; min_lr must be a real number"),  # type: ignore[arg-type]
+    (lambda: lr_range_test(DIGITS, max_lr=np.inf), ValueError, "Invalid max_lr value: inf; max_lr must be .* finite"),
+    (
+        lambda: lr_range_test(DIGITS, min_lr=1.0, max_lr=1.0),
+        ValueError,
+        r"Invalid min_lr value: 1.0; min_lr must be below max_lr, which is 1.0",
+    ),
+    (
+        lambda: lr_range_test(DIGITS, num_steps=9),
+        ValueError,
+        "Invalid num_steps value: 9; num_steps must be at least 1",
+    ),
+    (lambda: lr_range_test(DIGITS, num_steps=1e3), TypeError, "Invalid num_steps value: 1000.0; .* must be an int"),  # type: ignore[arg-type]
+    (lambda: lr_range_test(DIGITS, num_rates=3, mode="constant"), ValueError, "Invalid num_rates value: 3"),
+    (
+        lambda: lr_range_test(DIGITS, mode="cyclic"),
+        ValueError,
+        "Invalid mode value: 'cyclic'; mode must be one of 'ramp', 'constant'",
+    ),
+    (lambda: lr_range_test(object()), TypeError, "object is not a problem: it has no method init"),  # type: ignore[arg-type]
+    (
+        lambda: CLEAN.suggestion("best"),
+        ValueError,
+        "Invalid method value: 'best'; method must be one of 'valley', 'steep', 'minimum/10'",
+    ),
+    (
+        lambda: LrRange(RATES, curve(), "constant").suggestion("steep"),
+        ValueError,
+        "Invalid method value: 'steep'; method must be one of 'valley', 'minimum/10'",
+    ),
+    (lambda: LrRange(RATES, curve(), "cyclic"), ValueError, "Invalid mode value: 'cyclic'"),
+    (lambda: LrRange(RATES[::-1], curve()), ValueError, "Invalid learning_rates value: .* positive, rising"),
+    (lambda: LrRange(RATES, curve()[1:]), ValueError, r"Invalid losses value: shape \(199,\); losses must be one"),
+]
+
+
+@pytest.mark.parametrize(("call", "error", "message"), BAD, ids=range(len(BAD)))
+def test_bad_input(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
