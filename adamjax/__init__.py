@@ -1,7 +1,10 @@
 """Adam for JAX: optimizers as values."""
 
+from adamjax import problems as problems
 from adamjax import schedules as schedules
 from adamjax import storage as storage
+from adamjax import training as training
+from adamjax import tuning as tuning
 from adamjax._adam import scale_by_adam as scale_by_adam
 from adamjax._base import Transformation as Transformation
 from adamjax._base import apply_updates as apply_updates

@@ -1,6 +1,9 @@
 """Imports run one way: no module imports one of a higher floor."""
 
 import ast
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import adamjax
@@ -80,3 +83,16 @@ def test_the_public_module_only_re_exports():
     for node in rest:
         assert isinstance(node, ast.ImportFrom)
         assert all(alias.asname == alias.name for alias in node.names)
+
+
+def test_one_import_brings_all_names_and_nothing_optional():
+    program = """
+import adamjax, sys
+adamjax.problems.digits, adamjax.schedules.cosine, adamjax.training.train, adamjax.tuning.sweep
+print(*{"flax", "matplotlib", "optax", "sklearn", "torch", "tqdm"} & set(sys.modules))
+"""
+    environment = os.environ | {"PYTHONPATH": str(ROOT.parent)}
+    found = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment, cwd=ROOT.root
+    )
+    assert found.stdout == "\n"

@@ -181,7 +181,8 @@ BAD = [
     (lambda: sweep(DIGITS, SETTINGS, steps=0), ValueError, "Invalid steps value: 0; steps must be at least 1"),
     (lambda: sweep(DIGITS, SETTINGS, steps=True), TypeError, "Invalid steps value: True; steps must be an int"),
     (lambda: sweep(DIGITS, SETTINGS, steps=1, seeds=0), ValueError, "Invalid seeds value: 0"),
-    (lambda: sweep(DIGITS, SETTINGS, steps=1, seeds=[]), ValueError, "there are no seeds"),
+    (lambda: sweep(DIGITS, SETTINGS, steps=1, seeds=[]), ValueError, r"Invalid seeds value: \[\]"),
+    (lambda: sweep(DIGITS, SETTINGS, steps=1, seeds=[0.5]), ValueError, r"Invalid seeds value: \[0.5\]"),  # type: ignore[list-item]
     (lambda: sweep(DIGITS, SETTINGS, steps=1, mode="least"), ValueError, "Invalid mode value: 'least'"),
     (
         lambda: sweep(DIGITS, SETTINGS, steps=1, metric="f1"),

@@ -154,9 +154,11 @@ def sweep(
     begin = time.perf_counter()
     for name, x in (("steps", steps), ("trials", trials), ("points", points)):
         _check_count(name, x)
-    seeds_ = np.arange(_check_count("seeds", seeds)) if isinstance(seeds, int) else np.asarray(seeds)
-    if not seeds_.size:
-        raise ValueError("there are no seeds: give a number of them, or at least one")
+    seeds_ = np.asarray(seeds) if np.ndim(seeds) else np.arange(_check_count("seeds", seeds))
+    if seeds_.ndim != 1 or not seeds_.size or not np.issubdtype(seeds_.dtype, np.integer):
+        raise ValueError(
+            f"Invalid seeds value: {seeds!r}; seeds must be a number of them, or at least one int in a row"
+        )
     _checks.choice("mode", mode, ("min", "max"))
     settings = space.points(trials, method=method) if isinstance(space, Space) else [dict(s) for s in space]
     if not settings:
