@@ -1,4 +1,4 @@
-"""The command line: `adamjax train`."""
+"""The command line: `adamjax train` and `adamjax lr-range`."""
 
 import argparse
 import importlib
@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,16 @@ import jax
 import numpy as np
 
 import adamjax
-from adamjax import _checks, problems, schedules, training
+from adamjax import _checks, problems, schedules, training, tuning
 from adamjax._extras import require
 from adamjax.run_folder import RunFolder
 
 OPTIMIZERS = ("adam", "adamax", "adamaxw", "adamw", "amsgrad", "nadam", "nadamw", "radam")
 PROBLEMS = ("characters", "digits", "digits_convnet")
 SCHEDULES = ("constant", "cosine", "inverse_sqrt", "linear", "one_cycle", "warmup_cosine", "warmup_stable_decay")
+
+PROBLEM_HELP = f"{', '.join(PROBLEMS)} (default: digits), or MODULE:OBJECT, a problem or what makes one"
+OPTIMIZER_HELP = "Hyperparameters that are not given are adamjax's defaults."
 
 _DTYPES = ("bfloat16", "float16", "float32")
 _AMSGRAD = ("torch", "corrected", "paper")
@@ -67,10 +71,12 @@ class CommandError(Exception):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code.
 
-    0: done. 1: the training diverged. 2: it could not start. 130: stopped by Ctrl-C.
+    0: done. 1: the training diverged, or no learning rate can be suggested. 2: it could not start.
+    130: stopped by Ctrl-C.
     """
     try:
-        return _train(_parse(arguments))
+        options = _parse(arguments)
+        return {"train": _train, "lr-range": _lr_range}[options["command"]](options)
     except CommandError as error:
         print(f"adamjax: error: {error}", file=sys.stderr)
         return 2
@@ -81,6 +87,19 @@ def _parse(arguments: Sequence[str] | None) -> dict[str, Any]:
     parser = argparse.ArgumentParser("adamjax", description="Adam for JAX.")
     parser.add_argument("--version", action="version", version=f"adamjax {version('adamjax')}")
     commands = parser.add_subparsers(dest="command", required=True)
+    train = _train_parser(commands)
+    _lr_range_parser(commands)
+    options = vars(parser.parse_args(arguments))
+    if "config" in options:
+        try:
+            train.set_defaults(**json.loads(options["config"].read_text())["flags"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CommandError(f"--config {options['config']} is not the config.json of a run ({error!r})") from error
+        options = vars(parser.parse_args(arguments))
+    return options
+
+
+def _train_parser(commands: Any) -> argparse.ArgumentParser:
     train = commands.add_parser(
         "train",
         help="train a model and draw its curves",
@@ -91,7 +110,7 @@ def _parse(arguments: Sequence[str] | None) -> dict[str, Any]:
     run.add_argument(
         "--problem",
         default="digits",
-        help=f"{', '.join(PROBLEMS)} (default: digits), or MODULE:OBJECT, a problem or what makes one",
+        help=PROBLEM_HELP,
     )
     run.add_argument("--steps", type=int, default=1000, help="updates (default: 1000)")
     _add_flags(run, PROBLEM_OPTIONS)
@@ -109,18 +128,33 @@ def _parse(arguments: Sequence[str] | None) -> dict[str, Any]:
         "--schedule", choices=SCHEDULES, default="warmup_cosine", help="its course (default: warmup_cosine)"
     )
     _add_flags(rate, SCHEDULE_OPTIONS)
-    optimizer = train.add_argument_group("the optimizer", "Hyperparameters that are not given are adamjax's defaults.")
+    optimizer = train.add_argument_group("the optimizer", OPTIMIZER_HELP)
     optimizer.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw", help="which (default: adamw)")
     _add_flags(optimizer, HYPERPARAMETERS)
+    return train
 
-    options = vars(parser.parse_args(arguments))
-    if "config" in options:
-        try:
-            train.set_defaults(**json.loads(options["config"].read_text())["flags"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CommandError(f"--config {options['config']} is not the config.json of a run ({error!r})") from error
-        options = vars(parser.parse_args(arguments))
-    return options
+
+def _lr_range_parser(commands: Any) -> None:
+    parser = commands.add_parser(
+        "lr-range",
+        help="find the range of usable learning rates",
+        description="Train with learning rates from far too small to far too large, and watch the training loss.",
+        argument_default=argparse.SUPPRESS,
+    )
+    parser.add_argument("problem", nargs="?", default="digits", help=PROBLEM_HELP)
+    _add_flags(parser, PROBLEM_OPTIONS)
+    parser.add_argument("--min-lr", type=float, default=1e-6, help="the smallest (default: 1e-6)")
+    parser.add_argument("--max-lr", type=float, default=1.0, help="the largest (default: 1)")
+    parser.add_argument("--steps", type=int, default=200, help="updates of each run (default: 200)")
+    parser.add_argument(
+        "--mode", choices=("ramp", "constant"), default="ramp", help="one run, or one for each rate (default: ramp)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of parameters, data order and loss (default: 0)")
+    parser.add_argument("--plot", type=Path, help="where to draw the curve, a .png, .pdf or .svg")
+    parser.add_argument("--format", choices=("table", "json"), default="table", help="of the output (default: table)")
+    optimizer = parser.add_argument_group("the optimizer", OPTIMIZER_HELP)
+    optimizer.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw", help="which (default: adamw)")
+    _add_flags(optimizer, HYPERPARAMETERS)
 
 
 def _add_flags(group: Any, flags: Flags) -> None:
@@ -174,6 +208,34 @@ def _train(options: dict[str, Any]) -> int:
     return 130 if stop() else 0
 
 
+def _lr_range(options: dict[str, Any]) -> int:
+    with _refusals():
+        make = getattr(adamjax, options["optimizer"])
+        found = tuning.lr_range_test(
+            _problem(options),
+            min_lr=options["min_lr"],
+            max_lr=options["max_lr"],
+            num_steps=options["steps"],
+            mode=options["mode"],
+            optimizer=partial(make, **_accepted(make, options, HYPERPARAMETERS, options["optimizer"])),
+            seed=options["seed"],
+        )
+        if "plot" in options:
+            found.plot(options["plot"])
+    suggestions = found.suggestions
+    if options["format"] == "json":
+        band = found.band if suggestions else None
+        print(json.dumps({"suggestions": suggestions, "band": band, "warnings": found.warnings}))
+    else:
+        for method, rate in suggestions.items():
+            print(f"{method:12} {rate:.3g}")
+        if suggestions:
+            print(f"{'usable':12} {found.band[0]:.3g} to {found.band[1]:.3g}")
+        for warning in found.warnings:
+            print(f"adamjax: {warning}", file=sys.stderr)
+    return 0 if suggestions else 1
+
+
 def _record(report: training.Report, rate: Callable[[int], Any]) -> dict[str, Any]:
     record: dict[str, Any] = {"step": report.step}
     if len(report.losses):
@@ -207,16 +269,16 @@ def _problem(options: dict[str, Any]) -> problems.Problem:
     else:
         module, _, attribute = name.partition(":")
         if not attribute:
-            raise CommandError(f"--problem {name} is neither one of {', '.join(PROBLEMS)} nor MODULE:OBJECT")
+            raise CommandError(f"problem {name} is neither one of {', '.join(PROBLEMS)} nor MODULE:OBJECT")
         # As for `python -m`, modules of the folder one stands in can be named.
         sys.path.insert(0, os.getcwd())
         try:
             made = getattr(importlib.import_module(module), attribute)
         except (ModuleNotFoundError, AttributeError) as error:
-            raise CommandError(f"--problem {name}: {error}") from error
+            raise CommandError(f"problem {name}: {error}") from error
     if isinstance(made, type) or not isinstance(made, problems.Problem):
         if not callable(made):
-            raise CommandError(f"--problem {name} is {made!r}, neither a problem nor what makes one")
+            raise CommandError(f"problem {name} is {made!r}, neither a problem nor what makes one")
         return made(**_accepted(made, options, PROBLEM_OPTIONS, name))
     _accepted(lambda: made, options, PROBLEM_OPTIONS, f"{name}, which is a problem already made")
     return made

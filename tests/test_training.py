@@ -211,9 +211,9 @@ BAD_COMMANDS = [
     ("--optimizer adamax --amsgrad torch", "--amsgrad means nothing to adamax"),
     ("--schedule constant --warmup-steps 5", "--warmup-steps means nothing to the schedule constant"),
     ("--batch-size 0", "Invalid batch_size value: 0"),
-    ("--problem mnist", "--problem mnist is neither one of characters, digits, digits_convnet nor MODULE:OBJECT"),
-    ("--problem nowhere:thing", "--problem nowhere:thing: No module named 'nowhere'"),
-    ("--problem json:nothing", "--problem json:nothing: module 'json' has no attribute 'nothing'"),
+    ("--problem mnist", "problem mnist is neither one of characters, digits, digits_convnet nor MODULE:OBJECT"),
+    ("--problem nowhere:thing", "problem nowhere:thing: No module named 'nowhere'"),
+    ("--problem json:nothing", "problem json:nothing: module 'json' has no attribute 'nothing'"),
     ("--problem json:__version__", "neither a problem nor what makes one"),
     ("--problem test_training:PARABOLA --batch-size 3", "--batch-size means nothing to test_training:PARABOLA"),
     ("--problem test_training:Parabola --batch-size 3", "--batch-size means nothing to test_training:Parabola"),
@@ -323,3 +323,30 @@ def test_run_folder_writes_as_it_goes(tmp_path):
     assert RunFolder.new(tmp_path).path == tmp_path / "train-2"
     folder.plot()
     assert (tmp_path / "train-1" / "curves.png").exists()
+
+
+def test_lr_range_command(tmp_path, capsys):
+    arguments = ["lr-range", "digits", "--steps", "100", "--optimizer", "adam", "--b1", "0.8"]
+    assert cli.main([*arguments, "--plot", str(tmp_path / "range.png")]) == 0
+    table = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert list(table) == ["valley", "steep", "minimum/10", "usable"]
+    assert (tmp_path / "range.png").stat().st_size > 1000
+    assert cli.main([*arguments, "--format", "json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {name: f"{rate:.3g}" for name, rate in found["suggestions"].items()} == {
+        name: table[name] for name in ("valley", "steep", "minimum/10")
+    }
+    direct = adamjax.tuning.lr_range_test(
+        problems.digits(), num_steps=100, optimizer=lambda learning_rate: adamjax.adam(learning_rate, b1=0.8)
+    )
+    assert found["suggestions"] == direct.suggestions
+    assert found["band"] == list(direct.band)
+
+
+def test_lr_range_command_without_an_answer(capsys):
+    assert cli.main(["lr-range", "--max-lr", "1e-4"]) == 1
+    assert "the minimum lies on the edge of the range: raise max_lr" in capsys.readouterr().err
+    assert cli.main(["lr-range", "--min-lr", "2"]) == 2
+    assert "min_lr must be below max_lr" in capsys.readouterr().err
+    assert cli.main(["lr-range", "mnist"]) == 2
+    assert "problem mnist is neither one of" in capsys.readouterr().err

@@ -127,6 +127,11 @@ class LrRange:
         slope = (self.smoothed[after] - self.smoothed[before]) / (x[after] - x[before])
         return float(self.learning_rates[i[slope.argmin()]])
 
+    @property
+    def suggestions(self) -> dict[str, float]:
+        """What each method suggests; empty where the curve does not say."""
+        return {} if self._obstacle() else {method: self.suggestion(method) for method in METHODS[self.mode]}
+
     def plot(self, path: str | Path | None = None) -> Any:
         """Draw the curve, the suggestions and the band; a matplotlib figure.
 
@@ -140,10 +145,9 @@ class LrRange:
         axis = figure.subplots()
         axis.plot(self.learning_rates, self.losses, color="0.7", linewidth=1, label="loss")
         axis.plot(self.learning_rates, self.smoothed, color="C0", label="smoothed")
-        if not self._obstacle():
+        if self.suggestions:
             axis.axvspan(*self.band, color="C2", alpha=0.15, label="band")
-            for i, method in enumerate(METHODS[self.mode]):
-                lr = self.suggestion(method)
+            for i, (method, lr) in enumerate(self.suggestions.items()):
                 axis.axvline(lr, color=f"C{i + 3}", linestyle="--", label=f"{method}: {lr:.2g}")
             low, high = np.nanmin(self.smoothed), np.nanmax(self.smoothed)
             # What comes after a blow-up would flatten the rest.
@@ -159,8 +163,8 @@ class LrRange:
         found = [f"{len(rates)} points from {rates[0]:.3g} to {rates[-1]:.3g}"]
         if end is not None:
             found.append(f"diverged at {rates[end]:.3g}")
-        if not self._obstacle():
-            found += [f"{method} {self.suggestion(method):.3g}" for method in METHODS[self.mode]]
+        if self.suggestions:
+            found += [f"{method} {lr:.3g}" for method, lr in self.suggestions.items()]
             found.append(f"band {self.band[0]:.3g} to {self.band[1]:.3g}")
         return f"LrRange({self.mode}: {', '.join([*found, *self.warnings])})"
 
