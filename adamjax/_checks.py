@@ -44,6 +44,15 @@ def number(name: str, x: Any, *, low: float = 0.0, below: float = math.inf) -> A
     return x
 
 
+def count(name: str, x: Any, least: int = 1) -> int:
+    """Check an argument that counts something: an int of at least `least`."""
+    if isinstance(x, bool) or not isinstance(x, (int, np.integer)):
+        raise TypeError(f"Invalid {name} value: {x!r}; {name} must be an int")
+    if x < least:
+        raise ValueError(f"Invalid {name} value: {x!r}; {name} must be at least {least}")
+    return int(x)
+
+
 def choice(name: str, x: Any, allowed: tuple[Any, ...]) -> Any:
     """Check that `x` is one of `allowed` (1 is not True here)."""
     if not any(x is a or (isinstance(x, str) and x == a) for a in allowed):

@@ -67,7 +67,7 @@ class ReduceOnPlateau(Transformation):
         def make() -> PlateauState:
             return PlateauState(real(1.0), real(jnp.inf), real(0.0), zero(), zero(), zero())
 
-        return jax.eval_shape(make) if any(map(_trees.is_abstract, jax.tree.leaves(params))) else make()
+        return jax.eval_shape(make) if _trees.any_abstract(params) else make()
 
     def _update(
         self, updates: PyTree, state: PyTree, params: PyTree | None, extra: Extra

@@ -71,6 +71,10 @@ def is_abstract(x: Any) -> bool:
     return isinstance(x, jax.ShapeDtypeStruct)
 
 
+def any_abstract(tree: PyTree) -> bool:
+    return any(map(is_abstract, jax.tree.leaves(tree)))
+
+
 def zeros_like(x: Any, dtype: np.dtype) -> Any:
     """Zeros of the shape and sharding of `x`; abstract where `x` is."""
     if is_abstract(x):
@@ -80,7 +84,7 @@ def zeros_like(x: Any, dtype: np.dtype) -> Any:
 
 def zero_count(like: PyTree) -> Any:
     """The step count before the first step: an int32 scalar, abstract where a leaf of `like` is."""
-    if any(map(is_abstract, jax.tree.leaves(like))):
+    if any_abstract(like):
         return jax.ShapeDtypeStruct((), jnp.int32)
     return jnp.zeros((), jnp.int32)
 

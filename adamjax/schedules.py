@@ -127,6 +127,30 @@ class Linear(Schedule):
 
 
 @value
+class Exponential(Schedule):
+    """From `init` to `peak`, by the same factor at each step; for range tests.
+
+    Args:
+      init: The value at step 0; above 0.
+      peak: The value from step `total_steps` on; above `init`.
+      total_steps: Length in steps.
+    """
+
+    init: Number
+    peak: Number
+    total_steps: Number
+
+    def __post_init__(self) -> None:
+        self._check_numbers("init", "peak")
+        self._check_steps("total_steps", low=1)
+
+    def __call__(self, count: Any) -> jax.Array:
+        fraction = _ramp(_float(count), 0, self.total_steps)
+        init, peak = _float(self.init), _float(self.peak)
+        return jnp.where(fraction < 1, init * jnp.exp(fraction * jnp.log(peak / init)), peak)
+
+
+@value
 class Cosine(Schedule):
     """Half a cosine from `peak` down to `end`, constant after it (Loshchilov & Hutter, 2017).
 

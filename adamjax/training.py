@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from adamjax import _checks
 from adamjax._base import apply_updates
 from adamjax.problems import Problem, check
 
@@ -65,7 +66,7 @@ def train(
 
     Raises:
       TypeError: `problem` is not a `Problem`.
-      ValueError: A number of steps is less than 1.
+      ValueError, TypeError: A number of steps is less than 1, or not an int.
 
     >>> import adamjax
     >>> from adamjax.training import train
@@ -75,8 +76,7 @@ def train(
     (200, True)
     """
     for name, x in (("steps", steps), ("report_every", report_every), ("evaluate_every", evaluate_every)):
-        if x < 1:
-            raise ValueError(f"Invalid {name} value: {x!r}; {name} must be at least 1")
+        _checks.count(name, x)
     check(problem)
     return _run(problem, optimizer, steps, seed, dtype, report_every, evaluate_every, stop)
 

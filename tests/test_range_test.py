@@ -6,9 +6,10 @@ import pytest
 from tolerances import SWEEP
 
 import adamjax
+from adamjax.schedules import Exponential
 from adamjax.training import train
 from adamjax.tuning import LrRange, lr_range_test, sweep
-from adamjax.tuning._range_test import METHODS, Exponential
+from adamjax.tuning._range_test import METHODS
 
 DIGITS = adamjax.problems.digits(hidden=(8,), batch_size=16)
 RATES = np.geomspace(1e-6, 1, 200)

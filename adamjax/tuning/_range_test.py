@@ -15,9 +15,8 @@ from adamjax import _checks
 from adamjax._base import chain
 from adamjax._extras import require
 from adamjax._optimizers import adamw
-from adamjax._value import value
 from adamjax.problems import Problem, check
-from adamjax.schedules import Number, Schedule
+from adamjax.schedules import Exponential
 from adamjax.training import keys_of, train_step
 from adamjax.tuning._sweep import sweep
 
@@ -243,12 +242,9 @@ def lr_range_test(
     if low >= high:
         raise ValueError(f"Invalid min_lr value: {min_lr!r}; min_lr must be below max_lr, which is {max_lr!r}")
     for name, x in (("num_steps", num_steps), ("num_rates", num_rates)):
-        if isinstance(x, bool) or not isinstance(x, (int, np.integer)):
-            raise TypeError(f"Invalid {name} value: {x!r}; {name} must be an int")
-        if x < FEWEST:
-            raise ValueError(f"Invalid {name} value: {x!r}; {name} must be at least {FEWEST}")
-    check(problem)
+        _checks.count(name, x, FEWEST)
     if mode == "ramp":
+        check(problem)
         losses = _ramp(problem, optimizer(learning_rate=Exponential(low, high, num_steps - 1)), num_steps, seed)
         end = _first(~np.isfinite(losses))
         cut = slice(None if end is None else end + 1)
@@ -257,22 +253,6 @@ def lr_range_test(
     settings = [{"learning_rate": float(lr)} for lr in rates]
     found = sweep(problem, settings, optimizer=optimizer, steps=num_steps, seeds=[seed], points=4)
     return LrRange(rates, np.where(found.infeasible, np.nan, found.losses[:, 0, -1]), mode)
-
-
-@value
-class Exponential(Schedule):
-    """`init` at step 0, `peak` from step `total_steps` on, both exactly; the same factor at each step between."""
-
-    init: Number
-    peak: Number
-    total_steps: Number
-
-    def __call__(self, count: Any) -> jax.Array:
-        count, init, peak, total = (
-            jnp.asarray(x).astype(jnp.result_type(float)) for x in (count, self.init, self.peak, self.total_steps)
-        )
-        fraction = jnp.clip(count / total, 0, 1)
-        return jnp.where(fraction < 1, init * jnp.exp(fraction * jnp.log(peak / init)), peak)
 
 
 def _ramp(problem: Problem, optimizer: Any, steps: int, seed: int) -> np.ndarray:

@@ -153,8 +153,8 @@ def sweep(
     """
     begin = time.perf_counter()
     for name, x in (("steps", steps), ("trials", trials), ("points", points)):
-        _check_count(name, x)
-    seeds_ = np.asarray(seeds) if np.ndim(seeds) else np.arange(_check_count("seeds", seeds))
+        _checks.count(name, x)
+    seeds_ = np.asarray(seeds) if np.ndim(seeds) else np.arange(_checks.count("seeds", seeds))
     if seeds_.ndim != 1 or not seeds_.size or not np.issubdtype(seeds_.dtype, np.integer):
         raise ValueError(
             f"Invalid seeds value: {seeds!r}; seeds must be a number of them, or at least one int in a row"
@@ -221,14 +221,6 @@ def _make(optimizer: Callable[..., Any], setting: Setting, position: int) -> Any
     except (TypeError, ValueError) as error:
         kind = TypeError if isinstance(error, TypeError) else ValueError
         raise kind(f"setting {position}, {setting}: {error}") from error
-
-
-def _check_count(name: str, x: Any) -> int:
-    if isinstance(x, bool) or not isinstance(x, (int, np.integer)):
-        raise TypeError(f"Invalid {name} value: {x!r}; {name} must be an int")
-    if x < 1:
-        raise ValueError(f"Invalid {name} value: {x!r}; {name} must be at least 1")
-    return int(x)
 
 
 def _bar(total: int) -> Any:
