@@ -25,14 +25,6 @@ class RunFolder:
         self.records: list[dict[str, Any]] = []
         (path / "metrics.jsonl").touch()
 
-    @classmethod
-    def new(cls, parent: Path) -> "RunFolder":
-        """The first free one of train-1, train-2, ... in `parent`."""
-        number = 1
-        while (parent / f"train-{number}").exists():
-            number += 1
-        return cls(parent / f"train-{number}")
-
     def write_config(self, config: dict[str, Any]) -> None:
         (self.path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
@@ -65,3 +57,11 @@ class RunFolder:
             axes[0][0].legend()
         figure.savefig(self.path / "curves.png", dpi=120)
         plt.close(figure)
+
+
+def next_free(parent: Path, kind: str) -> Path:
+    """The first of kind-1, kind-2, ... that is not in `parent`."""
+    number = 1
+    while (parent / f"{kind}-{number}").exists():
+        number += 1
+    return parent / f"{kind}-{number}"

@@ -18,7 +18,7 @@ from helpers import assert_equal
 import adamjax
 from adamjax import cli, problems
 from adamjax._extras import require
-from adamjax.run_folder import RunFolder
+from adamjax.run_folder import RunFolder, next_free
 from adamjax.training import train
 
 
@@ -317,10 +317,10 @@ def test_missing_extras_name_the_command(monkeypatch, capsys, tmp_path):
 
 
 def test_run_folder_writes_as_it_goes(tmp_path):
-    folder = RunFolder.new(tmp_path)
+    folder = RunFolder(next_free(tmp_path, "train"))
     folder.log({"step": 1, "loss": float("inf")})
     assert (tmp_path / "train-1" / "metrics.jsonl").read_text() == '{"step": 1, "loss": null}\n'
-    assert RunFolder.new(tmp_path).path == tmp_path / "train-2"
+    assert next_free(tmp_path, "train") == tmp_path / "train-2"
     folder.plot()
     assert (tmp_path / "train-1" / "curves.png").exists()
 

@@ -1,5 +1,6 @@
 """A population: many runs of one problem in one compiled program, their optimizers a stacked pytree."""
 
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -82,12 +83,13 @@ class Runner:
 
     Args:
       problem: What to train.
-      execution: As for `sweep`.
-      mesh: As for `sweep`.
-      memory: Bytes a device may use; None for what it has free.
+      metric: Which of its metrics counts.
+      execution, mesh, memory: As for `sweep`.
     """
 
-    def __init__(self, problem: Problem, *, execution: str, mesh: Mesh | None, memory: float | None) -> None:
+    def __init__(
+        self, problem: Problem, metric: str, *, execution: str, mesh: Mesh | None, memory: float | None
+    ) -> None:
         _checks.choice("execution", execution, EXECUTIONS)
         check(problem)
         if mesh is None and (execution == "sharded" or (execution == "auto" and jax.device_count() > 1)):
@@ -96,8 +98,21 @@ class Runner:
         self.order = execution if execution in ORDERS else None
         self.probe: dict[str, float] = {}
         key = jax.eval_shape(jax.random.key, 0)
-        self.metrics: list[str] = list(jax.eval_shape(lambda k: problem.evaluate(problem.init(k)), key))
+        self.metrics: list[str] = sorted(jax.eval_shape(lambda k: problem.evaluate(problem.init(k)), key))
+        if metric not in self.metrics:
+            raise ValueError(
+                f"Invalid metric value: {metric!r}; the problem's evaluate returns {', '.join(self.metrics)}"
+            )
+        self.metric = metric
         self._programs: dict[Any, Program] = {}
+
+    @property
+    def _devices(self) -> int:
+        return 1 if self.mesh is None else self.mesh.size
+
+    def _whole(self, settings: float) -> int:
+        """At least so many settings, as many on each device."""
+        return math.ceil(settings / self._devices) * self._devices
 
     @property
     def execution(self) -> str:
@@ -105,54 +120,99 @@ class Runner:
         where = "" if self.mesh is None else f" on each of {self.mesh.size} devices"
         return f"{self.order}{where}"
 
-    def run(self, opts: Sequence[Any], seeds: np.ndarray, marks: np.ndarray) -> Iterator[tuple[np.ndarray, int, Any]]:
+    def run(
+        self,
+        opts: Sequence[Any],
+        seeds: np.ndarray,
+        marks: np.ndarray,
+        *,
+        room: int | None = None,
+        keep: Callable[[np.ndarray, int], np.ndarray] | None = None,
+    ) -> Iterator[tuple[np.ndarray, int, Any]]:
         """Train one run for each of `opts` (alike in structure) and `seeds`, up to each step of `marks`.
 
         Yields, chunk by chunk and mark by mark, the indices of the settings, that of the mark, and
         (losses, metrics, diverged_at), arrays of [seeds, settings].
+
+        Args:
+          opts, seeds, marks: What to train.
+          room: How many settings the program is made for, at least their number, which is the default.
+          keep: Called after each mark with the indices and the mark; says which (bool) to go on with.
+            Where half of the program's room is enough for them, they move to a program of that size.
         """
-        keys = jax.jit(jax.vmap(keys_of), out_shardings=self._sharding())(seeds)
-        if self.order is None:
-            self.order = self._choose(opts, keys, int(marks[-1]))
-        program = self._program(opts, keys, self.order)
-        for low in range(0, len(opts), program.size):
-            indices = np.arange(low, min(low + program.size, len(opts)))
+        room = len(opts) if room is None else room
+        keys = self._keys(seeds)
+        order = self._order(opts, keys, int(marks[-1]), room)
+        chunk = self._program(opts, keys, order, room)
+        for low in range(0, len(opts), chunk.size):
+            program, indices = chunk, np.arange(low, min(low + chunk.size, len(opts)))
             inputs = self._place(_stack(opts, indices, program.size)), keys
             members = program.start(*inputs)
+            slots = np.arange(len(indices))
             for point, last in enumerate(marks):
                 first = marks[point - 1] if point else 0
                 members, losses, metrics = program.advance(np.int32(first), np.int32(last), *inputs, members)
-                yield indices, point, _gather((losses, metrics, members.diverged_at), len(indices))
+                yield indices, point, _gather((losses, metrics, members.diverged_at), slots)
+                if keep is None:
+                    continue
+                kept = keep(indices, point)
+                indices, slots = indices[kept], slots[kept]
+                if not len(indices):
+                    break
+                half = self._whole(program.size / 2)
+                if len(indices) <= half < program.size and last < marks[-1]:
+                    program = self._program(opts, keys, order, half)
+                    members = self._take(members, _filled(slots, program.size))
+                    inputs = self._place(_stack(opts, indices, program.size)), keys
+                    slots = np.arange(len(indices))
 
-    def _choose(self, opts: Sequence[Any], keys: Keys, steps: int) -> str:
+    def cost(self, opts: Sequence[Any], seeds: np.ndarray, steps: int, room: int) -> tuple[float, float, bool]:
+        """Measured seconds of a step of `room` settings and of compilation, and whether they fit at once."""
+        keys = self._keys(seeds)
+        order = self._order(opts, keys, steps, room)
+        program = self._program(opts, keys, order, room)
+        if order not in self.probe:
+            self._time(opts, keys, order, steps, room)
+        return self.probe[order], _agreed(program.seconds), program.size >= room
+
+    def _keys(self, seeds: np.ndarray) -> Keys:
+        keys: Keys = jax.jit(jax.vmap(keys_of), out_shardings=self._sharding())(seeds)
+        return keys
+
+    def _order(self, opts: Sequence[Any], keys: Keys, steps: int, room: int) -> str:
         """By a few timed steps of each order; another is compiled only where half the time would pay for it."""
-        few = min(max(steps // 50, 1), 10)
-        for order in ORDERS:
-            program = self._program(opts, keys, order)
-            chunks = -(-len(opts) // program.size)
-            inputs = self._place(_stack(opts, np.arange(min(program.size, len(opts))), program.size)), keys
-            members, *_ = program.advance(np.int32(0), np.int32(1), *inputs, program.start(*inputs))
-            jax.block_until_ready(members)
-            begin = time.perf_counter()
-            jax.block_until_ready(program.advance(np.int32(1), np.int32(1 + few), *inputs, members))
-            self.probe[order] = _agreed((time.perf_counter() - begin) / few * chunks)
-            if self.probe[order] * steps / 2 < _agreed(program.seconds):
-                break
-        return min(self.probe, key=lambda order: self.probe[order])
+        if self.order is None:
+            for order in ORDERS:
+                self._time(opts, keys, order, steps, room)
+                if self.probe[order] * steps / 2 < _agreed(self._program(opts, keys, order, room).seconds):
+                    break
+            self.order = min(self.probe, key=lambda order: self.probe[order])
+        return self.order
 
-    def _program(self, opts: Sequence[Any], keys: Keys, order: str) -> Program:
+    def _time(self, opts: Sequence[Any], keys: Keys, order: str, steps: int, room: int) -> None:
+        """Measure the seconds of a step, of all chunks together."""
+        few = min(max(steps // 50, 1), 10)
+        program = self._program(opts, keys, order, room)
+        inputs = self._place(_stack(opts, np.arange(min(program.size, len(opts))), program.size)), keys
+        members, *_ = program.advance(np.int32(0), np.int32(1), *inputs, program.start(*inputs))
+        jax.block_until_ready(members)
+        begin = time.perf_counter()
+        jax.block_until_ready(program.advance(np.int32(1), np.int32(1 + few), *inputs, members))
+        chunks = -(-room // program.size)
+        self.probe[order] = _agreed((time.perf_counter() - begin) / few * chunks)
+
+    def _program(self, opts: Sequence[Any], keys: Keys, order: str, room: int) -> Program:
         structure: Any = jax.tree.structure(opts[0])
         shapes = tuple(np.shape(x) for x in jax.tree.leaves(opts[0]))
-        key = (structure, shapes, len(opts), len(keys.init), order)
+        key = (structure, shapes, room, len(keys.init), order)
         if key not in self._programs:
-            devices = 1 if self.mesh is None else self.mesh.size
-            size = -(-len(opts) // devices) * devices
+            size = self._whole(room)
             limit = _agreed(_free_memory() if self.memory is None else self.memory)
             while True:
                 program, needed = self._compile(_stack(opts, np.arange(1), size), keys, order)
-                if needed <= limit or size == devices:
+                if needed <= limit or size == self._devices:
                     break
-                size = max(int(size * limit / needed) // devices * devices, devices)
+                size = max(int(size * limit / needed) // self._devices, 1) * self._devices
             self._programs[key] = program
         return self._programs[key]
 
@@ -198,21 +258,32 @@ class Runner:
             return jax.tree.map(jnp.asarray, population)
         return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, lambda i: x[i]), population)
 
+    def _take(self, members: Member, slots: np.ndarray) -> Member:
+        """The members in `slots` of the dimension of the settings."""
+        take = partial(jax.tree.map, lambda x: x[:, slots])
+        taken: Member = jax.jit(take, out_shardings=self._sharding(None, True))(members)
+        return taken
+
+
+def _filled(indices: np.ndarray, size: int) -> np.ndarray:
+    """`indices`, the last repeated up to `size`."""
+    return np.concatenate([indices, np.repeat(indices[-1:], size - len(indices))])
+
 
 def _stack(opts: Sequence[Any], indices: np.ndarray, size: int) -> tuple[Any, np.ndarray]:
     """One optimizer whose leaves are those of `opts`, the last repeated up to `size`.
 
     With a number for each, since optimizers without leaves would have no axis to map over.
     """
-    chosen = [opts[i] for i in indices] + [opts[indices[-1]]] * (size - len(indices))
+    chosen = [opts[i] for i in _filled(indices, size)]
     return jax.tree.map(lambda *leaves: np.stack(leaves).astype(jnp.result_type(float)), *chosen), np.arange(size)
 
 
-def _gather(x: Any, settings: int) -> Any:
-    """The first `settings` of each [seeds, settings] array, as NumPy arrays, on every process."""
+def _gather(x: Any, slots: np.ndarray) -> Any:
+    """Those in `slots` of each [seeds, settings] array, as NumPy arrays, on every process."""
     if jax.process_count() > 1:
         x = multihost_utils.process_allgather(x, tiled=True)
-    return jax.tree.map(lambda x: np.asarray(x)[:, :settings], x)
+    return jax.tree.map(lambda x: np.asarray(x)[:, slots], x)
 
 
 def _agreed(x: float) -> float:

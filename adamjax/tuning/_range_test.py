@@ -1,7 +1,7 @@
 """Range tests: which learning rates train at all, from one run or from a short one each."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -156,6 +156,17 @@ class LrRange:
         if path is not None:
             figure.savefig(path, dpi=150)
         return figure
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields in JSON's types; losses that are not finite become null."""
+        losses = [x if np.isfinite(x) else None for x in self.losses.tolist()]
+        return {"learning_rates": self.learning_rates.tolist(), "losses": losses, "mode": self.mode}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> "LrRange":
+        """The inverse of `to_json`."""
+        losses = np.asarray([np.nan if x is None else x for x in content["losses"]])
+        return cls(np.asarray(content["learning_rates"]), losses, content["mode"])
 
     def __repr__(self) -> str:
         rates, end = self.learning_rates, self.diverged_at

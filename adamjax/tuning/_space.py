@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -38,7 +38,12 @@ class Log:
 
     def fraction(self, x: float) -> float:
         """Where in the range `x` lies: the inverse of `at`."""
-        return math.log(x / self.low) / math.log(self.high / self.low)
+        return math.log(x / self.low) / math.log(self.high / self.low) if x > 0 else -math.inf
+
+    def between(self, u: float, v: float) -> "Log":
+        """From the fraction `u` to the fraction `v`, which may lie outside."""
+        factor = self.high / self.low
+        return Log(self.low * factor**u, self.low * factor**v)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +67,11 @@ class Linear:
     def fraction(self, x: float) -> float:
         """Where in the range `x` lies: the inverse of `at`."""
         return (x - self.low) / (self.high - self.low)
+
+    def between(self, u: float, v: float) -> "Linear":
+        """From the fraction `u` to the fraction `v`, which may lie outside."""
+        width = self.high - self.low
+        return Linear(self.low + u * width, self.low + v * width)
 
 
 class Choice:
@@ -99,7 +109,7 @@ class Choice:
 
 
 @dataclasses.dataclass(frozen=True)
-class _OneMinus:
+class OneMinus:
     """1 - x, for x in a range: betas crowd at 1."""
 
     complement: Log | Linear
@@ -110,8 +120,11 @@ class _OneMinus:
     def fraction(self, x: float) -> float:
         return self.complement.fraction(1 - x)
 
+    def between(self, u: float, v: float) -> "OneMinus":
+        return OneMinus(self.complement.between(u, v))
 
-Range = Log | Linear | Choice | _OneMinus
+
+Range = Log | Linear | Choice | OneMinus
 
 
 class Space:
@@ -131,7 +144,6 @@ class Space:
     """
 
     def __init__(self, **ranges: Any) -> None:
-        self._given = ranges
         self.ranges: dict[str, Range] = {}
         for given, r in ranges.items():
             name = given.removeprefix("one_minus_")
@@ -142,12 +154,17 @@ class Space:
             if given != name:
                 if isinstance(r, Choice):
                     raise ValueError(f"Invalid space: {given}={ranges[given]!r}; {given} must be a Log or a Linear")
-                r = _OneMinus(r)
+                r = OneMinus(r)
             self.ranges[name] = r
         if not self.free:
             raise ValueError(
                 "Invalid space: it has no range, at least one argument must be a Log, a Linear or a Choice"
             )
+
+    @classmethod
+    def of(cls, ranges: Mapping[str, Range]) -> "Space":
+        """The space of these ranges, by the names of the arguments themselves."""
+        return cls(**{_written(name, r): _content(r) for name, r in ranges.items()})
 
     @property
     def free(self) -> list[str]:
@@ -189,7 +206,19 @@ class Space:
         return {name: r.at(fractions.get(name, 0.0)) for name, r in self.ranges.items()}
 
     def __repr__(self) -> str:
-        return f"Space({', '.join(f'{name}={r!r}' for name, r in self._given.items())})"
+        return f"Space({', '.join(f'{_written(name, r)}={_content(r)!r}' for name, r in self.ranges.items())})"
+
+
+def _written(name: str, r: Range) -> str:
+    """The argument of `Space` that gives `name` the range `r`."""
+    return f"one_minus_{name}" if isinstance(r, OneMinus) else name
+
+
+def _content(r: Range) -> Any:
+    """The value of that argument."""
+    if isinstance(r, OneMinus):
+        return r.complement
+    return r.options[0] if isinstance(r, Choice) and len(r.options) == 1 else r
 
 
 def _ticks(r: Range, count: int) -> list[float]:

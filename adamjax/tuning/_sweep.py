@@ -163,16 +163,55 @@ def sweep(
     settings = space.points(trials, method=method) if isinstance(space, Space) else [dict(s) for s in space]
     if not settings:
         raise ValueError("there are no settings: give a Space, or at least one dict of the optimizer's arguments")
-    runner = Runner(problem, execution=execution, mesh=mesh, memory=memory)
-    found = run_settings(
-        runner, settings, optimizer, seeds_.astype(np.int32), marks_of(steps, points), metric, progress
+    runner = Runner(problem, metric, execution=execution, mesh=mesh, memory=memory)
+    marks = marks_of(steps, points)
+    found = run_settings(runner, settings, optimizer, seeds_.astype(np.int32), marks, progress)
+    return Sweep(
+        settings,
+        marks,
+        found.losses,
+        found.metrics,
+        found.diverged_at(slice(None), len(marks) - 1),
+        metric,
+        mode,
+        runner.execution,
+        runner.probe,
+        time.perf_counter() - begin,
     )
-    return Sweep(settings, *found, metric, mode, runner.execution, runner.probe, time.perf_counter() - begin)
 
 
 def marks_of(steps: int, points: int) -> np.ndarray:
     """`points` steps evenly up to the last; fewer where there are fewer."""
     return np.unique(np.round(np.linspace(0, steps, points + 1)[1:]).astype(int).clip(1))
+
+
+class Curves:
+    """What runs gave so far; what they have not reached is NaN.
+
+    Fields:
+      losses: float64[settings, seeds, points], the mean training loss since the point before.
+      metrics: The validation metrics at the points, by name, of the same shape.
+    """
+
+    def __init__(self, runner: Runner, settings: int, seeds: int, marks: np.ndarray) -> None:
+        self.losses = np.full((settings, seeds, len(marks)), np.nan)
+        self.metrics = {name: self.losses.copy() for name in runner.metrics}
+        self._judged, self._marks = self.metrics[runner.metric], marks
+        self._diverged_at = np.zeros((settings, seeds), int)
+
+    def record(self, settings: np.ndarray, point: int, results: Any) -> None:
+        """Take in what `Runner.run` says of these settings."""
+        losses, metrics, diverged_at = results
+        self.losses[settings, :, point] = losses.T
+        for name, curve in self.metrics.items():
+            curve[settings, :, point] = metrics[name].T
+        self._diverged_at[settings] = diverged_at.T
+
+    def diverged_at(self, settings: Any, point: int) -> np.ndarray:
+        """int[settings, seeds]: the first step up to a point at which something was not finite; 0 for none."""
+        found, bad = self._diverged_at[settings], ~np.isfinite(self._judged[settings][:, :, : point + 1])
+        # A run whose losses are finite may still end where the validation is not.
+        return np.where((found == 0) & bad.any(axis=2), self._marks[bad.argmax(axis=2)], found)
 
 
 def run_settings(
@@ -181,40 +220,32 @@ def run_settings(
     optimizer: Callable[..., Any],
     seeds: np.ndarray,
     marks: np.ndarray,
-    metric: str,
     progress: bool,
-) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray], np.ndarray]:
-    """Steps, losses, metrics and divergences of all settings, as the fields of a `Sweep`."""
-    names = sorted(runner.metrics)
-    if metric not in names:
-        raise ValueError(f"Invalid metric value: {metric!r}; the problem's evaluate returns {', '.join(names)}")
+) -> Curves:
+    """Train every setting with every seed."""
+    opts = [make(optimizer, setting, i) for i, setting in enumerate(settings)]
+    curves = Curves(runner, len(settings), len(seeds), marks)
+    durations = np.diff(marks, prepend=0)
+    with contextlib.ExitStack() as stack:
+        bar = stack.enter_context(bar_of(len(settings) * len(seeds) * int(marks[-1]))) if progress else None
+        for group in alike(opts):
+            for chunk, point, results in runner.run([opts[i] for i in group], seeds, marks):
+                curves.record(np.asarray(group)[chunk], point, results)
+                if bar is not None:
+                    bar.update(len(chunk) * len(seeds) * int(durations[point]))
+    return curves
+
+
+def alike(opts: Sequence[Any]) -> list[list[int]]:
+    """The positions of those that differ in numbers only, group by group."""
     groups: dict[Any, list[int]] = {}
-    opts = [_make(optimizer, setting, i) for i, setting in enumerate(settings)]
     for i, opt in enumerate(opts):
         leaves, structure = jax.tree.flatten(opt)
         groups.setdefault((structure, tuple(map(np.shape, leaves))), []).append(i)
-    shape = (len(settings), len(seeds), len(marks))
-    losses, metrics = np.full(shape, np.nan), {name: np.full(shape, np.nan) for name in names}
-    diverged_at = np.zeros(shape[:2], int)
-    done = np.concatenate([[0], marks])
-    with contextlib.ExitStack() as stack:
-        bar = stack.enter_context(_bar(len(settings) * len(seeds) * int(marks[-1]))) if progress else None
-        for group in groups.values():
-            for chunk, point, (loss, values, diverged) in runner.run([opts[i] for i in group], seeds, marks):
-                rows = np.asarray(group)[chunk]
-                losses[rows, :, point] = loss.T
-                for name in names:
-                    metrics[name][rows, :, point] = values[name].T
-                diverged_at[rows] = diverged.T
-                if bar is not None:
-                    bar.update(len(rows) * len(seeds) * int(done[point + 1] - done[point]))
-    # A run whose losses are finite may still end where the validation is not.
-    bad = ~np.isfinite(metrics[metric])
-    diverged_at = np.where((diverged_at == 0) & bad.any(axis=2), marks[bad.argmax(axis=2)], diverged_at)
-    return marks, losses, metrics, diverged_at
+    return list(groups.values())
 
 
-def _make(optimizer: Callable[..., Any], setting: Setting, position: int) -> Any:
+def make(optimizer: Callable[..., Any], setting: Setting, position: int) -> Any:
     """The optimizer, as one of ours wherever it is from."""
     try:
         return chain(optimizer(**setting))
@@ -223,6 +254,6 @@ def _make(optimizer: Callable[..., Any], setting: Setting, position: int) -> Any
         raise kind(f"setting {position}, {setting}: {error}") from error
 
 
-def _bar(total: int) -> Any:
+def bar_of(total: int) -> Any:
     tqdm = require("tqdm", "tune", "the progress bar").tqdm
     return tqdm(total=total, unit="step", unit_scale=True, dynamic_ncols=True, disable=jax.process_index() > 0)

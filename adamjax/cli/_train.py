@@ -1,0 +1,139 @@
+"""`adamjax train`."""
+
+import argparse
+import inspect
+import signal
+import sys
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import adamjax
+from adamjax import _checks, schedules, training
+from adamjax._extras import require
+from adamjax.cli import _flags
+from adamjax.run_folder import RunFolder, next_free
+
+
+def add_parser(commands: Any) -> argparse.ArgumentParser:
+    train = commands.add_parser(
+        "train",
+        help="train a model and draw its curves",
+        description="Train a classifier of handwritten digits, or a problem of your own.",
+        argument_default=argparse.SUPPRESS,
+    )
+    run = train.add_argument_group("the run")
+    run.add_argument(
+        "--problem",
+        default="digits",
+        help=_flags.PROBLEM_HELP,
+    )
+    run.add_argument("--steps", type=int, default=1000, help="updates (default: 1000)")
+    _flags.add_flags(run, _flags.PROBLEM_OPTIONS)
+    run.add_argument("--dtype", choices=_flags.DTYPES, help="dtype of the parameters (default: the problem's own)")
+    run.add_argument("--seed", type=int, default=0, help="of parameters, data order and loss (default: 0)")
+    run.add_argument(
+        "--report-every", type=int, default=10, help="updates between lines of metrics.jsonl (default: 10)"
+    )
+    run.add_argument("--evaluate-every", type=int, default=100, help="updates between validations (default: 100)")
+    run.add_argument("--out", type=Path, help="folder to write (default: the next free runs/train-N)")
+    run.add_argument("--config", type=Path, help="config.json of a run to do again; other flags override it")
+    rate = train.add_argument_group("the learning rate")
+    rate.add_argument("--learning-rate", type=float, default=3e-3, help="its peak (default: 3e-3)")
+    rate.add_argument(
+        "--schedule", choices=_flags.SCHEDULES, default="warmup_cosine", help="its course (default: warmup_cosine)"
+    )
+    _flags.add_flags(rate, _flags.SCHEDULE_OPTIONS)
+    optimizer = train.add_argument_group("the optimizer", _flags.OPTIMIZER_HELP)
+    optimizer.add_argument("--optimizer", choices=_flags.OPTIMIZERS, default="adamw", help="which (default: adamw)")
+    _flags.add_flags(optimizer, _flags.HYPERPARAMETERS)
+    return train
+
+
+def run(options: dict[str, Any]) -> int:
+    """Train, and leave a folder."""
+    stop = CtrlC()
+    with _flags.refusals():
+        tqdm = require("tqdm", "demo", "the progress bar").tqdm
+        require("matplotlib", "demo", "drawing curves.png")
+        peak = _checks.number("learning_rate", options["learning_rate"])
+        schedule = getattr(schedules, options["schedule"])(peak, **_flags.schedule_options(options))
+        make = getattr(adamjax, options["optimizer"])
+        optimizer = make(schedule, **_flags.accepted(make, options, _flags.HYPERPARAMETERS, options["optimizer"]))
+        reports = training.train(
+            _flags.problem(options),
+            optimizer,
+            steps=options["steps"],
+            seed=options["seed"],
+            dtype=options.get("dtype"),
+            report_every=options["report_every"],
+            evaluate_every=options["evaluate_every"],
+            stop=stop,
+        )
+        folder = RunFolder(options["out"]) if "out" in options else RunFolder(next_free(Path("runs"), "train"))
+    folder.write_config(
+        {
+            "flags": {name: x for name, x in options.items() if name not in ("config", "out")},
+            "optimizer": repr(optimizer),
+            "versions": {"adamjax": version("adamjax"), "jax": jax.__version__},
+        }
+    )
+    rate = jax.jit(schedule)
+    with stop, tqdm(total=options["steps"], unit="step", dynamic_ncols=True) as bar:
+        try:
+            for report in reports:
+                record = _record(report, rate)
+                folder.log(record)
+                shown = (f"{name} {record[name]:.3g}" for name in ("loss", "learning_rate") if name in record)
+                bar.set_postfix_str(", ".join(shown), refresh=False)
+                bar.update(report.step - bar.n)
+        finally:
+            folder.plot()
+    metrics = ", ".join(f"{name} {x:.4g}" for name, x in (report.metrics or {}).items())
+    print(f"validation after {report.step} steps: {metrics}")
+    print(f"wrote config.json, metrics.jsonl and curves.png to {folder.path}")
+    if report.diverged_at is not None:
+        print(_advice(report.diverged_at, float(rate(report.diverged_at - 1)), options), file=sys.stderr)
+        return 1
+    return 130 if stop() else 0
+
+
+def _record(report: training.Report, rate: Callable[[int], Any]) -> dict[str, Any]:
+    record: dict[str, Any] = {"step": report.step}
+    if len(report.losses):
+        record["loss"] = float(np.mean(report.losses))
+        record["learning_rate"] = float(rate(report.step - 1))
+    return record | {f"val_{name}": x for name, x in (report.metrics or {}).items()}
+
+
+def _advice(step: int, rate: float, options: dict[str, Any]) -> str:
+    tries = [f"a --learning-rate below {options['learning_rate']:g} (a tenth, say)"]
+    if "warmup_steps" in inspect.signature(getattr(schedules, options["schedule"])).parameters:
+        tries.append("more --warmup-steps")
+    if options.get("dtype", "float32") == "float16":
+        tries.append("--dtype bfloat16 or float32, whose range is larger")
+    return f"adamjax: the loss was not finite at step {step} (learning rate {rate:.3g}). Try {', or '.join(tries)}."
+
+
+class CtrlC:
+    """Within its context, the first Ctrl-C makes it true; the second interrupts as ever."""
+
+    def __init__(self) -> None:
+        self._pressed = False
+
+    def __call__(self) -> bool:
+        return self._pressed
+
+    def __enter__(self) -> None:
+        self._before = signal.signal(signal.SIGINT, self._press)
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGINT, self._before)
+
+    def _press(self, *_: object) -> None:
+        self._pressed = True
+        signal.signal(signal.SIGINT, self._before)

@@ -1,0 +1,352 @@
+"""The tuning strategy: stage after stage, then the best few and the defaults again with fresh seeds."""
+
+import contextlib
+import dataclasses
+import hashlib
+import itertools
+import json
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from adamjax import _checks
+from adamjax._optimizers import adamw
+from adamjax.problems import Problem
+from adamjax.tuning import _question, _range_test
+from adamjax.tuning._optuna import by_optuna, study_of
+from adamjax.tuning._population import Runner
+from adamjax.tuning._range_test import LrRange, lr_range_test
+from adamjax.tuning._report import CONFIRM, Report
+from adamjax.tuning._space import Log, Setting, Space
+from adamjax.tuning._strategy import FEWEST, Result, Strategy, plan, staged
+from adamjax.tuning._sweep import Curves, alike, bar_of, make, marks_of
+from adamjax.tuning._trial import Journal, Trial
+
+POINTS = 20  # of a learning curve
+RUNGS = (0.25, 0.5)  # of a run, after each of which half of a batch ends
+SAVED = 0.5  # of the time, by these
+MARGIN = 3.0  # beyond the band of a range test, how far the learning rate is searched
+SAMPLERS = ("halton", "sobol", "random")
+DEFAULTS = "defaults"  # the stage of the first trial
+
+
+def tune(
+    problem: Problem,
+    *,
+    trials: int = 64,
+    steps: int = 300,
+    optimizer: Callable[..., Any] = adamw,
+    space: Space | None = None,
+    stages: _question.Stages = "adam",
+    sampler: Any = "halton",
+    storage: Any = None,
+    confirm: Sequence[int] | None = (5, 3),
+    halving: bool | str = "auto",
+    out: str | Path | None = None,
+    resume: bool = True,
+    metric: str = "loss",
+    mode: str = "min",
+    seed: int = 0,
+    execution: str = "auto",
+    mesh: Mesh | None = None,
+    memory: float | None = None,
+    progress: bool = False,
+) -> Report:
+    """Find good hyperparameters of Adam by validation performance, and say how sure that is.
+
+    The defaults are tried first. A range test says where to look for the learning rate; then come
+    stages of trials, each of which varies a few arguments around the best so far, the learning
+    rate always among them, since the best one depends on all others: the learning rate, twice; b1
+    (and b2, from 48 trials on); eps, of problems in half precision; weight decay; all together;
+    AMSGrad, on the best settings. After a stage its ranges narrow to where the best lie, or, where
+    the very best lies on the edge of a logarithmic range, move beyond it. At the end the best few
+    and the defaults are trained again with fresh seeds, and that decides.
+
+    Args:
+      problem: What to train.
+      trials: Settings to try, the defaults included; runs that confirm come on top.
+      steps: Updates of each run.
+      optimizer: Called with a setting, returns the optimizer; see `sweep`.
+      space: What to search instead: ranges by the names of the optimizer's arguments. All others
+        keep the defaults that `optimizer` has for them. None for those of Adam's hyperparameters
+        that `optimizer` has.
+      stages: "adam", as above; arguments of `space` that Adam has not get stages of their own. Or
+        the arguments to vary in each stage, one name or several: ["learning_rate", ("b1", "eps")].
+      sampler: "halton", "sobol" or "random" points in each stage. Or Optuna: "optuna" for its TPE
+        sampler, "optuna:CmaEsSampler" for another, an `optuna.Study`; it searches all arguments at
+        once.
+      storage: Where Optuna keeps its study: a URL or one of its storages, for several machines to
+        share. None for memory.
+      confirm: How many of the best to confirm, with how many fresh seeds each; None not to.
+      halving: Whether half of each batch ends after a quarter of its steps, and half of the rest
+        after half of them, those that go on in smaller programs. "auto": where the time of a few
+        steps says that it saves more than it costs to compile those.
+      out: Folder for the report, and for each trial as soon as it ends; None to write nothing.
+      resume: Whether to go on where the folder ends; the result is that of a run that was never
+        interrupted (unless other machines share the study). Else a folder that holds a tuning is
+        refused.
+      metric: Which of the problem's metrics settings are judged by, at the end of a run.
+      mode: "min" or "max": which is better.
+      seed: Of the search; the fresh seeds are those after it.
+      execution, mesh, memory, progress: See `sweep`.
+
+    Returns:
+      A `Report`; where `out` is given, it is saved there.
+
+    Raises:
+      ValueError: An argument is out of range, the problem does not return `metric`, or the folder
+        holds another tuning.
+      TypeError: `problem` is not a `Problem`, or `optimizer` does not take a setting.
+      FileExistsError: The folder holds a tuning, and `resume` is False.
+      ImportError: Something that the extra `tune` brings is not installed.
+
+    References:
+      Godbole et al., 2023, Deep Learning Tuning Playbook; Jamieson & Talwalkar, 2016,
+      https://arxiv.org/abs/1502.07943 (successive halving).
+
+    >>> import adamjax
+    >>> from adamjax.tuning import tune
+    >>> report = tune(adamjax.problems.digits(), trials=8, steps=50, confirm=None)
+    >>> report.best.optimizer == adamjax.adamw(**report.best.arguments)
+    True
+    """
+    for name, x in (("trials", trials), ("steps", steps)):
+        _checks.count(name, x)
+    _checks.count("seed", seed, 0)
+    _checks.choice("mode", mode, ("min", "max"))
+    _checks.choice("halving", halving, (True, False, "auto"))
+    _check_confirm(confirm)
+    _check_sampler(sampler, storage)
+    runner = Runner(problem, metric, execution=execution, mesh=mesh, memory=memory)
+    searched = _question.space_of(optimizer, space, stages, half=_question.is_half(problem))
+    defaults = _question.defaults_of(optimizer, searched)
+    make(optimizer, defaults, 0)
+    question = {
+        "problem": _question.name_of_problem(problem),
+        "parameters": _question.parameters_of(problem),
+        "optimizer": _question.name_of(optimizer),
+        "space": repr(searched),
+        "stages": stages if isinstance(stages, str) else [[s] if isinstance(s, str) else list(s) for s in stages],
+        "sampler": sampler if isinstance(sampler, str) else type(sampler).__name__,
+        "trials": trials,
+        "steps": steps,
+        "confirm": None if confirm is None else list(confirm),
+        "metric": metric,
+        "mode": mode,
+        "seed": seed,
+    }
+    journal = Journal(None if out is None else Path(out), question, resume=resume)
+    range_test = _range_test_of(problem, optimizer, defaults, steps, seed, journal)
+    if space is None and range_test is not None and range_test.suggestions:
+        low, high = range_test.band
+        near = Log(float(f"{low / MARGIN:.2g}"), float(f"{high * MARGIN:.2g}"))
+        searched = Space.of(searched.ranges | {"learning_rate": near})
+    with contextlib.ExitStack() as stack:
+        total = steps * (trials + (0 if confirm is None else (confirm[0] + 1) * confirm[1]))
+        bar = stack.enter_context(bar_of(total)) if progress else None
+        runs = Runs(runner, optimizer, journal, marks_of(steps, POINTS), mode, bar)
+        if isinstance(sampler, str) and sampler in SAMPLERS:
+            todo = plan(searched, stages, trials - 1)
+            largest, batches = max((s.trials for s in todo), default=0), len(todo)
+            strategy = staged(searched, defaults, todo, method=sampler, seed=seed, valid=runs.valid)
+        else:
+            largest = max(FEWEST, trials // 8)
+            batches = math.ceil((trials - 1) / largest)
+            digest = hashlib.sha256(json.dumps(question).encode()).hexdigest()[:12]
+            study = study_of(sampler, storage, f"adamjax-{digest}", mode=mode, seed=seed)
+            strategy = by_optuna(searched, defaults, study, trials=trials - 1, batch=largest)
+        runs.prepare(defaults, room=largest + 1, batches=batches, seed=seed, halving=halving)
+        _search(runs, strategy, seed)
+        notes = tuple(journal.found["notes"])
+        report = Report(question, runs.ended, defaults, optimizer, range_test, runner.execution, notes)
+        if confirm is not None and report.ranking:
+            runs.confirm(report.ranking[: confirm[0]], defaults, range(seed + 1, seed + 1 + confirm[1]))
+            report = dataclasses.replace(report, trials=runs.ended)
+    if out is not None and jax.process_index() == 0:
+        report.save(out)
+    return report
+
+
+class Planned(NamedTuple):
+    """A setting to run."""
+
+    number: int
+    stage: str
+    setting: Setting
+
+
+class Runs:
+    """Runs batches of trials, and keeps what they give; those that the journal has are not run again.
+
+    Fields:
+      ended: Every trial so far.
+    """
+
+    def __init__(
+        self, runner: Runner, optimizer: Callable[..., Any], journal: Journal, marks: np.ndarray, mode: str, bar: Any
+    ) -> None:
+        self.ended: list[Trial] = []
+        self._runner, self._optimizer, self._journal, self._marks, self._bar = runner, optimizer, journal, marks, bar
+        self._sign = 1 if mode == "min" else -1
+        self._room = 1
+        points = [int(np.searchsorted(marks, fraction * marks[-1])) for fraction in RUNGS]
+        self._rungs = [point for point in points if point < len(marks) - 1]
+
+    def valid(self, setting: Setting) -> bool:
+        """Whether there is such an optimizer."""
+        try:
+            make(self._optimizer, setting, 0)
+        except (TypeError, ValueError):
+            return False
+        return True
+
+    def prepare(self, defaults: Setting, *, room: int, batches: int, seed: int, halving: bool | str) -> None:
+        """Decide how to run `batches` of up to `room` settings, unless the journal says how."""
+        runner, journal = self._runner, self._journal
+        self._room = room
+        if "order" not in journal.found:
+            steps = int(self._marks[-1])
+            opts, seeds = [make(self._optimizer, defaults, 0)], np.asarray([seed], np.int32)
+            step, compilation, fits = runner.cost(opts, seeds, steps, room)
+            pays = SAVED * batches * steps * step > len(RUNGS) * compilation
+            if halving is True and not fits:
+                journal.note("no halving: a batch needs more memory than there is")
+            journal.decide(order=runner.order, halving=fits and (pays if halving == "auto" else halving))
+        runner.order = journal.found["order"]
+        if not journal.found["halving"]:
+            self._rungs = []
+
+    def search(self, stage: str, settings: Sequence[Setting], seed: int) -> list[Result]:
+        """Run a batch of the search."""
+        first = len(self.ended)
+        planned = [Planned(i, stage if i else DEFAULTS, x) for i, x in enumerate(settings, start=first)]
+        return [self._result(trials[0]) for trials in self._run(planned, [seed], self._rungs)]
+
+    def confirm(self, best: Sequence[Trial], defaults: Setting, seeds: Sequence[int]) -> None:
+        """Run the best, and the defaults, with each of the seeds."""
+        settings = {t.number: t.setting for t in best} | {0: defaults}
+        self._run([Planned(number, CONFIRM, x) for number, x in settings.items()], seeds, [])
+
+    def _result(self, trial: Trial) -> Result:
+        value = trial.value(self._runner.metric)
+        score = self._sign * value if trial.status == "complete" else math.inf
+        return Result(trial.setting, score, value, trial.steps[-1] if trial.status == "pruned" else 0)
+
+    def _run(self, planned: Sequence[Planned], seeds: Sequence[int], rungs: Sequence[int]) -> list[list[Trial]]:
+        """The trials of each, seed by seed."""
+        opts = [make(self._optimizer, p.setting, p.number) for p in planned]
+        ended: dict[int, list[Trial]] = {}
+        for group in alike(opts):
+            ended |= self._run_alike([planned[i] for i in group], [opts[i] for i in group], seeds, rungs)
+        found = [ended[p.number] for p in planned]
+        self.ended += itertools.chain.from_iterable(found)
+        return found
+
+    def _run_alike(
+        self, planned: Sequence[Planned], opts: Sequence[Any], seeds: Sequence[int], rungs: Sequence[int]
+    ) -> dict[int, list[Trial]]:
+        """Run in one program those that have not ended yet; the trials of all, by number."""
+        marks, runner = self._marks, self._runner
+        curves = Curves(runner, len(planned), len(seeds), marks)
+        judged = curves.metrics[runner.metric]
+        ended: dict[int, list[Trial]] = {}
+        for i, p in enumerate(planned):
+            known = [self._journal.get(p.number, seed, p.stage, p.setting) for seed in seeds]
+            trials = [trial for trial in known if trial is not None]
+            if len(trials) == len(seeds):
+                ended[p.number] = trials
+                for k, trial in enumerate(trials):
+                    judged[i, k, : len(trial.steps)] = trial.metrics[runner.metric]
+        running = np.asarray([i for i, p in enumerate(planned) if p.number not in ended], int)
+        self._progress(len(ended) * len(seeds), 0)
+
+        def keep(rows: np.ndarray, point: int) -> np.ndarray:
+            """Those that go on after a point; the others have ended."""
+            at = running[rows]
+            stays = ~(curves.diverged_at(at, point) > 0).all(axis=1) & (point + 1 < len(marks))
+            if point in rungs:
+                scores = np.nan_to_num(self._sign * judged[:, 0, point], nan=math.inf)
+                better = np.argsort(scores, kind="stable")[: math.ceil(np.isfinite(scores).sum() / 2)]
+                stays &= np.isin(at, better)
+            new = {planned[i].number: self._trials(planned[i], i, curves, seeds, point) for i in at[~stays]}
+            self._journal.write(itertools.chain.from_iterable(new.values()))
+            ended.update(new)
+            self._progress(len(new) * len(seeds), point + 1)
+            return np.asarray(stays)
+
+        if len(running):
+            # A program for as many as the others have, if not for far more, so that it need not be compiled.
+            room = self._room if 2 * len(planned) > self._room else len(planned)
+            chosen, ints = [opts[i] for i in running], np.asarray(seeds, np.int32)
+            for rows, point, results in runner.run(chosen, ints, marks, room=max(room, len(planned)), keep=keep):
+                curves.record(running[rows], point, results)
+                self._progress(len(rows) * len(seeds), point, point + 1)
+        return ended
+
+    def _trials(self, planned: Planned, i: int, curves: Curves, seeds: Sequence[int], point: int) -> list[Trial]:
+        """The trials of setting `i`, which ends after `point`."""
+        end, found = point + 1, []
+        for k, (seed, diverged_at) in enumerate(zip(seeds, curves.diverged_at([i], point)[0].tolist(), strict=True)):
+            status = "infeasible" if diverged_at else "complete" if end == len(self._marks) else "pruned"
+            metrics = {name: curve[i, k, :end].tolist() for name, curve in curves.metrics.items()}
+            steps, losses = self._marks[:end].tolist(), curves.losses[i, k, :end].tolist()
+            found.append(Trial(*planned[:3], seed, status, steps, losses, metrics, diverged_at))
+        return found
+
+    def _progress(self, runs: int, done: int, to: int | None = None) -> None:
+        """Move the bar by the steps of so many runs from a point on, to another or the end."""
+        if self._bar is not None:
+            ends = [0, *self._marks.tolist()]
+            self._bar.update(runs * (ends[-1 if to is None else to] - ends[done]))
+
+
+def _search(runs: Runs, strategy: Strategy, seed: int) -> None:
+    """Run each batch of the strategy, and tell it what came of it."""
+    with contextlib.suppress(StopIteration):
+        batch = next(strategy)
+        while True:
+            batch = strategy.send(runs.search(batch.stage, batch.settings, seed))
+
+
+def _range_test_of(
+    problem: Problem, optimizer: Callable[..., Any], defaults: Setting, steps: int, seed: int, journal: Journal
+) -> LrRange | None:
+    """A range test with the defaults; None where the optimizer takes no schedule."""
+    if "range_test" not in journal.found:
+        found = None
+        if "learning_rate" in defaults:
+            given = {name: x for name, x in defaults.items() if name != "learning_rate"}
+            steps = min(max(steps, _range_test.FEWEST), 200)
+            try:
+                found = lr_range_test(problem, num_steps=steps, optimizer=partial(optimizer, **given), seed=seed)
+            except (TypeError, ValueError) as error:
+                journal.note(f"no range test of the learning rate: {error}")
+        journal.decide(range_test=found and found.to_json())
+    content = journal.found["range_test"]
+    return content and LrRange.from_json(content)
+
+
+def _check_confirm(confirm: Any) -> None:
+    if confirm is None:
+        return
+    if not isinstance(confirm, Sequence) or len(confirm) != 2:
+        raise ValueError(f"Invalid confirm value: {confirm!r}; confirm must be two ints, or None")
+    for i, x in enumerate(confirm):
+        _checks.count(f"confirm[{i}]", x)
+
+
+def _check_sampler(sampler: Any, storage: Any) -> None:
+    named = isinstance(sampler, str)
+    if named and sampler not in SAMPLERS and sampler.split(":")[0] != "optuna":
+        names = ", ".join(map(repr, SAMPLERS))
+        raise ValueError(f"Invalid sampler value: {sampler!r}; sampler must be one of {names}, 'optuna', or a study")
+    if storage is not None and named and sampler in SAMPLERS:
+        raise ValueError(f"Invalid storage value: {storage!r}; only Optuna's samplers have a storage")
+    if (storage is not None or not named) and jax.process_count() > 1:
+        raise ValueError("Invalid storage value: the processes of one program would each ask for other settings")
