@@ -1,5 +1,6 @@
 """Sweeps: many settings in one program are as many runs, one by one."""
 
+import json
 import os
 import subprocess
 import sys
@@ -228,6 +229,19 @@ PROCESS = """
     found = sweep(problem, settings, steps=30, points=3, seeds=[3, 5])
     assert "on each of 4 devices" in found.execution, found.execution
     np.save(f"losses-{process}.npy", found.losses)
+
+    # A tuning too, whose folder the first process reads and writes for all.
+    from pathlib import Path
+    from bowl import BOWL
+    from jax.experimental.multihost_utils import sync_global_devices
+    tune = lambda: adamjax.tuning.tune(BOWL, steps=8, trials=7, confirm=(1, 2), out="tuned", halving=True)
+    whole, lines = tune().to_json(), Path("tuned/trials.jsonl").read_text().splitlines(keepends=True)
+    sync_global_devices("read")
+    if process == "0":
+        Path("tuned/trials.jsonl").write_text("".join(lines[:5]) + lines[5][:9])
+    sync_global_devices("cut")
+    assert tune().to_json() == whole
+    Path(f"report-{process}.json").write_text(whole)
 """
 
 
@@ -248,3 +262,10 @@ def test_two_processes(by_map, tmp_path):
         assert process.returncode == 0, errors
     for i in range(2):
         np.testing.assert_allclose(np.load(tmp_path / f"losses-{i}.npy"), by_map.losses, rtol=SWEEP)
+    reports = [(tmp_path / f"report-{i}.json").read_text() for i in range(2)]
+    assert reports[0] == reports[1]
+    trials = [json.loads(line) for line in (tmp_path / "tuned" / "trials.jsonl").read_text().splitlines()]
+    assert {(t["number"], t["seed"]) for t in trials} == {
+        (t["number"], t["seed"]) for t in json.loads(reports[0])["trials"]
+    }
+    assert len(trials) == 7 + 2 * 2

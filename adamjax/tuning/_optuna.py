@@ -10,7 +10,7 @@ from adamjax.tuning._strategy import Batch, Strategy
 
 
 def study_of(sampler: Any, storage: Any, name: str, *, mode: str, seed: int) -> Any:
-    """The study that `sampler` stands for: itself, a sampler's, or by the name of one.
+    """The study that `sampler` stands for: itself, or that of a sampler, or of the name of one.
 
     Raises:
       ImportError: Optuna is not installed.
@@ -36,6 +36,10 @@ def study_of(sampler: Any, storage: Any, name: str, *, mode: str, seed: int) -> 
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             # Within a batch, each point should know of those that were asked for before it.
             sampler = make(seed=seed, **{"constant_liar": True} if kind in ("", "TPESampler") else {})
+    if not isinstance(sampler, optuna.samplers.BaseSampler):
+        raise ValueError(
+            f"Invalid sampler value: {sampler!r}; sampler must be a name, or a sampler or study of Optuna's"
+        )
     return optuna.create_study(
         sampler=sampler, storage=storage, study_name=name, direction=direction, load_if_exists=True
     )
@@ -55,7 +59,7 @@ def by_optuna(space: Space, defaults: Setting, study: Any, *, trials: int, batch
         asked = [study.ask(distributions) for _ in range(min(trials, batch))]
         trials -= len(asked)
         settings = [_setting(space, trial.params) for trial in asked]
-        results = yield Batch("defaults" if not asked else "optuna", [*first, *settings])
+        results = yield Batch("optuna", [*first, *settings], space)
         for trial, result in zip(asked, results[len(first) :], strict=True):
             if math.isfinite(result.score):
                 study.tell(trial, result.value)

@@ -54,14 +54,15 @@ class Pictured(NamedTuple):
         for name in dict.fromkeys(k for t in self.trials for k in t.setting):
             values = [t.setting[name] for t in self.trials]
             if len({repr(x) for x in values}) > 1:
-                found[name] = _axis(name, values)
+                found[name] = axis_of(name, values)
         return found
 
     def where(self, status: str) -> np.ndarray:
         return np.asarray([t.status == status for t in self.trials])
 
 
-def _axis(name: str, values: Sequence[Any]) -> Axis:
+def axis_of(name: str, values: Sequence[Any]) -> Axis:
+    """Logarithmic where the values span a decade; the betas by what they lack of 1."""
     if not all(isinstance(x, (int, float)) and not isinstance(x, bool) for x in values):
         names = sorted({repr(x) for x in values})
         return Axis(name, "linear", np.asarray([float(names.index(repr(x))) for x in values]), names)

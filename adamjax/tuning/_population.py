@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from adamjax import _checks
 from adamjax.problems import Problem, check
@@ -94,6 +94,9 @@ class Runner:
         check(problem)
         if mesh is None and (execution == "sharded" or (execution == "auto" and jax.device_count() > 1)):
             mesh = jax.make_mesh((jax.device_count(),), ("settings",))
+        if mesh is not None:
+            # Where axes are explicit, members could not be moved between devices by their numbers.
+            mesh = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
         self.problem, self.mesh, self.memory = problem, mesh, memory
         self.order = execution if execution in ORDERS else None
         self.probe: dict[str, float] = {}
@@ -105,6 +108,7 @@ class Runner:
             )
         self.metric = metric
         self._programs: dict[Any, Program] = {}
+        self._made: dict[tuple[int, ...], Keys] = {}
 
     @property
     def _devices(self) -> int:
@@ -127,6 +131,7 @@ class Runner:
         marks: np.ndarray,
         *,
         room: int | None = None,
+        wanted: np.ndarray | None = None,
         keep: Callable[[np.ndarray, int], np.ndarray] | None = None,
     ) -> Iterator[tuple[np.ndarray, int, Any]]:
         """Train one run for each of `opts` (alike in structure) and `seeds`, up to each step of `marks`.
@@ -137,6 +142,8 @@ class Runner:
         Args:
           opts, seeds, marks: What to train.
           room: How many settings the program is made for, at least their number, which is the default.
+          wanted: Which (bool) are of interest; where none of a chunk is, it is left out. The others only
+            keep their places, for where in a program a member is can change its last digits.
           keep: Called after each mark with the indices and the mark; says which (bool) to go on with.
             Where half of the program's room is enough for them, they move to a program of that size.
         """
@@ -146,6 +153,8 @@ class Runner:
         chunk = self._program(opts, keys, order, room)
         for low in range(0, len(opts), chunk.size):
             program, indices = chunk, np.arange(low, min(low + chunk.size, len(opts)))
+            if wanted is not None and not wanted[indices].any():
+                continue
             inputs = self._place(_stack(opts, indices, program.size)), keys
             members = program.start(*inputs)
             slots = np.arange(len(indices))
@@ -176,8 +185,10 @@ class Runner:
         return self.probe[order], _agreed(program.seconds), program.size >= room
 
     def _keys(self, seeds: np.ndarray) -> Keys:
-        keys: Keys = jax.jit(jax.vmap(keys_of), out_shardings=self._sharding())(seeds)
-        return keys
+        seeds_ = tuple(seeds.tolist())
+        if seeds_ not in self._made:
+            self._made[seeds_] = jax.jit(jax.vmap(keys_of), out_shardings=self._sharding())(seeds)
+        return self._made[seeds_]
 
     def _order(self, opts: Sequence[Any], keys: Keys, steps: int, room: int) -> str:
         """By a few timed steps of each order; another is compiled only where half the time would pay for it."""

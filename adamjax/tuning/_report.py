@@ -4,11 +4,12 @@ import dataclasses
 import io
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from adamjax import _optimizers
@@ -22,6 +23,7 @@ from adamjax.tuning._trial import Trial
 
 CONFIRM = "confirm"  # the stage of runs with fresh seeds
 CERTAINTY = 0.95
+EDGE = 0.05  # of what was searched
 MANY = 0.1  # diverged trials, of all
 
 
@@ -63,7 +65,8 @@ class Confirmed:
       setting: Keyword arguments of the optimizer.
       values: The metric at the end, for each seed; NaN where it diverged.
       tied: Whether it is indistinguishable from the best: the difference, seed by seed, is within
-        what Student's t allows of noise at 95 % certainty.
+        what Student's t allows of noise at 95 % certainty. Where all values are positive it is that
+        of the logarithms, since the noise of a loss shrinks with it.
     """
 
     number: int
@@ -96,6 +99,7 @@ class Report:
       defaults: The setting that the others are compared with.
       make: What makes an optimizer of a setting; None where it is not known.
       range_test: The range test of the learning rate; None where there was none.
+      explored: The smallest and the largest value of each argument that was searched.
       execution: How the runs were executed, in words.
       notes: What else is to be said.
     """
@@ -105,8 +109,9 @@ class Report:
     defaults: Setting
     make: Callable[..., Any] | None
     range_test: LrRange | None
+    explored: Mapping[str, Sequence[float]]
     execution: str
-    notes: tuple[str, ...] = ()
+    notes: Sequence[str] = ()
 
     @property
     def searched(self) -> list[Trial]:
@@ -130,8 +135,7 @@ class Report:
         values = {n: tuple(t.value(self._metric) for t in ts) for n, ts in runs.items() if len(ts) == seeds}
         means = {n: np.nan_to_num(self._sign * np.mean(x), nan=np.inf) for n, x in values.items()}
         order = sorted(means, key=lambda n: means[n])
-        best = values[order[0]] if order else ()
-        tied = {n: n == order[0] or _indistinguishable(self._sign * np.subtract(values[n], best)) for n in order}
+        tied = {n: n == order[0] or _indistinguishable(values[n], values[order[0]], self._sign) for n in order}
         return [Confirmed(n, runs[n][0].setting, values[n], tied[n]) for n in order]
 
     @property
@@ -161,13 +165,12 @@ class Report:
         if not self.ranking:
             return (*found, "every trial diverged: there is no best setting")
         best = self.best.arguments
-        for name, axis in self._pictured.axes.items():
-            if axis.ticks or name not in best:
-                continue
-            tried = sorted({t.setting[name] for t in searched})
-            if len(tried) > 2 and best[name] in (tried[0], tried[-1]):
-                ends = f"{tried[0]:.3g} to {tried[-1]:.3g}"
-                found.append(f"the best {name}, {best[name]:.3g}, lies on the edge of what was tried ({ends})")
+        for name, (low, high) in self.explored.items():
+            place = _plots.axis_of(name, [low, high, best[name]]).fractions[2]
+            # Where the default itself is best there is nothing that points beyond.
+            if best[name] != self.defaults[name] and not EDGE <= place <= 1 - EDGE:
+                ends = f"{low:.3g} to {high:.3g}"
+                found.append(f"the best {name}, {best[name]:.3g}, lies on the edge of what was searched ({ends})")
         return (*found, *self._doubts(best))
 
     def _doubts(self, best: Setting) -> list[str]:
@@ -235,19 +238,24 @@ class Report:
     def save(self, directory: str | Path) -> None:
         """Write `tune.json`, `trials.jsonl`, `report.json`, the pictures and `report.html`, which contains them.
 
-        Trials that the folder has already are left as they are.
+        Trials that the folder has already are left as they are. Of several processes, all must call
+        this, and the first one writes.
 
         Raises:
           ValueError, FileExistsError: The folder holds another tuning.
           ImportError: matplotlib, or scikit-learn, is not installed.
         """
         path = Path(directory)
-        figures = self.figures()
+        figures = self.figures() if jax.process_index() == 0 else {}
         journal = _trial.Journal(path, self.question, resume=True)
         curve = self.range_test and self.range_test.to_json()
-        defaults, notes = _trial.plain(self.defaults), list(self.notes)
-        journal.decide(defaults=defaults, range_test=curve, execution=self.execution, notes=notes)
-        journal.write(t for t in self.trials if journal.get(t.number, t.seed, t.stage, t.setting) is None)
+        defaults, explored = _trial.plain(self.defaults), {name: list(x) for name, x in self.explored.items()}
+        journal.decide(
+            defaults=defaults, range_test=curve, explored=explored, execution=self.execution, notes=list(self.notes)
+        )
+        journal.write(self.trials)
+        if jax.process_index() > 0:
+            return
         pictures = {}
         for name, figure in figures.items():
             buffer = io.BytesIO()
@@ -278,11 +286,12 @@ class Report:
         return cls(
             content["question"],
             _trial.parse(lines, path),
-            content.get("defaults", {}),
+            content["defaults"],
             getattr(_optimizers, name.removeprefix("adamjax."), None) if name.startswith("adamjax.") else None,
             curve and LrRange.from_json(curve),
+            content.get("explored", {}),
             content.get("execution", ""),
-            tuple(content.get("notes", ())),
+            content["notes"],
         )
 
     def __repr__(self) -> str:
@@ -305,15 +314,17 @@ class Report:
         return Pictured(searched, self._metric, self.question["mode"], *marked)
 
 
-def _indistinguishable(differences: np.ndarray) -> bool:
-    """Whether paired differences to the best may be noise: a one-sample t-test."""
-    if not np.isfinite(differences).all():
-        return False
-    if len(differences) < 2:
-        return True
+def _indistinguishable(values: Sequence[float], best: Sequence[float], sign: int) -> bool:
+    """Whether values may differ from the best by noise alone: a paired t-test."""
+    x, y = np.asarray(values), np.asarray(best)
+    if not np.isfinite(x).all() or len(x) < 2:
+        return bool(np.isfinite(x).all())
+    if min(*x, *y) > 0:
+        x, y = np.log(x), np.log(y)
+    differences = sign * (x - y)
     stats = require("scipy.stats", "tune", "telling a difference from noise")
-    bound = stats.t.ppf((1 + CERTAINTY) / 2, len(differences) - 1) * np.std(differences, ddof=1)
-    return bool(np.mean(differences) <= bound / math.sqrt(len(differences)))
+    bound = stats.t.ppf((1 + CERTAINTY) / 2, len(x) - 1) * np.std(differences, ddof=1) / math.sqrt(len(x))
+    return bool(np.mean(differences) <= bound)
 
 
 def _null(x: float) -> float | None:

@@ -205,6 +205,12 @@ class Space:
         """The setting at a fraction of each free range."""
         return {name: r.at(fractions.get(name, 0.0)) for name, r in self.ranges.items()}
 
+    @property
+    def bounds(self) -> dict[str, tuple[float, float]]:
+        """The smallest and the largest value of each range that is one of numbers."""
+        ends = {n: (r.at(0.0), r.at(1.0)) for n, r in self.ranges.items() if not isinstance(r, Choice)}
+        return {name: (min(pair), max(pair)) for name, pair in ends.items()}
+
     def __repr__(self) -> str:
         return f"Space({', '.join(f'{_written(name, r)}={_content(r)!r}' for name, r in self.ranges.items())})"
 

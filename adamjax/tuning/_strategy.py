@@ -33,10 +33,17 @@ class Stage(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Settings to try at once."""
+    """Settings to try at once.
+
+    Fields:
+      stage: What for.
+      settings: Which.
+      within: The space they are from.
+    """
 
     stage: str
     settings: list[Setting]
+    within: Space
 
 
 class Result(NamedTuple):
@@ -116,17 +123,19 @@ def staged(
     for i, stage in enumerate(stages):
         best = min(done, key=lambda r: r.score).setting if done else defaults
         if all(isinstance(region.ranges[name], Choice) for name in stage.arguments):
+            within = Space.of({name: region.ranges[name] for name in stage.arguments})
             batch += _switched(region, stage, sorted(done, key=lambda r: r.score), best)
         else:
             ranges = {n: r if n in stage.arguments else Choice(best[n]) for n, r in region.ranges.items()}
-            points = Space.of(ranges).points(stage.trials, method=method, seed=seed + i)
+            within = Space.of(ranges)
+            points = within.points(stage.trials, method=method, seed=seed + i)
             batch += [{n: _tidy(region.ranges[n], x) for n, x in point.items()} for point in points]
         if batch:
-            done += yield Batch(stage.name, batch)
+            done += yield Batch(stage.name, batch, within)
         batch = []
         region = _moved(region, stage, done, valid)
     if batch:
-        yield Batch("defaults", batch)
+        yield Batch("defaults", batch, region)
 
 
 def _switched(region: Space, stage: Stage, done: Sequence[Result], best: Setting) -> list[Setting]:

@@ -113,8 +113,8 @@ class Journal:
         self.decide(notes=[*self.found["notes"], text])
 
     def write(self, trials: Iterable[Trial]) -> None:
-        """Keep trials that have ended."""
-        new = {(t.number, t.seed): t for t in trials}
+        """Keep trials that have ended; those that it has already are left as they are."""
+        new = {(t.number, t.seed): t for t in trials if (t.number, t.seed) not in self._trials}
         self._trials |= new
         if self.path is not None and new and jax.process_index() == 0:
             append(self.path / "trials.jsonl", new.values())

@@ -24,9 +24,9 @@ from adamjax.tuning._population import Runner
 from adamjax.tuning._range_test import LrRange, lr_range_test
 from adamjax.tuning._report import CONFIRM, Report
 from adamjax.tuning._space import Log, Setting, Space
-from adamjax.tuning._strategy import FEWEST, Result, Strategy, plan, staged
+from adamjax.tuning._strategy import FEWEST, RANGES, Batch, Result, Strategy, plan, staged
 from adamjax.tuning._sweep import Curves, alike, bar_of, make, marks_of
-from adamjax.tuning._trial import Journal, Trial
+from adamjax.tuning._trial import Journal, Trial, plain
 
 POINTS = 20  # of a learning curve
 RUNGS = (0.25, 0.5)  # of a run, after each of which half of a batch ends
@@ -141,34 +141,40 @@ def tune(
         "mode": mode,
         "seed": seed,
     }
+    ours = isinstance(sampler, str) and sampler in SAMPLERS
+    digest = hashlib.sha256(json.dumps(question).encode()).hexdigest()[:12]
+    study = None if ours else study_of(sampler, storage, f"adamjax-{digest}", mode=mode, seed=seed)
     journal = Journal(None if out is None else Path(out), question, resume=resume)
+    journal.decide(defaults=plain(defaults))
     range_test = _range_test_of(problem, optimizer, defaults, steps, seed, journal)
     if space is None and range_test is not None and range_test.suggestions:
-        low, high = range_test.band
-        near = Log(float(f"{low / MARGIN:.2g}"), float(f"{high * MARGIN:.2g}"))
+        low, high = range_test.band[0] / MARGIN, range_test.band[1] * MARGIN
+        if not ours:  # Optuna's stay where they are told to look
+            low, high = min(low, RANGES["learning_rate"].at(0)), max(high, RANGES["learning_rate"].at(1))
+        near = Log(float(f"{low:.2g}"), float(f"{high:.2g}"))
         searched = Space.of(searched.ranges | {"learning_rate": near})
     with contextlib.ExitStack() as stack:
         total = steps * (trials + (0 if confirm is None else (confirm[0] + 1) * confirm[1]))
         bar = stack.enter_context(bar_of(total)) if progress else None
         runs = Runs(runner, optimizer, journal, marks_of(steps, POINTS), mode, bar)
-        if isinstance(sampler, str) and sampler in SAMPLERS:
+        if ours:
             todo = plan(searched, stages, trials - 1)
             largest, batches = max((s.trials for s in todo), default=0), len(todo)
             strategy = staged(searched, defaults, todo, method=sampler, seed=seed, valid=runs.valid)
         else:
             largest = max(FEWEST, trials // 8)
             batches = math.ceil((trials - 1) / largest)
-            digest = hashlib.sha256(json.dumps(question).encode()).hexdigest()[:12]
-            study = study_of(sampler, storage, f"adamjax-{digest}", mode=mode, seed=seed)
             strategy = by_optuna(searched, defaults, study, trials=trials - 1, batch=largest)
         runs.prepare(defaults, room=largest + 1, batches=batches, seed=seed, halving=halving)
         _search(runs, strategy, seed)
-        notes = tuple(journal.found["notes"])
-        report = Report(question, runs.ended, defaults, optimizer, range_test, runner.execution, notes)
+        found = journal.found
+        report = Report(
+            question, runs.ended, defaults, optimizer, range_test, found["explored"], runner.execution, found["notes"]
+        )
         if confirm is not None and report.ranking:
             runs.confirm(report.ranking[: confirm[0]], defaults, range(seed + 1, seed + 1 + confirm[1]))
             report = dataclasses.replace(report, trials=runs.ended)
-    if out is not None and jax.process_index() == 0:
+    if out is not None:
         report.save(out)
     return report
 
@@ -222,10 +228,15 @@ class Runs:
         if not journal.found["halving"]:
             self._rungs = []
 
-    def search(self, stage: str, settings: Sequence[Setting], seed: int) -> list[Result]:
+    def search(self, batch: Batch, seed: int) -> list[Result]:
         """Run a batch of the search."""
+        explored = self._journal.found.get("explored", {})
+        for name, (low, high) in batch.within.bounds.items():
+            before = explored.get(name, (low, high))
+            explored |= {name: [min(low, before[0]), max(high, before[1])]}
+        self._journal.decide(explored=explored)
         first = len(self.ended)
-        planned = [Planned(i, stage if i else DEFAULTS, x) for i, x in enumerate(settings, start=first)]
+        planned = [Planned(i, batch.stage if i else DEFAULTS, x) for i, x in enumerate(batch.settings, start=first)]
         return [self._result(trials[0]) for trials in self._run(planned, [seed], self._rungs)]
 
     def confirm(self, best: Sequence[Trial], defaults: Setting, seeds: Sequence[int]) -> None:
@@ -251,43 +262,52 @@ class Runs:
     def _run_alike(
         self, planned: Sequence[Planned], opts: Sequence[Any], seeds: Sequence[int], rungs: Sequence[int]
     ) -> dict[int, list[Trial]]:
-        """Run in one program those that have not ended yet; the trials of all, by number."""
+        """Run them in one program, unless all have ended before; the trials of each, by number."""
         marks, runner = self._marks, self._runner
         curves = Curves(runner, len(planned), len(seeds), marks)
         judged = curves.metrics[runner.metric]
-        ended: dict[int, list[Trial]] = {}
-        for i, p in enumerate(planned):
-            known = [self._journal.get(p.number, seed, p.stage, p.setting) for seed in seeds]
-            trials = [trial for trial in known if trial is not None]
-            if len(trials) == len(seeds):
-                ended[p.number] = trials
-                for k, trial in enumerate(trials):
-                    judged[i, k, : len(trial.steps)] = trial.metrics[runner.metric]
-        running = np.asarray([i for i, p in enumerate(planned) if p.number not in ended], int)
+        ended = {p.number: known for p in planned if (known := self._known(p, seeds))}
+        wanted = np.asarray([p.number not in ended for p in planned])
         self._progress(len(ended) * len(seeds), 0)
 
         def keep(rows: np.ndarray, point: int) -> np.ndarray:
             """Those that go on after a point; the others have ended."""
-            at = running[rows]
-            stays = ~(curves.diverged_at(at, point) > 0).all(axis=1) & (point + 1 < len(marks))
+            stays = ~(curves.diverged_at(rows, point) > 0).all(axis=1) & (point + 1 < len(marks))
             if point in rungs:
                 scores = np.nan_to_num(self._sign * judged[:, 0, point], nan=math.inf)
-                better = np.argsort(scores, kind="stable")[: math.ceil(np.isfinite(scores).sum() / 2)]
-                stays &= np.isin(at, better)
-            new = {planned[i].number: self._trials(planned[i], i, curves, seeds, point) for i in at[~stays]}
+                # What the others are compared with is run to its end.
+                scores[[p.stage == DEFAULTS for p in planned]] = -math.inf
+                better = np.argsort(scores, kind="stable")[: math.ceil((scores < math.inf).sum() / 2)]
+                stays &= np.isin(rows, better)
+            new = {
+                planned[i].number: self._trials(planned[i], i, curves, seeds, point)
+                for i in rows[~stays & wanted[rows]]
+            }
             self._journal.write(itertools.chain.from_iterable(new.values()))
             ended.update(new)
             self._progress(len(new) * len(seeds), point + 1)
             return np.asarray(stays)
 
-        if len(running):
-            # A program for as many as the others have, if not for far more, so that it need not be compiled.
-            room = self._room if 2 * len(planned) > self._room else len(planned)
-            chosen, ints = [opts[i] for i in running], np.asarray(seeds, np.int32)
-            for rows, point, results in runner.run(chosen, ints, marks, room=max(room, len(planned)), keep=keep):
-                curves.record(running[rows], point, results)
-                self._progress(len(rows) * len(seeds), point, point + 1)
+        ints = np.asarray(seeds, np.int32)
+        for rows, point, results in runner.run(
+            opts, ints, marks, room=self._room_for(len(planned)), wanted=wanted, keep=keep
+        ):
+            curves.record(rows, point, results)
+            self._progress(wanted[rows].sum() * len(seeds), point, point + 1)
         return ended
+
+    def _room_for(self, settings: int) -> int:
+        """At least `settings`, of few sizes, so that programs are compiled for few."""
+        room = max(self._room, settings)
+        while settings <= -(-room // 2) < room:
+            room = -(-room // 2)
+        return room
+
+    def _known(self, planned: Planned, seeds: Sequence[int]) -> list[Trial]:
+        """The trials, if all have ended before; else nothing."""
+        found = [self._journal.get(planned.number, seed, planned.stage, planned.setting) for seed in seeds]
+        trials = [trial for trial in found if trial is not None]
+        return trials if len(trials) == len(seeds) else []
 
     def _trials(self, planned: Planned, i: int, curves: Curves, seeds: Sequence[int], point: int) -> list[Trial]:
         """The trials of setting `i`, which ends after `point`."""
@@ -311,7 +331,7 @@ def _search(runs: Runs, strategy: Strategy, seed: int) -> None:
     with contextlib.suppress(StopIteration):
         batch = next(strategy)
         while True:
-            batch = strategy.send(runs.search(batch.stage, batch.settings, seed))
+            batch = strategy.send(runs.search(batch, seed))
 
 
 def _range_test_of(

@@ -1,0 +1,567 @@
+"""Tuning: the strategy on real runs, what it writes, and how it goes on after an end."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections import Counter
+from functools import partial
+
+import jax
+import numpy as np
+import optuna
+import pytest
+from bowl import BOWL, CLOSED, Bowl
+from jax.experimental.compilation_cache import compilation_cache
+from tolerances import SWEEP
+
+import adamjax
+from adamjax import cli
+from adamjax.training import train
+from adamjax.tuning import Choice, Linear, Log, Report, Space, tune
+from adamjax.tuning._population import Runner
+from adamjax.tuning._trial import Journal
+
+STEPS = 40
+small = partial(tune, BOWL, steps=STEPS, trials=12, execution="vmap", confirm=(2, 2))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compiled_once(tmp_path_factory):
+    """Most of these tests compile the same few programs."""
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    """A tuning as a user would do it, kept in a folder."""
+    return tune(BOWL, steps=STEPS, trials=20, execution="vmap", out=tmp_path_factory.mktemp("tune"), resume=False)
+
+
+@pytest.fixture(scope="module")
+def halved():
+    return small(halving=True, confirm=None)
+
+
+def test_it_finds_better_hyperparameters_than_the_defaults(report):
+    searched = report.searched
+    assert [t.number for t in searched] == list(range(20))
+    assert searched[0].setting == report.defaults
+    assert report.defaults == {"learning_rate": 1e-3, "b1": 0.9, "b2": 0.999, "weight_decay": 1e-4, "amsgrad": False}
+    assert {t.stage for t in searched} == {"defaults", "learning_rate", "b1", "weight_decay", "amsgrad"}
+    best = report.best
+    assert best.optimizer == adamjax.adamw(**best.arguments)
+    assert eval(str(best), {"adamjax": adamjax}) == best.optimizer
+    assert 0.05 < best.arguments["learning_rate"] < 2
+    by_setting = {str(c.setting): c for c in report.confirmed}
+    assert report.confirmed[0].mean < 0.05 * by_setting[str(report.defaults)].mean
+    assert not by_setting[str(report.defaults)].tied
+    assert not report.warnings
+
+
+def test_what_is_confirmed_are_the_best_and_the_defaults_with_fresh_seeds(report):
+    confirmed = [t for t in report.trials if t.stage == "confirm"]
+    top = {t.number for t in report.ranking[:5]} | {0}
+    assert {(t.number, t.seed) for t in confirmed} == {(n, seed) for n in top for seed in (1, 2, 3)}
+    assert {t.seed for t in report.searched} == {0}
+    assert [c.mean for c in report.confirmed] == sorted(c.mean for c in report.confirmed)
+    # Each is what a run of that setting with that seed gives.
+    winner = report.confirmed[0]
+    for seed, value in enumerate(winner.values, start=1):
+        *_, last = train(BOWL, adamjax.adamw(**winner.setting), steps=STEPS, seed=seed)
+        np.testing.assert_allclose(value, last.metrics["loss"], rtol=SWEEP)
+    assert winner.spread == pytest.approx(np.std(winner.values, ddof=1))
+
+
+def test_halving_ends_the_worse_half_early(halved):
+    assert {t.status for t in halved.searched} == {"complete", "pruned"}
+    assert halved.searched[0].status == "complete"
+    for batch in (halved.searched[1:7], halved.searched[7:]):
+        for rung in (STEPS // 4, STEPS // 2):
+            ended = [t for t in batch if t.status == "pruned" and t.steps[-1] == rung]
+            stayed = [t for t in batch if t.steps[-1] > rung]
+            assert len(stayed) <= len(ended) + 1
+            worst = max(t.metrics["loss"][t.steps.index(rung)] for t in stayed)
+            assert all(t.value("loss") >= worst for t in ended)
+
+
+def test_halving_changes_no_trial(halved):
+    whole = small(halving=False, confirm=None)
+    assert all(t.status == "complete" for t in whole.searched)
+    # Up to the end of the first stage, both have tried the same.
+    for a, b in zip(halved.searched[:5], whole.searched[:5], strict=True):
+        assert a.setting == b.setting
+        np.testing.assert_allclose(a.metrics["loss"], b.metrics["loss"][: len(a.steps)], rtol=SWEEP)
+
+
+def test_survivors_move_to_smaller_programs(monkeypatch):
+    rooms = []
+    original = Runner._program
+
+    def program(self, opts, keys, order, room):
+        rooms.append(room)
+        return original(self, opts, keys, order, room)
+
+    monkeypatch.setattr(Runner, "_program", program)
+    small(trials=9, stages=["learning_rate"], halving=True, confirm=None)
+    assert list(dict.fromkeys(rooms)) == [9, 5, 3]
+
+
+def test_halving_is_for_what_takes_long(monkeypatch):
+    monkeypatch.setattr(Runner, "cost", lambda self, *_: self._order(*ORDER) and (1.0, 1.0, True))
+    monkeypatch.setattr(Runner, "_order", lambda self, *_: "vmap")
+    assert any(t.status == "pruned" for t in small(confirm=None).searched)
+    monkeypatch.setattr(Runner, "cost", lambda self, *_: (1e-3, 10.0, True))
+    assert all(t.status == "complete" for t in small(confirm=None).searched)
+    monkeypatch.setattr(Runner, "cost", lambda self, *_: (1.0, 1.0, False))
+    found = small(confirm=None, halving=True)
+    assert all(t.status == "complete" for t in found.searched)
+    assert "no halving: a batch needs more memory than there is" in found.warnings
+
+
+ORDER = (None, None, None, None)
+
+
+class Killed(BaseException):
+    """Nothing catches this."""
+
+
+@pytest.mark.parametrize("halving", [False, True])
+def test_a_killed_tuning_goes_on_where_it_ended(tmp_path, monkeypatch, halving):
+    monkeypatch.setattr(Report, "save", lambda self, directory: None)
+    expected = small(halving=halving, out=tmp_path / "whole")
+    lines = (tmp_path / "whole" / "trials.jsonl").read_text().splitlines()
+    assert len({(json.loads(x)["number"], json.loads(x)["seed"]) for x in lines}) == len(lines) == len(expected.trials)
+    ran = []
+    original = Runner.run
+
+    def run(self, opts, seeds, marks, **kwargs):
+        ran.append(len(opts) * len(seeds) * kwargs["wanted"].any())
+        return original(self, opts, seeds, marks, **kwargs)
+
+    monkeypatch.setattr(Runner, "run", run)
+    for survived in (0, 1, 3, 9, 13, len(lines) - 1):
+        out = tmp_path / str(survived)
+        out.mkdir()
+        (out / "tune.json").write_text((tmp_path / "whole" / "tune.json").read_text())
+        # The line that was being written when it was killed has no end.
+        (out / "trials.jsonl").write_text("\n".join([*lines[:survived], lines[survived][:50]]))
+        ran.clear()
+        found = small(halving=halving, out=out)
+        assert found.to_json() == expected.to_json()
+        assert len((out / "trials.jsonl").read_text().splitlines()) == len(lines)
+        # A batch of which all trials had ended was not run again.
+        assert sum(ran) == 18 - (7 * (survived >= 7) + 5 * (survived >= 12))
+    ran.clear()
+    assert small(halving=halving, out=tmp_path / "whole").to_json() == expected.to_json()
+    assert not any(ran)
+
+
+def test_trials_are_written_as_they_end(tmp_path, monkeypatch):
+    counts = []
+    original = Journal.write
+
+    def write(self, trials):
+        original(self, trials)
+        if (tmp_path / "trials.jsonl").exists():
+            counts.append(len((tmp_path / "trials.jsonl").read_text().splitlines()))
+        if len(set(counts)) == 3:
+            raise Killed
+
+    monkeypatch.setattr(Journal, "write", write)
+    with pytest.raises(Killed):
+        small(halving=True, out=tmp_path)
+    assert counts == sorted(counts)
+    assert counts[-1] > counts[0] > 0
+    # What there is can be looked at.
+    monkeypatch.undo()
+    partly = Report.load(tmp_path)
+    assert len(partly.trials) == counts[-1]
+    partly.save(tmp_path)
+    assert (tmp_path / "report.html").exists()
+    assert any("not confirmed" in warning for warning in partly.warnings)
+
+
+PROCESS = """
+    import sys
+    import jax
+    jax.config.update("jax_num_cpu_devices", 8)
+    sys.path.insert(0, {tests!r})
+    from test_tune import small
+    small(out={out!r}, trials=40)
+"""
+
+
+def test_kill_9(tmp_path):
+    out = tmp_path / "run"
+    code = textwrap.dedent(PROCESS.format(tests=os.path.dirname(__file__), out=str(out)))
+    process = subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
+    deadline = time.monotonic() + 120
+    trials = out / "trials.jsonl"
+    while not (trials.exists() and trials.stat().st_size) and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = trials.read_text()
+    assert before
+    found, expected = small(out=out, trials=40), small(trials=40)
+    assert trials.read_text().startswith(before[: before.rfind("\n") + 1])
+    assert found.to_json() == expected.to_json()
+
+
+def test_folders_of_other_tunings_are_refused(tmp_path, report):
+    small(out=tmp_path, trials=1, confirm=None)
+    for change, message in (
+        ({"steps": STEPS + 1}, f"its steps is {STEPS}, here it is {STEPS + 1}"),
+        ({"trials": 2}, "its trials is 1, here it is 2"),
+        ({"optimizer": adamjax.adam}, "its optimizer is 'adamjax.adamw', here it is 'adamjax.adam'"),
+        ({"space": Space(learning_rate=Log(1e-3, 1e-1))}, "its space is .*, here it is 'Space.*'"),
+        ({"seed": 1}, "its seed is 0, here it is 1"),
+        ({"metric": "score", "mode": "max"}, "its metric is 'loss', here it is 'score'"),
+    ):
+        with pytest.raises(ValueError, match=f"holds another tuning: {message}; choose another folder"):
+            small(**{"out": tmp_path, "trials": 1, "confirm": None} | change)
+    with pytest.raises(ValueError, match=r"its problem is .*wall=inf.*, here it is .*wall=0.001"):
+        tune(CLOSED, out=tmp_path, steps=STEPS, trials=1, confirm=None)
+    with pytest.raises(FileExistsError, match="already holds a tuning: resume it, or choose another folder"):
+        small(out=tmp_path, trials=1, confirm=None, resume=False)
+    lines = (tmp_path / "trials.jsonl").read_text()
+    (tmp_path / "trials.jsonl").write_text(lines.replace('"b1": 0.9', '"b1": 0.5'))
+    with pytest.raises(ValueError, match=r"its trial 0 is .*choose another folder"):
+        small(out=tmp_path, trials=1, confirm=None)
+    (tmp_path / "trials.jsonl").write_text("{}\n")
+    with pytest.raises(ValueError, match=r"line 1 of .*trials.jsonl is not a trial .*: remove it"):
+        small(out=tmp_path, trials=1, confirm=None)
+    (tmp_path / "tune.json").unlink()
+    with pytest.raises(ValueError, match=r"trials.jsonl has no tune.json beside it"):
+        small(out=tmp_path, trials=1, confirm=None)
+
+
+def test_epsilon_is_searched_in_half_precision_or_when_asked(report):
+    assert "eps" not in report.best.arguments
+    half = tune(Bowl("bfloat16"), steps=4, trials=20, execution="vmap", confirm=None)
+    assert "eps" in {t.stage for t in half.searched}
+    asked = small(stages=["learning_rate", ("eps", "b2")], confirm=None)
+    assert {t.stage for t in asked.searched} == {"defaults", "learning_rate", "eps, b2"}
+    assert asked.best.arguments.keys() == {"learning_rate", "b2", "eps"}
+
+
+def test_spaces_and_optimizers_of_ones_own():
+    def clipped(learning_rate, max_norm=1.0, nesterov=False):
+        return adamjax.chain(adamjax.clip_by_global_norm(max_norm), adamjax.adam(learning_rate, nesterov=nesterov))
+
+    space = Space(learning_rate=Log(1e-3, 1.0), max_norm=Log(0.1, 10.0), nesterov=Choice(False, True))
+    found = small(optimizer=clipped, space=space, trials=20, confirm=None)
+    assert found.defaults == {"learning_rate": 1e-3, "max_norm": 1.0, "nesterov": False}
+    assert {t.stage for t in found.searched} == {"defaults", "learning_rate", "max_norm", "all", "nesterov"}
+    assert found.best.optimizer == clipped(**found.best.arguments)
+    assert str(found.best).startswith(
+        "test_tune.test_spaces_and_optimizers_of_ones_own.<locals>.clipped(learning_rate="
+    )
+
+
+def test_arguments_given_by_partial_are_kept():
+    found = small(optimizer=partial(adamjax.adamw, b1=0.5, weight_decay=0.0), confirm=None)
+    assert found.best.arguments.keys() == {"learning_rate", "b2", "amsgrad"}
+    assert str(found.best).startswith("functools.partial(adamjax.adamw, b1=0.5, weight_decay=0.0)(learning_rate=")
+    assert found.best.optimizer.transforms[0].b1 == 0.5
+
+
+def test_an_optimizer_that_takes_no_schedule_has_no_range_test():
+    def cosine(learning_rate=1e-3, b1=0.9):
+        return adamjax.adam(adamjax.schedules.cosine(learning_rate, STEPS), b1=b1)
+
+    found = small(optimizer=cosine, confirm=None)
+    assert found.range_test is None
+    assert any("no range test of the learning rate" in warning for warning in found.warnings)
+    assert "range_test" not in found.figures()
+
+
+def test_a_higher_metric_can_be_better(report):
+    found = small(metric="score", mode="max", confirm=(1, 2))
+    values = [t.value("score") for t in found.ranking]
+    assert values == sorted(values, reverse=True)
+    assert found.best.arguments == small(confirm=(1, 2)).best.arguments
+
+
+def test_where_everything_diverges(tmp_path, capsys):
+    found = tune(CLOSED, steps=STEPS, trials=8, execution="vmap", out=tmp_path / "a")
+    assert {t.status for t in found.trials} == {"infeasible"}
+    assert all(t.diverged_at == 1 for t in found.trials)
+    assert not found.confirmed
+    assert "100% of the trials diverged" in found.warnings[0] + found.warnings[1]
+    with pytest.raises(ValueError, match="all 8 trials diverged: lower the range of the learning rate"):
+        found.best  # noqa: B018
+    assert json.loads(found.to_json())["best"] is None
+    assert "every trial diverged" in (tmp_path / "a" / "report.html").read_text()
+    arguments = ["tune", "bowl:CLOSED", "--trials", "2", "--steps", "4", "--out", str(tmp_path / "b")]
+    assert cli.main(arguments) == 1
+    assert "every trial diverged" in capsys.readouterr().err
+
+
+def test_trials_that_diverge_end_at_once_and_are_counted():
+    # A step of the learning rate or more leaves the walls; smaller ones stay within.
+    space = Space(learning_rate=Log(1e-3, 1e2))
+    found = tune(Bowl(wall=5.0), space=space, steps=STEPS, trials=12, execution="vmap", confirm=None)
+    diverged = [t for t in found.searched if t.status == "infeasible"]
+    assert 0.1 < len(diverged) / 12 < 0.9
+    assert all(t.steps[-1] < STEPS for t in diverged)
+    assert all(np.isnan(t.value("loss")) for t in diverged)
+    assert any(f"{len(diverged) / 12:.0%} of the trials diverged" in warning for warning in found.warnings)
+    assert all(t.setting["learning_rate"] > found.best.arguments["learning_rate"] for t in diverged)
+
+
+@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+class TestOptuna:
+    def test_asks_and_tells(self):
+        study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+        space = Space(learning_rate=Log(1e-3, 1e2), one_minus_b1=Log(0.01, 1.0), amsgrad=Choice(False, True), b2=0.99)
+        found = tune(
+            Bowl(wall=5.0), space=space, steps=STEPS, trials=33, sampler=study, execution="vmap", confirm=None,
+            halving=True,
+        )  # fmt: skip
+        assert len(study.trials) == 32
+        told = Counter(t.state.name for t in study.trials)
+        assert min(told["FAIL"], told["PRUNED"], told["COMPLETE"]) > 0
+        for theirs, ours in zip(study.trials, found.searched[1:], strict=True):
+            assert ours.setting["learning_rate"] == theirs.params["learning_rate"]
+            assert ours.setting["b1"] == 1 - theirs.params["b1"]
+            assert repr(ours.setting["amsgrad"]) == theirs.params["amsgrad"]
+            assert ours.setting["b2"] == 0.99
+            status = {"complete": "COMPLETE", "pruned": "PRUNED", "infeasible": "FAIL"}[ours.status]
+            assert theirs.state.name == status
+            if status == "COMPLETE":
+                assert theirs.value == ours.value("loss")
+            elif status == "PRUNED":
+                assert theirs.intermediate_values == {ours.steps[-1]: ours.value("loss")}
+
+    def test_batches_resume(self, tmp_path):
+        expected = small(sampler="optuna", out=tmp_path)
+        assert {t.stage for t in expected.searched} == {"defaults", "optuna"}
+        lines = (tmp_path / "trials.jsonl").read_text().splitlines(keepends=True)
+        (tmp_path / "trials.jsonl").write_text("".join(lines[:8]))
+        assert small(sampler="optuna", out=tmp_path).to_json() == expected.to_json()
+
+    def test_machines_share_a_storage(self, tmp_path):
+        url = f"sqlite:///{tmp_path / 'study.db'}"
+        for machine in range(2):
+            small(sampler="optuna:RandomSampler", storage=url, out=tmp_path / str(machine), confirm=None)
+        (summary,) = optuna.get_all_study_summaries(url)
+        assert summary.n_trials == 22
+
+    def test_the_learning_rate_has_room(self):
+        # Optuna does not leave its range, so the range test may only widen it.
+        found = small(sampler="optuna:RandomSampler", trials=40, steps=4, confirm=None)
+        rates = [t.setting["learning_rate"] for t in found.searched]
+        assert min(rates) < 1e-3
+        assert max(rates) > 5e-2
+
+
+BAD = [
+    ({"trials": 0}, ValueError, "Invalid trials value: 0; trials must be at least 1"),
+    ({"steps": 0}, ValueError, "Invalid steps value: 0; steps must be at least 1"),
+    ({"steps": 1.5}, TypeError, "Invalid steps value: 1.5; steps must be an int"),
+    ({"seed": -1}, ValueError, "Invalid seed value: -1"),
+    ({"mode": "least"}, ValueError, "Invalid mode value: 'least'"),
+    ({"metric": "f1"}, ValueError, "Invalid metric value: 'f1'; the problem's evaluate returns loss, score"),
+    ({"halving": "yes"}, ValueError, "Invalid halving value: 'yes'"),
+    ({"confirm": 3}, ValueError, "Invalid confirm value: 3; confirm must be two ints, or None"),
+    ({"confirm": (0, 3)}, ValueError, r"Invalid confirm\[0\] value: 0"),
+    ({"stages": "all"}, ValueError, "Invalid stages value: 'all'; stages must be \"adam\""),
+    ({"stages": []}, ValueError, r"Invalid stages value: \[\]; every stage needs at least one argument"),
+    ({"stages": ["momentum"]}, ValueError, "'momentum' has no range, only learning_rate, .*add one to space"),
+    ({"sampler": "tpe"}, ValueError, "Invalid sampler value: 'tpe'; sampler must be one of 'halton', 'sobol'"),
+    ({"sampler": "optuna:Oracle"}, ValueError, "Invalid sampler value: 'optuna:Oracle'; Optuna has no sampler Oracle"),
+    ({"storage": "sqlite:///x.db"}, ValueError, "only Optuna's samplers have a storage"),
+    ({"sampler": 3}, ValueError, "Invalid sampler value: 3"),
+    ({"execution": "pmap"}, ValueError, "Invalid execution value: 'pmap'"),
+    ({"optimizer": lambda x: adamjax.adam(x)}, ValueError, "has none of the arguments learning_rate, b1.*give a space"),
+    (
+        {"space": Space(learning_rate=Log(1e-3, 1e-1), momentum=Linear(0.0, 0.9))},
+        TypeError,
+        r"setting 0, \{.*\}: .*momentum",
+    ),
+]
+
+
+@pytest.mark.parametrize(("arguments", "error", "message"), BAD, ids=range(len(BAD)))
+def test_bad_input(arguments, error, message, tmp_path):
+    with pytest.raises(error, match=message):
+        small(**{"out": tmp_path / "out"} | arguments)
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_problems_and_studies():
+    with pytest.raises(TypeError, match="object is not a problem: it has no method init"):
+        tune(object())
+    with pytest.raises(ValueError, match=r"the study's directions are .*MAXIMIZE.*, mode is 'min'"):
+        small(sampler=optuna.create_study(direction="maximize"))
+    with pytest.raises(ValueError, match="a study has its own storage; leave storage out"):
+        small(sampler=optuna.create_study(), storage="sqlite:///x.db")
+
+
+def test_missing_extras_name_the_command(monkeypatch):
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(
+        ImportError, match=r"searching by Optuna's samplers needs optuna: run  pip install 'adamjax\[tune\]'"
+    ):
+        small(sampler="optuna")
+
+
+class TestReport:
+    def test_is_saved_and_loaded(self, report, tmp_path):
+        report.save(tmp_path)
+        names = ["hyperparameters", "curves", "heat_map", "parallel", "importance", "range_test"]
+        page = (tmp_path / "report.html").read_text()
+        assert page.count("data:image/png;base64,") == len(names)
+        for name in names:
+            assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert str(report.best) in page
+        assert "http" not in page  # self-contained
+        loaded = Report.load(tmp_path)
+        assert loaded.to_json() == report.to_json() == (tmp_path / "report.json").read_text().strip()
+        assert loaded.table() == report.table()
+        assert loaded.best.optimizer == report.best.optimizer
+        assert loaded.warnings == report.warnings
+        with pytest.raises(ValueError, match=r"holds no tuning: it has no tune.json"):
+            Report.load(tmp_path / "nowhere")
+        unknown = dataclasses.replace(report, question=report.question | {"optimizer": "mine.make"})
+        unknown.save(tmp_path / "mine")
+        with pytest.raises(ValueError, match=r"read from a folder: call mine.make with the arguments yourself"):
+            Report.load(tmp_path / "mine").best.optimizer  # noqa: B018
+
+    def test_json_and_table_say_the_same(self, report):
+        content = json.loads(report.to_json())
+        assert content["best"] == report.best.arguments
+        assert len(content["trials"]) == len(report.trials)
+        assert [c["mean"] for c in content["confirmed"]] == [c.mean for c in report.confirmed]
+        assert content["range_test"] == report.range_test.suggestions
+        head, *rows = report.table().splitlines()
+        assert head.split() == ["loss", *report.defaults]
+        assert rows[0].split()[:4] == ["tuned", *str(report.confirmed[0]).split()]
+        assert sum(row.startswith("defaults") for row in rows) == 1
+        assert "20 trials of Bowl" in repr(report)
+
+    def test_markup_in_names_is_escaped(self, report, tmp_path):
+        report = dataclasses.replace(report, question=report.question | {"problem": "<script>"})
+        report.save(tmp_path)
+        assert "<script>" not in (tmp_path / "report.html").read_text()
+
+    def test_difference_to_the_defaults_may_be_noise(self, report):
+        from scipy import stats
+
+        best = report.confirmed[0]
+        rng = np.random.default_rng(0)
+        for shift, noise in ((0.0, 0.3), (0.05, 0.3), (2.0, 0.01)):
+            values = {best.number: np.exp(rng.normal(0, noise, 3)), 0: np.exp(rng.normal(shift, noise, 3))}
+            trials = list(report.searched)
+            for number, row in values.items():
+                template = next(t for t in report.trials if t.stage == "confirm" and t.number == number)
+                for seed, x in enumerate(row, start=1):
+                    trials.append(dataclasses.replace(template, seed=seed, metrics={"loss": [float(x)]}))
+            found = dataclasses.replace(report, trials=trials)
+            ours = {c.number: c for c in found.confirmed}
+            assert set(ours) == {best.number, 0}
+            # Where one of the two is better beyond doubt, scipy says so too.
+            worse = max(ours.values(), key=lambda c: c.mean)
+            better = min(ours.values(), key=lambda c: c.mean)
+            p = stats.ttest_rel(np.log(worse.values), np.log(better.values)).pvalue
+            assert worse.tied == (p > 0.05)
+            assert better.tied
+            said = any("within noise (3 seeds)" in w or "nothing that was tried is better" in w for w in found.warnings)
+            assert said == (ours[0].tied or better.number == 0)
+
+    def test_the_best_may_lie_on_the_edge(self, report):
+        rate = report.best.arguments["learning_rate"]
+        for low, high, warned in ((1e-3, rate, True), (rate / 1.05, 10.0, True), (1e-3, 3 * rate, False)):
+            found = dataclasses.replace(report, explored=dict(report.explored) | {"learning_rate": (low, high)})
+            said = (
+                f"the best learning_rate, {rate:.3g}, lies on the edge of what was searched ({low:.3g} to {high:.3g})"
+            )
+            assert (said in found.warnings) == warned
+        (b1,) = [r for n, r in report.explored.items() if n == "b1"]
+        assert b1[0] < report.best.arguments["b1"] < b1[1]
+
+    def test_unconfirmed(self, halved):
+        assert any("the luckiest of 12 trials" in warning for warning in halved.warnings)
+        assert halved.table().splitlines()[1].startswith("tuned")
+
+
+def test_commands(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    base = ["tune", "bowl:BOWL", "--steps", "8", "--confirm", "1", "2"]
+    assert cli.main([*base, "--trials", "6", "--b1", "0.8", "--schedule", "cosine"]) == 0
+    said = capsys.readouterr()
+    assert "tuned" in said.out
+    assert "defaults" in said.out
+    assert "wrote report.html, its pictures and trials.jsonl to runs/tune-1" in said.out
+    assert "b1=0.8" in said.out
+    expression = next(line for line in said.out.splitlines() if line.startswith("functools"))
+    import functools
+
+    opt = eval(expression, {"functools": functools, "adamjax": adamjax})
+    assert opt.transforms[0].b1 == 0.8
+    assert opt.transforms[-1].learning_rate.total_steps == 8
+    assert cli.main(["report", "runs/tune-1", "--format", "json"]) == 0
+    assert json.loads(capsys.readouterr().out)["question"]["trials"] == 6
+    more = [*base, "--trials", "5", "--stages", "learning_rate,b1", "--out", "mine", "--format", "json"]
+    assert cli.main(more) == 0
+    first = capsys.readouterr().out
+    assert {t["stage"] for t in json.loads(first)["trials"]} == {"defaults", "learning_rate, b1", "confirm"}
+    assert cli.main(more) == 2
+    assert "mine already holds a tuning" in capsys.readouterr().err
+    assert cli.main([*more, "--resume"]) == 0
+    assert capsys.readouterr().out == first
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--resume", "--resume needs --out, the folder to go on with"),
+        ("--trials 0", "Invalid trials value: 0"),
+        ("--metric f1", "Invalid metric value: 'f1'"),
+        ("--stages momentum", "'momentum' has no range"),
+        ("--end 0.1", "--end means nothing to adamw without --schedule"),
+        ("--optimizer adamax --amsgrad torch", "--amsgrad means nothing to adamax"),
+        ("--sampler tpe", "Invalid sampler value: 'tpe'"),
+    ],
+)
+def test_bad_commands(tmp_path, capsys, flags, message):
+    assert cli.main(["tune", "bowl:BOWL", *flags.split(), *(["--out", str(tmp_path)] * ("resume" not in flags))]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_commands_on_what_is_not_there(tmp_path, capsys):
+    assert cli.main(["report", str(tmp_path)]) == 2
+    assert "holds no tuning" in capsys.readouterr().err
+    assert cli.main(["tune", "builtins:dict"]) == 2
+    assert "dict is not a problem: it has no method init, batch, loss, evaluate" in capsys.readouterr().err
+
+
+def test_ctrl_c_says_how_to_go_on(tmp_path, capsys, monkeypatch):
+    def stop(self, trials):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Journal, "write", stop)
+    assert cli.main(["tune", "bowl:BOWL", "--trials", "2", "--steps", "4", "--out", str(tmp_path)]) == 130
+    assert f"--out {tmp_path} --resume goes on" in capsys.readouterr().err
+
+
+def test_many_devices():
+    mesh = jax.make_mesh((2,), ("settings",), devices=jax.devices()[:2])
+    found = small(mesh=mesh, halving=True, confirm=(1, 2), trials=9, stages=["learning_rate"])
+    assert "on each of 2 devices" in found.execution
+    assert {t.status for t in found.searched} == {"complete", "pruned"}
+    expected = small(halving=True, confirm=(1, 2), trials=9, stages=["learning_rate"])
+    for a, b in zip(found.searched, expected.searched, strict=True):
+        assert (a.setting, a.status) == (b.setting, b.status)
+        np.testing.assert_allclose(a.metrics["loss"], b.metrics["loss"], rtol=SWEEP)
