@@ -16,7 +16,6 @@ import numpy as np
 import optuna
 import pytest
 from bowl import BOWL, CLOSED, Bowl
-from jax.experimental.compilation_cache import compilation_cache
 from tolerances import SWEEP
 
 import adamjax
@@ -28,17 +27,6 @@ from adamjax.tuning._trial import Journal
 
 STEPS = 40
 small = partial(tune, BOWL, steps=STEPS, trials=12, execution="vmap", confirm=(2, 2))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def compiled_once(tmp_path_factory):
-    """Most of these tests compile the same few programs."""
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    compilation_cache.reset_cache()
-    yield
-    jax.config.update("jax_compilation_cache_dir", None)
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +137,7 @@ def test_a_killed_tuning_goes_on_where_it_ended(tmp_path, monkeypatch, halving):
         return original(self, opts, seeds, marks, **kwargs)
 
     monkeypatch.setattr(Runner, "run", run)
-    for survived in (0, 1, 3, 9, 13, len(lines) - 1):
+    for survived in (0, 3, 9, len(lines) - 1):
         out = tmp_path / str(survived)
         out.mkdir()
         (out / "tune.json").write_text((tmp_path / "whole" / "tune.json").read_text())
@@ -287,10 +275,10 @@ def test_an_optimizer_that_takes_no_schedule_has_no_range_test():
 
 
 def test_a_higher_metric_can_be_better(report):
-    found = small(metric="score", mode="max", confirm=(1, 2))
+    found = small(metric="score", mode="max", trials=20, confirm=(5, 3))
     values = [t.value("score") for t in found.ranking]
     assert values == sorted(values, reverse=True)
-    assert found.best.arguments == small(confirm=(1, 2)).best.arguments
+    assert found.best.arguments == report.best.arguments
 
 
 def test_where_everything_diverges(tmp_path, capsys):
@@ -344,23 +332,25 @@ class TestOptuna:
             elif status == "PRUNED":
                 assert theirs.intermediate_values == {ours.steps[-1]: ours.value("loss")}
 
-    def test_batches_resume(self, tmp_path):
-        expected = small(sampler="optuna", out=tmp_path)
+    def test_batches_resume(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(Report, "save", lambda self, directory: None)
+        tuned = partial(small, sampler="optuna", out=tmp_path, stages=["learning_rate", "b1"])
+        expected = tuned()
         assert {t.stage for t in expected.searched} == {"defaults", "optuna"}
         lines = (tmp_path / "trials.jsonl").read_text().splitlines(keepends=True)
         (tmp_path / "trials.jsonl").write_text("".join(lines[:8]))
-        assert small(sampler="optuna", out=tmp_path).to_json() == expected.to_json()
+        assert tuned().to_json() == expected.to_json()
 
     def test_machines_share_a_storage(self, tmp_path):
         url = f"sqlite:///{tmp_path / 'study.db'}"
-        for machine in range(2):
-            small(sampler="optuna:RandomSampler", storage=url, out=tmp_path / str(machine), confirm=None)
+        for _ in range(2):
+            small(sampler="optuna:RandomSampler", storage=url, stages=["learning_rate"], confirm=None)
         (summary,) = optuna.get_all_study_summaries(url)
         assert summary.n_trials == 22
 
     def test_the_learning_rate_has_room(self):
         # Optuna does not leave its range, so the range test may only widen it.
-        found = small(sampler="optuna:RandomSampler", trials=40, steps=4, confirm=None)
+        found = small(sampler="optuna:RandomSampler", stages=["learning_rate"], trials=40, steps=4, confirm=None)
         rates = [t.setting["learning_rate"] for t in found.searched]
         assert min(rates) < 1e-3
         assert max(rates) > 5e-2

@@ -39,7 +39,7 @@ class Best:
 
     arguments: Setting
     call: str
-    make: Callable[..., Any] | None = None
+    make: Callable[..., Any] | None = dataclasses.field(default=None, repr=False)
 
     @property
     def optimizer(self) -> Any:
