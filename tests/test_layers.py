@@ -26,7 +26,7 @@ FLOORS = [
     ["training", "run_folder", "tuning._space", "tuning._batch"],
     ["tuning._population", "tuning._trial", "tuning._strategy", "tuning._page"],
     ["tuning._sweep", "tuning._plots", "tuning._optuna", "tuning._question"],
-    ["tuning._range_test"],
+    ["tuning._range_test", "tuning._runs"],
     ["tuning._report"],
     ["tuning._tune"],
     ["tuning"],

@@ -402,6 +402,14 @@ def test_bad_problems_and_studies():
         small(sampler=optuna.create_study(), storage="sqlite:///x.db")
 
 
+@pytest.mark.parametrize("module", ["matplotlib", "sklearn"])
+def test_what_the_report_needs_is_asked_for_before_anything_runs(monkeypatch, tmp_path, module):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ImportError, match=rf"the report needs {module}: run  pip install 'adamjax\[tune\]'"):
+        small(out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_missing_extras_name_the_command(monkeypatch):
     monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(

@@ -19,9 +19,8 @@ from adamjax.tuning._page import page
 from adamjax.tuning._plots import Pictured
 from adamjax.tuning._range_test import LrRange
 from adamjax.tuning._space import Setting
-from adamjax.tuning._trial import Trial
+from adamjax.tuning._trial import CONFIRM, Trial
 
-CONFIRM = "confirm"  # the stage of runs with fresh seeds
 CERTAINTY = 0.95
 EDGE = 0.05  # of what was searched
 MANY = 0.1  # diverged trials, of all

@@ -14,6 +14,9 @@ from jax.experimental import multihost_utils
 
 from adamjax.tuning._space import Setting
 
+# Names of stages: of the first trial, and of the runs with fresh seeds.
+DEFAULTS, CONFIRM = "defaults", "confirm"
+
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
