@@ -112,7 +112,8 @@ class Runs:
             """Those that go on after a point; the others have ended."""
             stays = ~(curves.diverged_at(rows, point) > 0).all(axis=1) & (point + 1 < len(marks))
             if point in rungs:
-                scores = np.nan_to_num(self._sign * judged[:, 0, point], nan=math.inf)
+                values = judged[:, 0, point]
+                scores = np.where(np.isfinite(values), self._sign * values, math.inf)
                 # What the others are compared with is run to its end.
                 scores[[p.stage == DEFAULTS for p in planned]] = -math.inf
                 better = np.argsort(scores, kind="stable")[: math.ceil((scores < math.inf).sum() / 2)]
