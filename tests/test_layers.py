@@ -96,7 +96,7 @@ def test_one_import_brings_all_names_and_nothing_optional():
     program = """
 import adamjax, sys
 adamjax.problems.digits, adamjax.schedules.cosine, adamjax.training.train, adamjax.tuning.sweep
-print(*{"flax", "matplotlib", "optax", "sklearn", "torch", "tqdm"} & set(sys.modules))
+print(*{"flax", "matplotlib", "optax", "optuna", "sklearn", "torch", "tqdm"} & set(sys.modules))
 """
     environment = os.environ | {"PYTHONPATH": str(ROOT.parent)}
     found = subprocess.run(

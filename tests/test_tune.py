@@ -419,6 +419,16 @@ def test_missing_extras_name_the_command(monkeypatch):
 
 
 class TestReport:
+    def test_of_a_running_tuning_leaves_its_files_alone(self, report, tmp_path):
+        report.save(tmp_path)
+        # The tuning is in the middle of a line, of which the report must cut off nothing.
+        with open(tmp_path / "trials.jsonl", "a") as file:
+            file.write('{"number": 20, "sta')
+        names = ("trials.jsonl", "tune.json")
+        before = [((tmp_path / name).read_bytes(), (tmp_path / name).stat().st_mtime_ns) for name in names]
+        Report.load(tmp_path).save(tmp_path)
+        assert before == [((tmp_path / name).read_bytes(), (tmp_path / name).stat().st_mtime_ns) for name in names]
+
     def test_is_saved_and_loaded(self, report, tmp_path):
         report.save(tmp_path)
         names = ["hyperparameters", "curves", "heat_map", "parallel", "importance", "range_test"]

@@ -19,6 +19,7 @@ from adamjax.problems import Problem, check
 from adamjax.schedules import Exponential
 from adamjax.training import keys_of, train_step
 from adamjax.tuning._sweep import sweep
+from adamjax.tuning._trial import nulls, numbers
 
 # A constant learning rate has no "steep": the loss of short runs falls fastest where they are half
 # done, and that learning rate is smaller the longer they are.
@@ -159,14 +160,16 @@ class LrRange:
 
     def to_json(self) -> dict[str, Any]:
         """The fields in JSON's types; losses that are not finite become null."""
-        losses = [x if np.isfinite(x) else None for x in self.losses.tolist()]
-        return {"learning_rates": self.learning_rates.tolist(), "losses": losses, "mode": self.mode}
+        return {
+            "learning_rates": self.learning_rates.tolist(),
+            "losses": nulls(self.losses.tolist()),
+            "mode": self.mode,
+        }
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> "LrRange":
         """The inverse of `to_json`."""
-        losses = np.asarray([np.nan if x is None else x for x in content["losses"]])
-        return cls(np.asarray(content["learning_rates"]), losses, content["mode"])
+        return cls(np.asarray(content["learning_rates"]), np.asarray(numbers(content["losses"])), content["mode"])
 
     def __repr__(self) -> str:
         rates, end = self.learning_rates, self.diverged_at

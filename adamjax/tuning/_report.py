@@ -206,8 +206,9 @@ class Report:
         """All of it, as JSON; what is not finite is null."""
         best = _trial.plain(self.best.arguments) if self.ranking else None
         confirmed = [
-            {"setting": _trial.plain(c.setting), "mean": _null(c.mean), "spread": _null(c.spread)}
-            | {"values": [_null(x) for x in c.values], "indistinguishable": c.tied}
+            {"setting": _trial.plain(c.setting)}
+            | dict(zip(("mean", "spread"), _trial.nulls((c.mean, c.spread)), strict=True))
+            | {"values": _trial.nulls(c.values), "indistinguishable": c.tied}
             for c in self.confirmed
         ]
         content = {
@@ -324,7 +325,3 @@ def _indistinguishable(values: Sequence[float], best: Sequence[float], sign: int
     stats = require("scipy.stats", "tune", "telling a difference from noise")
     bound = stats.t.ppf((1 + CERTAINTY) / 2, len(x) - 1) * np.std(differences, ddof=1) / math.sqrt(len(x))
     return bool(np.mean(differences) <= bound)
-
-
-def _null(x: float) -> float | None:
-    return x if math.isfinite(x) else None

@@ -63,6 +63,7 @@ class Runs:
                 journal.note("no halving: a batch needs more memory than there is")
             journal.decide(order=runner.order, halving=fits and (pays if halving == "auto" else halving))
         runner.order = journal.found["order"]
+        journal.decide(execution=runner.execution)
         if not journal.found["halving"]:
             self._rungs = []
 

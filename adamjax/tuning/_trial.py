@@ -54,7 +54,7 @@ class Journal:
 
     `tune.json` holds what is tuned, and what was found out before the first trial; `trials.jsonl` a
     line for each trial. Whatever ends the process leaves both readable: a line that was not finished
-    is dropped. Of several processes the first one reads and writes.
+    is dropped when another is written. Of several processes the first one reads and writes.
 
     Args:
       path: The folder; None to keep nothing.
@@ -70,6 +70,7 @@ class Journal:
         self.path = path
         self.found: dict[str, Any] = {"question": dict(question), "notes": []}
         self._trials: dict[tuple[int, int], Trial] = {}
+        self._finished = 0  # bytes of trials.jsonl, up to the end of the last finished line
         if path is None:
             return
         before, lines = _same_everywhere(read(path) if jax.process_index() == 0 else ("", ""))
@@ -87,8 +88,7 @@ class Journal:
                 )
         for trial in parse(lines, path):
             self._trials[trial.number, trial.seed] = trial
-        if jax.process_index() == 0 and (path / "trials.jsonl").exists():
-            os.truncate(path / "trials.jsonl", len(lines.encode()))
+        self._finished = len(lines.encode())
 
     def get(self, number: int, seed: int, stage: str, setting: Setting) -> Trial | None:
         """The trial of that number, if it has ended before.
@@ -107,9 +107,10 @@ class Journal:
         return dataclasses.replace(trial, setting=setting)
 
     def decide(self, **found: Any) -> None:
-        """Keep what later trials depend on."""
-        self.found |= found
-        self._write_found()
+        """Keep what later trials depend on; a file that says so already is not touched."""
+        if self.found != self.found | found:
+            self.found |= found
+            self._write_found()
 
     def note(self, text: str) -> None:
         """Keep what the report should say."""
@@ -120,19 +121,22 @@ class Journal:
         new = {(t.number, t.seed): t for t in trials if (t.number, t.seed) not in self._trials}
         self._trials |= new
         if self.path is not None and new and jax.process_index() == 0:
-            append(self.path / "trials.jsonl", new.values())
+            self._finished = append(self.path / "trials.jsonl", self._finished, new.values())
 
     def _write_found(self) -> None:
         if self.path is not None and jax.process_index() == 0:
             write_json(self.path / "tune.json", self.found)
 
 
-def append(path: Path, trials: Iterable[Trial]) -> None:
-    """Add a line for each trial, and wait until they are on the disk."""
-    with open(path, "a") as file:
-        file.write("".join(json.dumps(to_json(t), allow_nan=False) + "\n" for t in trials))
+def append(path: Path, finished: int, trials: Iterable[Trial]) -> int:
+    """Add a line for each trial after the first `finished` bytes, and wait until they are on the disk; the new size."""
+    lines = "".join(json.dumps(to_json(t), allow_nan=False) + "\n" for t in trials).encode()
+    with open(path, "ab") as file:
+        file.truncate(finished)
+        file.write(lines)
         file.flush()
         os.fsync(file.fileno())
+    return finished + len(lines)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -153,8 +157,8 @@ def parse(lines: str, path: Path) -> list[Trial]:
     for i, line in enumerate(lines.splitlines(), start=1):
         try:
             fields = json.loads(line)
-            curves = {k: _numbers(x) for k, x in fields["metrics"].items()}
-            trials.append(Trial(**fields | {"losses": _numbers(fields["losses"]), "metrics": curves}))
+            curves = {k: numbers(x) for k, x in fields["metrics"].items()}
+            trials.append(Trial(**fields | {"losses": numbers(fields["losses"]), "metrics": curves}))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"line {i} of {path / 'trials.jsonl'} is not a trial ({error!r}): remove it") from error
     return trials
@@ -162,9 +166,9 @@ def parse(lines: str, path: Path) -> list[Trial]:
 
 def to_json(trial: Trial) -> dict[str, Any]:
     """The fields in JSON's types; what is not finite becomes null."""
-    curves = {k: _nulls(x) for k, x in trial.metrics.items()}
+    curves = {k: nulls(x) for k, x in trial.metrics.items()}
     fields = dataclasses.asdict(dataclasses.replace(trial, setting={}))
-    return fields | {"setting": plain(trial.setting), "losses": _nulls(trial.losses), "metrics": curves}
+    return fields | {"setting": plain(trial.setting), "losses": nulls(trial.losses), "metrics": curves}
 
 
 def plain(setting: Setting) -> Setting:
@@ -176,11 +180,13 @@ def _is_plain(x: Any) -> bool:
     return math.isfinite(x) if isinstance(x, (int, float)) else isinstance(x, (str, type(None)))
 
 
-def _nulls(curve: list[float]) -> list[float | None]:
+def nulls(curve: Iterable[float]) -> list[float | None]:
+    """What is not finite becomes null, for JSON has no NaN."""
     return [x if math.isfinite(x) else None for x in curve]
 
 
-def _numbers(curve: list[float | None]) -> list[float]:
+def numbers(curve: Iterable[float | None]) -> list[float]:
+    """The inverse of `nulls`, as far as there is one: null becomes NaN."""
     return [math.nan if x is None else x for x in curve]
 
 
