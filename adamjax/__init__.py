@@ -1,6 +1,7 @@
 """Adam for JAX: optimizers as values."""
 
 from adamjax import problems as problems
+from adamjax import rounding as rounding
 from adamjax import schedules as schedules
 from adamjax import storage as storage
 from adamjax import training as training
@@ -24,3 +25,7 @@ from adamjax._transforms import clip_by_global_norm as clip_by_global_norm
 from adamjax._transforms import scale_by_learning_rate as scale_by_learning_rate
 from adamjax._variants import scale_by_adamax as scale_by_adamax
 from adamjax._variants import scale_by_radam as scale_by_radam
+from adamjax.rounding import kahan as kahan
+from adamjax.rounding import master_weights as master_weights
+from adamjax.rounding import stochastic_rounding as stochastic_rounding
+from adamjax.storage import quantized as quantized

@@ -24,6 +24,9 @@ class Transformation(Value):
     optax takes a `GradientTransformation`.
     """
 
+    # Whether the updates are made for the values that the parameters are to have: not to be rounded.
+    lands = False
+
     def __iter__(self) -> Iterator[Callable[..., Any]]:
         return iter((self.init, self.update))
 
@@ -57,15 +60,17 @@ class Transformation(Value):
 
         Returns:
           The updates, ready for `apply_updates`, and the new state. With `params` the updates have
-          their structure and dtypes (zeros where the gradient is None); without, those of the
-          gradients. The state keeps its structure, shapes, dtypes and shardings.
+          their structure and dtypes (zeros where the gradient is None; of `adamjax.rounding`'s
+          wrappers, float32 for half precision parameters); without, those of the gradients. The
+          state keeps its structure, shapes, dtypes and shardings.
 
         Raises:
           TypeError, ValueError: The trees do not fit each other; the message names the path.
         """
         _checks.updates(updates, params)
         direction, state = self._update(updates, state, params, extra)
-        direction = _round(direction, updates, params)
+        if not self.lands:
+            direction = _round(direction, updates, params)
         # Zeros and not None: what applies the updates may not know None.
         return direction if params is None else _fill(direction, params), state
 
@@ -119,6 +124,18 @@ class Chain(Transformation):
 
     transforms: tuple[Transformation, ...]
 
+    def __post_init__(self) -> None:
+        for transform in self.transforms[:-1]:
+            if transform.lands:
+                raise ValueError(
+                    f"{transform!r} must be the last of a chain: what comes after it would change where "
+                    "the parameters land"
+                )
+
+    @property
+    def lands(self) -> bool:  # type: ignore[override]
+        return bool(self.transforms) and self.transforms[-1].lands
+
     def _init(self, params: PyTree) -> PyTree:
         return tuple(t._init(params) for t in self.transforms)
 
@@ -156,12 +173,23 @@ def chain(*transforms: Any) -> Chain:
 
     Raises:
       TypeError: An argument has no `init` and `update`.
+      ValueError: One of `adamjax.rounding`'s wrappers is not the last.
 
     >>> import adamjax
     >>> adamjax.chain(adamjax.clip_by_global_norm(1.0), adamjax.scale_by_learning_rate(0.1))
     Chain((ClipByGlobalNorm(max_norm=1.0), ScaleByLearningRate(learning_rate=0.1)))
     """
-    return Chain(tuple(_as_transformation(t, i) for i, t in enumerate(transforms)))
+    return Chain(tuple(as_transformation(t, f"argument {i} of chain") for i, t in enumerate(transforms)))
+
+
+def as_transformation(x: Any, where: str) -> Transformation:
+    """`x` as one of ours; `where` it stands is for the message if it has no `init` and `update`."""
+    if isinstance(x, Transformation):
+        return x
+    if isinstance(x, type) or not (callable(getattr(x, "init", None)) and callable(getattr(x, "update", None))):
+        hint = f": call it, {name_of(x)}(...)" if callable(x) else ""
+        raise TypeError(f"{where} is {x!r}, expected a transformation with init and update{hint}")
+    return Foreign(x)
 
 
 def apply_updates(params: PyTree, updates: PyTree) -> PyTree:
@@ -203,12 +231,3 @@ def _fill(updates: PyTree, params: PyTree) -> PyTree:
     """Zeros in place of None."""
     structure, rows = _trees.flatten(updates, params)
     return jax.tree.unflatten(structure, [jax.tree.map(jnp.zeros_like, p) if u is None else u for u, p in rows])
-
-
-def _as_transformation(x: Any, position: int) -> Transformation:
-    if isinstance(x, Transformation):
-        return x
-    if isinstance(x, type) or not (callable(getattr(x, "init", None)) and callable(getattr(x, "update", None))):
-        hint = f": call it, {name_of(x)}(...)" if callable(x) else ""
-        raise TypeError(f"argument {position} of chain is {x!r}, expected a transformation with init and update{hint}")
-    return Foreign(x)

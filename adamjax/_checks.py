@@ -215,7 +215,8 @@ def _first_difference(tree: PyTree, like: PyTree, where: str) -> str | None:
 
 
 def _is_node(x: Any) -> bool:
-    return jax.tree_util.is_tree_node(type(x))
+    """Whether `x` has leaves below it; a moment made of several arrays counts as a leaf itself."""
+    return jax.tree_util.is_tree_node(type(x)) and not hasattr(x, "dtype")
 
 
 def _children(node: PyTree) -> dict[str, Any]:

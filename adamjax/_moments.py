@@ -60,14 +60,14 @@ class Moments(Transformation):
         raise NotImplementedError
 
     def _check_dtypes(self) -> None:
-        self._replace_field("mu_dtype", storage.moment_dtype("mu_dtype", self.mu_dtype, signed=True))
-        self._replace_field("nu_dtype", storage.moment_dtype("nu_dtype", self.nu_dtype, signed=False))
+        self._replace_field("mu_dtype", storage.moment_format("mu_dtype", self.mu_dtype, signed=True))
+        self._replace_field("nu_dtype", storage.moment_format("nu_dtype", self.nu_dtype, signed=False))
 
     def _init(self, params: PyTree) -> AdamState:
         def empty_nu() -> PyTree:
-            return jax.tree.map(lambda p: storage.empty(p, "nu_dtype", self.nu_dtype, signed=False), params)
+            return storage.empty(params, "nu_dtype", self.nu_dtype, signed=False)
 
-        mu = jax.tree.map(lambda p: storage.empty(p, "mu_dtype", self.mu_dtype, signed=True), params)
+        mu = storage.empty(params, "mu_dtype", self.mu_dtype, signed=True)
         return AdamState(_trees.zero_count(params), mu, empty_nu(), empty_nu() if self.keeps_maximum else None)
 
     def _update(self, updates: PyTree, state: PyTree, params: PyTree | None, extra: Extra) -> tuple[PyTree, AdamState]:
@@ -83,8 +83,10 @@ class Moments(Transformation):
                 steps.append((None, m, v, v_max))
                 continue
             dtype = _trees.real_dtype(_trees.compute_dtype(_trees.dtype_of(g), m.dtype, v.dtype))
-            seed = storage.seed(count, i) if storage.is_narrow(v.dtype) else None
-            steps.append(_step_leaf(g, m, v, v_max, scalars(dtype), seed, rule=rule, options=options))
+            seeds = tuple(
+                storage.seed(count, 2 * i + j) if storage.is_rounded(x) else None for j, x in enumerate((m, v))
+            )
+            steps.append(_step_leaf(g, m, v, v_max, scalars(dtype), seeds, rule=rule, options=options))
         direction, mu, nu, nu_max = _trees.unflatten(structure, steps, 4)
         return direction, AdamState(count, mu, nu, nu_max if self.keeps_maximum else None)
 
@@ -93,29 +95,30 @@ class Moments(Transformation):
 @partial(jax.jit, static_argnames=("rule", "options"))
 def _step_leaf(
     g: Array,
-    m: Array,
-    v: Array,
+    m: Any,
+    v: Any,
     v_max: Any,
     scalars: Any,
-    seed: Array | None,
+    seeds: tuple[Array | None, Array | None],
     *,
     rule: Callable[..., Step],
     options: tuple[Any, ...],
 ) -> Step:
     """Load the moments of one leaf, step in float32 or wider, store them."""
     stored = (m, v, v_max)
-    chex.assert_equal_shape(jax.tree.leaves((g, stored)))
+    chex.assert_equal_shape([x for x in (g, *stored) if x is not None])
     dtype = _trees.compute_dtype(g.dtype, m.dtype, v.dtype)
     real = _trees.real_dtype(dtype)
-    g, m, v = g.astype(dtype), m.astype(dtype), v.astype(real)
-    v_max = None if v_max is None else v_max.astype(real)
+    g = g.astype(dtype)
+    m, v = storage.load(m, dtype, g), storage.load(v, real, g)
+    v_max = None if v_max is None else storage.load(v_max, real, g)
     # Real scalars times complex arrays are meant, even where promotion is strict.
     with jax.numpy_dtype_promotion("standard") if dtype != real else contextlib.nullcontext():
         direction, m, v, v_max = rule(g, m, v, v_max, scalars, *options)
     kept = (
-        storage.store_signed(m, stored[0].dtype),
-        storage.store_decaying(v, stored[1].dtype, seed),
-        None if v_max is None else storage.store_growing(v_max, stored[2].dtype),
+        storage.store_signed(m, stored[0], seeds[0]),
+        storage.store_decaying(v, stored[1], seeds[1]),
+        None if v_max is None else storage.store_growing(v_max, stored[2]),
     )
     chex.assert_trees_all_equal_shapes_and_dtypes(kept, stored)
     return direction, *kept

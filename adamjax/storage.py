@@ -1,86 +1,235 @@
-"""How a moment is kept between steps: in which dtype, and how it is rounded to it.
+"""How a moment is kept between steps: in which dtype or code, and how it is rounded to it.
 
 The arithmetic of a step is in float32 or wider whatever the storage. A moment narrower than that
-is rounded once, after the step has used it. The first moment is rounded to nearest. The second must
-not be: with b2 = 0.999 one step changes it by a thousandth, less than half the spacing of bfloat16,
-and a nearest rounding would hold it where it is for ever. It is rounded stochastically, so that
-it is right on average.
+is rounded once, after the step has used it, and stochastically: it is right on average. Rounding
+to nearest would hold it where it is as soon as a step changes it by less than half the spacing of
+what can be stored. For bfloat16 and b2 = 0.999 that is always; and in 8 bits, the first moment
+of a parameter whose gradient has become zero would stay, while the second one decays under it.
+Only a running maximum is rounded to nearest: it has no decay that this could freeze.
 """
 
+import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
+from jax import Array
 
-from adamjax import _trees
+from adamjax import _checks, _codes, _stochastic, _trees
+from adamjax._codes import QuantizedArray as QuantizedArray
+from adamjax._trees import PyTree
+from adamjax._value import Value, static_field, value
 
 _FLOATS = ("bfloat16", "float16", "float32", "float64")
 _COMPLEX = ("complex64", "complex128")
+_BLOCK_SIZES = {"int8": 128, "int4": 64}
 
 
-def moment_dtype(name: str, dtype: Any, *, signed: bool) -> np.dtype | None:
+@value
+class Quantized(Value):
+    """A format for moments; see `quantized`."""
+
+    name: str = static_field()
+    block_size: Any = static_field(default=None)
+    min_size: int = static_field(default=4096)
+    keep: Callable[[str], bool] | None = static_field(default=None)
+
+    def __post_init__(self) -> None:
+        _checks.choice("format", self.name, tuple(_BLOCK_SIZES))
+        block_size = _BLOCK_SIZES[self.name] if self.block_size is None else self.block_size
+        self._replace_field("block_size", _checks.count("block_size", block_size))
+        self._replace_field("min_size", _checks.count("min_size", self.min_size, least=0))
+        if self.keep is not None and not callable(self.keep):
+            raise TypeError(f"Invalid keep value: {self.keep!r}; keep must be a function of a path, or None")
+
+    @property
+    def bits(self) -> int:
+        return int(self.name.removeprefix("int"))
+
+    def takes(self, p: Any, path: str, *, signed: bool) -> bool:
+        """Whether the moment of parameter `p` is quantised, or else kept in float32 or wider."""
+        shape = np.shape(p)
+        if not shape or math.prod(shape) < max(self.min_size, 1) or (self.keep is not None and self.keep(path)):
+            return False
+        if signed and jnp.iscomplexobj(p):
+            return False
+        n, scales = shape[-1], -(-shape[-1] // self.block_size)
+        return -(-n * self.bits // 8) + 4 * scales <= 2 * n
+
+
+def quantized(
+    format: str, block_size: int | None = None, *, min_size: int = 4096, keep: Callable[[str], bool] | None = None
+) -> Quantized:
+    r"""A format for `mu_dtype` and `nu_dtype`: 8 or 4 bits a number, with a scale for each block.
+
+    With s the largest magnitude in a block and :math:`y = |x| / s`, what is kept is the integer next to
+
+    .. math::
+        127 \sqrt{y}, \quad 7 \sqrt{y} \quad \text{(first moment, with its sign)}, \qquad
+        255 \sqrt[4]{y}, \quad 16 \sqrt[4]{y} \quad \text{(second moment)}
+
+    rounded stochastically, so that what is decoded is on average what was encoded, and no moment
+    sticks. The random bits come from step, leaf and position. No second moment above 0 decodes to 0.
+
+    A moment stays in float32 (or as wide as its parameter) where the parameter has fewer than
+    `min_size` elements or no axes, where the codes would not save half of the bytes (a last axis
+    of 1 to 3 elements), and where `keep` says so; the first moment also where the parameter is
+    complex.
+
+    `mu_dtype` and `nu_dtype` may differ. Bytes of state a parameter, for large leaves: 2.06 with
+    "int8" for both, 1.59 with "int4" for the first moment, 1.13 with "int4" for both. Sixteen codes are
+    few for a second moment: its root comes out a fifth too large or too small, and what is smaller
+    than 1/65536 of its block's largest, 0 included, counts as that. Training can end as well, but
+    it takes another course.
+
+    Args:
+      format: "int8" or "int4".
+      block_size: How many numbers along the last axis share a scale. None: 128 in 8 bits, 64 in 4.
+      min_size: Leaves with fewer elements than this are not quantised.
+      keep: Which leaves else are not: a function of a leaf's path, such as "layer_0/kernel".
+
+    Returns:
+      A hashable value to pass as `mu_dtype` or `nu_dtype`. In the state stands a `QuantizedArray` for
+      each moment: codes shaped like the parameter (in 4 bits, two to a byte along the last axis), and
+      float32 scales, the last axis divided by `block_size`.
+
+    Raises:
+      ValueError, TypeError: An argument is out of range or of the wrong kind. A derivative through
+        the stored moments (a hypergradient over several steps) raises a TypeError when it is taken.
+
+    >>> import adamjax, jax.numpy as jnp
+    >>> int8 = adamjax.quantized("int8")
+    >>> opt = adamjax.adam(mu_dtype=int8, nu_dtype=int8)
+    >>> opt.init(jnp.zeros((256, 64)))[0].mu
+    QuantizedArray(int8[256,64] in blocks of 128, 17408 bytes)
+    """
+    return Quantized(format, block_size, min_size, keep)
+
+
+def moment_format(name: str, found: Any, *, signed: bool) -> np.dtype | Quantized | None:
     """Check the argument `mu_dtype` (`signed`: may be complex) or `nu_dtype`; None is kept."""
-    if dtype is None:
-        return None
+    if found is None or isinstance(found, Quantized):
+        return found
     allowed = _FLOATS + _COMPLEX if signed else _FLOATS
+    expected = f"{name} must be one of {', '.join(allowed)}, or adamjax.quantized('int8') or ('int4')"
     try:
-        found = jnp.dtype(dtype)
+        dtype = jnp.dtype(found)
     except TypeError:
-        raise TypeError(f"Invalid {name} value: {dtype!r}; {name} must be one of {', '.join(allowed)}") from None
-    if found.name not in allowed:
-        raise ValueError(f"Invalid {name} value: {found.name}; {name} must be one of {', '.join(allowed)}")
-    return found
+        raise TypeError(f"Invalid {name} value: {found!r}; {expected}") from None
+    if dtype.name not in allowed:
+        raise ValueError(f"Invalid {name} value: {dtype.name}; {expected}")
+    return dtype
 
 
-def empty(p: Any, name: str, dtype: np.dtype | None, *, signed: bool) -> Any:
-    """The moment of parameter `p` before the first step: zeros of its shape and sharding.
+def empty(params: PyTree, name: str, format: np.dtype | Quantized | None, *, signed: bool) -> PyTree:
+    """The moments of `params` before the first step: zeros of their shapes and shardings.
 
-    Without a `dtype` it is the parameter's own, but at least float32; real unless `signed`.
+    Without a `format` they have the parameters' own dtypes, but at least float32; real unless `signed`.
     """
-    if dtype is None:
+
+    def of_leaf(path: Any, p: Any) -> Any:
+        if isinstance(format, Quantized):
+            if format.takes(p, jax.tree_util.keystr(path, simple=True, separator="/"), signed=signed):
+                return _empty_codes(p, format, signed)
+        elif format is not None:
+            if jax.dtypes.canonicalize_dtype(format) != format:
+                raise ValueError(f"{name}={format.name} needs 64-bit JAX: set jax_enable_x64, or choose {name}=float32")
+            return _trees.zeros_like(p, format)
         dtype = _trees.compute_dtype(_trees.dtype_of(p))
-        dtype = dtype if signed else _trees.real_dtype(dtype)
-    elif jax.dtypes.canonicalize_dtype(dtype) != dtype:
-        raise ValueError(f"{name}={dtype.name} needs 64-bit JAX: set jax_enable_x64, or choose {name}=float32")
-    return _trees.zeros_like(p, dtype)
+        return _trees.zeros_like(p, dtype if signed else _trees.real_dtype(dtype))
+
+    return jax.tree.map_with_path(of_leaf, params)
 
 
-def is_narrow(dtype: np.dtype) -> bool:
-    """Whether storing a moment in `dtype` rounds it."""
-    return jnp.finfo(dtype).bits < 32
+def _empty_codes(p: Any, format: Quantized, signed: bool) -> QuantizedArray:
+    zeros = _trees.zeros_like(p, jnp.dtype(jnp.float32))
+    if _trees.is_abstract(p):
+        return _codes.abstract(zeros, format.bits, signed, format.block_size)
+    return _encode(zeros, format.bits, signed, format.block_size)
 
 
-def store_signed(x: jax.Array, dtype: np.dtype) -> jax.Array:
-    """Round a first moment to nearest."""
-    return _saturate(x, dtype).astype(dtype)
+@partial(jax.jit, static_argnums=(1, 2, 3))
+def _encode(x: Array, bits: int, signed: bool, block_size: int) -> QuantizedArray:
+    return _codes.encode(x, bits, signed, block_size, False, jnp.uint32(0))
 
 
-def store_decaying(x: jax.Array, dtype: np.dtype, seed: jax.Array | None) -> jax.Array:
-    """Round a second moment stochastically.
+def is_rounded(stored: Any) -> bool:
+    """Whether storing a moment as `stored` is rounds it."""
+    return isinstance(stored, QuantizedArray) or _stochastic.is_narrow(stored.dtype)
 
-    The random bits depend on `seed` (a uint32 scalar, needed where `dtype` is narrow) and on the
-    position in the array alone, not on how the array is sharded.
+
+def load(stored: Any, dtype: np.dtype, like: Array) -> Array:
+    """A stored moment for arithmetic in `dtype`, sharded as `like`."""
+    if isinstance(stored, QuantizedArray):
+        return _codes.sharded_like(stored.decode(), like).astype(dtype)
+    return stored.astype(dtype)
+
+
+def store_signed(x: Array, like: Any, seed: Array | None) -> Any:
+    """Round a first moment stochastically to the format that `like` is stored in.
+
+    The random bits depend on `seed` (a uint32 scalar, needed where `is_rounded`) and on the position
+    in the array alone, not on how the array is sharded.
     """
-    if not is_narrow(dtype):
+    if isinstance(like, QuantizedArray):
+        return _quantize(x, like, seed)
+    return _rounded(x, like.dtype, seed)
+
+
+def store_decaying(x: Array, like: Any, seed: Array | None) -> Any:
+    """Round a second moment likewise; what is not 0 stays above 0."""
+    if isinstance(like, QuantizedArray):
+        return _quantize(x, like, seed)
+    return _keep_positive(x, _rounded(x, like.dtype, seed))
+
+
+def store_growing(x: Array, like: Any) -> Any:
+    """Round a running maximum to nearest; what is not 0 stays above 0."""
+    if isinstance(like, QuantizedArray):
+        return _quantize(x, like, None)
+    return _keep_positive(x, _saturate(x, like.dtype).astype(like.dtype))
+
+
+def seed(count: Array, number: int) -> Array:
+    """The seed of one moment of one leaf (by a `number` of its own) at one step: a uint32 scalar."""
+    return _stochastic.seed(count, number)
+
+
+def state_bytes(opt: Any, params: PyTree) -> int:
+    """How many bytes the state of `opt` takes, without allocating it.
+
+    Args:
+      opt: A transformation, ours or optax's.
+      params: The parameters, or `jax.ShapeDtypeStruct`s.
+
+    Returns:
+      The bytes of all arrays in the state together; of sharded ones, over all devices.
+
+    >>> import adamjax, jax, jax.numpy as jnp
+    >>> params = jax.ShapeDtypeStruct((1_000_000, 1000), jnp.bfloat16)
+    >>> int8 = adamjax.quantized("int8")
+    >>> adamjax.storage.state_bytes(adamjax.adam(mu_dtype=int8, nu_dtype=int8), params) / 1e9
+    2.064000004
+    """
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(opt.init, params)))
+
+
+def _quantize(x: Array, like: QuantizedArray, seed: Array | None) -> QuantizedArray:
+    growing = seed is None
+    x = x.astype(jnp.float32)
+    return _codes.encode(x, like.bits, like.signed, like.block_size, growing, jnp.uint32(0) if growing else seed)
+
+
+def _rounded(x: Array, dtype: np.dtype, seed: Array | None) -> Array:
+    if not _stochastic.is_narrow(dtype):
         return x.astype(dtype)
-    return _keep_positive(x, _round_stochastically(_saturate(x, dtype), seed, dtype))
+    return _stochastic.stochastically(_saturate(x, dtype).astype(jnp.float32), seed, dtype).astype(dtype)
 
 
-def store_growing(x: jax.Array, dtype: np.dtype) -> jax.Array:
-    """Round a running maximum to nearest: it has no decay that this could freeze."""
-    rounded = _saturate(x, dtype).astype(dtype)
-    return _keep_positive(x, rounded) if is_narrow(dtype) else rounded
-
-
-def seed(count: jax.Array, leaf: int) -> jax.Array:
-    """The seed of one leaf (by its position in the tree) at one step: a uint32 scalar."""
-    return _hash(_hash(count.astype(jnp.uint32)) ^ np.uint32(leaf))
-
-
-def _saturate(x: jax.Array, dtype: np.dtype) -> jax.Array:
+def _saturate(x: Array, dtype: np.dtype) -> Array:
     """Stay finite where float16 would overflow: its infinity would never leave the moment."""
     if dtype != jnp.float16:
         return x
@@ -88,59 +237,9 @@ def _saturate(x: jax.Array, dtype: np.dtype) -> jax.Array:
     return jnp.where(jnp.isfinite(x), jnp.clip(x, -largest, largest), x)
 
 
-def _keep_positive(x: jax.Array, rounded: jax.Array) -> jax.Array:
+def _keep_positive(x: Array, rounded: Array) -> Array:
     """The smallest number instead of 0 where `x` is not 0: its root is a divisor."""
-    smallest = jnp.asarray(_spacing_at_zero(rounded.dtype), rounded.dtype)
+    if not _stochastic.is_narrow(rounded.dtype):
+        return rounded
+    smallest = jnp.asarray(_stochastic.spacing_at_zero(rounded.dtype), rounded.dtype)
     return jnp.where((x > 0) & (rounded < smallest), smallest, rounded)
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(2,))
-def _round_stochastically(x: jax.Array, seed: jax.Array, dtype: np.dtype) -> jax.Array:
-    """Round `x >= 0` up with a probability that makes its expectation `x`.
-
-    By the spacing of the narrow numbers around `x` and not by way of a conversion to them: XLA
-    takes a conversion to bfloat16 and back for nothing, and leaves it out.
-    """
-    x = x.astype(jnp.float32)
-    info = jnp.finfo(dtype)
-    exponent = jnp.maximum(lax.bitcast_convert_type(x, jnp.uint32) >> 23, np.uint32(_lowest_exponent(dtype)))
-    spacing = lax.bitcast_convert_type((exponent - np.uint32(info.nmant)) << 23, jnp.float32)
-    units = x / spacing
-    whole = jnp.floor(units)
-    up = _uniform(x, seed) < units - whole
-    return ((whole + up.astype(jnp.float32)) * spacing).astype(dtype)
-
-
-@_round_stochastically.defjvp
-def _straight_through(dtype: np.dtype, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-    return _round_stochastically(*primals, dtype), tangents[0].astype(dtype)
-
-
-def _lowest_exponent(dtype: np.dtype) -> int:
-    """The biased float32 exponent below which the spacing of `dtype` no longer shrinks.
-
-    Where bfloat16 has subnormals, float32 has too, and processors flush those to 0: stay above.
-    """
-    info = jnp.finfo(dtype)
-    return max(info.minexp + 127, info.nmant + 1)
-
-
-def _spacing_at_zero(dtype: np.dtype) -> float:
-    return 2.0 ** (_lowest_exponent(dtype) - jnp.finfo(dtype).nmant - 127)
-
-
-def _uniform(like: jax.Array, seed: jax.Array) -> jax.Array:
-    """Random float32 in [0, 1), a function of `seed` and the global index alone."""
-    # Starting from zeros_like, the index takes the sharding of `like`.
-    index = jnp.zeros_like(like, dtype=jnp.uint32)
-    for axis, size in enumerate(like.shape):
-        index = index * np.uint32(size) + lax.broadcasted_iota(jnp.uint32, like.shape, axis)
-    bits = _hash(index * np.uint32(0x9E3779B9) + seed)
-    return (bits >> 8).astype(jnp.float32) * np.float32(2**-24)
-
-
-def _hash(x: jax.Array) -> jax.Array:
-    """Mix the bits of uint32 integers (C. Wellons, "lowbias32"); far cheaper than `jax.random`."""
-    x = (x ^ (x >> 16)) * np.uint32(0x7FEB352D)
-    x = (x ^ (x >> 15)) * np.uint32(0x846CA68B)
-    return x ^ (x >> 16)

@@ -10,11 +10,11 @@ import adamjax
 
 # From the ground up. Modules of one line do not import each other.
 FLOORS = [
-    ["_trees", "_extras"],
+    ["_trees", "_extras", "_stochastic"],
     ["_checks"],
-    ["_value", "_numerics"],
+    ["_value", "_numerics", "_codes"],
     ["storage", "_base"],
-    ["_plateau", "_moments"],
+    ["_plateau", "_moments", "rounding"],
     ["schedules"],
     ["_adam"],
     ["_variants", "_transforms"],
@@ -76,7 +76,18 @@ def test_imports_run_downwards():
 
 def test_the_core_needs_jax_and_chex_alone():
     allowed = {"adamjax", "jax", "chex", "numpy"}
-    standard = {"ast", "collections", "contextlib", "dataclasses", "functools", "inspect", "math", "numbers", "typing"}
+    standard = {
+        "ast",
+        "collections",
+        "contextlib",
+        "dataclasses",
+        "functools",
+        "inspect",
+        "json",
+        "math",
+        "numbers",
+        "typing",
+    }
     for name, tree in modules():
         if name in CORE:
             found = {module.split(".")[0] for module, _ in imports(tree)} - standard

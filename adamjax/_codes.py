@@ -1,0 +1,231 @@
+"""Block-quantised arrays: 8 or 4 bits a number, and a float32 scale for each block.
+
+A block is a run of numbers along the last axis, and its scale s the largest magnitude in it. A
+magnitude |x| = y s is kept as the integer next to L y**(1/p): with p = 2 or 4 the codes lie closer
+together near 0, where most of the numbers of a block are. Rounding is between the two codes around,
+with the probability that makes the expected value of what is decoded |x| itself.
+"""
+
+import json
+import math
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import NamedSharding, PartitionSpec
+
+from adamjax import _stochastic
+
+
+class Code(NamedTuple):
+    """The integers q of one format, from 0 to `levels`."""
+
+    levels: int
+    power: int
+    least: int = 0  # what a number greater than 0 may become
+    zero: int = 0  # what 0 becomes
+
+    def magnitude(self, q: Array) -> Array:
+        """What q stands for, as a part of the scale: (q / levels) ** power."""
+        root = q / self.levels
+        return root * root if self.power == 2 else (root * root) * (root * root)
+
+    def below(self, y: Array) -> Array:
+        """The largest q that stands for `y` or less; off by one where y is that of a q, or nearly."""
+        root = jnp.sqrt(y) if self.power == 2 else jnp.sqrt(jnp.sqrt(y))
+        return jnp.floor(root * self.levels)
+
+
+# A first moment that decodes to 0 is a step of 0; a second one that does would be a division by 0.
+# The sixteen codes of a second moment in 4 bits have no 0 to spare: 0 becomes s / 65536.
+_CODES = {
+    (8, True): Code(127, 2),
+    (8, False): Code(255, 4, least=1),
+    (4, True): Code(7, 2),
+    (4, False): Code(16, 4, least=1, zero=1),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedArray:
+    """A float32 array in 8 or 4 bits a number: a pytree of its codes and scales.
+
+    Fields:
+      codes: The shape of the array: int8 of a signed one and uint8 else; uint8 of 4 bits, two
+        numbers to a byte along the last axis, the first in the low half, which is rounded up.
+      scales: float32, the last axis divided by `block_size` and rounded up.
+      bits: 8 or 4.
+      signed: Whether it may hold numbers below 0.
+      block_size: Numbers to a scale, along the last axis; its last block may be shorter.
+      size: The length of the last axis.
+    """
+
+    codes: Array
+    scales: Array
+    bits: int
+    signed: bool
+    block_size: int
+    size: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the array that it stands for."""
+        return (*self.codes.shape[:-1], self.size)
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The dtype of the array that it stands for: float32."""
+        return jnp.dtype(jnp.float32)
+
+    @property
+    def nbytes(self) -> int:
+        """Of codes and scales."""
+        return sum(x.size * x.dtype.itemsize for x in (self.codes, self.scales))
+
+    def __repr__(self) -> str:
+        if not hasattr(self.codes, "shape"):  # a tree may hold anything
+            return f"QuantizedArray({self.codes!r}, {self.scales!r})"
+        shape = ",".join(map(str, self.shape))
+        kind = f"{'' if self.signed else 'u'}int{self.bits}"
+        return f"QuantizedArray({kind}[{shape}] in blocks of {self.block_size}, {self.nbytes} bytes)"
+
+    def decode(self) -> Array:
+        """The array in float32."""
+        code = _CODES[self.bits, self.signed]
+        q = _unpack(self.codes, self.size, self.signed) if self.bits == 4 else self.codes.astype(jnp.float32)
+        y = jnp.copysign(code.magnitude(jnp.abs(q)), q)
+        return y * _spread(self.scales, self.block_size, y)
+
+
+def _flatten(x: QuantizedArray) -> tuple[tuple[Any, Any], tuple[int, bool, int, int]]:
+    return (x.codes, x.scales), (x.bits, x.signed, x.block_size, x.size)
+
+
+def _flatten_with_keys(x: QuantizedArray) -> Any:
+    children, static = _flatten(x)
+    return tuple(zip(map(jax.tree_util.GetAttrKey, ("codes", "scales")), children, strict=True)), static
+
+
+jax.tree_util.register_pytree_with_keys(
+    QuantizedArray, _flatten_with_keys, lambda static, children: QuantizedArray(*children, *static), _flatten
+)
+jax.export.register_pytree_node_serialization(
+    QuantizedArray,
+    serialized_name="adamjax.QuantizedArray",
+    serialize_auxdata=lambda static: json.dumps(static).encode(),
+    deserialize_auxdata=lambda found: tuple(json.loads(bytes(found))),
+)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3, 4))
+def encode(x: Array, bits: int, signed: bool, block_size: int, growing: bool, seed: Array) -> QuantizedArray:
+    """The nearest that the format has to the float32 `x`, rounded stochastically.
+
+    A `growing` array is rounded to nearest, with scales that are powers of two. Each decoded number
+    is encoded as itself as long as its scale stays; a scale that moved with each step would move
+    all numbers of its block, and rounding to nearest would not move them back.
+    """
+    code, size = _CODES[bits, signed], x.shape[-1]
+    scales = jnp.max(_runs(jnp.abs(x), block_size), axis=-1)
+    if not signed:
+        # Where the smallest code would be flushed to 0.
+        least = np.float32(jnp.finfo(jnp.float32).tiny * code.levels**code.power)
+        scales = jnp.where(scales > 0, jnp.maximum(scales, least), scales)
+    if growing:
+        scales = jnp.where(jnp.isfinite(scales), _power_of_two_above(scales), scales)
+    s = _spread(scales, block_size, x)
+    y = jnp.where(s == 0, 0.0, jnp.abs(x) / jnp.where(s == 0, 1.0, s))
+    q = code.below(y)
+    low, high = code.magnitude(q), code.magnitude(q + 1)
+    up = (y - low) / (high - low) > (0.5 if growing else _stochastic.uniform(x, seed))
+    q = jnp.clip(q + up.astype(jnp.float32), float(code.least), float(code.levels))
+    q = jnp.copysign(jnp.where(x == 0, float(code.zero), q), x)
+    codes = _pack(q, signed) if bits == 4 else q.astype(jnp.int8 if signed else jnp.uint8)
+    return QuantizedArray(codes, scales, bits, signed, block_size, size)
+
+
+@encode.defjvp
+def _refuse(*_: Any) -> Any:
+    raise TypeError(
+        "a derivative would have to pass through moments that are stored as integers, and cannot: "
+        "differentiate with moments in float32 (mu_dtype=None, nu_dtype=None)"
+    )
+
+
+def abstract(x: jax.ShapeDtypeStruct, bits: int, signed: bool, block_size: int) -> QuantizedArray:
+    """The types and shardings of what `encode` makes of an array like `x`."""
+    made = jax.eval_shape(lambda: encode(jnp.zeros(x.shape), bits, signed, block_size, False, np.uint32(0)))
+
+    def placed(part: Any, unit: int) -> jax.ShapeDtypeStruct:
+        sharding = x.sharding
+        if isinstance(sharding, NamedSharding) and not _is_divisible(x.shape, sharding, unit):
+            sharding = _whole(sharding)
+        return jax.ShapeDtypeStruct(part.shape, part.dtype, sharding=sharding)
+
+    return replace(made, codes=placed(made.codes, 8 // bits), scales=placed(made.scales, block_size))
+
+
+def _is_divisible(shape: tuple[int, ...], sharding: NamedSharding, unit: int) -> bool:
+    """Whether each device holds whole runs of `unit` along the last axis."""
+    spec = sharding.spec
+    if len(spec) < len(shape) or spec[-1] is None:
+        return True
+    names = spec[-1] if isinstance(spec[-1], tuple) else (spec[-1],)
+    return shape[-1] % (unit * math.prod(sharding.mesh.shape[name] for name in names)) == 0
+
+
+def _whole(sharding: NamedSharding) -> NamedSharding:
+    """`sharding`, with the last axis in one piece."""
+    return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[:-1], None))
+
+
+def _runs(x: Array, length: int) -> Array:
+    """The last axis as runs of `length`, with zeros after its end."""
+    # Where shardings are part of the types, and only there, the compiler does not see to this.
+    if not _is_divisible(x.shape, jax.typeof(x).sharding, length):
+        x = jax.sharding.reshard(x, _whole(jax.typeof(x).sharding))
+    count = -(-x.shape[-1] // length)
+    if missing := count * length - x.shape[-1]:
+        x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)])
+    return x.reshape(*x.shape[:-1], count, length)
+
+
+def _join(x: Array, like: Array) -> Array:
+    """Runs as one axis again, of the length and sharding of `like`."""
+    x = x.reshape(*x.shape[:-2], x.shape[-2] * x.shape[-1])
+    return sharded_like(x[..., : like.shape[-1]] if x.shape[-1] != like.shape[-1] else x, like)
+
+
+def sharded_like(x: Array, like: Array) -> Array:
+    """`x` with the sharding that is part of the type of `like`, if any is."""
+    wanted = jax.typeof(like).sharding
+    return x if jax.typeof(x).sharding == wanted else jax.sharding.reshard(x, wanted)
+
+
+def _spread(scales: Array, block_size: int, like: Array) -> Array:
+    """The scale of each number of an array shaped and sharded as `like`."""
+    return _join(jnp.broadcast_to(scales[..., None], (*scales.shape, block_size)), like)
+
+
+# The nibble of a signed q is q + 8, that of an unsigned one q - 1.
+def _pack(q: Array, signed: bool) -> Array:
+    pairs = _runs((q + 8 if signed else q - 1).astype(jnp.uint8), 2)
+    return pairs[..., 0] | (pairs[..., 1] << 4)
+
+
+def _unpack(codes: Array, size: int, signed: bool) -> Array:
+    pairs = jnp.stack([codes & np.uint8(15), codes >> 4], axis=-1)
+    nibbles = pairs.reshape(*codes.shape[:-1], 2 * codes.shape[-1])[..., :size].astype(jnp.float32)
+    return nibbles - 8 if signed else nibbles + 1
+
+
+def _power_of_two_above(x: Array) -> Array:
+    """The smallest power of two that is not below `x >= 0`, or the largest there is; 0 of 0."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    up = jnp.minimum((bits + np.uint32(0x7FFFFF)) >> 23, np.uint32(254))
+    return jax.lax.bitcast_convert_type(up << 23, jnp.float32)

@@ -1,0 +1,322 @@
+"""Half precision parameters that keep learning: three wrappers around any transformation.
+
+Between 0.5 and 1 the numbers of bfloat16 lie 2**-8 apart. A step of 1e-5 is less than half of that, and
+rounding to nearest loses it, every time. Each wrapper keeps what rounding would lose:
+
+| wrapper | its state, in bytes a parameter | a step is lost |
+|---|---|---|
+| `stochastic_rounding` | 0 | never, on average |
+| `kahan` | 2 | never, on average |
+| `master_weights` | 4, or 2 for bfloat16 | below half the spacing of float32 |
+
+The wrapped transformation sees gradients and parameters in float32, so that it rounds nothing itself. The
+updates that come out are float32: for each half precision parameter p the difference u to what p is to
+become, and p + u is exactly that, whether added by our `apply_updates`, optax's or flax's. Parameters in
+float32 or wider pass through as if there were no wrapper, and keep nothing.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from adamjax import _checks, _stochastic, _trees
+from adamjax._base import Extra, Transformation, as_transformation
+from adamjax._trees import PyTree
+from adamjax._value import static_field, value
+
+_FLOAT32 = jnp.dtype(jnp.float32)
+
+Rule = Callable[..., tuple[Array, Any]]
+
+
+class RoundingState(NamedTuple):
+    """State of the three wrappers.
+
+    Fields:
+      count: int32 scalar, the number of steps done.
+      seed: uint32 scalar; with `count`, where the random bits come from.
+      kept: What the parameters themselves cannot hold: trees like them, with None where a parameter is
+        float32 or wider. `kahan`: what they lack, in their dtype. `master_weights`: the parameters
+        in float32, or the lower halves of their bits in uint16. `stochastic_rounding`: None.
+      inner: The state of the wrapped transformation.
+    """
+
+    count: Array  # type: ignore[assignment]  # tuple.count, which nobody counts with
+    seed: Array
+    kept: PyTree
+    inner: PyTree
+
+
+jax.export.register_namedtuple_serialization(RoundingState, serialized_name="adamjax.RoundingState")
+
+
+class Rounding(Transformation):
+    """Base of the wrappers: a member says what it keeps, and how it lands one array."""
+
+    inner: Any
+    lands = True
+
+    def _wrap(self, name: str) -> None:
+        """For `__post_init__` only: check `inner` and put it in place as a transformation."""
+        inner = as_transformation(self.inner, f"argument opt of {name}")
+        if inner.lands:
+            raise ValueError(f"{name} around {inner!r}, which rounds the parameters already: take one of the two")
+        self._replace_field("inner", inner)
+
+    def _seed(self) -> Any:
+        return 0
+
+    def _keep(self, path: str, p: Any) -> Any:
+        """What is kept of a half precision parameter at first."""
+        return None
+
+    def _read(self, p: Array, kept: Any) -> Array:
+        """The half precision parameter `p` as the wrapped transformation sees it, in float32."""
+        return p.astype(_FLOAT32)
+
+    def _rule(self) -> Rule:
+        """From p in float32, the update, what is kept, a seed and the dtype of p: p's difference, what is kept."""
+        raise NotImplementedError
+
+    def _init(self, params: PyTree) -> RoundingState:
+        abstract = _trees.any_abstract(params)
+        seed = jax.ShapeDtypeStruct((), jnp.uint32) if abstract else jnp.asarray(self._seed()).astype(jnp.uint32)
+        kept = jax.tree.map_with_path(
+            lambda path, p: self._keep("params" + jax.tree_util.keystr(path), p) if _is_narrow(p) else None, params
+        )
+        return RoundingState(_trees.zero_count(params), seed, kept, self.inner._init(_widen(params)))
+
+    def _update(self, updates: PyTree, state: PyTree, params: PyTree | None, extra: Extra) -> tuple[PyTree, PyTree]:
+        _checks.state(state, RoundingState, type(self).__name__)
+        _checks.given(params, updates, type(self).__name__)
+        count = _trees.increment(state.count)
+        seen = _trees.map_leaves(lambda p, kept: self._read(p, kept) if _is_narrow(p) else p, params, state.kept)
+        updates, inner = self.inner._update(_widen(updates), state.inner, seen, extra)
+        structure, rows = _trees.flatten(updates, params, state.kept)
+        landed: list[tuple[Any, Any]] = []
+        for i, (u, p, kept) in enumerate(rows):
+            if u is None:
+                landed.append((None, kept))
+            elif _is_narrow(p):
+                seed = _stochastic.seed(count, i) ^ state.seed
+                landed.append(_land(p, u, kept, seed, rule=self._rule()))
+            else:
+                landed.append((_trees.cast(u, _trees.dtype_of(p)), None))
+        updates, kept = _trees.unflatten(structure, landed, 2)
+        return updates, RoundingState(count, state.seed, kept, inner)
+
+
+@partial(jax.jit, static_argnames="rule")
+def _land(p: Array, u: Array, kept: Any, seed: Array, *, rule: Rule) -> tuple[Array, Any]:
+    return rule(p.astype(_FLOAT32), u.astype(_FLOAT32), kept, seed, p.dtype)
+
+
+def _is_narrow(p: Any) -> bool:
+    return p is not None and _stochastic.is_narrow(_trees.dtype_of(p))
+
+
+def _widen(tree: PyTree) -> PyTree:
+    def widen(x: Any) -> Any:
+        if not _is_narrow(x):
+            return x
+        if _trees.is_abstract(x):
+            return jax.ShapeDtypeStruct(x.shape, _FLOAT32, sharding=x.sharding)
+        return x.astype(_FLOAT32)
+
+    return jax.tree.map(widen, tree)
+
+
+def _towards(start: Array, target: Array, dtype: np.dtype) -> tuple[Array, Array]:
+    """The update that takes `start` to `target`, and where it really does.
+
+    That is somewhere else only where the target is so near to 0, less than 2**-13 of `start`, that
+    float32 does not hold the difference.
+    """
+    u = target - start
+    return u, _stochastic.to_nearest(start + u, dtype)
+
+
+@value
+class StochasticRounding(Rounding):
+    """See `stochastic_rounding`."""
+
+    inner: Any
+    seed: Any = 0
+
+    def __post_init__(self) -> None:
+        self._wrap("stochastic_rounding")
+        if not (hasattr(self.seed, "dtype") and jnp.issubdtype(self.seed.dtype, jnp.integer)):
+            self._replace_field("seed", _checks.count("seed", self.seed, least=0))
+
+    def _seed(self) -> Any:
+        return self.seed
+
+    def _rule(self) -> Rule:
+        return _round_stochastically
+
+
+def _round_stochastically(start: Array, u: Array, kept: None, seed: Array, dtype: np.dtype) -> tuple[Array, None]:
+    return _stochastic.stochastically(start + u, seed, dtype) - start, None
+
+
+def stochastic_rounding(opt: Any, seed: Any = 0) -> StochasticRounding:
+    """Round half precision parameters stochastically: up or down, such that the mean is right.
+
+    A parameter then takes a random walk of steps of its own spacing around where float32 would be. No
+    state but a count and a seed, 8 bytes. The random bits are a hash of seed, step, leaf and
+    position: the same however the parameters are sharded.
+
+    Args:
+      opt: A transformation, ours or optax's.
+      seed: An int of at least 0, or an integer scalar. It is kept in the state from `init` on.
+
+    Returns:
+      A transformation with state `RoundingState`, whose `update` needs `params` and emits float32
+      updates for half precision parameters. In a chain it must be the last.
+
+    Raises:
+      TypeError, ValueError: `opt` is no transformation, or rounds already; `seed` is no such int.
+
+    References:
+      Gupta et al., 2015, https://arxiv.org/abs/1502.02551.
+
+    >>> import adamjax, jax.numpy as jnp
+    >>> opt = adamjax.stochastic_rounding(adamjax.adamw(1e-5))
+    >>> p = jnp.ones(10_000, jnp.bfloat16)
+    >>> state = opt.init(p)
+    >>> for _ in range(100):
+    ...     p, state = opt.step(p, state, p)
+    >>> print(p.dtype, jnp.mean(p.astype(jnp.float32)).round(4))
+    bfloat16 0.999
+    """
+    return StochasticRounding(opt, seed)
+
+
+@value
+class Kahan(Rounding):
+    """See `kahan`."""
+
+    inner: Any
+
+    def __post_init__(self) -> None:
+        self._wrap("kahan")
+
+    def _keep(self, path: str, p: Any) -> Any:
+        return _trees.zeros_like(p, _trees.dtype_of(p))
+
+    def _rule(self) -> Rule:
+        return _compensate
+
+
+def _compensate(start: Array, u: Array, kept: Array, seed: Array, dtype: np.dtype) -> tuple[Array, Array]:
+    wanted = u + kept.astype(_FLOAT32)
+    u, landed = _towards(start, _stochastic.to_nearest(start + wanted, dtype), dtype)
+    # To nearest, a residual that has grown would itself lose small steps.
+    return u, _stochastic.stochastically(wanted - (landed - start), seed, dtype).astype(dtype)
+
+
+def kahan(opt: Any) -> Kahan:
+    """Add to half precision parameters with Kahan's compensated summation.
+
+    What rounding to nearest takes from a parameter is kept, in the parameter's dtype, and added to
+    its next update. Parameter and residual together have about twice the digits of the parameter.
+
+    Args:
+      opt: A transformation, ours or optax's.
+
+    Returns:
+      A transformation with state `RoundingState`, whose `update` needs `params` and emits float32
+      updates for half precision parameters. In a chain it must be the last.
+
+    Raises:
+      TypeError, ValueError: `opt` is no transformation, or rounds already.
+
+    References:
+      Kahan, 1965, https://doi.org/10.1145/363707.363723; for training,
+      Zamirai et al., 2020, https://arxiv.org/abs/2010.06192.
+    """
+    return Kahan(opt)
+
+
+@value
+class MasterWeights(Rounding):
+    """See `master_weights`."""
+
+    inner: Any
+    low_bits: bool = static_field(default=False)
+
+    def __post_init__(self) -> None:
+        self._wrap("master_weights")
+        _checks.choice("low_bits", self.low_bits, (False, True))
+
+    def _keep(self, path: str, p: Any) -> Any:
+        if not self.low_bits:
+            return _widen(p)
+        if _trees.dtype_of(p) != jnp.bfloat16:
+            raise ValueError(
+                f"{path} is {_trees.dtype_of(p)}: low_bits completes bfloat16 parameters only, whose bits are "
+                "the upper half of a float32's; use low_bits=False"
+            )
+        return _trees.zeros_like(p, jnp.dtype(jnp.uint16))
+
+    def _read(self, p: Array, kept: Array) -> Array:
+        return _join(p.astype(_FLOAT32), kept) if self.low_bits else kept
+
+    def _rule(self) -> Rule:
+        return _add_to_bits if self.low_bits else _add_to_master
+
+    def weights(self, params: PyTree, state: RoundingState) -> PyTree:
+        """The parameters in full precision: in float32 where they are half precision, else as they are."""
+        return _trees.map_leaves(lambda p, kept: self._read(p, kept) if _is_narrow(p) else p, params, state.kept)
+
+
+def _add_to_master(start: Array, u: Array, kept: Array, seed: Array, dtype: np.dtype) -> tuple[Array, Array]:
+    kept = kept + u
+    return _stochastic.to_nearest(kept, dtype) - start, kept
+
+
+def _add_to_bits(start: Array, u: Array, kept: Array, seed: Array, dtype: np.dtype) -> tuple[Array, Array]:
+    master = _join(start, kept) + u
+    # Where float32 or bfloat16 would be subnormal, some processors say 0: there are no bits to keep.
+    master = jnp.where(jnp.abs(master) < jnp.finfo(_FLOAT32).tiny, 0.0, master)
+    bits = lax.bitcast_convert_type(master, jnp.uint32)
+    target = lax.bitcast_convert_type((bits + np.uint32(0x8000)) & np.uint32(0xFFFF0000), jnp.float32)
+    u, landed = _towards(start, target, dtype)
+    return u, jnp.where(landed == target, bits.astype(jnp.uint16), np.uint16(0))
+
+
+def _join(p: Array, low: Array) -> Array:
+    """The float32 that was rounded to `p`, half away from 0, and whose lower half is `low`."""
+    up = (low >> 15).astype(jnp.uint32)
+    bits = ((lax.bitcast_convert_type(p, jnp.uint32) >> 16) - up) << 16
+    return lax.bitcast_convert_type(bits | low.astype(jnp.uint32), jnp.float32)
+
+
+def master_weights(opt: Any, *, low_bits: bool = False) -> MasterWeights:
+    """Keep a float32 copy of half precision parameters, step it, and round it to them.
+
+    Args:
+      opt: A transformation, ours or optax's.
+      low_bits: Of bfloat16 parameters, keep only the 16 bits of float32 that bfloat16 does not have: the
+        same float32 copy, in 2 bytes instead of 4. A parameter that is changed from outside then
+        stays changed, while a whole copy would overwrite it at the next step.
+
+    Returns:
+      A transformation with state `RoundingState`, whose `update` needs `params` and emits float32
+      updates for half precision parameters. In a chain it must be the last. Its method
+      `weights(params, state)` gives the parameters in float32.
+
+    Raises:
+      TypeError, ValueError: `opt` is no transformation, or rounds already; at `init`, a parameter is
+        float16 with `low_bits`.
+
+    References:
+      Micikevicius et al., 2018, https://arxiv.org/abs/1710.03740.
+    """
+    return MasterWeights(opt, low_bits)

@@ -1,0 +1,79 @@
+"""How bitsandbytes and torchao keep Adam's moments, written anew to compare with: codes to nearest, by block.
+
+bitsandbytes 0.48, `functional.create_dynamic_map` and `optim.AdamW8bit` (blocks of 256); torchao 0.14,
+`optim/subclass_8bit.py` (the same map), `subclass_4bit.py` (blocks of 128) and `subclass_fp8.py` (256). Both
+keep leaves with fewer than 4096 elements in float32.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from adamjax._base import Transformation
+from adamjax._value import value
+
+
+def dynamic_map(signed: bool, exponent_bits: int, bits: int) -> np.ndarray:
+    """Dettmers et al. (2016, 2022): each tenth of the range is divided linearly, smaller ones more coarsely."""
+    numbers = [0.0, 1.0]
+    for i in range(exponent_bits):
+        items = 2 ** (i + bits - 1 - exponent_bits + (0 if signed else 1)) + 1
+        edges = np.linspace(0.1, 1, int(items))
+        means = 10.0 ** (i - exponent_bits + 1) * (edges[:-1] + edges[1:]) / 2
+        numbers += [*means, *-means] if signed else [*means]
+    assert len(numbers) == 2**bits
+    return np.sort(np.array(numbers, np.float32))
+
+
+class Reference(NamedTuple):
+    """A code: the numbers it has between -1 and 1, and how many share a scale."""
+
+    numbers: np.ndarray
+    block_size: int
+
+    def round_trip(self, x: jax.Array) -> jax.Array:
+        """What `x` is after it was stored: blocks of the flat array, each number to the nearest."""
+        if x.size < 4096:
+            return x
+        flat = jnp.pad(x.reshape(-1), (0, -x.size % self.block_size)).reshape(-1, self.block_size)
+        scale = jnp.maximum(jnp.max(jnp.abs(flat), axis=1, keepdims=True), 1e-12)
+        middles = (self.numbers[1:] + self.numbers[:-1]) / 2
+        found = jnp.asarray(self.numbers)[jnp.searchsorted(jnp.asarray(middles), flat / scale)] * scale
+        return found.reshape(-1)[: x.size].reshape(x.shape)
+
+
+def _float8() -> np.ndarray:
+    numbers = np.arange(256, dtype=np.uint8).view(jnp.float8_e4m3fn).astype(np.float32) / 448
+    return np.unique(numbers[np.isfinite(numbers)])
+
+
+REFERENCES = {
+    "bitsandbytes' and torchao's 8 bits": (
+        Reference(dynamic_map(True, 7, 8), 256),
+        Reference(dynamic_map(False, 7, 8), 256),
+    ),
+    "torchao's float8": (Reference(_float8(), 256), Reference(_float8(), 256)),
+    "torchao's 4 bits": (
+        Reference(dynamic_map(True, 3, 4), 128),
+        Reference(np.linspace(0, 1, 17, dtype=np.float32)[1:], 128),
+    ),
+}
+
+
+@value
+class Stored(Transformation):
+    """An optimizer whose moments go through codes after each step (here they are float32 nevertheless)."""
+
+    inner: Any
+    codes: Any
+
+    def _init(self, params: Any) -> Any:
+        return self.inner._init(params)
+
+    def _update(self, updates: Any, state: Any, params: Any, extra: Any) -> tuple[Any, Any]:
+        updates, (adam, *rest) = self.inner._update(updates, state, params, extra)
+        mu = jax.tree.map(self.codes[0].round_trip, adam.mu)
+        nu = jax.tree.map(self.codes[1].round_trip, adam.nu)
+        return updates, (adam._replace(mu=mu, nu=nu), *rest)

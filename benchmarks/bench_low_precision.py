@@ -1,0 +1,119 @@
+"""What low precision does to training:  python -m benchmarks.bench_low_precision [--quick] [--only SUBSTRING]
+
+Each row trains with another storage of the moments or of the parameters, from the same seeds and on the same data
+as the first, plain float32. The figures are changes of the mean validation loss in percent; after +-, the standard
+error of that mean over the seeds. The last column counts the runs that ended worse than they began.
+
+Problems: the transformer of `adamjax.problems.characters`, in batches of 16, for 400 steps at a good learning
+rate, for 400 at three times that, and for 2000; and the classifier of the digits with a tenth of its training labels
+wrong, for 600 steps. Takes about an hour on two cores.
+"""
+
+import argparse
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import adamjax
+from adamjax import problems
+from adamjax.training import keys_of, train_step
+from benchmarks._reference_codes import REFERENCES, Stored
+
+INT8, INT4 = adamjax.quantized("int8"), adamjax.quantized("int4")
+
+
+@dataclasses.dataclass(frozen=True)
+class MislabelledDigits(problems.Digits):
+    """The digits, a tenth of whose training labels are others."""
+
+    def _load(self) -> None:
+        super()._load()
+        images, labels = self._train
+        rng = np.random.default_rng(1)
+        wrong = rng.random(len(labels)) < 0.1
+        shifted = (labels + rng.integers(1, 10, len(labels))) % 10
+        object.__setattr__(self, "_train", (images, np.where(wrong, shifted, labels).astype(np.int32)))
+
+
+def adam(mu: Any = None, nu: Any = None) -> Callable[[float], Any]:
+    return lambda lr: adamjax.adam(lr, mu_dtype=mu, nu_dtype=nu)
+
+
+def stored(codes: Any) -> Callable[[float], Any]:
+    return lambda lr: Stored(adamjax.adam(lr), codes)
+
+
+# (the optimizer of a learning rate, the dtype of the parameters)
+ROWS: dict[str, tuple[Callable[[float], Any], str]] = {
+    "float32": (adam(), "float32"),
+    "moments bfloat16": (adam(jnp.bfloat16, jnp.bfloat16), "float32"),
+    "moments bfloat16, optax": (lambda lr: optax.adam(lr, mu_dtype=jnp.bfloat16), "float32"),
+    "moments int8": (adam(INT8, INT8), "float32"),
+    "mu int4, nu int8": (adam(INT4, INT8), "float32"),
+    "moments int4": (adam(INT4, INT4), "float32"),
+    **{name: (stored(codes), "float32") for name, codes in REFERENCES.items()},
+    "parameters bfloat16": (adam(), "bfloat16"),
+    "all bfloat16, optax": (optax.adam, "bfloat16"),
+    "stochastic_rounding": (lambda lr: adamjax.stochastic_rounding(adamjax.adam(lr)), "bfloat16"),
+    "kahan": (lambda lr: adamjax.kahan(adamjax.adam(lr)), "bfloat16"),
+    "master_weights": (lambda lr: adamjax.master_weights(adamjax.adam(lr)), "bfloat16"),
+    "master_weights, low_bits": (lambda lr: adamjax.master_weights(adamjax.adam(lr), low_bits=True), "bfloat16"),
+    "stochastic_rounding, int8": (lambda lr: adamjax.stochastic_rounding(adam(INT8, INT8)(lr)), "bfloat16"),
+}
+
+
+def losses(problem: Any, opt: Any, dtype: str, steps: int, seeds: int) -> tuple[np.ndarray, np.ndarray]:
+    """The validation losses before and after training, [seeds]."""
+
+    def run(seed: jax.Array) -> tuple[jax.Array, jax.Array]:
+        keys = keys_of(seed)
+        params = jax.tree.map(lambda p: p.astype(dtype), problem.init(keys.init))
+
+        def body(carry: Any, step: jax.Array) -> tuple[Any, None]:
+            return train_step(problem, opt, keys, *carry, step)[:2], None
+
+        (trained, _), _ = jax.lax.scan(body, (params, opt.init(params)), jnp.arange(steps))
+        return problem.evaluate(params)["loss"], problem.evaluate(trained)["loss"]
+
+    before, after = jax.jit(lambda: jax.lax.map(run, jnp.arange(seeds)))()
+    return np.asarray(before, np.float64), np.asarray(after, np.float64)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--quick", action="store_true", help="few steps of one problem")
+    parser.add_argument("--only", default="", help="the rows whose name has this, beside the first")
+    given = parser.parse_args()
+    text, digits = problems.characters(batch_size=16), MislabelledDigits()
+    cases = {
+        "transformer, 400 steps": (text, 3e-3, 400, 3),
+        "at 3x learning rate": (text, 9e-3, 400, 3),
+        "2000 steps": (text, 3e-3, 2000, 3),
+        "digits, 600 steps": (digits, 3e-3, 600, 20),
+    }
+    if given.quick:
+        cases = {"digits, 100 steps": (digits, 3e-3, 100, 3)}
+    print("change of the validation loss, %".ljust(36), *(f"{name:>24}" for name in cases), "  diverged")
+    baseline: dict[str, np.ndarray] = {}
+    for row, (make, dtype) in ROWS.items():
+        if baseline and given.only not in row:
+            continue
+        line, diverged = row.ljust(36), 0
+        for name, (problem, lr, steps, seeds) in cases.items():
+            before, after = losses(problem, make(lr), dtype, steps, seeds)
+            diverged += int(np.sum(~(after < before)))
+            reference = baseline.setdefault(name, after)
+            change = 100 * (after - reference) / reference.mean()
+            error = change.std(ddof=1) / np.sqrt(len(change))
+            shown = f"{reference.mean():.4f} nats" if row == "float32" else f"{change.mean():+.2f} +- {error:.2f}"
+            line += f" {shown:>24}"
+        print(line, f"  {diverged}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
