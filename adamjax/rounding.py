@@ -85,8 +85,9 @@ class Rounding(Transformation):
         raise NotImplementedError
 
     def _init(self, params: PyTree) -> RoundingState:
-        abstract = _trees.any_abstract(params)
-        seed = jax.ShapeDtypeStruct((), jnp.uint32) if abstract else jnp.asarray(self._seed()).astype(jnp.uint32)
+        seed: Any = jax.ShapeDtypeStruct((), jnp.uint32)
+        if not _trees.any_abstract(params):
+            seed = jnp.asarray(self._seed()).astype(jnp.uint32)
         kept = jax.tree.map_with_path(
             lambda path, p: self._keep("params" + jax.tree_util.keystr(path), p) if _is_narrow(p) else None, params
         )
@@ -153,6 +154,8 @@ class StochasticRounding(Rounding):
         self._wrap("stochastic_rounding")
         if not (hasattr(self.seed, "dtype") and jnp.issubdtype(self.seed.dtype, jnp.integer)):
             self._replace_field("seed", _checks.count("seed", self.seed, least=0))
+            if self.seed >= 2**31:
+                raise ValueError(f"Invalid seed value: {self.seed}; seed must be below 2**31")
 
     def _seed(self) -> Any:
         return self.seed
@@ -192,8 +195,8 @@ def stochastic_rounding(opt: Any, seed: Any = 0) -> StochasticRounding:
     >>> state = opt.init(p)
     >>> for _ in range(100):
     ...     p, state = opt.step(p, state, p)
-    >>> print(p.dtype, jnp.mean(p.astype(jnp.float32)).round(4))
-    bfloat16 0.999
+    >>> print(p.dtype, f"{jnp.mean(p.astype(jnp.float32)):.4f}")
+    bfloat16 0.9990
     """
     return StochasticRounding(opt, seed)
 
@@ -285,14 +288,21 @@ def _add_to_bits(start: Array, u: Array, kept: Array, seed: Array, dtype: np.dty
     master = _join(start, kept) + u
     # Where float32 or bfloat16 would be subnormal, some processors say 0: there are no bits to keep.
     master = jnp.where(jnp.abs(master) < jnp.finfo(_FLOAT32).tiny, 0.0, master)
-    bits = lax.bitcast_convert_type(master, jnp.uint32)
-    target = lax.bitcast_convert_type((bits + np.uint32(0x8000)) & np.uint32(0xFFFF0000), jnp.float32)
-    u, landed = _towards(start, target, dtype)
-    return u, jnp.where(landed == target, bits.astype(jnp.uint16), np.uint16(0))
+    target = _upper_half(master)
+    u = target - start
+    low = lax.bitcast_convert_type(master, jnp.uint32).astype(jnp.uint16)
+    # They are of use only beside the parameter that they belong to; see `_towards`.
+    return u, jnp.where(_upper_half(start + u) == target, low, np.uint16(0))
+
+
+def _upper_half(x: Array) -> Array:
+    """The bfloat16 next to `x`, in float32; half away from 0, so that the lower half says which way it went."""
+    bits = lax.bitcast_convert_type(x, jnp.uint32)
+    return lax.bitcast_convert_type((bits + np.uint32(0x8000)) & np.uint32(0xFFFF0000), jnp.float32)
 
 
 def _join(p: Array, low: Array) -> Array:
-    """The float32 that was rounded to `p`, half away from 0, and whose lower half is `low`."""
+    """The float32 whose `_upper_half` is `p` and whose lower half is `low`."""
     up = (low >> 15).astype(jnp.uint32)
     bits = ((lax.bitcast_convert_type(p, jnp.uint32) >> 16) - up) << 16
     return lax.bitcast_convert_type(bits | low.astype(jnp.uint32), jnp.float32)

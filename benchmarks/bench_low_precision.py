@@ -2,11 +2,12 @@
 
 Each row trains with another storage of the moments or of the parameters, from the same seeds and on the same data
 as the first, plain float32. The figures are changes of the mean validation loss in percent; after +-, the standard
-error of that mean over the seeds. The last column counts the runs that ended worse than they began.
+error of that mean over the seeds. The last column counts the runs that ended no better than they began.
 
-Problems: the transformer of `adamjax.problems.characters`, in batches of 16, for 400 steps at a good learning
-rate, for 400 at three times that, and for 2000; and the classifier of the digits with a tenth of its training labels
-wrong, for 600 steps. Takes about an hour on two cores.
+Problems: the transformer of `adamjax.problems.characters`, in batches of 16, for 400 steps at its best learning rate,
+for 400 at three times that, and for 2000; and the classifier of the digits with a tenth of its training labels wrong,
+for 600. The learning rate falls to 0 by a cosine: the noise of the last steps would hide what is to be seen. Parameters
+are evaluated in float32. Takes about 40 minutes on two cores.
 """
 
 import argparse
@@ -40,16 +41,16 @@ class MislabelledDigits(problems.Digits):
         object.__setattr__(self, "_train", (images, np.where(wrong, shifted, labels).astype(np.int32)))
 
 
-def adam(mu: Any = None, nu: Any = None) -> Callable[[float], Any]:
+def adam(mu: Any = None, nu: Any = None) -> Callable[[Any], Any]:
     return lambda lr: adamjax.adam(lr, mu_dtype=mu, nu_dtype=nu)
 
 
-def stored(codes: Any) -> Callable[[float], Any]:
+def stored(codes: Any) -> Callable[[Any], Any]:
     return lambda lr: Stored(adamjax.adam(lr), codes)
 
 
 # (the optimizer of a learning rate, the dtype of the parameters)
-ROWS: dict[str, tuple[Callable[[float], Any], str]] = {
+ROWS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "float32": (adam(), "float32"),
     "moments bfloat16": (adam(jnp.bfloat16, jnp.bfloat16), "float32"),
     "moments bfloat16, optax": (lambda lr: optax.adam(lr, mu_dtype=jnp.bfloat16), "float32"),
@@ -78,7 +79,8 @@ def losses(problem: Any, opt: Any, dtype: str, steps: int, seeds: int) -> tuple[
             return train_step(problem, opt, keys, *carry, step)[:2], None
 
         (trained, _), _ = jax.lax.scan(body, (params, opt.init(params)), jnp.arange(steps))
-        return problem.evaluate(params)["loss"], problem.evaluate(trained)["loss"]
+        wide = jax.tree.map(lambda p: p.astype(jnp.float32), (params, trained))
+        return problem.evaluate(wide[0])["loss"], problem.evaluate(wide[1])["loss"]
 
     before, after = jax.jit(lambda: jax.lax.map(run, jnp.arange(seeds)))()
     return np.asarray(before, np.float64), np.asarray(after, np.float64)
@@ -91,13 +93,13 @@ def main() -> None:
     given = parser.parse_args()
     text, digits = problems.characters(batch_size=16), MislabelledDigits()
     cases = {
-        "transformer, 400 steps": (text, 3e-3, 400, 3),
-        "at 3x learning rate": (text, 9e-3, 400, 3),
-        "2000 steps": (text, 3e-3, 2000, 3),
-        "digits, 600 steps": (digits, 3e-3, 600, 20),
+        "transformer, 400 steps": (text, 1e-2, 400, 5),
+        "at 3x learning rate": (text, 3e-2, 400, 5),
+        "2000 steps": (text, 1e-2, 2000, 3),
+        "digits, 600 steps": (digits, 1e-2, 600, 20),
     }
     if given.quick:
-        cases = {"digits, 100 steps": (digits, 3e-3, 100, 3)}
+        cases = {"digits, 100 steps": (digits, 1e-2, 100, 3)}
     print("change of the validation loss, %".ljust(36), *(f"{name:>24}" for name in cases), "  diverged")
     baseline: dict[str, np.ndarray] = {}
     for row, (make, dtype) in ROWS.items():
@@ -105,7 +107,8 @@ def main() -> None:
             continue
         line, diverged = row.ljust(36), 0
         for name, (problem, lr, steps, seeds) in cases.items():
-            before, after = losses(problem, make(lr), dtype, steps, seeds)
+            schedule = adamjax.schedules.warmup_cosine(lr, warmup_steps=20, total_steps=steps)
+            before, after = losses(problem, make(schedule), dtype, steps, seeds)
             diverged += int(np.sum(~(after < before)))
             reference = baseline.setdefault(name, after)
             change = 100 * (after - reference) / reference.mean()

@@ -100,3 +100,43 @@ SPECS = {
         adamjax.adamaxw, weight_decay=0.1, with_oracle={"algorithm": "adamax", "decoupled": 0.1}, needs_params=True
     ),
 }
+
+
+def _quantized(name):
+    return adamjax.quantized(name, block_size=8, min_size=1)
+
+
+# (mu_dtype, nu_dtype)
+FORMATS = {
+    "bfloat16": (jnp.bfloat16, jnp.bfloat16),
+    "float16": (jnp.float16, jnp.float16),
+    "nu bfloat16": (None, jnp.bfloat16),
+    "int8": (_quantized("int8"), _quantized("int8")),
+    "int4": (_quantized("int4"), _quantized("int4")),
+    "int4 int8": (_quantized("int4"), _quantized("int8")),
+    "mu int8": (_quantized("int8"), None),
+}
+
+ROUNDED = {
+    "stochastic_rounding": adamjax.stochastic_rounding,
+    "kahan": adamjax.kahan,
+    "master_weights": adamjax.master_weights,
+    "low_bits": lambda opt: adamjax.master_weights(opt, low_bits=True),
+}
+
+
+def _stored(make, name):
+    mu_dtype, nu_dtype = FORMATS[name]
+    return Spec(lambda: make(LR, mu_dtype=mu_dtype, nu_dtype=nu_dtype), {}, make is adamjax.adamw)
+
+
+# Another storage of moments or parameters: the rules of the contract hold, the oracle has no such thing.
+STORED = {
+    "adamw bfloat16": _stored(adamjax.adamw, "bfloat16"),
+    "amsgrad int8": _stored(adamjax.amsgrad, "int8"),
+    "adam int4": _stored(adamjax.adam, "int4"),
+    **{
+        name: Spec(lambda wrap=wrap: wrap(adamjax.adamw(LR, weight_decay=0.1)), {}, True)
+        for name, wrap in ROUNDED.items()
+    },
+}

@@ -1,30 +1,41 @@
-"""Rounding of stored moments."""
+"""How moments are kept: rounding to narrow dtypes, which leaves are quantised, and how many bytes that takes."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import assert_equal
 
+import adamjax
 from adamjax import _stochastic, storage
 
 NARROW = ["bfloat16", "float16"]
+INT8, INT4 = adamjax.quantized("int8"), adamjax.quantized("int4")
+
+
+def like(dtype):
+    return jnp.zeros((), dtype)
 
 
 def decaying(x, dtype, seeds=4000):
     """`x` rounded with many seeds, in float64."""
-    store = jax.jit(jax.vmap(lambda seed: storage.store_decaying(x, jnp.dtype(dtype), seed)))
+    store = jax.jit(jax.vmap(lambda seed: storage.store_decaying(x, like(dtype), seed)))
     return np.asarray(store(jnp.arange(seeds, dtype=jnp.uint32)), np.float64)
 
 
 @pytest.mark.parametrize("dtype", NARROW)
-@pytest.mark.parametrize("x", [1.0, 1.001, 0.9999, 3e-5, 1.7e-7, 6.2e-5, 1234.5])
+@pytest.mark.parametrize("x", [1.0, -1.003, 1.001, 0.9999, 3e-5, 1.7e-7, 6.2e-5, 1234.5])
 def test_right_on_average(dtype, x):
     x = np.float32(x)
-    found = decaying(jnp.array([x]), dtype)
+    seeds = jnp.arange(4000, dtype=jnp.uint32)
+    store = jax.jit(jax.vmap(lambda seed: storage.store_signed(jnp.array([x]), like(dtype), seed)))
+    found = np.asarray(store(seeds), np.float64)
+    if x > 0:
+        np.testing.assert_array_equal(found, decaying(jnp.array([x]), dtype))
     nearest = np.asarray(jnp.asarray(x).astype(dtype), np.float64)
     if nearest == x:
         assert np.all(found == x)
-    spacing = max(float(jnp.finfo(dtype).eps) * float(x), 2.0**-24 if dtype == "float16" else 0)
+    spacing = max(float(jnp.finfo(dtype).eps) * abs(float(x)), 2.0**-24 if dtype == "float16" else 0)
     assert np.max(np.abs(found - x)) < spacing
     assert abs(np.mean(found) - x) < 5 * spacing / 2 / np.sqrt(len(found))
 
@@ -46,30 +57,30 @@ def test_results_are_the_two_neighbours(dtype):
 def test_never_zero_for_what_is_not(dtype):
     tiny = jnp.array([1e-9, 1e-30, 2e-38])
     assert np.all(decaying(tiny, dtype, seeds=100) > 0)
-    assert np.all(np.asarray(storage.store_growing(tiny, jnp.dtype(dtype)), np.float64) > 0)
+    assert np.all(np.asarray(storage.store_growing(tiny, like(dtype)), np.float64) > 0)
     assert np.all(decaying(jnp.zeros(3), dtype, seeds=100) == 0)
-    assert storage.store_growing(jnp.zeros(()), jnp.dtype(dtype)) == 0
+    assert storage.store_growing(jnp.zeros(()), like(dtype)) == 0
 
 
 def test_float16_saturates_and_shows_what_is_not_finite():
     x = jnp.array([1e6, jnp.inf, jnp.nan])
     for found in (
-        storage.store_signed(x, jnp.dtype("float16")),
-        storage.store_growing(x, jnp.dtype("float16")),
-        storage.store_decaying(x, jnp.dtype("float16"), jnp.uint32(0)),
+        storage.store_signed(x, like("float16"), jnp.uint32(0)),
+        storage.store_growing(x, like("float16")),
+        storage.store_decaying(x, like("float16"), jnp.uint32(0)),
     ):
         assert found[0] == 65504
         assert np.isinf(found[1])
         assert np.isnan(found[2])
-    assert storage.store_signed(-x, jnp.dtype("float16"))[0] == -65504
-    assert np.isnan(storage.store_decaying(x, jnp.dtype("bfloat16"), jnp.uint32(0))[2])
+    assert storage.store_signed(-x, like("float16"), jnp.uint32(0))[0] == -65504
+    assert np.isnan(storage.store_decaying(x, like("bfloat16"), jnp.uint32(0))[2])
 
 
 def test_wide_moments_are_not_rounded():
     x = jnp.array([1.0000001, 1e-38, 0.0])
-    for store in (storage.store_signed, storage.store_growing):
-        np.testing.assert_array_equal(store(x, jnp.dtype("float32")), x)
-    np.testing.assert_array_equal(storage.store_decaying(x, jnp.dtype("float32"), None), x)
+    for store in (storage.store_signed, storage.store_decaying):
+        np.testing.assert_array_equal(store(x, like("float32"), None), x)
+    np.testing.assert_array_equal(storage.store_growing(x, like("float32")), x)
 
 
 def test_random_bits_are_uniform_and_independent():
@@ -89,7 +100,188 @@ def test_random_bits_are_uniform_and_independent():
 
 
 def test_the_derivative_goes_straight_through():
-    slope = jax.grad(lambda x: storage.store_decaying(x, jnp.dtype("bfloat16"), jnp.uint32(1)).astype(jnp.float32))(
+    slope = jax.grad(lambda x: storage.store_decaying(x, like("bfloat16"), jnp.uint32(1)).astype(jnp.float32))(
         jnp.float32(1.2345)
     )
     assert slope == 1
+
+
+def state_of(params, **formats):
+    return adamjax.scale_by_adam(**({"mu_dtype": INT8, "nu_dtype": INT8} | formats)).init(params)
+
+
+def is_quantized(moment):
+    return isinstance(moment, storage.QuantizedArray)
+
+
+@pytest.mark.parametrize(
+    ("shape", "taken"),
+    [
+        ((64, 64), True),
+        ((4096,), True),
+        ((4095,), False),
+        ((3, 3, 64, 64), True),
+        ((5000, 4), True),
+        ((5000, 3), False),  # codes and a scale would take 7 of 12 bytes
+        ((5000, 1), False),
+        ((100, 131), True),
+        ((0, 5000), False),
+        ((5000, 0), False),
+        ((), False),
+    ],
+)
+def test_which_leaves_are_quantized(shape, taken):
+    state = state_of({"a": jnp.zeros(shape, jnp.bfloat16)})
+    for moment in (state.mu["a"], state.nu["a"]):
+        assert is_quantized(moment) == taken
+        assert moment.shape == shape
+        assert moment.dtype == "float32"
+
+
+def test_size_and_path_decide():
+    params = {"layer_0": {"kernel": jnp.zeros((80, 80)), "embedding": jnp.zeros((80, 80))}, "list": [jnp.zeros(80)]}
+    seen = []
+
+    def keep(path):
+        seen.append(path)
+        return "embedding" in path
+
+    state = state_of(params, mu_dtype=adamjax.quantized("int8", keep=keep, min_size=0))
+    assert sorted(seen) == ["layer_0/embedding", "layer_0/kernel", "list/0"]
+    assert is_quantized(state.mu["layer_0"]["kernel"])
+    assert is_quantized(state.mu["list"][0])
+    assert not is_quantized(state.mu["layer_0"]["embedding"])
+    assert not is_quantized(state.nu["list"][0])
+
+
+def test_complex_and_wide_parameters():
+    state = state_of({"z": jnp.zeros((64, 64), jnp.complex64)})
+    assert state.mu["z"].dtype == "complex64"
+    assert is_quantized(state.nu["z"])
+    with jax.enable_x64(True):
+        small = state_of({"a": jnp.zeros(3, jnp.float64)})
+        assert small.mu["a"].dtype == small.nu["a"].dtype == "float64"
+
+
+@pytest.mark.parametrize(
+    ("mu_dtype", "nu_dtype", "most"),
+    [(jnp.bfloat16, jnp.bfloat16, 4.0), (INT8, INT8, 2.1), (INT4, INT8, 1.65), (INT4, INT4, 1.15), (None, None, 8.0)],
+)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_bytes_of_state(mu_dtype, nu_dtype, most, dtype):
+    params = {"a": jnp.zeros((512, 512), dtype), "b": jnp.zeros((2048, 300), dtype)}
+    opt = adamjax.adamw(mu_dtype=mu_dtype, nu_dtype=nu_dtype)
+    counted = storage.state_bytes(opt, params)
+    assert counted == sum(x.nbytes for x in jax.tree.leaves(opt.init(params)))
+    assert 0.9 * most < counted / (512 * 512 + 2048 * 300) <= most + 1e-4
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+    assert storage.state_bytes(opt, shapes) == counted
+
+
+def test_bytes_of_a_state_that_nobody_could_allocate():
+    params = jax.ShapeDtypeStruct((10**6, 10**6), jnp.bfloat16)
+    assert storage.state_bytes(adamjax.adam(mu_dtype=INT8), params) == 10**12 + 4 * 10**6 * 7813 + 4 * 10**12 + 4
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (
+            lambda: adamjax.quantized("int2"),
+            ValueError,
+            r"^Invalid format value: 'int2'; format must be one of",
+        ),
+        (lambda: adamjax.quantized("int8", block_size=0), ValueError, r"^Invalid block_size value: 0; .* at least 1"),
+        (
+            lambda: adamjax.quantized("int8", 64.0),
+            TypeError,
+            r"^Invalid block_size value: 64\.0; .* must be an int",
+        ),
+        (lambda: adamjax.quantized("int8", min_size=-1), ValueError, r"^Invalid min_size value: -1"),
+        (
+            lambda: adamjax.quantized("int8", keep="bias"),
+            TypeError,
+            r"^Invalid keep value: 'bias'; keep must be",
+        ),
+        (lambda: adamjax.adam(mu_dtype="int8"), ValueError, r"mu_dtype value: int8; .*adamjax\.quantized\('int8'\)"),
+        (lambda: adamjax.adam(nu_dtype=jnp.uint8), ValueError, r"^Invalid nu_dtype value: uint8; .*adamjax\.quantized"),
+        (
+            lambda: state_of({"a": jnp.zeros((64, 64), jnp.int8)}),
+            TypeError,
+            r"^params\['a'\] is int8\[64,64\]",
+        ),
+    ],
+)
+def test_bad_input(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
+def test_formats_are_values():
+    assert adamjax.quantized("int8") == adamjax.quantized("int8", 128)
+    assert hash(adamjax.quantized("int8")) == hash(adamjax.quantized("int8", 128))
+    assert adamjax.quantized("int8") != adamjax.quantized("int8", 64)
+    assert adamjax.adam(mu_dtype=INT8) == adamjax.adam(mu_dtype=adamjax.quantized("int8"))
+    assert repr(adamjax.scale_by_adam(mu_dtype=INT4)).endswith("mu_dtype=Quantized(name='int4', block_size=64))")
+
+
+def test_a_state_says_what_it_is():
+    opt = adamjax.scale_by_adam(mu_dtype=INT4, nu_dtype=INT8)
+    state = opt.init({"a": jnp.zeros((64, 129))})
+    assert repr(state.mu["a"]) == "QuantizedArray(int4[64,129] in blocks of 64, 4928 bytes)"
+    assert repr(state.nu["a"]) == "QuantizedArray(uint8[64,129] in blocks of 128, 8768 bytes)"
+    assert state.mu["a"].codes.shape == (64, 65)
+    assert state.mu["a"].scales.shape == (64, 3)
+    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(state)]
+    assert paths[1:3] == [".mu['a'].codes", ".mu['a'].scales"]
+    assert "QuantizedArray" in repr(jax.tree.map(lambda _: None, state))
+
+
+def test_a_misfit_names_the_parameter_and_not_its_codes():
+    opt = adamjax.scale_by_adam(mu_dtype=INT8, nu_dtype=INT8)
+    state = opt.init({"a": jnp.zeros((64, 64)), "b": jnp.zeros((64, 64))})
+    with pytest.raises(ValueError, match=r"^the gradients lack state\.mu\['b'\] \(float32\[64,64\]\)"):
+        opt.update({"a": jnp.zeros((64, 64))}, state)
+    with pytest.raises(ValueError, match=r"state\.mu\['b'\] has shape \(64,\), expected \(64, 64\)"):
+        opt.update({"a": jnp.zeros((64, 64)), "b": jnp.zeros(64)}, state)
+
+
+def test_a_population_of_quantized_states():
+    """Stacked optimizers, each with its own state, step as they do one by one."""
+    params = jax.random.normal(jax.random.key(0), (64, 64))
+    rates = jnp.array([1e-3, 1e-2])
+
+    def steps(rate):
+        opt = adamjax.amsgrad(rate, mu_dtype=INT4, nu_dtype=INT8)
+        p, state = opt.step(params, opt.init(params), params)
+        return opt.step(p, state, p)
+
+    stacked, (found, *_) = jax.jit(jax.vmap(steps))(rates)
+    assert found.mu.shape == (2, 64, 64)
+    for i, rate in enumerate(rates):
+        alone, (state, *_) = jax.jit(steps)(rate)
+        np.testing.assert_allclose(stacked[i], alone, rtol=1e-5)
+        assert np.mean(found.mu.codes[i] != state.mu.codes) < 1e-3
+
+
+def test_derivatives_through_codes_are_refused():
+    opt = adamjax.adam(1e-2, mu_dtype=INT8)
+    params = jnp.ones((64, 64))
+
+    def loss(opt):
+        p, state = opt.step(params, opt.init(params), params)
+        return jnp.sum(opt.step(params, state, p)[0])
+
+    with pytest.raises(TypeError, match=r"stored as integers, and cannot: .* float32 \(mu_dtype=None"):
+        jax.grad(loss)(opt)
+
+
+def test_steps_are_reproducible_and_differ():
+    """The same state gives the same rounding; the next step another one."""
+    opt = adamjax.scale_by_adam(mu_dtype=INT8, nu_dtype=INT8)
+    g = jax.random.normal(jax.random.key(0), (64, 64))
+    update = jax.jit(opt.update)
+    once, again = update(g, opt.init(g)), update(g, opt.init(g))
+    assert_equal(once, again)
+    other = opt.init(g)._replace(count=jnp.int32(7))
+    assert np.mean(update(g, other)[1].mu.codes != once[1].mu.codes) > 0.1
