@@ -11,7 +11,7 @@ Only a running maximum is rounded to nearest: it has no decay that this could fr
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -196,6 +196,61 @@ def store_growing(x: Array, like: Any) -> Any:
 def seed(count: Array, number: int) -> Array:
     """The seed of one moment of one leaf (by a `number` of its own) at one step: a uint32 scalar."""
     return _stochastic.seed(count, number)
+
+
+class Precision(NamedTuple):
+    """What arithmetic in a dtype does to Adam; see `precision`.
+
+    Fields:
+      spacing: Distance of 1 to the next larger number. Of a parameter p, rounding to nearest loses
+        every step smaller than |p| spacing / 4, and none larger than |p| spacing / 2.
+      smallest_square: The square of a gradient smaller than this is 0.
+      largest_square: The square of a gradient larger than this is infinite.
+      eps: What eps is in the dtype. If it is 0, a gradient whose square is 0 gives 0 / 0 or a
+        division of more by 0.
+      magnified: By how much a step can be too large: by 1 / eps for a gradient just below
+        `smallest_square`, where eps is all that is left of the denominator; infinite if eps is 0.
+    """
+
+    spacing: float
+    smallest_square: float
+    largest_square: float
+    eps: float
+    magnified: float
+
+
+def precision(dtype: Any, eps: float = 1e-8) -> Precision:
+    """The facts that decide about eps, if Adam's arithmetic were in `dtype`.
+
+    Here it never is below float32, whatever the parameters, so those of float32 hold. Elsewhere
+    it is in the dtype of the gradients, and eps has to make up for squares that are 0.
+
+    Args:
+      dtype: bfloat16, float16, float32 or float64.
+      eps: As given to an optimizer.
+
+    Raises:
+      TypeError, ValueError: `dtype` is none of these, or `eps` no number of at least 0.
+
+    >>> import adamjax
+    >>> adamjax.storage.precision("float16").eps
+    0.0
+    >>> f"{adamjax.storage.precision('float16', eps=1e-6).magnified:.0f}"
+    '181'
+    """
+    eps, found = _checks.number("eps", eps), moment_format("dtype", dtype, signed=False)
+    if not isinstance(found, np.dtype):
+        raise TypeError(f"Invalid dtype value: {dtype!r}; dtype must be one of {', '.join(_FLOATS)}")
+    info = jnp.finfo(found)
+    rounded = float(np.asarray(eps, found))
+    smallest = math.sqrt(float(info.smallest_subnormal) / 2)
+    return Precision(
+        spacing=float(info.eps),
+        smallest_square=smallest,
+        largest_square=math.sqrt(float(info.max)),
+        eps=rounded,
+        magnified=smallest / rounded if rounded else math.inf,
+    )
 
 
 def state_bytes(opt: Any, params: PyTree) -> int:

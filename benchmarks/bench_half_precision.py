@@ -1,62 +1,145 @@
-"""What half precision parameters do to Adam's state and steps:  python -m benchmarks.bench_half_precision
+"""What half precision does to Adam, by library and by eps:  python -m benchmarks.bench_half_precision
 
-The second moment of bfloat16 parameters after 1000 gradients of 1 (exactly: 1 - 0.999**1000; the mean of a
-thousand of them), and the first step of a float16 parameter whose gradient is 0 (exactly: 0).
+1. The second moment of bfloat16 parameters after 1000 gradients of 1 (exactly: 1 - 0.999**1000; the mean of a
+   thousand of them).
+2. The first step of a float16 parameter over the learning rate, by the size of its gradient. Exactly it is 1, but for
+   eps: |g| / (|g| + eps).
+3. Training the digits classifier in float16 for 200 steps, by eps: the validation loss, or the step at which
+   a parameter was no longer finite. All from the same parameters, on the same data.
 """
 
 import contextlib
+import importlib.util
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 import adamjax
+from adamjax import problems
+from adamjax.training import keys_of
 
 STEPS = 1000
+GRADIENTS = (0.0, 1e-6, 1e-5, 1e-4, 1e-3, 1.0, 300.0)
+EPSILONS = (1e-8, 1e-6, 1e-4, 1e-3)
+PROBLEM = problems.digits()
+
+Stepper = Callable[[Any], Any]
 
 
-def moment_of_jax(opt: Any) -> float:
-    ones = jnp.ones(1000, jnp.bfloat16)
+def steps_of_jax(opt: Any, params: Any) -> Stepper:
+    """A function of gradients that steps and returns the parameters."""
+    state = jax.jit(opt.init)(params)
 
-    def body(state: Any, _: None) -> tuple[Any, None]:
-        return opt.update(ones, state, ones)[1], None
+    @jax.jit
+    def step(grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
+        updates, state = opt.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
 
-    return float(jax.lax.scan(body, opt.init(ones), length=STEPS)[0][0].nu.astype(jnp.float32).mean())
+    def advance(grads: Any) -> Any:
+        nonlocal params, state
+        params, state = step(grads, state, params)
+        return params
+
+    return advance
 
 
-def step_of_jax(opt: Any) -> float:
-    zero = jnp.zeros((), jnp.float16)
-    return abs(float(opt.update(zero, opt.init(zero), zero)[0]))
-
-
-def of_torch(fused: bool) -> tuple[float, float]:
+def steps_of_torch(params: Any, lr: float, eps: float) -> Stepper:
     import torch
 
-    def after(steps: int, gradient: float, dtype: torch.dtype) -> tuple[float, float]:
-        p = torch.nn.Parameter(torch.zeros((), dtype=dtype))
-        opt = torch.optim.Adam([p], fused=fused)
-        for _ in range(steps):
-            p.grad = torch.full_like(p, gradient)
-            opt.step()
-        return opt.state[p]["exp_avg_sq"].item(), abs(p.item())
+    leaves, structure = jax.tree.flatten(params)
+    tensors = [torch.nn.Parameter(torch.tensor(np.asarray(x))) for x in leaves]
+    opt = torch.optim.Adam(tensors, lr=lr, eps=eps)
 
-    return after(STEPS, 1.0, torch.bfloat16)[0], after(1, 0.0, torch.float16)[1]
+    def advance(grads: Any) -> Any:
+        for p, g in zip(tensors, jax.tree.leaves(grads), strict=True):
+            p.grad = torch.tensor(np.asarray(g))
+        opt.step()
+        return jax.tree.unflatten(structure, [jnp.asarray(p.detach().numpy()) for p in tensors])
+
+    return advance
+
+
+# By learning rate, eps and parameters.
+LIBRARIES: dict[str, Callable[[float, float, Any], Stepper]] = {
+    "adamjax": lambda lr, eps, params: steps_of_jax(adamjax.adam(lr, eps=eps), params),
+    "adamjax, master_weights": lambda lr, eps, params: steps_of_jax(
+        adamjax.master_weights(adamjax.adam(lr, eps=eps)), params
+    ),
+    "optax": lambda lr, eps, params: steps_of_jax(optax.adam(lr, eps=eps), params),
+    "torch": lambda lr, eps, params: steps_of_torch(params, lr, eps),
+}
+
+
+def second_moments() -> dict[str, float]:
+    def of_jax(opt: Any) -> float:
+        ones = jnp.ones(1000, jnp.bfloat16)
+
+        def body(state: Any, _: None) -> tuple[Any, None]:
+            return opt.update(ones, state, ones)[1], None
+
+        return float(jax.lax.scan(body, opt.init(ones), length=STEPS)[0][0].nu.astype(jnp.float32).mean())
+
+    def of_torch(fused: bool) -> float:
+        import torch
+
+        p = torch.nn.Parameter(torch.zeros((), dtype=torch.bfloat16))
+        opt = torch.optim.Adam([p], fused=fused)
+        for _ in range(STEPS):
+            p.grad = torch.ones_like(p)
+            opt.step()
+        return float(opt.state[p]["exp_avg_sq"].item())
+
+    found = {
+        "exactly": 1 - 0.999**STEPS,
+        "adamjax": of_jax(adamjax.adam()),
+        "adamjax, nu_dtype=bfloat16": of_jax(adamjax.adam(nu_dtype=jnp.bfloat16)),
+        "optax": of_jax(optax.adam(1e-3)),
+    }
+    with contextlib.suppress(ImportError):
+        found |= {"torch": of_torch(fused=False), "torch, fused": of_torch(fused=True)}
+    return found
+
+
+def first_steps(library: str, eps: float) -> list[float]:
+    """By gradient: the size of the first step of a float16 parameter at 0, over the learning rate of 1."""
+    zero = jnp.zeros(len(GRADIENTS), jnp.float16)
+    stepped = LIBRARIES[library](1.0, eps, zero)(jnp.array(GRADIENTS, jnp.float16))
+    return [float(x) for x in np.abs(np.asarray(stepped, np.float64))]
+
+
+def trained(library: str, eps: float, steps: int = 200) -> str:
+    """The validation loss after training in float16, or when it was over."""
+    keys = keys_of(0)
+    params = jax.tree.map(lambda p: p.astype(jnp.float16), PROBLEM.init(keys.init))
+    advance = LIBRARIES[library](3e-3, eps, params)
+    gradient = jax.jit(lambda params, t: jax.grad(PROBLEM.loss)(params, PROBLEM.batch(t, keys.data), keys.loss))
+    for t in range(steps):
+        params = advance(gradient(params, np.int32(t)))
+        if not all(bool(jnp.all(jnp.isfinite(x))) for x in jax.tree.leaves(params)):
+            return f"step {t + 1}"
+    wide = jax.tree.map(lambda p: p.astype(jnp.float32), params)
+    return f"{float(PROBLEM.evaluate(wide)['loss']):.3f}"
 
 
 def main() -> None:
-    stored = adamjax.adam(nu_dtype=jnp.bfloat16)
-    rows = {
-        "exactly": (1 - 0.999**STEPS, 0.0),
-        "adamjax": (moment_of_jax(adamjax.adam()), step_of_jax(adamjax.adam())),
-        "adamjax, nu_dtype=bfloat16": (moment_of_jax(stored), step_of_jax(stored)),
-        "optax": (moment_of_jax(optax.adam(1e-3)), step_of_jax(optax.adam(1e-3))),
-    }
-    with contextlib.suppress(ImportError):
-        rows |= {"torch": of_torch(fused=False), "torch fused": of_torch(fused=True)}
-    print(f"{'':28}  nu, bfloat16   step, float16")
-    for name, (moment, step) in rows.items():
-        print(f"{name:28}  {moment:<12.3f}   {step:g}")
+    print("nu of bfloat16 parameters after 1000 gradients of 1")
+    for name, moment in second_moments().items():
+        print(f"  {name:28} {moment:.3f}")
+    libraries = [name for name in LIBRARIES if name != "torch" or importlib.util.find_spec("torch")]
+    print("first step of a float16 parameter over the learning rate, by gradient")
+    print(" " * 37, *(f"{g:>9g}" for g in GRADIENTS))
+    for eps in EPSILONS[::2]:
+        for library in libraries:
+            shown = (f"{x:>9.3g}" for x in first_steps(library, eps))
+            print(f"  {library:24} eps={eps:<6g}", *shown)
+    print("validation loss after 200 steps in float16, or the step that ended it, by eps")
+    print(" " * 26, *(f"{eps:>9g}" for eps in EPSILONS))
+    for library in libraries:
+        print(f"  {library:24}", *(f"{trained(library, eps):>9}" for eps in EPSILONS))
 
 
 if __name__ == "__main__":

@@ -76,7 +76,8 @@ def losses(problem: Any, opt: Any, dtype: str, steps: int, seeds: int) -> tuple[
         params = jax.tree.map(lambda p: p.astype(dtype), problem.init(keys.init))
 
         def body(carry: Any, step: jax.Array) -> tuple[Any, None]:
-            return train_step(problem, opt, keys, *carry, step)[:2], None
+            params, state = carry
+            return train_step(problem, opt, keys, params, state, step)[:2], None
 
         (trained, _), _ = jax.lax.scan(body, (params, opt.init(params)), jnp.arange(steps))
         wide = jax.tree.map(lambda p: p.astype(jnp.float32), (params, trained))

@@ -1,8 +1,11 @@
 """How moments are kept: rounding to narrow dtypes, which leaves are quantised, and how many bytes that takes."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from helpers import assert_equal
 
@@ -10,6 +13,7 @@ import adamjax
 from adamjax import _stochastic, storage
 
 NARROW = ["bfloat16", "float16"]
+any_quantized: Any = adamjax.quantized  # with arguments of the wrong type
 INT8, INT4 = adamjax.quantized("int8"), adamjax.quantized("int4")
 
 
@@ -193,13 +197,13 @@ def test_bytes_of_a_state_that_nobody_could_allocate():
         ),
         (lambda: adamjax.quantized("int8", block_size=0), ValueError, r"^Invalid block_size value: 0; .* at least 1"),
         (
-            lambda: adamjax.quantized("int8", 64.0),
+            lambda: any_quantized("int8", block_size="64"),
             TypeError,
-            r"^Invalid block_size value: 64\.0; .* must be an int",
+            r"^Invalid block_size value: '64'; .* must be an int",
         ),
         (lambda: adamjax.quantized("int8", min_size=-1), ValueError, r"^Invalid min_size value: -1"),
         (
-            lambda: adamjax.quantized("int8", keep="bias"),
+            lambda: any_quantized("int8", keep="bias"),
             TypeError,
             r"^Invalid keep value: 'bias'; keep must be",
         ),
@@ -285,3 +289,39 @@ def test_steps_are_reproducible_and_differ():
     assert_equal(once, again)
     other = opt.init(g)._replace(count=jnp.int32(7))
     assert np.mean(update(g, other)[1].mu.codes != once[1].mu.codes) > 0.1
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_facts_of_precision(dtype):
+    """They are what arithmetic in the dtype does."""
+    facts = storage.precision(dtype, eps=1e-6)
+
+    def square(x):
+        return np.asarray(x, dtype) * np.asarray(x, dtype)
+
+    with np.errstate(over="ignore", under="ignore"):
+        assert square(facts.smallest_square * 0.99) == 0 < square(facts.smallest_square * 1.01)
+        assert np.isinf(square(facts.largest_square * 1.01))
+        assert np.isfinite(square(facts.largest_square * 0.99))
+    one = np.ones((), dtype)
+    assert one + np.asarray(0.49 * facts.spacing, dtype) == one < one + np.asarray(0.51 * facts.spacing, dtype)
+    assert facts.eps == float(np.asarray(1e-6, dtype))
+
+
+@pytest.mark.usefixtures("lenient")
+def test_where_optax_leaves_the_facts_of_float16_bite():
+    """A step of a gradient whose square is 0 is too large by as much as they say; ours is not."""
+    eps = 1e-6
+    facts = storage.precision("float16", eps)
+    assert storage.precision("float16", 1e-8).magnified == np.inf
+    g = jnp.full(3, facts.smallest_square * 0.9, jnp.float16)
+    for opt, least, most in (
+        (optax.adam(1.0, eps=eps), 0.8 * facts.magnified, facts.magnified),
+        (adamjax.adam(1.0, eps=eps), 0.9, 1),
+    ):
+        updates, _ = opt.update(g, opt.init(g), g)
+        assert least <= -float(updates[0]) <= most
+    with pytest.raises(TypeError, match=r"^Invalid dtype value: Quantized"):
+        storage.precision(INT8)
+    with pytest.raises(ValueError, match=r"^Invalid epsilon value: -1"):
+        storage.precision("float16", eps=-1)
