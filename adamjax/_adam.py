@@ -129,9 +129,10 @@ def scale_by_adam(
       eps_root: At least 0, added under the root, as for differentiating through the optimizer. The
         slope at a zero gradient is finite without it.
       mu_dtype: How the first moment is stored: bfloat16, float16, float32, float64, complex64 or
-        complex128. None: as the parameter, but at least float32. It is rounded to nearest.
-      nu_dtype: The same for the second moment, real. bfloat16 and float16 are rounded stochastically
-        (by a hash of step, leaf and position), since nearest rounding would stop its decay.
+        complex128, or a format of `adamjax.quantized`. None: as the parameter, but at least float32.
+        What is narrower than float32 is rounded stochastically (see `adamjax.storage`), since
+        nearest rounding would stop a moment where one step changes it by less than it can store.
+      nu_dtype: The same for the second moment, real.
       nesterov: Look ahead by one step (Dozat, 2016; NAdam with a constant `b1`).
       amsgrad: Divide by the largest second moment so far (Reddi et al., 2018). "torch" (or True):
         the maximum of the raw moments, corrected by this step's bias. "corrected": the maximum of

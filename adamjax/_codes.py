@@ -20,6 +20,7 @@ from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 
 from adamjax import _stochastic
+from adamjax._stochastic import Dither
 
 
 class Code(NamedTuple):
@@ -122,13 +123,13 @@ jax.export.register_pytree_node_serialization(
 )
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3, 4))
-def encode(x: Array, bits: int, signed: bool, block_size: int, growing: bool, seed: Array) -> QuantizedArray:
+@partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3))
+def encode(x: Array, bits: int, signed: bool, block_size: int, dither: Dither | None) -> QuantizedArray:
     """The nearest that the format has to the float32 `x`, rounded stochastically.
 
-    A `growing` array is rounded to nearest, with scales that are powers of two. Each decoded number
-    is encoded as itself as long as its scale stays; a scale that moved with each step would move
-    all numbers of its block, and rounding to nearest would not move them back.
+    Without a `dither`, to nearest: for arrays that only grow. Their scales are powers of two, so that a
+    number which was decoded is encoded as itself as long as its scale stays. A scale that moved with
+    each step would move all numbers of its block, and rounding to nearest would not move them back.
     """
     code, size = _CODES[bits, signed], x.shape[-1]
     scales = jnp.max(_runs(jnp.abs(x), block_size), axis=-1)
@@ -136,13 +137,13 @@ def encode(x: Array, bits: int, signed: bool, block_size: int, growing: bool, se
         # Where the smallest code would be flushed to 0.
         least = np.float32(jnp.finfo(jnp.float32).tiny * code.levels**code.power)
         scales = jnp.where(scales > 0, jnp.maximum(scales, least), scales)
-    if growing:
+    if dither is None:
         scales = jnp.where(jnp.isfinite(scales), _power_of_two_above(scales), scales)
     s = _spread(scales, block_size, x)
     y = jnp.where(s == 0, 0.0, jnp.abs(x) / jnp.where(s == 0, 1.0, s))
     q = code.below(y)
     low, high = code.magnitude(q), code.magnitude(q + 1)
-    up = (y - low) / (high - low) > (0.5 if growing else _stochastic.uniform(x, seed))
+    up = (y - low) / (high - low) > (0.5 if dither is None else _stochastic.uniform(x, dither))
     q = jnp.clip(q + up.astype(jnp.float32), float(code.least), float(code.levels))
     q = jnp.copysign(jnp.where(x == 0, float(code.zero), q), x)
     codes = _pack(q, signed) if bits == 4 else q.astype(jnp.int8 if signed else jnp.uint8)
@@ -159,7 +160,7 @@ def _refuse(*_: Any) -> Any:
 
 def abstract(x: jax.ShapeDtypeStruct, bits: int, signed: bool, block_size: int) -> QuantizedArray:
     """The types and shardings of what `encode` makes of an array like `x`."""
-    made = jax.eval_shape(lambda: encode(jnp.zeros(x.shape), bits, signed, block_size, False, np.uint32(0)))
+    made = jax.eval_shape(lambda: encode(jnp.zeros(x.shape), bits, signed, block_size, None))
 
     def placed(part: Any, unit: int) -> jax.ShapeDtypeStruct:
         sharding = x.sharding

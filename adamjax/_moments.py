@@ -12,6 +12,7 @@ from jax import Array
 
 from adamjax import _checks, _trees, storage
 from adamjax._base import Extra, Transformation
+from adamjax._stochastic import Dither, dither
 from adamjax._trees import PyTree
 
 Step = tuple[Array, Array, Array, Any]  # the direction, and the new m, v, v_max (or None)
@@ -83,10 +84,8 @@ class Moments(Transformation):
                 steps.append((None, m, v, v_max))
                 continue
             dtype = _trees.real_dtype(_trees.compute_dtype(_trees.dtype_of(g), m.dtype, v.dtype))
-            seeds = tuple(
-                storage.seed(count, 2 * i + j) if storage.is_rounded(x) else None for j, x in enumerate((m, v))
-            )
-            steps.append(_step_leaf(g, m, v, v_max, scalars(dtype), seeds, rule=rule, options=options))
+            dithers = tuple(dither(count, 2 * i + j) if storage.is_rounded(x) else None for j, x in enumerate((m, v)))
+            steps.append(_step_leaf(g, m, v, v_max, scalars(dtype), dithers, rule=rule, options=options))
         direction, mu, nu, nu_max = _trees.unflatten(structure, steps, 4)
         return direction, AdamState(count, mu, nu, nu_max if self.keeps_maximum else None)
 
@@ -99,7 +98,7 @@ def _step_leaf(
     v: Any,
     v_max: Any,
     scalars: Any,
-    seeds: tuple[Array | None, Array | None],
+    dithers: tuple[Dither | None, ...],
     *,
     rule: Callable[..., Step],
     options: tuple[Any, ...],
@@ -116,8 +115,8 @@ def _step_leaf(
     with jax.numpy_dtype_promotion("standard") if dtype != real else contextlib.nullcontext():
         direction, m, v, v_max = rule(g, m, v, v_max, scalars, *options)
     kept = (
-        storage.store_signed(m, stored[0], seeds[0]),
-        storage.store_decaying(v, stored[1], seeds[1]),
+        storage.store_signed(m, stored[0], dithers[0]),
+        storage.store_decaying(v, stored[1], dithers[1]),
         None if v_max is None else storage.store_growing(v_max, stored[2]),
     )
     chex.assert_trees_all_equal_shapes_and_dtypes(kept, stored)

@@ -1,11 +1,15 @@
-"""Rounding to a narrow dtype, to nearest or stochastically, and the random bits for it.
+"""Rounding to a narrow dtype, to nearest or stochastically, and the random numbers for it.
 
-The bits are a hash of a seed and of the position in the array: the same however the array is
-sharded, and far cheaper than those of `jax.random`.
+An element rounds up where its number u is below the fraction that it would be cut by. Its first u is a
+hash of its position in the array and of a seed: the same however the array is sharded, and far
+cheaper than those of `jax.random`. From step to step it moves on by the golden ratio, modulo 1. Over
+any run of steps these numbers lie more evenly than independent ones (Weyl, 1916): an element that is
+cut by the same fraction each time rounds up as often as it should within one time or two, where
+coin tosses would be off by the root of the number of steps.
 """
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,18 +22,26 @@ def is_narrow(dtype: np.dtype) -> bool:
     return jnp.finfo(dtype).bits < 32
 
 
-def seed(count: Array, number: int) -> Array:
-    """A seed of its own for each step and `number`: a uint32 scalar."""
-    return _hash(_hash(count.astype(jnp.uint32)) ^ np.uint32(number))
+class Dither(NamedTuple):
+    """Where the random numbers of one array at one step come from: uint32 scalars."""
+
+    seed: Array
+    turn: Array  # by how much they have moved on, in parts of 2**32
 
 
-def uniform(like: Array, seed: Array) -> Array:
-    """Random float32 in [0, 1), a function of `seed` and the global index alone."""
+def dither(count: Array, number: int, seed: Any = 0) -> Dither:
+    """That of the array with a `number` of its own, at step `count`."""
+    golden_ratio = np.uint32(0x9E3779B9)
+    return Dither(_hash(jnp.uint32(number) ^ jnp.uint32(seed)), count.astype(jnp.uint32) * golden_ratio)
+
+
+def uniform(like: Array, dither: Dither) -> Array:
+    """Numbers in [0, 1), in float32, by the global index alone."""
     # Starting from zeros_like, the index takes the sharding of `like`.
     index = jnp.zeros_like(like, dtype=jnp.uint32)
     for axis, size in enumerate(like.shape):
         index = index * np.uint32(size) + lax.broadcasted_iota(jnp.uint32, like.shape, axis)
-    bits = _hash(index * np.uint32(0x9E3779B9) + seed)
+    bits = _hash(index ^ dither.seed) + dither.turn
     return (bits >> 8).astype(jnp.float32) * np.float32(2**-24)
 
 
@@ -44,12 +56,12 @@ def to_nearest(x: Array, dtype: np.dtype) -> Array:
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
-def stochastically(x: Array, seed: Array, dtype: np.dtype) -> Array:
+def stochastically(x: Array, dither: Dither, dtype: np.dtype) -> Array:
     """The float32 `x` as one of its two neighbours in the narrow `dtype`, as float32: on average `x`."""
     step = spacing(x, dtype)
     units = x / step
     whole = jnp.floor(units)
-    up = uniform(x, seed) < units - whole
+    up = uniform(x, dither) < units - whole
     return (whole + up.astype(jnp.float32)) * step
 
 

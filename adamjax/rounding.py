@@ -27,6 +27,7 @@ from jax import Array, lax
 
 from adamjax import _checks, _stochastic, _trees
 from adamjax._base import Extra, Transformation, as_transformation
+from adamjax._stochastic import Dither
 from adamjax._trees import PyTree
 from adamjax._value import static_field, value
 
@@ -81,7 +82,7 @@ class Rounding(Transformation):
         return p.astype(_FLOAT32)
 
     def _rule(self) -> Rule:
-        """From p in float32, the update, what is kept, a seed and the dtype of p: p's difference, what is kept."""
+        """From p in float32, the update, what is kept, a dither and the dtype of p: p's difference, what is kept."""
         raise NotImplementedError
 
     def _init(self, params: PyTree) -> RoundingState:
@@ -105,8 +106,8 @@ class Rounding(Transformation):
             if u is None:
                 landed.append((None, kept))
             elif _is_narrow(p):
-                seed = _stochastic.seed(count, i) ^ state.seed
-                landed.append(_land(p, u, kept, seed, rule=self._rule()))
+                dither = _stochastic.dither(count, i, state.seed)
+                landed.append(_land(p, u, kept, dither, rule=self._rule()))
             else:
                 landed.append((_trees.cast(u, _trees.dtype_of(p)), None))
         updates, kept = _trees.unflatten(structure, landed, 2)
@@ -114,8 +115,8 @@ class Rounding(Transformation):
 
 
 @partial(jax.jit, static_argnames="rule")
-def _land(p: Array, u: Array, kept: Any, seed: Array, *, rule: Rule) -> tuple[Array, Any]:
-    return rule(p.astype(_FLOAT32), u.astype(_FLOAT32), kept, seed, p.dtype)
+def _land(p: Array, u: Array, kept: Any, dither: Dither, *, rule: Rule) -> tuple[Array, Any]:
+    return rule(p.astype(_FLOAT32), u.astype(_FLOAT32), kept, dither, p.dtype)
 
 
 def _is_narrow(p: Any) -> bool:
@@ -164,16 +165,16 @@ class StochasticRounding(Rounding):
         return _round_stochastically
 
 
-def _round_stochastically(start: Array, u: Array, kept: None, seed: Array, dtype: np.dtype) -> tuple[Array, None]:
-    return _stochastic.stochastically(start + u, seed, dtype) - start, None
+def _round_stochastically(start: Array, u: Array, kept: None, dither: Dither, dtype: np.dtype) -> tuple[Array, None]:
+    return _stochastic.stochastically(start + u, dither, dtype) - start, None
 
 
 def stochastic_rounding(opt: Any, seed: Any = 0) -> StochasticRounding:
     """Round half precision parameters stochastically: up or down, such that the mean is right.
 
-    A parameter then takes a random walk of steps of its own spacing around where float32 would be. No
-    state but a count and a seed, 8 bytes. The random bits are a hash of seed, step, leaf and
-    position: the same however the parameters are sharded.
+    While its updates are steady, a parameter stays within a spacing or two of where float32 would be.
+    No state but a count and a seed, 8 bytes. The random numbers come from seed, leaf and position,
+    the same however the parameters are sharded, and are spread evenly over the steps.
 
     Args:
       opt: A transformation, ours or optax's.
@@ -217,11 +218,11 @@ class Kahan(Rounding):
         return _compensate
 
 
-def _compensate(start: Array, u: Array, kept: Array, seed: Array, dtype: np.dtype) -> tuple[Array, Array]:
+def _compensate(start: Array, u: Array, kept: Array, dither: Dither, dtype: np.dtype) -> tuple[Array, Array]:
     wanted = u + kept.astype(_FLOAT32)
     u, landed = _towards(start, _stochastic.to_nearest(start + wanted, dtype), dtype)
     # To nearest, a residual that has grown would itself lose small steps.
-    return u, _stochastic.stochastically(wanted - (landed - start), seed, dtype).astype(dtype)
+    return u, _stochastic.stochastically(wanted - (landed - start), dither, dtype).astype(dtype)
 
 
 def kahan(opt: Any) -> Kahan:
@@ -279,12 +280,12 @@ class MasterWeights(Rounding):
         return _trees.map_leaves(lambda p, kept: self._read(p, kept) if _is_narrow(p) else p, params, state.kept)
 
 
-def _add_to_master(start: Array, u: Array, kept: Array, seed: Array, dtype: np.dtype) -> tuple[Array, Array]:
+def _add_to_master(start: Array, u: Array, kept: Array, dither: Dither, dtype: np.dtype) -> tuple[Array, Array]:
     kept = kept + u
     return _stochastic.to_nearest(kept, dtype) - start, kept
 
 
-def _add_to_bits(start: Array, u: Array, kept: Array, seed: Array, dtype: np.dtype) -> tuple[Array, Array]:
+def _add_to_bits(start: Array, u: Array, kept: Array, dither: Dither, dtype: np.dtype) -> tuple[Array, Array]:
     master = _join(start, kept) + u
     # Where float32 or bfloat16 would be subnormal, some processors say 0: there are no bits to keep.
     master = jnp.where(jnp.abs(master) < jnp.finfo(_FLOAT32).tiny, 0.0, master)

@@ -20,6 +20,7 @@ from jax import Array
 
 from adamjax import _checks, _codes, _stochastic, _trees
 from adamjax._codes import QuantizedArray as QuantizedArray
+from adamjax._stochastic import Dither
 from adamjax._trees import PyTree
 from adamjax._value import Value, static_field, value
 
@@ -72,7 +73,8 @@ def quantized(
         255 \sqrt[4]{y}, \quad 16 \sqrt[4]{y} \quad \text{(second moment)}
 
     rounded stochastically, so that what is decoded is on average what was encoded, and no moment
-    sticks. The random bits come from step, leaf and position. No second moment above 0 decodes to 0.
+    sticks. The random numbers come from leaf and position, and are spread evenly over the steps. No
+    second moment above 0 decodes to 0.
 
     A moment stays in float32 (or as wide as its parameter) where the parameter has fewer than
     `min_size` elements or no axes, where the codes would not save half of the bytes (a last axis
@@ -153,7 +155,7 @@ def _empty_codes(p: Any, format: Quantized, signed: bool) -> QuantizedArray:
 
 @partial(jax.jit, static_argnums=(1, 2, 3))
 def _encode(x: Array, bits: int, signed: bool, block_size: int) -> QuantizedArray:
-    return _codes.encode(x, bits, signed, block_size, False, jnp.uint32(0))
+    return _codes.encode(x, bits, signed, block_size, None)
 
 
 def is_rounded(stored: Any) -> bool:
@@ -168,22 +170,21 @@ def load(stored: Any, dtype: np.dtype, like: Array) -> Array:
     return stored.astype(dtype)
 
 
-def store_signed(x: Array, like: Any, seed: Array | None) -> Any:
+def store_signed(x: Array, like: Any, dither: Dither | None) -> Any:
     """Round a first moment stochastically to the format that `like` is stored in.
 
-    The random bits depend on `seed` (a uint32 scalar, needed where `is_rounded`) and on the position
-    in the array alone, not on how the array is sharded.
+    It takes a `dither` where `is_rounded`. How the array is sharded does not matter.
     """
     if isinstance(like, QuantizedArray):
-        return _quantize(x, like, seed)
-    return _rounded(x, like.dtype, seed)
+        return _quantize(x, like, dither)
+    return _rounded(x, like.dtype, dither)
 
 
-def store_decaying(x: Array, like: Any, seed: Array | None) -> Any:
+def store_decaying(x: Array, like: Any, dither: Dither | None) -> Any:
     """Round a second moment likewise; what is not 0 stays above 0."""
     if isinstance(like, QuantizedArray):
-        return _quantize(x, like, seed)
-    return _keep_positive(x, _rounded(x, like.dtype, seed))
+        return _quantize(x, like, dither)
+    return _keep_positive(x, _rounded(x, like.dtype, dither))
 
 
 def store_growing(x: Array, like: Any) -> Any:
@@ -193,61 +194,56 @@ def store_growing(x: Array, like: Any) -> Any:
     return _keep_positive(x, _saturate(x, like.dtype).astype(like.dtype))
 
 
-def seed(count: Array, number: int) -> Array:
-    """The seed of one moment of one leaf (by a `number` of its own) at one step: a uint32 scalar."""
-    return _stochastic.seed(count, number)
-
-
 class Precision(NamedTuple):
     """What arithmetic in a dtype does to Adam; see `precision`.
 
     Fields:
       spacing: Distance of 1 to the next larger number. Of a parameter p, rounding to nearest loses
         every step smaller than |p| spacing / 4, and none larger than |p| spacing / 2.
-      smallest_square: The square of a gradient smaller than this is 0.
-      largest_square: The square of a gradient larger than this is infinite.
-      eps: What eps is in the dtype. If it is 0, a gradient whose square is 0 gives 0 / 0 or a
-        division of more by 0.
-      magnified: By how much a step can be too large: by 1 / eps for a gradient just below
-        `smallest_square`, where eps is all that is left of the denominator; infinite if eps is 0.
+      smallest_gradient: What a smaller one adds to the second moment, (1 - b2) g**2, is 0.
+      largest_gradient: The square of a larger one is infinite, and its step 0.
+      eps: What eps is in the dtype. If it is 0, a gradient of 0 gives 0 / 0, and a small one g / 0.
+      magnified: How many learning rates long the first step can be: eps is all that is left of the
+        denominator for a gradient just below `smallest_gradient`. At most 1 would be right.
     """
 
     spacing: float
-    smallest_square: float
-    largest_square: float
+    smallest_gradient: float
+    largest_gradient: float
     eps: float
     magnified: float
 
 
-def precision(dtype: Any, eps: float = 1e-8) -> Precision:
+def precision(dtype: Any, eps: float = 1e-8, b2: float = 0.999) -> Precision:
     """The facts that decide about eps, if Adam's arithmetic were in `dtype`.
 
     Here it never is below float32, whatever the parameters, so those of float32 hold. Elsewhere
-    it is in the dtype of the gradients, and eps has to make up for squares that are 0.
+    it is in the dtype of the gradients, and eps has to make up for second moments that are 0.
 
     Args:
       dtype: bfloat16, float16, float32 or float64.
-      eps: As given to an optimizer.
+      eps, b2: As given to an optimizer.
 
     Raises:
-      TypeError, ValueError: `dtype` is none of these, or `eps` no number of at least 0.
+      TypeError, ValueError: `dtype` is none of these, or `eps` or `b2` is out of range.
 
     >>> import adamjax
     >>> adamjax.storage.precision("float16").eps
     0.0
-    >>> f"{adamjax.storage.precision('float16', eps=1e-6).magnified:.0f}"
-    '181'
+    >>> f"{adamjax.storage.precision('float16', eps=1e-4).magnified:.0f}"
+    '55'
     """
-    eps, found = _checks.number("eps", eps), moment_format("dtype", dtype, signed=False)
+    eps, b2 = _checks.number("eps", eps), _checks.number("b2", b2, below=1.0)
+    found = moment_format("dtype", dtype, signed=False)
     if not isinstance(found, np.dtype):
         raise TypeError(f"Invalid dtype value: {dtype!r}; dtype must be one of {', '.join(_FLOATS)}")
     info = jnp.finfo(found)
     rounded = float(np.asarray(eps, found))
-    smallest = math.sqrt(float(info.smallest_subnormal) / 2)
+    smallest = math.sqrt(float(info.smallest_subnormal) / 2 / (1 - b2))
     return Precision(
         spacing=float(info.eps),
-        smallest_square=smallest,
-        largest_square=math.sqrt(float(info.max)),
+        smallest_gradient=smallest,
+        largest_gradient=math.sqrt(float(info.max)),
         eps=rounded,
         magnified=smallest / rounded if rounded else math.inf,
     )
@@ -272,16 +268,14 @@ def state_bytes(opt: Any, params: PyTree) -> int:
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(opt.init, params)))
 
 
-def _quantize(x: Array, like: QuantizedArray, seed: Array | None) -> QuantizedArray:
-    growing = seed is None
-    x = x.astype(jnp.float32)
-    return _codes.encode(x, like.bits, like.signed, like.block_size, growing, jnp.uint32(0) if growing else seed)
+def _quantize(x: Array, like: QuantizedArray, dither: Dither | None) -> QuantizedArray:
+    return _codes.encode(x.astype(jnp.float32), like.bits, like.signed, like.block_size, dither)
 
 
-def _rounded(x: Array, dtype: np.dtype, seed: Array | None) -> Array:
-    if not _stochastic.is_narrow(dtype):
+def _rounded(x: Array, dtype: np.dtype, dither: Dither | None) -> Array:
+    if dither is None:
         return x.astype(dtype)
-    return _stochastic.stochastically(_saturate(x, dtype).astype(jnp.float32), seed, dtype).astype(dtype)
+    return _stochastic.stochastically(_saturate(x, dtype).astype(jnp.float32), dither, dtype).astype(dtype)
 
 
 def _saturate(x: Array, dtype: np.dtype) -> Array:

@@ -11,10 +11,14 @@ from helpers import assert_equal
 
 import adamjax
 from adamjax import _stochastic, storage
+from adamjax._stochastic import Dither
 
 NARROW = ["bfloat16", "float16"]
 any_quantized: Any = adamjax.quantized  # with arguments of the wrong type
 INT8, INT4 = adamjax.quantized("int8"), adamjax.quantized("int4")
+
+
+ONE = Dither(jnp.uint32(1), jnp.uint32(0))
 
 
 def like(dtype):
@@ -23,7 +27,7 @@ def like(dtype):
 
 def decaying(x, dtype, seeds=4000):
     """`x` rounded with many seeds, in float64."""
-    store = jax.jit(jax.vmap(lambda seed: storage.store_decaying(x, like(dtype), seed)))
+    store = jax.jit(jax.vmap(lambda seed: storage.store_decaying(x, like(dtype), Dither(seed, jnp.uint32(0)))))
     return np.asarray(store(jnp.arange(seeds, dtype=jnp.uint32)), np.float64)
 
 
@@ -32,7 +36,9 @@ def decaying(x, dtype, seeds=4000):
 def test_right_on_average(dtype, x):
     x = np.float32(x)
     seeds = jnp.arange(4000, dtype=jnp.uint32)
-    store = jax.jit(jax.vmap(lambda seed: storage.store_signed(jnp.array([x]), like(dtype), seed)))
+    store = jax.jit(
+        jax.vmap(lambda seed: storage.store_signed(jnp.array([x]), like(dtype), Dither(seed, jnp.uint32(0))))
+    )
     found = np.asarray(store(seeds), np.float64)
     if x > 0:
         np.testing.assert_array_equal(found, decaying(jnp.array([x]), dtype))
@@ -69,15 +75,15 @@ def test_never_zero_for_what_is_not(dtype):
 def test_float16_saturates_and_shows_what_is_not_finite():
     x = jnp.array([1e6, jnp.inf, jnp.nan])
     for found in (
-        storage.store_signed(x, like("float16"), jnp.uint32(0)),
+        storage.store_signed(x, like("float16"), ONE),
         storage.store_growing(x, like("float16")),
-        storage.store_decaying(x, like("float16"), jnp.uint32(0)),
+        storage.store_decaying(x, like("float16"), ONE),
     ):
         assert found[0] == 65504
         assert np.isinf(found[1])
         assert np.isnan(found[2])
-    assert storage.store_signed(-x, like("float16"), jnp.uint32(0))[0] == -65504
-    assert np.isnan(storage.store_decaying(x, like("bfloat16"), jnp.uint32(0))[2])
+    assert storage.store_signed(-x, like("float16"), ONE)[0] == -65504
+    assert np.isnan(storage.store_decaying(x, like("bfloat16"), ONE)[2])
 
 
 def test_wide_moments_are_not_rounded():
@@ -87,24 +93,33 @@ def test_wide_moments_are_not_rounded():
     np.testing.assert_array_equal(storage.store_growing(x, like("float32")), x)
 
 
-def test_random_bits_are_uniform_and_independent():
-    u = np.asarray(_stochastic.uniform(jnp.zeros((300, 300)), storage.seed(jnp.int32(5), 3)), np.float64)
+def numbers(t, leaf, shape=(300, 300)):
+    return np.asarray(_stochastic.uniform(jnp.zeros(shape), _stochastic.dither(jnp.int32(t), leaf)), np.float64)
+
+
+def test_random_numbers_are_uniform_and_independent():
+    u = numbers(5, 3)
     assert u.min() >= 0
     assert u.max() < 1
     counts, _ = np.histogram(u, 64)
     assert np.sum((counts - u.size / 64) ** 2 / (u.size / 64)) < 110  # chi square of 63: 99.98 %
-    for other in (
-        np.roll(u, 1, axis=1),
-        u.T,
-        np.asarray(_stochastic.uniform(jnp.zeros((300, 300)), storage.seed(jnp.int32(6), 3))),
-    ):
+    for other in (np.roll(u, 1, axis=1), u.T, numbers(5, 4)):
         assert abs(np.corrcoef(u.ravel(), other.ravel())[0, 1]) < 0.02
-    seeds = {int(storage.seed(jnp.int32(t), leaf)) for t in range(30) for leaf in range(30)}
-    assert len(seeds) == 900
+    assert len({float(numbers(7, leaf, (1,))[0]) for leaf in range(300)}) == 300
+
+
+def test_each_element_is_rounded_evenly_over_time():
+    """In any run of steps, its numbers fall below a fraction as often as they should, within two."""
+    u = np.stack([numbers(t, 0, (200,)) for t in range(100)])
+    for fraction in (0.01, 0.3, 0.5, 0.97):
+        for start, end in ((0, 100), (17, 50), (60, 68)):
+            found = np.sum(u[start:end] < fraction, axis=0)
+            assert np.all(np.abs(found - fraction * (end - start)) <= 2)
+            assert abs(found.mean() - fraction * (end - start)) < 0.2
 
 
 def test_the_derivative_goes_straight_through():
-    slope = jax.grad(lambda x: storage.store_decaying(x, like("bfloat16"), jnp.uint32(1)).astype(jnp.float32))(
+    slope = jax.grad(lambda x: storage.store_decaying(x, like("bfloat16"), ONE).astype(jnp.float32))(
         jnp.float32(1.2345)
     )
     assert slope == 1
@@ -296,13 +311,13 @@ def test_facts_of_precision(dtype):
     """They are what arithmetic in the dtype does."""
     facts = storage.precision(dtype, eps=1e-6)
 
-    def square(x):
-        return np.asarray(x, dtype) * np.asarray(x, dtype)
+    def added(x, rate=1):  # rounded once: 1 - b2 is no number of the dtype
+        return np.asarray(rate * np.float64(x) ** 2, dtype)
 
     with np.errstate(over="ignore", under="ignore"):
-        assert square(facts.smallest_square * 0.99) == 0 < square(facts.smallest_square * 1.01)
-        assert np.isinf(square(facts.largest_square * 1.01))
-        assert np.isfinite(square(facts.largest_square * 0.99))
+        assert added(facts.smallest_gradient * 0.99, 1e-3) == 0 < added(facts.smallest_gradient * 1.01, 1e-3)
+        assert np.isinf(added(facts.largest_gradient * 1.01))
+        assert np.isfinite(added(facts.largest_gradient * 0.99))
     one = np.ones((), dtype)
     assert one + np.asarray(0.49 * facts.spacing, dtype) == one < one + np.asarray(0.51 * facts.spacing, dtype)
     assert facts.eps == float(np.asarray(1e-6, dtype))
@@ -310,11 +325,11 @@ def test_facts_of_precision(dtype):
 
 @pytest.mark.usefixtures("lenient")
 def test_where_optax_leaves_the_facts_of_float16_bite():
-    """A step of a gradient whose square is 0 is too large by as much as they say; ours is not."""
+    """The step of a gradient whose second moment is 0 is as large as they say; ours is not."""
     eps = 1e-6
     facts = storage.precision("float16", eps)
     assert storage.precision("float16", 1e-8).magnified == np.inf
-    g = jnp.full(3, facts.smallest_square * 0.9, jnp.float16)
+    g = jnp.full(3, facts.smallest_gradient * 0.9, jnp.float16)
     for opt, least, most in (
         (optax.adam(1.0, eps=eps), 0.8 * facts.magnified, facts.magnified),
         (adamjax.adam(1.0, eps=eps), 0.9, 1),
