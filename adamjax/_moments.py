@@ -24,7 +24,7 @@ class AdamState(NamedTuple):
     Fields:
       count: int32 scalar, the number of steps done; stays at its largest value once there.
       mu: First moments, shaped and sharded like the parameters, in `mu_dtype`; without one in the
-        parameters' own dtype, but at least float32.
+        parameters' own dtype, but at least float32. Quantised, a `storage.QuantizedArray` each.
       nu: Second moments (Adamax: infinity norms), likewise by `nu_dtype`; real throughout.
       nu_max: Running maxima of the second moments, like `nu`; None unless AMSGrad.
     """
@@ -73,6 +73,11 @@ class Moments(Transformation):
 
     def _update(self, updates: PyTree, state: PyTree, params: PyTree | None, extra: Extra) -> tuple[PyTree, AdamState]:
         _checks.state(state, AdamState, type(self).__name__)
+        state = AdamState(
+            state.count,
+            storage.revive(state.mu, updates, self.mu_dtype, signed=True),
+            *(storage.revive(x, updates, self.nu_dtype, signed=False) for x in (state.nu, state.nu_max)),
+        )
         _checks.updates(updates, state.mu, "state.mu")
         count = _trees.increment(state.count)
         rule, options = self._rule()

@@ -9,7 +9,7 @@ Only a running maximum is rounded to nearest: it has no decay that this could fr
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ from adamjax import _checks, _codes, _stochastic, _trees
 from adamjax._codes import QuantizedArray as QuantizedArray
 from adamjax._stochastic import Dither
 from adamjax._trees import PyTree
-from adamjax._value import Value, static_field, value
+from adamjax._value import Value, name_of, static_field, value
 
 _FLOATS = ("bfloat16", "float16", "float32", "float64")
 _COMPLEX = ("complex64", "complex128")
@@ -45,6 +45,12 @@ class Quantized(Value):
         self._replace_field("min_size", _checks.count("min_size", self.min_size, least=0))
         if self.keep is not None and not callable(self.keep):
             raise TypeError(f"Invalid keep value: {self.keep!r}; keep must be a function of a path, or None")
+
+    def __repr__(self) -> str:
+        block_size = f", block_size={self.block_size}" if self.block_size != _BLOCK_SIZES[self.name] else ""
+        min_size = f", min_size={self.min_size}" if self.min_size != 4096 else ""
+        keep = f", keep={name_of(self.keep)}" if self.keep is not None else ""
+        return f"adamjax.quantized({self.name!r}{block_size}{min_size}{keep})"
 
     @property
     def bits(self) -> int:
@@ -156,6 +162,27 @@ def _empty_codes(p: Any, format: Quantized, signed: bool) -> QuantizedArray:
 @partial(jax.jit, static_argnums=(1, 2, 3))
 def _encode(x: Array, bits: int, signed: bool, block_size: int) -> QuantizedArray:
     return _codes.encode(x, bits, signed, block_size, None)
+
+
+def revive(moments: PyTree, updates: PyTree, format: Any, *, signed: bool) -> PyTree:
+    """`moments`, with a `QuantizedArray` where there is a mapping of its codes and scales.
+
+    flax's nnx.Optimizer makes such mappings: it keeps the state of each parameter in a Variable, and takes
+    apart what it finds there. What is lost is known from the `format` and the shape of the gradient.
+    """
+    if not isinstance(format, Quantized) or moments is None:
+        return moments
+    try:
+        structure, rows = _trees.flatten(updates, moments)
+    except ValueError:  # Whoever checks the trees says where they differ.
+        return moments
+    revived = [
+        QuantizedArray(x["codes"], x["scales"], format.bits, signed, format.block_size, g.shape[-1])
+        if isinstance(x, Mapping) and x.keys() == {"codes", "scales"} and g is not None
+        else x
+        for g, x in rows
+    ]
+    return jax.tree.unflatten(structure, revived)
 
 
 def is_rounded(stored: Any) -> bool:

@@ -1,5 +1,7 @@
 """The frameworks people train with take our optimizers as they take optax's."""
 
+import pickle
+
 import equinox as eqx
 import flax.linen as nn
 import jax
@@ -9,7 +11,7 @@ import optax
 import pytest
 from flax import nnx
 from flax.training.train_state import TrainState
-from helpers import assert_close
+from helpers import assert_close, assert_equal
 from tolerances import OPTAX, RECOMPILED
 
 import adamjax
@@ -18,11 +20,13 @@ X = jnp.asarray(np.random.default_rng(0).normal(size=(32, 4)), jnp.float32)
 Y = jnp.sin(X.sum(axis=1, keepdims=True))
 STEPS = 20
 
+INT8 = adamjax.quantized("int8", block_size=16, min_size=1)
 OURS = [
     adamjax.adamw(1e-2),
     adamjax.adam(adamjax.schedules.warmup_cosine(1e-2, 5, 40), amsgrad=True),
     adamjax.adamw(jnp.float32(1e-2), mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params)),
     adamjax.chain(optax.clip_by_global_norm(1.0), adamjax.radam(1e-2)),
+    adamjax.amsgrad(1e-2, mu_dtype=INT8, nu_dtype=INT8),
 ]
 
 pytestmark = pytest.mark.usefixtures("lenient")
@@ -93,7 +97,7 @@ def train_equinox(tx):
 
 
 @pytest.mark.parametrize("train", [train_linen, train_nnx, train_equinox])
-@pytest.mark.parametrize("tx", OURS, ids=["adamw", "schedule", "array", "chain"])
+@pytest.mark.parametrize("tx", OURS, ids=["adamw", "schedule", "array", "chain", "int8"])
 def test_training(train, tx):
     losses = train(tx)
     assert np.all(np.isfinite(losses))
@@ -142,3 +146,47 @@ def test_equinox_ensemble():
         alone = eqx.apply_updates(model, tx.update(grads, tx.init(params), params)[0])
         found = eqx.filter(jax.tree.map(lambda x, i=i: x[i] if eqx.is_array(x) else x, stepped), eqx.is_array)
         assert_close(found, eqx.filter(alone, eqx.is_array), 10 * RECOMPILED)
+
+
+def small_steps(tx, params, steps=6):
+    state = tx.init(params)
+    grads = jax.tree.map(jnp.ones_like, params)
+    step = jax.jit(
+        lambda params, state: (lambda u, s: (optax.apply_updates(params, u), s))(*tx.update(grads, state, params))
+    )
+    for _ in range(steps):
+        params, state = step(params, state)
+    return params, state
+
+
+@pytest.mark.parametrize(
+    "around",
+    [
+        lambda opt: optax.MultiSteps(adamjax.kahan(opt), 2),
+        lambda opt: adamjax.kahan(optax.MultiSteps(opt, 2).gradient_transformation()),
+        lambda opt: adamjax.kahan(optax.apply_if_finite(opt, 3)),
+        lambda opt: optax.chain(optax.clip_by_global_norm(100.0), adamjax.master_weights(opt)),
+        lambda opt: optax.partition({0: adamjax.kahan(opt), 1: optax.sgd(0.1)}, {"w": 0, "b": 1}),
+    ],
+)
+def test_rounding_around_optax_and_optax_around_rounding(around):
+    """Steps too small for bfloat16 add up through optax's wrappers."""
+    opt = adamjax.adam(1.3e-3, mu_dtype=INT8, nu_dtype=INT8)
+    params = {"w": jnp.ones((8, 16), jnp.bfloat16), "b": jnp.ones(3)}
+    stepped, _ = small_steps(around(opt), params)
+    assert stepped["w"].dtype == "bfloat16"
+    assert np.all(stepped["w"].astype(jnp.float32) < 1)
+    plain, _ = small_steps(opt, params)
+    assert np.all(plain["w"].astype(jnp.float32) == 1)
+
+
+def test_a_state_in_codes_is_pickled_and_checkpointed(tmp_path):
+    opt = adamjax.kahan(adamjax.amsgrad(1e-2, mu_dtype=INT8, nu_dtype=adamjax.quantized("int4", min_size=1)))
+    _, state = small_steps(opt, {"w": jnp.ones((8, 16), jnp.bfloat16)})
+    assert_equal(pickle.loads(pickle.dumps(state)), state)
+    orbax = pytest.importorskip("orbax.checkpoint")
+    with orbax.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", state)
+    with orbax.StandardCheckpointer() as checkpointer:
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
+        assert_equal(checkpointer.restore(tmp_path / "state", shapes), state)

@@ -241,7 +241,9 @@ def test_formats_are_values():
     assert hash(adamjax.quantized("int8")) == hash(adamjax.quantized("int8", 128))
     assert adamjax.quantized("int8") != adamjax.quantized("int8", 64)
     assert adamjax.adam(mu_dtype=INT8) == adamjax.adam(mu_dtype=adamjax.quantized("int8"))
-    assert repr(adamjax.scale_by_adam(mu_dtype=INT4)).endswith("mu_dtype=Quantized(name='int4', block_size=64))")
+    assert repr(adamjax.scale_by_adam(mu_dtype=INT4)).endswith("mu_dtype=adamjax.quantized('int4'))")
+    given = adamjax.quantized("int8", 64, min_size=0, keep=len)
+    assert repr(given) == "adamjax.quantized('int8', block_size=64, min_size=0, keep=len)"
 
 
 def test_a_state_says_what_it_is():
@@ -336,7 +338,7 @@ def test_where_optax_leaves_the_facts_of_float16_bite():
     ):
         updates, _ = opt.update(g, opt.init(g), g)
         assert least <= -float(updates[0]) <= most
-    with pytest.raises(TypeError, match=r"^Invalid dtype value: Quantized"):
+    with pytest.raises(TypeError, match=r"^Invalid dtype value: adamjax.quantized"):
         storage.precision(INT8)
     with pytest.raises(ValueError, match=r"^Invalid epsilon value: -1"):
         storage.precision("float16", eps=-1)

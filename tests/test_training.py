@@ -192,6 +192,27 @@ def test_train_command_with_every_optimizer(tmp_path, optimizer):
     assert read(tmp_path / "run")[0]["flags"]["dtype"] == "bfloat16"
 
 
+def test_train_command_in_low_precision(tmp_path):
+    arguments = [
+        "train",
+        "--steps",
+        "5",
+        "--mu-dtype",
+        "int4",
+        "--nu-dtype",
+        "int8",
+        "--dtype",
+        "bfloat16",
+        "--rounding",
+        "kahan",
+        "--out",
+    ]
+    assert cli.main([*arguments, str(tmp_path / "run")]) == 0
+    written = read(tmp_path / "run")[0]["optimizer"]
+    assert written.startswith("Kahan(inner=Chain((ScaleByAdam(")
+    assert "mu_dtype=adamjax.quantized('int4'), nu_dtype=adamjax.quantized('int8')" in written
+
+
 def test_every_hyperparameter_has_a_flag():
     import inspect
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from adamjax import problems, schedules
+from adamjax import problems, schedules, storage
 
 OPTIMIZERS = ("adam", "adamax", "adamaxw", "adamw", "amsgrad", "nadam", "nadamw", "radam")
 PROBLEMS = ("characters", "digits", "digits_convnet")
@@ -19,6 +19,7 @@ PROBLEM_HELP = f"{', '.join(PROBLEMS)} (default: digits), or MODULE:OBJECT, a pr
 OPTIMIZER_HELP = "Hyperparameters that are not given are adamjax's defaults."
 
 DTYPES = ("bfloat16", "float16", "float32")
+FORMATS = (*DTYPES, "int8", "int4")
 AMSGRAD = ("torch", "corrected", "paper")
 
 Flags = dict[str, dict[str, Any]]
@@ -32,8 +33,8 @@ HYPERPARAMETERS: Flags = {
     "threshold": {"type": float, "help": "radam: length of average from which on the second moment is used"},
     "weight_decay": {"type": float, "help": "weight decay"},
     "decay_schedule": {"choices": ("lr", "independent"), "help": "what the weight decay is multiplied by"},
-    "mu_dtype": {"choices": DTYPES, "help": "how the first moment is stored"},
-    "nu_dtype": {"choices": DTYPES, "help": "how the second moment is stored"},
+    "mu_dtype": {"choices": FORMATS, "help": "how the first moment is stored"},
+    "nu_dtype": {"choices": FORMATS, "help": "how the second moment is stored"},
     "nesterov": {"action": argparse.BooleanOptionalAction, "help": "look ahead by one step"},
     "amsgrad": {"choices": AMSGRAD, "help": "divide by the largest second moment so far"},
     "variant": {"choices": AMSGRAD, "help": "amsgrad: which form of it"},
@@ -96,6 +97,15 @@ def problem(options: dict[str, Any]) -> problems.Problem:
         return made(**accepted(made, options, PROBLEM_OPTIONS, name))
     accepted(lambda: made, options, PROBLEM_OPTIONS, f"{name}, which is a problem already made")
     return made
+
+
+def hyperparameters(make: Callable[..., Any], options: dict[str, Any]) -> dict[str, Any]:
+    """Those that were given, as the optimizer takes them."""
+    given = accepted(make, options, HYPERPARAMETERS, options["optimizer"])
+    for name in ("mu_dtype", "nu_dtype"):
+        if given.get(name) in ("int8", "int4"):
+            given[name] = storage.quantized(given[name])
+    return given
 
 
 def accepted(make: Callable[..., Any], options: dict[str, Any], flags: Flags, who: str) -> dict[str, Any]:

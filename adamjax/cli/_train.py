@@ -51,6 +51,11 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     optimizer = train.add_argument_group("the optimizer", _flags.OPTIMIZER_HELP)
     optimizer.add_argument("--optimizer", choices=_flags.OPTIMIZERS, default="adamw", help="which (default: adamw)")
     _flags.add_flags(optimizer, _flags.HYPERPARAMETERS)
+    optimizer.add_argument(
+        "--rounding",
+        choices=("stochastic_rounding", "kahan", "master_weights"),
+        help="how half precision parameters are rounded (default: to nearest)",
+    )
     return train
 
 
@@ -63,7 +68,9 @@ def run(options: dict[str, Any]) -> int:
         peak = _checks.number("learning_rate", options["learning_rate"])
         schedule = getattr(schedules, options["schedule"])(peak, **_flags.schedule_options(options))
         make = getattr(adamjax, options["optimizer"])
-        optimizer = make(schedule, **_flags.accepted(make, options, _flags.HYPERPARAMETERS, options["optimizer"]))
+        optimizer = make(schedule, **_flags.hyperparameters(make, options))
+        if "rounding" in options:
+            optimizer = getattr(adamjax, options["rounding"])(optimizer)
         reports = training.train(
             _flags.problem(options),
             optimizer,

@@ -177,7 +177,7 @@ def _show(report: tuning.Report, out: Path, form: str) -> int:
 def _optimizer(options: dict[str, Any]) -> Any:
     """The optimizer that is named, with the schedule and the hyperparameters that are given."""
     make = getattr(adamjax, options["optimizer"])
-    given = _flags.accepted(make, options, _flags.HYPERPARAMETERS, options["optimizer"])
+    given = _flags.hyperparameters(make, options)
     if "schedule" in options:
         make = Scheduled(make, options["schedule"], _flags.schedule_options(options))
     else:
