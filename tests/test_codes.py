@@ -16,6 +16,10 @@ KINDS = {(8, True): (127, 2, 0), (8, False): (255, 4, 1), (4, True): (7, 2, 0), 
 kinds = pytest.mark.parametrize(("bits", "signed"), KINDS)
 
 
+# Eager, each of its operations would be compiled alone.
+encode = jax.jit(_codes.encode, static_argnums=(1, 2, 3))
+
+
 def draw(shape, signed, seed=0):
     rng = np.random.default_rng(seed)
     x = 10.0 ** rng.uniform(-4, 2, shape) * (rng.choice([-1, 1], shape) if signed else 1)
@@ -27,7 +31,7 @@ def decoded(x, bits, signed, block_size=32, growing=False, seeds=1):
 
     def trip(seed):
         dither = None if growing else Dither(seed, jnp.uint32(0))
-        return _codes.encode(jnp.asarray(x), bits, signed, block_size, dither).decode()
+        return encode(jnp.asarray(x), bits, signed, block_size, dither).decode()
 
     return np.asarray(jax.jit(jax.vmap(trip))(jnp.arange(seeds, dtype=jnp.uint32)), np.float64)
 
@@ -96,9 +100,9 @@ def test_a_growing_array_does_not_follow_its_scale(bits):
 
     def body(stored, largest):
         now = stored.decode().at[-1].set(largest)
-        return _codes.encode(now, bits, False, 32, None), None
+        return encode(now, bits, False, 32, None), None
 
-    first = _codes.encode(x, bits, False, 32, None)
+    first = encode(x, bits, False, 32, None)
     last, _ = jax.lax.scan(body, first, jnp.geomspace(1, 1000 if bits == 8 else 8, 2000))
     ratio = np.asarray(last.decode() / x)[:-1]
     assert np.all((ratio > 0.5) & (ratio < 2)) if bits == 8 else np.all((ratio > 0.2) & (ratio < 5))
@@ -138,7 +142,7 @@ def test_what_is_not_finite_shows(bits, signed):
 
 def test_shapes_of_codes():
     for n, bytes_of_4_bits in ((1, 1), (2, 1), (7, 4), (64, 32)):
-        found = _codes.encode(jnp.ones((3, n)), 4, True, 16, None)
+        found = encode(jnp.ones((3, n)), 4, True, 16, None)
         assert found.codes.shape == (3, bytes_of_4_bits)
         assert found.scales.shape == (3, -(-n // 16))
         assert found.shape == (3, n)
@@ -171,8 +175,8 @@ def test_directions_from_real_moments(captured, name):
     exact, found = [], []
     for i, (m, v) in enumerate(captured):
         dithers = [Dither(jnp.uint32(2 * i + j), jnp.uint32(0)) for j in range(2)]
-        m_found = _codes.encode(m, mu_bits, True, 128 if mu_bits == 8 else 64, dithers[0]).decode()
-        v_found = _codes.encode(v, nu_bits, False, 128 if nu_bits == 8 else 64, dithers[1]).decode()
+        m_found = encode(m, mu_bits, True, 128 if mu_bits == 8 else 64, dithers[0]).decode()
+        v_found = encode(v, nu_bits, False, 128 if nu_bits == 8 else 64, dithers[1]).decode()
         exact.append(np.ravel(correction * m / np.sqrt(v)).astype(np.float64))
         found.append(np.ravel(correction * m_found / np.sqrt(v_found)).astype(np.float64))
     exact, found = np.concatenate(exact), np.concatenate(found)

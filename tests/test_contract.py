@@ -79,8 +79,9 @@ def test_types_are_stable_in_every_format(make, name, p_dtype):
         pytest.skip("a real mu_dtype is refused for complex parameters")
     opt = make(LR, mu_dtype=mu_dtype, nu_dtype=nu_dtype)
     check_types(opt, p_dtype, p_dtype)
-    with jax.enable_x64(True):
-        check_types(opt, p_dtype, p_dtype)
+    if make is adamjax.amsgrad:  # which stores all three moments
+        with jax.enable_x64(True):
+            check_types(opt, p_dtype, p_dtype)
 
 
 @pytest.mark.parametrize("name", ROUNDED)
@@ -125,8 +126,7 @@ def test_default_state_dtypes(p_dtype):
     assert adamjax.scale_by_adam().init(tree(p_dtype)).nu_max is None
 
 
-# But for low_bits, the lower halves of float32 numbers: those may be anything where the numbers differ by one unit.
-@pytest.mark.parametrize("name", [*GRID, *(name for name in STORED if name != "low_bits")])
+@pytest.mark.parametrize("name", [*GRID, *STORED_KINDS])
 def test_eager_scan_and_cond_agree_with_jit(name):
     opt = ALL[name].make()
     params, grads = tree(half(name)), tree("float32", seed=1)
@@ -230,7 +230,7 @@ def test_abstract_init_keeps_shardings():
     assert state.mu.sharding == state.nu.sharding == sharding
 
 
-@pytest.mark.parametrize("name", [*GRID, *STORED])
+@pytest.mark.parametrize("name", [*GRID, *STORED_KINDS])
 def test_sharded_state_follows_the_parameters(name):
     """In Auto and in Explicit mode, eager and jitted; and the numbers are those of one device."""
     opt = ALL[name].make()

@@ -113,7 +113,7 @@ def least_squares(optimizer, name):
     return float(jnp.mean((p - TARGET) ** 2))
 
 
-@formats
+@pytest.mark.parametrize("name", ["int8", "int4 and int8", "int4"])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_every_optimizer_works_with_every_format(optimizer, name):
     exact = least_squares(optimizer, None)
