@@ -230,7 +230,7 @@ def test_abstract_init_keeps_shardings():
     assert state.mu.sharding == state.nu.sharding == sharding
 
 
-@pytest.mark.parametrize("name", [*GRID, *STORED_KINDS])
+@pytest.mark.parametrize("name", [*KINDS, *STORED_KINDS])
 def test_sharded_state_follows_the_parameters(name):
     """In Auto and in Explicit mode, eager and jitted; and the numbers are those of one device."""
     opt = ALL[name].make()
