@@ -1,4 +1,4 @@
-"""What low precision does to training:  python -m benchmarks.bench_low_precision [--quick] [--only ROW] [--case COLUMN] [--seeds N]
+"""What low precision does to training:  python -m benchmarks.bench_low_precision [--quick] [--help]
 
 Each row trains with another storage of the moments or of the parameters, from the same seeds and on the same data
 as the first, plain float32. The figures are changes of the mean validation loss in percent; after +-, the standard
