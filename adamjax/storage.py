@@ -252,7 +252,7 @@ def precision(dtype: Any, eps: float = 1e-8, b2: float = 0.999) -> Precision:
       eps, b2: As given to an optimizer.
 
     Raises:
-      TypeError, ValueError: `dtype` is none of these, or `eps` or `b2` is out of range.
+      ValueError, TypeError: `dtype` is none of these, or `eps` or `b2` is out of range.
 
     >>> import adamjax
     >>> adamjax.storage.precision("float16").eps
@@ -261,9 +261,8 @@ def precision(dtype: Any, eps: float = 1e-8, b2: float = 0.999) -> Precision:
     '55'
     """
     eps, b2 = _checks.number("eps", eps), _checks.number("b2", b2, below=1.0)
-    found = moment_format("dtype", dtype, signed=False)
-    if not isinstance(found, np.dtype):
-        raise TypeError(f"Invalid dtype value: {dtype!r}; dtype must be one of {', '.join(_FLOATS)}")
+    found = jnp.dtype(dtype)
+    _checks.choice("dtype", found.name, _FLOATS)
     info = jnp.finfo(found)
     rounded = float(np.asarray(eps, found))
     smallest = math.sqrt(float(info.smallest_subnormal) / 2 / (1 - b2))

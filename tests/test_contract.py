@@ -196,6 +196,21 @@ def test_every_buffer_is_donated_and_aliased(name, dtype):
     assert not any(x.is_deleted() for x in jax.tree.leaves((new_params, new_state)))
 
 
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_compiles_once_and_is_aliased(name):
+    """All three moments, and the parameters, are updated in place."""
+    mu_dtype, nu_dtype = FORMATS[name]
+    opt = adamjax.amsgrad(LR, mu_dtype=mu_dtype, nu_dtype=nu_dtype)
+    params = {"a": jnp.ones((64, 72))}
+    grads, state = jax.tree.map(jnp.copy, params), opt.init(params)
+    held = sum(x.nbytes for x in jax.tree.leaves((params, state)))
+    step = jax.jit(opt.step, donate_argnums=(1, 2))
+    assert step.lower(grads, state, params).compile().memory_analysis().alias_size_in_bytes == held
+    for _ in range(2):
+        params, state = step(grads, state, params)
+    assert step._cache_size() == 1
+
+
 @pytest.mark.parametrize("jit", [False, True])
 def test_no_buffer_is_shared_between_leaves(jit):
     for name in [*GRID, *STORED]:
