@@ -124,6 +124,14 @@ def state(found: Any, expected: type, who: str) -> None:
         )
 
 
+def states(found: PyTree, grads: PyTree) -> None:
+    """Check that the tree `found` has a state for each gradient."""
+    try:
+        _trees.flatten(grads, found)
+    except ValueError:
+        raise ValueError(f"the gradients {_difference(grads, found, 'state')}; {_remedy('state')}") from None
+
+
 def given(params: PyTree, grads: PyTree, who: str) -> None:
     """Check that parameters were passed to a transformation that reads them, if there are any."""
     if params is None and jax.tree.leaves(grads):

@@ -57,7 +57,7 @@ def adam(
     Array([ 0.9, -0.9], dtype=float32)
     """
     moments = scale_by_adam(b1, b2, eps, eps_root, mu_dtype, nu_dtype=nu_dtype, nesterov=nesterov, amsgrad=amsgrad)
-    return chain(_of_objective(moments, weight_decay, mask, maximize), ScaleByLearningRate(learning_rate))
+    return chain(of_objective(moments, weight_decay, mask, maximize), ScaleByLearningRate(learning_rate))
 
 
 def adamw(
@@ -105,7 +105,7 @@ def adamw(
     (AddDecayedWeights(weight_decay=0.1), ScaleByLearningRate(learning_rate=0.0003))
     """
     moments = scale_by_adam(b1, b2, eps, eps_root, mu_dtype, nu_dtype=nu_dtype, nesterov=nesterov, amsgrad=amsgrad)
-    direction = _of_objective(moments, 0.0, None, maximize)
+    direction = of_objective(moments, 0.0, None, maximize)
     if _checks.choice("decay_schedule", decay_schedule, ("lr", "independent")) == "lr":
         return chain(direction, _decay(weight_decay, mask), ScaleByLearningRate(learning_rate))
     decay = _decay(_with_shape_of(learning_rate, weight_decay), mask, flip_sign=True)
@@ -250,7 +250,7 @@ def adamaxw(
     )
 
 
-def _of_objective(moments: Transformation, weight_decay: Any, mask: Any, maximize: bool) -> Transformation:
+def of_objective(moments: Transformation, weight_decay: Any, mask: Any, maximize: bool) -> Transformation:
     """`moments` of the objective; `moments` itself where that is the function as it is."""
     objective = Objective(moments, weight_decay, mask, maximize)
     plain = isinstance(objective.weight_decay, float) and objective.weight_decay == 0 and not maximize

@@ -13,6 +13,9 @@ ONE_STEP = {"numbers": 2e-6, "traced": 2e-5}
 OPTAX = {"float32": 3e-5, "complex64": 3e-5, "float64": 1e-12}
 TORCH = {"float32": 5e-6, "float64": 1e-12}
 
+# Sixty steps of adamjax.interop.torch against torch, relative to the parameters.
+TORCH_COURSE = {"float32": 2e-5, "float64": 1e-12}
+
 # The same computation, compiled differently (vmap, scan, eager): a few units in the last place.
 RECOMPILED = 1e-6
 

@@ -1,0 +1,52 @@
+"""A transformation that treats each parameter as if there were no other."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from adamjax import _checks, _trees
+from adamjax._base import Extra, Transformation
+from adamjax._trees import PyTree
+from adamjax._value import value
+
+
+@value
+class PerParameter(Transformation):
+    """`inner` on each parameter by itself, as torch.optim does it.
+
+    The state is a tree like the parameters, with a state of `inner` in place of each: each has its own
+    step count, and a parameter whose gradient is None falls behind. A complex parameter is an array
+    of real and imaginary parts, along a last axis of 2.
+    """
+
+    inner: Transformation
+
+    def _init(self, params: PyTree) -> PyTree:
+        return _trees.map_leaves(lambda p: self.inner._init(_parts(p)), params)
+
+    def _update(self, updates: PyTree, state: PyTree, params: PyTree | None, extra: Extra) -> tuple[PyTree, PyTree]:
+        _checks.states(state, updates)
+        structure, rows = _trees.flatten(updates, state, params)
+        results = [(None, s) if g is None else self._step(g, s, p, extra) for g, s, p in rows]
+        direction, state = _trees.unflatten(structure, results, 2)
+        return direction, state
+
+    def _step(self, g: Any, state: PyTree, p: Any, extra: Extra) -> tuple[Array, PyTree]:
+        whole = g if p is None else p
+        if not jnp.iscomplexobj(whole):
+            return self.inner._update(g, state, p, extra)
+        g = _trees.cast(g, _trees.dtype_of(whole))
+        direction, state = self.inner._update(_parts(g), state, None if p is None else _parts(p), extra)
+        return jax.lax.complex(direction[..., 0], direction[..., 1]), state
+
+
+def _parts(x: Any) -> Any:
+    """A complex array as a real one of its parts; a real one as it is."""
+    if not jnp.iscomplexobj(x):
+        return x
+    if _trees.is_abstract(x):
+        return jax.ShapeDtypeStruct((*x.shape, 2), _trees.real_dtype(x.dtype))
+    x = jnp.asarray(x)
+    return jnp.stack([x.real, x.imag], axis=-1)

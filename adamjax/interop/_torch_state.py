@@ -1,0 +1,326 @@
+"""States of torch.optim's Adam family to ours, and back."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from adamjax import _trees
+from adamjax._adam import ScaleByAdam
+from adamjax._base import Chain
+from adamjax._extras import require
+from adamjax._transforms import AddDecayedWeights, Objective, ScaleByLearningRate, ScheduleState
+from adamjax._trees import PyTree
+from adamjax._variants import ScaleByAdamax
+from adamjax.interop._per_parameter import PerParameter
+from adamjax.interop._torch_variants import ScaleByTorchNAdam, ScaleByTorchRAdam
+
+# Ours, and what torch calls them.
+_NAMES = {
+    ScaleByAdam: {"mu": "exp_avg", "nu": "exp_avg_sq", "nu_max": "max_exp_avg_sq"},
+    ScaleByTorchNAdam: {"mu": "exp_avg", "nu": "exp_avg_sq", "mu_product": "mu_product"},
+    ScaleByTorchRAdam: {"mu": "exp_avg", "nu": "exp_avg_sq"},
+    ScaleByAdamax: {"mu": "exp_avg", "nu": "exp_inf"},
+}
+_TORCH = {ScaleByAdam: "Adam", ScaleByTorchNAdam: "NAdam", ScaleByTorchRAdam: "RAdam", ScaleByAdamax: "Adamax"}
+_MOMENTS = ("mu", "nu", "nu_max")
+
+Convert = Callable[[str, np.ndarray], Any]
+
+
+class _Parts(NamedTuple):
+    """What a chain of torch's kind is made of."""
+
+    moments: Any
+    per_parameter: bool
+    maximize: bool
+    coupled: Any
+    decoupled: Any
+    lr: Any
+
+    @property
+    def names(self) -> dict[str, str]:
+        names = _NAMES[type(self.moments)]
+        if getattr(self.moments, "amsgrad", None) is None:
+            names = {ours: theirs for ours, theirs in names.items() if ours != "nu_max"}
+        return names
+
+    @property
+    def torch_name(self) -> str:
+        return _TORCH[type(self.moments)]
+
+
+def import_state(
+    opt: Any, params: PyTree, state_dict: Any, *, order: list[str] | None = None, convert: Convert | None = None
+) -> PyTree:
+    """The state of `opt` that continues a run of torch.optim.
+
+    Args:
+      opt: One of `adamjax.interop.torch`; or `adamjax.adam`, `adamw`, `amsgrad` or `adamax`, as far as
+        torch has the same, all of whose parameters then must have done as many steps.
+      params: The parameters, or `jax.ShapeDtypeStruct`s.
+      state_dict: What torch's `optimizer.state_dict()` returns, all its groups; its tensors may be
+        NumPy arrays. Or the path of a file: written by `torch.save`, or safetensors with keys
+        such as "state.0.exp_avg".
+      order: The paths ("layer_0/kernel") of the parameters in torch's order, group after group. None:
+        torch's order is that of the leaves of `params`.
+      convert: Makes the array of `params`' layout out of torch's, for each moment: a function of path and
+        array, such as `lambda path, x: x.T if path.endswith("kernel") else x`.
+
+    Returns:
+      The state. A parameter that has no state in torch, for it never had a gradient, starts anew.
+
+    Raises:
+      ValueError, TypeError: The two do not fit: another optimizer, a parameter too many or too few, another
+        shape, wider numbers, steps that differ where there is one count. The message names the path.
+      ImportError: A file is given, and torch or safetensors is not installed.
+    """
+    parts = _parts(opt)
+    entries = _entries(parts, _read(state_dict), _places(params, order))
+    start = opt.init(jax.tree.map(lambda p: jnp.zeros(p.shape, p.dtype) if _trees.is_abstract(p) else p, params))
+    states = {
+        path: _filled(parts, path, s, entries[path], convert) if path in entries else s
+        for path, s in _split(parts, params, start[0]).items()
+    }
+    count = jnp.int32(max((int(s.count) for s in states.values()), default=0))
+    rest = [ScheduleState(count) if isinstance(s, ScheduleState) else s for s in start[1:]]
+    return (_merge(parts, params, states), *rest)
+
+
+def export_state(
+    opt: Any, params: PyTree, state: PyTree, *, order: list[str] | None = None, convert: Convert | None = None
+) -> dict[str, Any]:
+    """A `state_dict` with which `load_state_dict` of torch's optimizer continues a run of `opt`.
+
+    Args:
+      opt, params, order: As for `import_state`.
+      state: The state of `opt`.
+      convert: Makes the array of torch's layout out of ours, for each moment.
+
+    Returns:
+      A dict of "state" and "param_groups" (one, with the hyperparameters of `opt`; a schedule's learning
+      rate is that of the next step), with torch tensors.
+
+    Raises:
+      TypeError, ValueError: torch has no such optimizer, or `state` is not of `params`.
+      ImportError: torch is not installed.
+    """
+    torch = require("torch", "torch", "exporting to torch")
+    parts, places = _parts(opt), _places(params, order)
+    states, leaves = _split(parts, params, state[0]), _leaves(params)
+    exported = {}
+    for index, path in enumerate(places):
+        one = states[path]
+        if int(one.count) == 0:
+            continue
+        exported[index] = entry = {"step": torch.tensor(float(one.count))}
+        for ours, theirs in parts.names.items():
+            x = np.array(getattr(one, ours))
+            if ours in _MOMENTS:
+                x = x[..., 0] + 1j * x[..., 1] if jnp.iscomplexobj(leaves[path]) else x
+                x = x if convert is None else np.asarray(convert(path, x))
+            entry[theirs] = torch.from_numpy(x.copy())
+    count = max((int(s.count) for s in states.values()), default=0)
+    return {"state": exported, "param_groups": [_group(parts, count) | {"params": list(range(len(places)))}]}
+
+
+def _parts(opt: Any) -> _Parts:
+    """Read a chain of torch's kind; refuse one that torch has not."""
+    found: dict[str, Any] = {"maximize": False, "coupled": 0.0, "decoupled": 0.0, "per_parameter": False}
+    try:
+        if not isinstance(opt, Chain):
+            raise TypeError("it is not one of adamjax.interop.torch")
+        moments, *decay, rate = opt.transforms
+        if isinstance(moments, Objective):
+            found |= {"maximize": moments.maximize, "coupled": moments.weight_decay}
+            if moments.mask is not None:
+                raise TypeError("its weight decay has a mask")
+            moments = moments.inner
+        if isinstance(moments, PerParameter):
+            found["per_parameter"], moments = True, moments.inner
+        if type(moments) not in _NAMES:
+            raise TypeError(f"torch has nothing like {moments!r}")
+        if isinstance(moments, ScaleByAdam) and (moments.nesterov or moments.amsgrad not in (None, "torch")):
+            raise TypeError("torch's Adam has another Nesterov momentum, and AMSGrad in one form only")
+        if getattr(moments, "eps_root", 0.0) != 0.0:
+            raise TypeError("torch has no eps_root")
+        if not isinstance(rate, ScaleByLearningRate) or not rate.flip_sign or len(decay) > 1:
+            raise TypeError("it is another chain than moments, weight decay, learning rate")
+        if decay:
+            if not isinstance(decay[0], AddDecayedWeights) or decay[0].mask is not None:
+                raise TypeError(f"torch has nothing like {decay[0]!r}")
+            found["decoupled"] = decay[0].weight_decay
+    except TypeError as error:
+        raise TypeError(f"{opt!r} has no counterpart in torch.optim: {error}") from None
+    return _Parts(moments=moments, lr=rate.learning_rate, **found)
+
+
+def _leaves(params: PyTree) -> dict[str, Any]:
+    """The parameters by their paths."""
+    pairs = jax.tree.leaves_with_path(params)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in pairs}
+
+
+def _split(parts: _Parts, params: PyTree, state: PyTree) -> dict[str, Any]:
+    """The states of the parameters, each with a count, by their paths."""
+    structure: Any = jax.tree.structure(params)
+    if parts.per_parameter:
+        return dict(zip(_leaves(params), structure.flatten_up_to(state), strict=True))
+    columns = {name: structure.flatten_up_to(getattr(state, name)) for name in parts.names}
+    return {
+        path: state._replace(**{name: column[i] for name, column in columns.items()})
+        for i, path in enumerate(_leaves(params))
+    }
+
+
+def _merge(parts: _Parts, params: PyTree, states: dict[str, Any]) -> PyTree:
+    """The reverse of `_split`."""
+    structure: Any = jax.tree.structure(params)
+    if parts.per_parameter:
+        return structure.unflatten(states.values())
+    first = next(iter(states))
+    for path, s in states.items():
+        if s.count != states[first].count:
+            raise ValueError(
+                f"{path} has done {s.count} steps and {first} {states[first].count}, where opt counts those of "
+                "all together: import into one of adamjax.interop.torch, which count each"
+            )
+    columns = {name: structure.unflatten([getattr(s, name) for s in states.values()]) for name in parts.names}
+    return states[first]._replace(**columns)
+
+
+def _places(params: PyTree, order: list[str] | None) -> list[str]:
+    """The paths of the parameters in torch's order."""
+    paths = list(_leaves(params))
+    if order is None:
+        return paths
+    order = list(order)
+    for path in order:
+        if path not in paths:
+            raise ValueError(f"order names {path!r}, which is no parameter; those are {', '.join(paths)}")
+    for path in paths:
+        if order.count(path) != 1:
+            raise ValueError(f"order names {path!r} {order.count(path)} times: it must name each parameter once")
+    return order
+
+
+def _read(state_dict: Any) -> Mapping[str, Any]:
+    if isinstance(state_dict, (str, Path)):
+        if Path(state_dict).suffix == ".safetensors":
+            state_dict = require("safetensors.numpy", "torch", "reading a safetensors file").load_file(state_dict)
+        else:
+            torch = require("torch", "torch", "reading a file of torch")
+            state_dict = torch.load(state_dict, map_location="cpu", weights_only=True)
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f"state_dict is a {type(state_dict).__name__}, expected what optimizer.state_dict() returns")
+    if "state" in state_dict:
+        return state_dict
+    nested: dict[Any, dict[str, Any]] = {}
+    for key, x in state_dict.items():
+        *_, parameter, name = ("state", *str(key).split("."))
+        nested.setdefault(int(parameter) if parameter.isdigit() else parameter, {})[name] = x
+    return {"state": nested}
+
+
+def _entries(parts: _Parts, state_dict: Mapping[str, Any], places: list[str]) -> dict[str, Mapping[str, Any]]:
+    """What torch keeps for each parameter, by our paths."""
+    groups = state_dict.get("param_groups")
+    indices = [i for group in groups for i in group["params"]] if groups else sorted(state_dict["state"])
+    if len(indices) != len(places):
+        kind = "few" if len(indices) < len(places) else "many"
+        raise ValueError(
+            f"the state_dict has {len(indices)} parameters, too {kind} for the {len(places)} of params: "
+            f"{', '.join(places)}"
+        )
+    entries = {
+        path: state_dict["state"][i] for i, path in zip(indices, places, strict=True) if i in state_dict["state"]
+    }
+    theirs = _torch_name(groups, entries)
+    if theirs not in (None, parts.torch_name):
+        raise ValueError(f"the state_dict is of torch.optim.{theirs}, but opt is like torch.optim.{parts.torch_name}")
+    expected = {"step", *parts.names.values()}
+    for path, entry in entries.items():
+        if missing := expected - set(entry):
+            hint = ": it was made without amsgrad" if "max_exp_avg_sq" in missing else ""
+            raise ValueError(f"the state of {path} lacks {', '.join(sorted(missing))}{hint}")
+        if more := set(entry) - expected:
+            hint = ": it was made with amsgrad, and opt is without" if "max_exp_avg_sq" in more else ""
+            raise ValueError(f"the state of {path} has {', '.join(sorted(more))}, which opt has no place for{hint}")
+    return entries
+
+
+def _torch_name(groups: Any, entries: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """The optimizer that a state_dict is of, as far as it says."""
+    keys = {name for entry in entries.values() for name in entry}
+    if "exp_inf" in keys:
+        return "Adamax"
+    if not groups:
+        return None
+    if "momentum_decay" in groups[0]:
+        return "NAdam"
+    return "Adam" if "amsgrad" in groups[0] else "RAdam" if keys or "betas" in groups[0] else None
+
+
+def _filled(parts: _Parts, path: str, state: Any, entry: Mapping[str, Any], convert: Convert | None) -> Any:
+    """The state of one parameter, from torch's."""
+    arrays = {
+        ours: _moment(path, theirs, entry[theirs], getattr(state, ours), convert if ours in _MOMENTS else None)
+        for ours, theirs in parts.names.items()
+    }
+    return state._replace(count=jnp.int32(int(_array(entry["step"]))), **arrays)
+
+
+def _moment(path: str, name: str, x: Any, like: Any, convert: Convert | None) -> jax.Array:
+    """One array, in our layout, checked against where it goes."""
+    if not isinstance(like, jax.Array):
+        raise TypeError(f"{name} of {path} cannot be imported into {like!r}: import into moments in float32")
+    x = _array(x)
+    x = np.asarray(convert(path, x)) if convert is not None else x
+    if np.iscomplexobj(x) and not jnp.issubdtype(like.dtype, jnp.complexfloating):
+        x = np.stack([x.real, x.imag], axis=-1)
+    if x.shape != like.shape:
+        raise ValueError(f"{name} of {path} has shape {x.shape}, expected {like.shape}; convert= changes layouts")
+    if _trees.compute_dtype(x.dtype) != _trees.compute_dtype(like.dtype):
+        raise ValueError(
+            f"{name} of {path} is {x.dtype}, and opt keeps {like.dtype}: convert=lambda path, x: "
+            f"x.astype({like.dtype.name!r}) if that is meant"
+        )
+    return jnp.asarray(x).astype(like.dtype)
+
+
+def _array(x: Any) -> np.ndarray:
+    """A torch tensor, or anything like an array, as a NumPy array."""
+    if hasattr(x, "detach"):
+        x = x.detach().cpu()
+        x = x.float() if str(x.dtype) == "torch.bfloat16" else x  # which NumPy does not know
+        x = x.numpy()
+    return np.asarray(x)
+
+
+def _group(parts: _Parts, count: int) -> dict[str, Any]:
+    """The hyperparameters, as torch names them."""
+
+    def number(x: Any) -> float:
+        return float(x(jnp.int32(count)) if callable(x) else x)
+
+    decoupled = not (isinstance(parts.decoupled, float) and parts.decoupled == 0)
+    group = {
+        "lr": number(parts.lr),
+        "betas": (number(parts.moments.b1), number(parts.moments.b2)),
+        "eps": number(parts.moments.eps),
+        "weight_decay": number(parts.decoupled if decoupled else parts.coupled),
+        "maximize": parts.maximize,
+        "foreach": None,
+        "capturable": False,
+        "differentiable": False,
+    }
+    if isinstance(parts.moments, ScaleByAdam):
+        group |= {"amsgrad": parts.moments.amsgrad is not None, "fused": None}
+    if isinstance(parts.moments, ScaleByTorchNAdam):
+        group["momentum_decay"] = number(parts.moments.momentum_decay)
+    if not isinstance(parts.moments, ScaleByAdamax):
+        group["decoupled_weight_decay"] = decoupled
+    return group

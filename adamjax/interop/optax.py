@@ -1,0 +1,178 @@
+"""States of optax's Adam family to ours, and back, so that a run goes on."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from adamjax import _trees
+from adamjax._adam import ScaleByAdam
+from adamjax._base import Chain
+from adamjax._extras import require
+from adamjax._moments import AdamState, Moments
+from adamjax._transforms import AddDecayedWeights, ScaleByLearningRate, ScheduleState
+from adamjax._trees import PyTree
+
+
+def import_state(opt: Any, params: PyTree, state: PyTree) -> PyTree:
+    """The state of `opt` that continues a run of optax.
+
+    Args:
+      opt: `adamjax.adam`, `adamw`, `amsgrad(variant="corrected")` (or "paper", if optax was told not to correct
+        biases), `nadam`, `nadamw`, `radam`, `adamax` or `adamaxw`; alone, in a chain, or in optax's
+        `MultiSteps` or `inject_hyperparams`.
+      params: The parameters, or `jax.ShapeDtypeStruct`s.
+      state: The state of the same optimizer of optax; alone, in a chain, or in `MultiSteps` or
+        `inject_hyperparams`, whether or not `opt` is.
+
+    Returns:
+      A state like `opt.init(params)`.
+
+    Raises:
+      ValueError, TypeError: The two do not fit: no state of Adam in `state`, or several; one with `nu_max` and one
+        without; another tree or shape; gradients that `MultiSteps` has accumulated and `opt` has no
+        place for. The message says where.
+    """
+    amsgrad = {m.amsgrad for m in _moments(opt) if isinstance(m, ScaleByAdam)}
+    if "torch" in amsgrad:
+        raise ValueError(
+            "opt keeps the maximum of uncorrected moments, as torch does, and optax that of corrected ones: "
+            "use variant='corrected'"
+        )
+    start = opt.init(jax.tree.map(lambda p: jnp.zeros(p.shape, p.dtype) if _trees.is_abstract(p) else p, params))
+    return _filled(start, state, "state")
+
+
+def export_state(opt: Any, state: PyTree) -> PyTree:
+    """The state with which optax's optimizer of the same name continues a run of `opt`.
+
+    Args:
+      opt: As for `import_state`, alone.
+      state: The state of `opt`.
+
+    Returns:
+      The state of optax's `adam`, `adamw`, `amsgrad` and so on, with a schedule where `opt` has one.
+
+    Raises:
+      TypeError: optax has no such optimizer.
+      ImportError: optax is not installed.
+    """
+    optax = require("optax", "optax", "exporting to optax")
+    if not isinstance(opt, Chain):
+        raise TypeError(f"{opt!r} is not one of adamjax's optimizers, such as adamjax.adamw")
+    exported = []
+    for transform, part in zip(opt.transforms, state, strict=True):
+        if isinstance(transform, Moments) and getattr(transform, "amsgrad", None) != "torch":
+            count, mu, nu, nu_max = part
+            if any(hasattr(x, "codes") for x in _leaves((mu, nu))):
+                raise TypeError("moments that are quantised cannot be exported: optax has no such storage")
+            adam = optax.ScaleByAdamState(count, mu, nu)
+            exported.append(adam if nu_max is None else optax.ScaleByAmsgradState(count, mu, nu, nu_max))
+        elif isinstance(transform, (AddDecayedWeights, ScaleByLearningRate)):
+            scheduled = isinstance(part, ScheduleState)
+            exported.append(optax.ScaleByScheduleState(part.count) if scheduled else optax.EmptyState())
+        else:
+            raise TypeError(f"optax has nothing like {transform!r}")
+    return tuple(exported)
+
+
+def _leaves(tree: PyTree) -> list[Any]:
+    return jax.tree.leaves(tree, is_leaf=lambda x: hasattr(x, "codes"))
+
+
+def _moments(opt: Any) -> Iterator[Moments]:
+    """What keeps moments in `opt`, as far as it can be seen from here."""
+    if isinstance(opt, Moments):
+        yield opt
+    for inner in getattr(opt, "transforms", ()):
+        yield from _moments(inner)
+
+
+def _filled(template: Any, theirs: Any, where: str) -> PyTree:
+    """`template`, a state before the first step, with the contents of optax's."""
+    if isinstance(template, AdamState):
+        return _adam(template, theirs, where)
+    if isinstance(template, ScheduleState):
+        counts = [s.count for _, s in _find(theirs, "ScaleByScheduleState")] or [_only(theirs, where)[1].count]
+        return ScheduleState(jnp.asarray(counts[0]))
+    if _is_state(template) and type(template).__name__ == type(theirs).__name__:
+        fields = template._fields
+        return type(template)(*(_filled(getattr(template, f), getattr(theirs, f), f"{where}.{f}") for f in fields))
+    if isinstance(template, tuple) and any(_find(template, "AdamState")):
+        return type(template)(_filled(t, theirs, where) for t in template)
+    if isinstance(template, dict) and isinstance(theirs, dict) and theirs.keys() < template.keys():
+        # Hyperparameters that optax does not have stay as they are.
+        theirs = template | theirs
+    expected, found = _structures(template, theirs)
+    if expected != found:
+        if not jax.tree.leaves(template):
+            return template
+        raise ValueError(f"{where} is {found}, expected {expected}")
+    return jax.tree.map(lambda like, x: jnp.asarray(x).astype(like.dtype), template, theirs)
+
+
+def _adam(template: AdamState, theirs: Any, where: str) -> AdamState:
+    for path, steps in _find(theirs, "MultiStepsState"):
+        if int(steps.mini_step):
+            raise ValueError(
+                f"{where}{path} has accumulated {int(steps.mini_step)} gradients that this optimizer has no place "
+                "for: import between two updates, or into optax.MultiSteps around it"
+            )
+    path, found = _only(theirs, where)
+    if (template.nu_max is None) != (not hasattr(found, "nu_max")):
+        raise ValueError(f"{where}{path} is {'with' if hasattr(found, 'nu_max') else 'without'} nu_max, and opt is not")
+    mu, nu, nu_max = (
+        _like(getattr(template, name), getattr(found, name, None), f"{where}{path}.{name}")
+        for name in ("mu", "nu", "nu_max")
+    )
+    return AdamState(jnp.asarray(found.count), mu, nu, nu_max)
+
+
+def _structures(a: PyTree, b: PyTree) -> tuple[Any, Any]:
+    return jax.tree.structure(a), jax.tree.structure(b)
+
+
+def _like(template: PyTree, x: PyTree, where: str) -> PyTree:
+    expected, found = _structures(template, x)
+    if expected != found:
+        raise ValueError(
+            f"{where} is {found}, expected {expected}: it is of other parameters, or opt stores moments in another way"
+        )
+    pairs = zip(jax.tree.leaves_with_path(template), jax.tree.leaves(x), strict=True)
+    for (path, like), leaf in pairs:
+        name = where + jax.tree_util.keystr(path)
+        if like.shape != jnp.shape(leaf):
+            raise ValueError(f"{name} has shape {jnp.shape(leaf)}, expected {like.shape}")
+        if _trees.compute_dtype(_trees.dtype_of(leaf)) != _trees.compute_dtype(like.dtype):
+            raise ValueError(f"{name} is {leaf.dtype}, and opt keeps {like.dtype}")
+    return jax.tree.map(lambda like, leaf: jnp.asarray(leaf).astype(like.dtype), template, x)
+
+
+def _only(theirs: Any, where: str) -> tuple[str, Any]:
+    found = [*_find(theirs, "ScaleByAdamState"), *_find(theirs, "ScaleByAmsgradState")]
+    if len(found) != 1:
+        places = ", ".join(where + path for path, _ in found)
+        raise ValueError(
+            f"{where} has {len(found) or 'no'} state{'s'[: len(found) != 1]} of Adam{places and ': ' + places}"
+        )
+    return found[0]
+
+
+def _find(tree: Any, name: str, where: str = "") -> list[tuple[str, Any]]:
+    """The states of that type in `tree`, with where they are. By name: optax need not be installed."""
+    if _is_state(tree) and type(tree).__name__ == name:
+        return [(where, tree)]
+    if _is_state(tree):
+        children = [(f".{field}", getattr(tree, field)) for field in tree._fields]
+    elif isinstance(tree, (tuple, list)):
+        children = [(f"[{i}]", child) for i, child in enumerate(tree)]
+    elif isinstance(tree, dict):
+        children = [(f"[{key!r}]", child) for key, child in tree.items()]
+    else:
+        return []
+    return [match for key, child in children for match in _find(child, name, where + key)]
+
+
+def _is_state(x: Any) -> bool:
+    return isinstance(x, tuple) and hasattr(x, "_fields")

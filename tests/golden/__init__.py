@@ -1,0 +1,1 @@
+"""Courses and states of other libraries, for the tests to compare with."""

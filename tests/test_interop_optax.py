@@ -1,0 +1,144 @@
+"""States to and from optax."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers import assert_same_types, gradients
+from tolerances import OPTAX
+
+import adamjax
+from adamjax.interop import optax as interop
+
+pytestmark = pytest.mark.usefixtures("lenient")
+
+LR = 1e-2
+OURS_OVER = adamjax.schedules.linear(LR, 0.0, 100)
+THEIRS_OVER = optax.linear_schedule(LR, 0.0, 100)
+PAIRS = {
+    "adam": (adamjax.adam(LR), optax.adam(LR)),
+    "adam schedule": (adamjax.adam(OURS_OVER), optax.adam(THEIRS_OVER)),
+    "adamw": (adamjax.adamw(LR, weight_decay=0.1), optax.adamw(LR, weight_decay=0.1)),
+    "amsgrad": (adamjax.amsgrad(LR, variant="corrected"), optax.amsgrad(LR)),
+    "nadam": (adamjax.nadam(LR), optax.nadam(LR)),
+    "nadamw": (adamjax.nadamw(LR), optax.nadamw(LR)),
+    "radam": (adamjax.radam(LR), optax.radam(LR)),
+    "adamax": (adamjax.adamax(LR), optax.adamax(LR)),
+    "adamaxw": (adamjax.adamaxw(OURS_OVER), optax.adamaxw(THEIRS_OVER)),
+}
+AROUND = {
+    "chain": (
+        adamjax.chain(adamjax.clip_by_global_norm(10.0), adamjax.adamw(OURS_OVER)),
+        optax.chain(optax.clip_by_global_norm(10.0), optax.adamw(THEIRS_OVER)),
+    ),
+    "optax's chain": (
+        optax.chain(optax.clip_by_global_norm(10.0), adamjax.adam(LR)),
+        optax.chain(optax.clip_by_global_norm(10.0), optax.adam(LR)),
+    ),
+    "from inject_hyperparams": (adamjax.adamw(LR), optax.inject_hyperparams(optax.adamw)(LR)),
+    "inject_hyperparams": (
+        optax.inject_hyperparams(adamjax.adam)(learning_rate=LR),
+        optax.inject_hyperparams(optax.adam)(learning_rate=LR),
+    ),
+    "from MultiSteps": (adamjax.adam(LR), optax.MultiSteps(optax.adam(LR), 2)),
+    "MultiSteps": (optax.MultiSteps(adamjax.adam(OURS_OVER), 3), optax.MultiSteps(optax.adam(THEIRS_OVER), 3)),
+}
+PARAMS = {"a": jnp.linspace(-1, 1, 6).reshape(2, 3), "b": jnp.ones(4)}
+GRADS = [{"a": a, "b": b} for a, b in zip(gradients((2, 3), 20), gradients((4,), 20, seed=1), strict=True)]
+
+
+def run(opt, params, state, grads):
+    update = jax.jit(opt.update)
+    for g in grads:
+        updates, state = update(jax.tree.map(jnp.asarray, g), state, params)
+        params = optax.apply_updates(params, updates)
+    return params, state
+
+
+def assert_near(found, expected, steps):
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=OPTAX["float32"] * LR * steps)
+
+
+@pytest.mark.parametrize("name", [*PAIRS, *AROUND])
+def test_a_run_of_optax_continues_here(name):
+    ours, theirs = (PAIRS | AROUND)[name]
+    params, state = run(theirs, PARAMS, theirs.init(PARAMS), GRADS[:10])
+    imported = interop.import_state(ours, params, state)
+    if name in PAIRS:
+        assert_same_types(imported, ours.init(params))
+    expected, _ = run(theirs, params, state, GRADS[10:])
+    if name == "from MultiSteps":
+        # One gradient in place of the mean of two.
+        pairs = zip(GRADS[10::2], GRADS[11::2], strict=True)
+        found, _ = run(ours, params, imported, [jax.tree.map(lambda x, y: (x + y) / 2, a, b) for a, b in pairs])
+    else:
+        found, _ = run(ours, params, imported, GRADS[10:])
+    assert_near(found, expected, 20)
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_a_run_of_ours_continues_in_optax(name):
+    ours, theirs = PAIRS[name]
+    params, state = run(ours, PARAMS, ours.init(PARAMS), GRADS[:10])
+    exported = interop.export_state(ours, state)
+    assert jax.tree.structure(exported) == jax.tree.structure(theirs.init(params))
+    expected, _ = run(ours, params, state, GRADS[10:])
+    found, _ = run(theirs, params, exported, GRADS[10:])
+    assert_near(found, expected, 20)
+    back = interop.import_state(ours, params, exported)
+    assert_same_types(back, state)
+    assert_near(back, state, 0)
+
+
+INT8 = adamjax.quantized("int8", min_size=1)
+ADAM = optax.adam(LR)
+BAD = {
+    "another tree": (
+        adamjax.adam(),
+        ADAM.init({"a": PARAMS["a"]}),
+        r"^state\[0\]\.mu is PyTreeDef.*of other parameters",
+    ),
+    "shape": (
+        adamjax.adam(),
+        ADAM.init(PARAMS | {"b": jnp.ones(5)}),
+        r"^state\[0\]\.mu\['b'\] has shape \(5,\), expected",
+    ),
+    "no amsgrad": (adamjax.amsgrad(variant="corrected"), ADAM.init(PARAMS), r"^state\[0\] is without nu_max, and opt"),
+    "amsgrad": (adamjax.adam(), optax.amsgrad(LR).init(PARAMS), r"^state\[0\] is with nu_max, and opt is not"),
+    "torch's amsgrad": (adamjax.amsgrad(), optax.amsgrad(LR).init(PARAMS), r"use variant='corrected'"),
+    "no Adam": (adamjax.adam(), optax.sgd(LR).init(PARAMS), r"^state has no states of Adam"),
+    "two": (
+        adamjax.adam(),
+        optax.chain(ADAM, ADAM).init(PARAMS),
+        r"^state has 2 states of Adam: state\[0\]\[0\], state",
+    ),
+    "codes": (adamjax.adam(mu_dtype=INT8), ADAM.init({"w": jnp.ones((8, 8))}), r"of other parameters, or opt stores"),
+    "accumulated": (
+        adamjax.adam(),
+        optax.MultiSteps(ADAM, 3).init(PARAMS)._replace(mini_step=jnp.int32(2)),
+        r"^state has accumulated 2 gradients that this optimizer has no place for",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_does_not_fit_is_named(name):
+    opt, state, message = BAD[name]
+    with pytest.raises(ValueError, match=message):
+        interop.import_state(opt, {"w": jnp.ones((8, 8))} if name == "codes" else PARAMS, state)
+
+
+@pytest.mark.parametrize(
+    ("opt", "message"),
+    [
+        (adamjax.amsgrad(), r"^optax has nothing like ScaleByAdam"),
+        (adamjax.adam(maximize=True), r"^optax has nothing like Objective"),
+        (adamjax.scale_by_adam(), r"is not one of adamjax's optimizers"),
+        (adamjax.adam(mu_dtype=INT8), r"quantised cannot be exported"),
+    ],
+)
+def test_what_optax_has_not(opt, message):
+    with pytest.raises(TypeError, match=message):
+        interop.export_state(opt, opt.init({"w": jnp.ones((8, 8))}))
