@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import oracle
 
 import adamjax
-from adamjax import schedules
+from adamjax import interop, schedules
 
 
 class Spec(NamedTuple):
@@ -135,6 +135,7 @@ STORED = {
     "adamw bfloat16": _stored(adamjax.adamw, "bfloat16"),
     "amsgrad int8": _stored(adamjax.amsgrad, "int8"),
     "adam int4": _stored(adamjax.adam, "int4"),
+    "torch's nadam": Spec(lambda: interop.torch.nadam(LR, weight_decay=0.1), {}, True),
     **{
         name: Spec(lambda wrap=wrap: wrap(adamjax.adamw(LR, weight_decay=0.1)), {}, True)
         for name, wrap in ROUNDED.items()

@@ -18,7 +18,7 @@ PAIRS_X64 = [("float64", "float64"), ("float64", "bfloat16"), ("float32", "float
 
 # Where all optimizers share the code in question, one of each kind stands for them.
 KINDS = ["adamw schedules", "amsgrad torch", "radam", "adamaxw", "adam coupled"]
-STORED_KINDS = ["amsgrad int8", "adam int4", "kahan"]
+STORED_KINDS = ["amsgrad int8", "adam int4", "torch's nadam", "kahan"]
 
 
 def tree(dtype, seed=0):
