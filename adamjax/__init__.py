@@ -11,6 +11,7 @@ from adamjax._adam import scale_by_adam as scale_by_adam
 from adamjax._base import Transformation as Transformation
 from adamjax._base import apply_updates as apply_updates
 from adamjax._base import chain as chain
+from adamjax._groups import groups as groups
 from adamjax._moments import AdamState as AdamState
 from adamjax._optimizers import adam as adam
 from adamjax._optimizers import adamax as adamax
