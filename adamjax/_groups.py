@@ -50,8 +50,11 @@ class Groups(Transformation):
             raise ValueError(f"{', '.join(map(repr, sorted(unused)))} matches no parameter; those are {paths}")
         return owners
 
+    def apart(self, params: PyTree) -> list[PyTree]:
+        """The parameters of each member: a tree in which those of the others are None."""
+        return self._apart(params, self._numbers(params))
+
     def _apart(self, tree: PyTree, owners: list[int]) -> list[PyTree]:
-        """A tree for each member, in which the leaves of the others are absent."""
         structure: Any
         leaves, structure = jax.tree.flatten(tree, is_leaf=_trees.is_none)
         return [
@@ -60,8 +63,7 @@ class Groups(Transformation):
         ]
 
     def _init(self, params: PyTree) -> tuple[PyTree, ...]:
-        parts = self._apart(params, self._numbers(params))
-        return tuple(member._init(part) for member, part in zip(self.members, parts, strict=True))
+        return tuple(member._init(part) for member, part in zip(self.members, self.apart(params), strict=True))
 
     def _numbers(self, tree: PyTree) -> list[int]:
         """The group of each leaf of `tree`, absent ones included (for which any will do)."""

@@ -160,6 +160,43 @@ def test_a_file_of_torch(tmp_path):
     assert_equal(optim.import_state(opt, p, tmp_path / "adam.pt"), state)
 
 
+@needs_torch
+@pytest.mark.parametrize("adamw", [optim.adamw, adamjax.adamw], ids=["interop", "core"])
+def test_param_groups(adamw):
+    """The usual two groups: weight decay for kernels, none for the rest."""
+    import torch
+
+    opt = adamjax.groups({"kernel": {"weight_decay": 0.1}}, default=adamw(1e-2, weight_decay=0.0))
+    params = jax.tree.map(lambda x: x + 1, MODEL)
+    state = opt.init(params)
+    for g in range(1, 4):
+        params, state = opt.step(jax.tree.map(lambda x, g=g: x / g, params), state, params)
+    exported = optim.export_state(opt, params, state)
+    assert [group["params"] for group in exported["param_groups"]] == [[0], [1, 2]]
+    assert [group["weight_decay"] for group in exported["param_groups"]] == [0.1, 0.0]
+    assert_equal(optim.import_state(opt, params, exported), state)
+
+    ours = dict(zip(["bias", "kernel", "scale"], jax.tree.leaves(params), strict=True))
+    tensors = [torch.nn.Parameter(torch.tensor(np.array(ours[name]))) for name in ("kernel", "bias", "scale")]
+    other = torch.optim.AdamW([{"params": tensors[:1]}, {"params": tensors[1:]}])
+    other.load_state_dict(exported)
+    for p in tensors:
+        p.grad = p.detach() / 4
+    other.step()
+    params, _ = opt.step(jax.tree.map(lambda x: x / 4, params), state, params)
+    for p, x in zip(tensors, [params["layer_0"]["kernel"], params["layer_0"]["bias"], params["scale"]], strict=True):
+        np.testing.assert_allclose(p.detach().numpy(), x, rtol=1e-6)
+
+
+def test_a_safetensors_file(tmp_path):
+    save_file = pytest.importorskip("safetensors.numpy").save_file
+    opt, (state_dict, p) = make("adamw"), half_way("adamw")
+    arrays = {f"state.0.{key}": x for key, x in state_dict["state"][0].items()}
+    save_file(arrays, tmp_path / "adamw.safetensors")
+    found = optim.import_state(opt, jnp.asarray(p), tmp_path / "adamw.safetensors")
+    assert_equal(found, optim.import_state(opt, jnp.asarray(p), state_dict))
+
+
 def test_parameters_without_gradient_fall_behind():
     opt = optim.adam(1e-2, weight_decay=0.1, decoupled_weight_decay=True)
     params = {"a": jnp.ones(2), "b": jnp.ones(2)}

@@ -12,6 +12,7 @@ from adamjax import _trees
 from adamjax._adam import ScaleByAdam
 from adamjax._base import Chain
 from adamjax._extras import require
+from adamjax._groups import Groups
 from adamjax._transforms import AddDecayedWeights, Objective, ScaleByLearningRate, ScheduleState
 from adamjax._trees import PyTree
 from adamjax._variants import ScaleByAdamax
@@ -29,6 +30,7 @@ _TORCH = {ScaleByAdam: "Adam", ScaleByTorchNAdam: "NAdam", ScaleByTorchRAdam: "R
 _MOMENTS = ("mu", "nu", "nu_max")
 
 Convert = Callable[[str, np.ndarray], Any]
+Entries = Mapping[str, Mapping[str, Any]]
 
 
 class _Parts(NamedTuple):
@@ -60,13 +62,14 @@ def import_state(
 
     Args:
       opt: One of `adamjax.interop.torch`; or `adamjax.adam`, `adamw`, `amsgrad` or `adamax`, as far as
-        torch has the same, all of whose parameters then must have done as many steps.
+        torch has the same, all of whose parameters then must have done as many steps; or
+        `adamjax.groups` of such.
       params: The parameters, or `jax.ShapeDtypeStruct`s.
       state_dict: What torch's `optimizer.state_dict()` returns, all its groups; its tensors may be
         NumPy arrays. Or the path of a file: written by `torch.save`, or safetensors with keys
         such as "state.0.exp_avg".
       order: The paths ("layer_0/kernel") of the parameters in torch's order, group after group. None:
-        torch's order is that of the leaves of `params`.
+        torch's order is that of the leaves of `params`; of `adamjax.groups`, member after member.
       convert: Makes the array of `params`' layout out of torch's, for each moment: a function of path and
         array, such as `lambda path, x: x.T if path.endswith("kernel") else x`.
 
@@ -78,16 +81,27 @@ def import_state(
         shape, wider numbers, steps that differ where there is one count. The message names the path.
       ImportError: A file is given, and torch or safetensors is not installed.
     """
-    parts = _parts(opt)
-    entries = _entries(parts, _read(state_dict), _places(params, order))
-    start = opt.init(jax.tree.map(lambda p: jnp.zeros(p.shape, p.dtype) if _trees.is_abstract(p) else p, params))
+    state_dict = _read(state_dict)
+    params = jax.tree.map(lambda p: jnp.zeros(p.shape, p.dtype) if _trees.is_abstract(p) else p, params)
+    entries = _entries(state_dict, _places(opt, params, order))
+    return _imported(opt, params, entries, state_dict.get("param_groups"), convert)
+
+
+def _imported(opt: Any, params: PyTree, entries: Entries, groups: Any, convert: Convert | None) -> PyTree:
+    if isinstance(opt, Groups):
+        return tuple(
+            _imported(member, part, {path: entries[path] for path in _leaves(part) if path in entries}, groups, convert)
+            for member, part in zip(opt.members, opt.apart(params), strict=True)
+        )
+    parts, start = _parts(opt), opt.init(params)
+    _check_names(parts, entries, groups)
     states = {
         path: _filled(parts, path, s, entries[path], convert) if path in entries else s
         for path, s in _split(parts, params, start[0]).items()
     }
     count = jnp.int32(max((int(s.count) for s in states.values()), default=0))
     rest = [ScheduleState(count) if isinstance(s, ScheduleState) else s for s in start[1:]]
-    return (_merge(parts, params, states), *rest)
+    return (_merge(parts, params, states) if states else start[0], *rest)
 
 
 def export_state(
@@ -109,22 +123,36 @@ def export_state(
       ImportError: torch is not installed.
     """
     torch = require("torch", "torch", "exporting to torch")
-    parts, places = _parts(opt), _places(params, order)
-    states, leaves = _split(parts, params, state[0]), _leaves(params)
-    exported = {}
-    for index, path in enumerate(places):
-        one = states[path]
-        if int(one.count) == 0:
-            continue
-        exported[index] = entry = {"step": torch.tensor(float(one.count))}
-        for ours, theirs in parts.names.items():
-            x = np.array(getattr(one, ours))
-            if ours in _MOMENTS:
-                x = x[..., 0] + 1j * x[..., 1] if jnp.iscomplexobj(leaves[path]) else x
-                x = x if convert is None else np.asarray(convert(path, x))
-            entry[theirs] = torch.from_numpy(x.copy())
-    count = max((int(s.count) for s in states.values()), default=0)
-    return {"state": exported, "param_groups": [_group(parts, count) | {"params": list(range(len(places)))}]}
+    places = {path: i for i, path in enumerate(_places(opt, params, order))}
+    exported: dict[int, dict[str, Any]] = {}
+    groups = []
+    for member, part, s in _members(opt, params, state):
+        parts, leaves = _parts(member), _leaves(part)
+        states = _split(parts, part, s[0])
+        for path, one in states.items():
+            if int(one.count) == 0:
+                continue
+            exported[places[path]] = entry = {"step": torch.tensor(float(one.count))}
+            for ours, theirs in parts.names.items():
+                x = np.array(getattr(one, ours))
+                if ours in _MOMENTS:
+                    x = x[..., 0] + 1j * x[..., 1] if jnp.iscomplexobj(leaves[path]) else x
+                    x = x if convert is None else np.asarray(convert(path, x))
+                entry[theirs] = torch.from_numpy(x.copy())
+        count = max((int(one.count) for one in states.values()), default=0)
+        groups.append(_group(parts, count) | {"params": sorted(places[path] for path in states)})
+    return {"state": dict(sorted(exported.items())), "param_groups": groups}
+
+
+def _members(opt: Any, params: PyTree, state: PyTree) -> list[tuple[Any, PyTree, PyTree]]:
+    """The optimizers in `opt`, with their parameters and states."""
+    if not isinstance(opt, Groups):
+        return [(opt, params, state)]
+    return [
+        found
+        for member, part, s in zip(opt.members, opt.apart(params), state, strict=True)
+        for found in _members(member, part, s)
+    ]
 
 
 def _parts(opt: Any) -> _Parts:
@@ -192,9 +220,9 @@ def _merge(parts: _Parts, params: PyTree, states: dict[str, Any]) -> PyTree:
     return states[first]._replace(**columns)
 
 
-def _places(params: PyTree, order: list[str] | None) -> list[str]:
+def _places(opt: Any, params: PyTree, order: list[str] | None) -> list[str]:
     """The paths of the parameters in torch's order."""
-    paths = list(_leaves(params))
+    paths = [path for _, part, _ in _members(opt, params, _stateless(opt)) for path in _leaves(part)]
     if order is None:
         return paths
     order = list(order)
@@ -205,6 +233,10 @@ def _places(params: PyTree, order: list[str] | None) -> list[str]:
         if order.count(path) != 1:
             raise ValueError(f"order names {path!r} {order.count(path)} times: it must name each parameter once")
     return order
+
+
+def _stateless(opt: Any) -> Any:
+    return [_stateless(member) for member in opt.members] if isinstance(opt, Groups) else None
 
 
 def _read(state_dict: Any) -> Mapping[str, Any]:
@@ -225,7 +257,7 @@ def _read(state_dict: Any) -> Mapping[str, Any]:
     return {"state": nested}
 
 
-def _entries(parts: _Parts, state_dict: Mapping[str, Any], places: list[str]) -> dict[str, Mapping[str, Any]]:
+def _entries(state_dict: Mapping[str, Any], places: list[str]) -> Entries:
     """What torch keeps for each parameter, by our paths."""
     groups = state_dict.get("param_groups")
     indices = [i for group in groups for i in group["params"]] if groups else sorted(state_dict["state"])
@@ -235,9 +267,11 @@ def _entries(parts: _Parts, state_dict: Mapping[str, Any], places: list[str]) ->
             f"the state_dict has {len(indices)} parameters, too {kind} for the {len(places)} of params: "
             f"{', '.join(places)}"
         )
-    entries = {
-        path: state_dict["state"][i] for i, path in zip(indices, places, strict=True) if i in state_dict["state"]
-    }
+    return {path: state_dict["state"][i] for i, path in zip(indices, places, strict=True) if i in state_dict["state"]}
+
+
+def _check_names(parts: _Parts, entries: Entries, groups: Any) -> None:
+    """Check that torch's optimizer is the same, and keeps the same."""
     theirs = _torch_name(groups, entries)
     if theirs not in (None, parts.torch_name):
         raise ValueError(f"the state_dict is of torch.optim.{theirs}, but opt is like torch.optim.{parts.torch_name}")
@@ -249,10 +283,9 @@ def _entries(parts: _Parts, state_dict: Mapping[str, Any], places: list[str]) ->
         if more := set(entry) - expected:
             hint = ": it was made with amsgrad, and opt is without" if "max_exp_avg_sq" in more else ""
             raise ValueError(f"the state of {path} has {', '.join(sorted(more))}, which opt has no place for{hint}")
-    return entries
 
 
-def _torch_name(groups: Any, entries: Mapping[str, Mapping[str, Any]]) -> str | None:
+def _torch_name(groups: Any, entries: Entries) -> str | None:
     """The optimizer that a state_dict is of, as far as it says."""
     keys = {name for entry in entries.values() for name in entry}
     if "exp_inf" in keys:
