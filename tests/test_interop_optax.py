@@ -142,3 +142,17 @@ def test_what_does_not_fit_is_named(name):
 def test_what_optax_has_not(opt, message):
     with pytest.raises(TypeError, match=message):
         interop.export_state(opt, opt.init({"w": jnp.ones((8, 8))}))
+
+
+def test_wrapped_it_gets_extra_arguments_in_a_chain_of_optax():
+    watching = adamjax.chain(adamjax.scale_by_learning_rate(1.0), adamjax.schedules.reduce_on_plateau(0.5, patience=1))
+    opt = optax.chain(optax.identity(), interop.wrap(watching))
+    g = jnp.ones(2)
+    state, sizes = opt.init(g), []
+    for _ in range(4):
+        updates, state = opt.update(g, state, g, value=jnp.float32(1.0))
+        sizes.append(float(-updates[0]))
+    assert sizes[0] == 1
+    assert sizes[-1] < 1
+    with pytest.raises(TypeError, match=r"^argument opt of wrap is 3, expected a transformation"):
+        interop.wrap(3)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from adamjax import _trees
 from adamjax._adam import ScaleByAdam
-from adamjax._base import Chain
+from adamjax._base import Chain, as_transformation
 from adamjax._extras import require
 from adamjax._moments import AdamState, Moments
 from adamjax._transforms import AddDecayedWeights, ScaleByLearningRate, ScheduleState
@@ -75,6 +75,25 @@ def export_state(opt: Any, state: PyTree) -> PyTree:
         else:
             raise TypeError(f"optax has nothing like {transform!r}")
     return tuple(exported)
+
+
+def wrap(opt: Any) -> Any:
+    """`opt` as optax's own `GradientTransformationExtraArgs`.
+
+    optax's `chain` passes extra arguments of `update`, such as `value=`, only to what is of that type.
+
+    Args:
+      opt: A transformation.
+
+    Returns:
+      The pair of its `init` and `update`; its hyperparameters are closed over.
+
+    Raises:
+      TypeError: `opt` is no transformation.
+      ImportError: optax is not installed.
+    """
+    opt = as_transformation(opt, "argument opt of wrap")
+    return require("optax", "optax", "wrapping for optax").GradientTransformationExtraArgs(opt.init, opt.update)
 
 
 def _leaves(tree: PyTree) -> list[Any]:
