@@ -367,6 +367,9 @@ def test_other_bad_input():
             {"w": jnp.zeros((4, 8))},
             {"state": {0: entry((4, 8))}, "param_groups": group()},
         )
+    z = {"z": jnp.zeros((4, 3), jnp.complex64)}
+    with pytest.raises(TypeError, match=r"^z is complex, and torch keeps a second moment for each part"):
+        optim.import_state(adamjax.adam(), z, {"state": {0: entry()}, "param_groups": group()})
     opt = optim.adam()
     with pytest.raises(ValueError, match=r"^the gradients lack state\['b'\]"):
         opt.update({"a": P}, opt.init({"a": P, "b": P}))

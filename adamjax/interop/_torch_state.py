@@ -115,8 +115,8 @@ def export_state(
       convert: Makes the array of torch's layout out of ours, for each moment.
 
     Returns:
-      A dict of "state" and "param_groups" (one, with the hyperparameters of `opt`; a schedule's learning
-      rate is that of the next step), with torch tensors.
+      A dict of "state" and "param_groups" (one, or one for each member of `adamjax.groups`, with its
+      hyperparameters; a schedule's learning rate is that of the next step), with torch tensors.
 
     Raises:
       TypeError, ValueError: torch has no such optimizer, or `state` is not of `params`.
@@ -197,6 +197,12 @@ def _split(parts: _Parts, params: PyTree, state: PyTree) -> dict[str, Any]:
     structure: Any = jax.tree.structure(params)
     if parts.per_parameter:
         return dict(zip(_leaves(params), structure.flatten_up_to(state), strict=True))
+    for path, leaf in _leaves(params).items():
+        if jnp.iscomplexobj(leaf):
+            raise TypeError(
+                f"{path} is complex, and torch keeps a second moment for each part of it: use one of "
+                "adamjax.interop.torch, which do as well"
+            )
     columns = {name: structure.flatten_up_to(getattr(state, name)) for name in parts.names}
     return {
         path: state._replace(**{name: column[i] for name, column in columns.items()})
