@@ -64,7 +64,6 @@ ROWS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "kahan": (lambda lr: adamjax.kahan(adamjax.adam(lr)), "bfloat16"),
     "master_weights": (lambda lr: adamjax.master_weights(adamjax.adam(lr)), "bfloat16"),
     "master_weights, low_bits": (lambda lr: adamjax.master_weights(adamjax.adam(lr), low_bits=True), "bfloat16"),
-    "stochastic_rounding, int8": (lambda lr: adamjax.stochastic_rounding(adam(INT8, INT8)(lr)), "bfloat16"),
 }
 
 
