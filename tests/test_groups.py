@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from helpers import assert_equal, assert_same_types
+from helpers import assert_close, assert_equal, assert_same_types
+from tolerances import RECOMPILED
 
 import adamjax
 
@@ -40,15 +41,11 @@ def test_each_parameter_goes_its_groups_way():
         )
     )
     plain = stepped(DEFAULT)
-    assert_equal(found["layers"][0]["kernel"], plain["layers"][0]["kernel"])
+    assert_close(found["layers"][0]["kernel"], plain["layers"][0]["kernel"], RECOMPILED)
     no_decay, fast = stepped(adamjax.adamw(1e-2, weight_decay=0.0)), stepped(adamjax.adamw(0.1, 0.5, weight_decay=0.1))
-    assert_equal(found["layers"][0]["bias"], no_decay["layers"][0]["bias"])
-    assert_equal(found["embedding"], fast["embedding"])
-    assert_equal(found["layers"][1], stepped(optax_in_ours(optax.sgd(0.1)))["layers"][1])
-
-
-def optax_in_ours(opt):
-    return adamjax.chain(opt)
+    assert_close(found["layers"][0]["bias"], no_decay["layers"][0]["bias"], RECOMPILED)
+    assert_close(found["embedding"], fast["embedding"], RECOMPILED)
+    assert_close(found["layers"][1], stepped(adamjax.chain(optax.sgd(0.1)))["layers"][1], RECOMPILED)
 
 
 def test_the_state_has_nothing_in_place_of_the_others():
