@@ -35,7 +35,7 @@ class Groups(Transformation):
         default = [i for i, pattern in enumerate(self.patterns) if pattern is None]
         owners, unused = [], {pattern for _, pattern in named}
         for key, leaf in jax.tree.leaves_with_path(params):
-            path = jax.tree_util.keystr(key, simple=True, separator="/")
+            path = _trees.path_of(key)
             found = [i for i, pattern in named if re.search(pattern, path)]
             unused -= {self.patterns[i] for i in found}
             if len(found) > 1:

@@ -61,6 +61,11 @@ def compute_dtype(*dtypes: np.dtype) -> np.dtype:
         return reduce(jnp.promote_types, dtypes, jnp.dtype(jnp.float32))
 
 
+def path_of(key: tuple[Any, ...]) -> str:
+    """The path of a leaf as users name it: "layer_0/kernel"."""
+    return jax.tree_util.keystr(key, simple=True, separator="/")
+
+
 def cast(x: Any, dtype: np.dtype) -> Any:
     return (
         x if getattr(x, "dtype", None) == dtype and not getattr(x, "weak_type", False) else jnp.asarray(x).astype(dtype)
@@ -73,6 +78,11 @@ def is_abstract(x: Any) -> bool:
 
 def any_abstract(tree: PyTree) -> bool:
     return any(map(is_abstract, jax.tree.leaves(tree)))
+
+
+def concrete(tree: PyTree) -> PyTree:
+    """`tree`, with zeros in place of `jax.ShapeDtypeStruct`s."""
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype) if is_abstract(x) else x, tree)
 
 
 def zeros_like(x: Any, dtype: np.dtype) -> Any:

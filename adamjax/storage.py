@@ -140,7 +140,7 @@ def empty(params: PyTree, name: str, format: np.dtype | Quantized | None, *, sig
 
     def of_leaf(path: Any, p: Any) -> Any:
         if isinstance(format, Quantized):
-            if format.takes(p, jax.tree_util.keystr(path, simple=True, separator="/"), signed=signed):
+            if format.takes(p, _trees.path_of(path), signed=signed):
                 return _empty_codes(p, format, signed)
         elif format is not None:
             if jax.dtypes.canonicalize_dtype(format) != format:

@@ -82,7 +82,7 @@ def import_state(
       ImportError: A file is given, and torch or safetensors is not installed.
     """
     state_dict = _read(state_dict)
-    params = jax.tree.map(lambda p: jnp.zeros(p.shape, p.dtype) if _trees.is_abstract(p) else p, params)
+    params = _trees.concrete(params)
     entries = _entries(state_dict, _places(opt, params, order))
     return _imported(opt, params, entries, state_dict.get("param_groups"), convert)
 
@@ -188,8 +188,7 @@ def _parts(opt: Any) -> _Parts:
 
 def _leaves(params: PyTree) -> dict[str, Any]:
     """The parameters by their paths."""
-    pairs = jax.tree.leaves_with_path(params)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in pairs}
+    return {_trees.path_of(key): leaf for key, leaf in jax.tree.leaves_with_path(params)}
 
 
 def _split(parts: _Parts, params: PyTree, state: PyTree) -> dict[str, Any]:
@@ -228,7 +227,7 @@ def _merge(parts: _Parts, params: PyTree, states: dict[str, Any]) -> PyTree:
 
 def _places(opt: Any, params: PyTree, order: list[str] | None) -> list[str]:
     """The paths of the parameters in torch's order."""
-    paths = [path for _, part, _ in _members(opt, params, _stateless(opt)) for path in _leaves(part)]
+    paths = _paths(opt, params)
     if order is None:
         return paths
     order = list(order)
@@ -241,8 +240,11 @@ def _places(opt: Any, params: PyTree, order: list[str] | None) -> list[str]:
     return order
 
 
-def _stateless(opt: Any) -> Any:
-    return [_stateless(member) for member in opt.members] if isinstance(opt, Groups) else None
+def _paths(opt: Any, params: PyTree) -> list[str]:
+    """The paths of the parameters, of `adamjax.groups` member after member."""
+    if not isinstance(opt, Groups):
+        return list(_leaves(params))
+    return [path for member, part in zip(opt.members, opt.apart(params), strict=True) for path in _paths(member, part)]
 
 
 def _read(state_dict: Any) -> Mapping[str, Any]:

@@ -13,6 +13,7 @@ from adamjax._extras import require
 from adamjax._moments import AdamState, Moments
 from adamjax._transforms import AddDecayedWeights, ScaleByLearningRate, ScheduleState
 from adamjax._trees import PyTree
+from adamjax.storage import QuantizedArray
 
 
 def import_state(opt: Any, params: PyTree, state: PyTree) -> PyTree:
@@ -40,7 +41,7 @@ def import_state(opt: Any, params: PyTree, state: PyTree) -> PyTree:
             "opt keeps the maximum of uncorrected moments, as torch does, and optax that of corrected ones: "
             "use variant='corrected'"
         )
-    start = opt.init(jax.tree.map(lambda p: jnp.zeros(p.shape, p.dtype) if _trees.is_abstract(p) else p, params))
+    start = opt.init(_trees.concrete(params))
     return _filled(start, state, "state")
 
 
@@ -65,7 +66,7 @@ def export_state(opt: Any, state: PyTree) -> PyTree:
     for transform, part in zip(opt.transforms, state, strict=True):
         if isinstance(transform, Moments) and getattr(transform, "amsgrad", None) != "torch":
             count, mu, nu, nu_max = part
-            if any(hasattr(x, "codes") for x in _leaves((mu, nu))):
+            if any(map(_is_quantized, jax.tree.leaves((mu, nu), is_leaf=_is_quantized))):
                 raise TypeError("moments that are quantised cannot be exported: optax has no such storage")
             adam = optax.ScaleByAdamState(count, mu, nu)
             exported.append(adam if nu_max is None else optax.ScaleByAmsgradState(count, mu, nu, nu_max))
@@ -96,8 +97,8 @@ def wrap(opt: Any) -> Any:
     return require("optax", "optax", "wrapping for optax").GradientTransformationExtraArgs(opt.init, opt.update)
 
 
-def _leaves(tree: PyTree) -> list[Any]:
-    return jax.tree.leaves(tree, is_leaf=lambda x: hasattr(x, "codes"))
+def _is_quantized(x: Any) -> bool:
+    return isinstance(x, QuantizedArray)
 
 
 def _moments(opt: Any) -> Iterator[Moments]:
