@@ -3,6 +3,7 @@
 from adamjax import interop as interop
 from adamjax import problems as problems
 from adamjax import rounding as rounding
+from adamjax import safety as safety
 from adamjax import schedules as schedules
 from adamjax import storage as storage
 from adamjax import training as training
@@ -30,4 +31,7 @@ from adamjax._variants import scale_by_radam as scale_by_radam
 from adamjax.rounding import kahan as kahan
 from adamjax.rounding import master_weights as master_weights
 from adamjax.rounding import stochastic_rounding as stochastic_rounding
+from adamjax.safety import check as check
+from adamjax.safety import dynamic_loss_scale as dynamic_loss_scale
+from adamjax.safety import skip_nonfinite as skip_nonfinite
 from adamjax.storage import quantized as quantized

@@ -26,6 +26,8 @@ class Transformation(Value):
 
     # Whether the updates are made for the values that the parameters are to have: not to be rounded.
     lands = False
+    # Whether there are steps at which nothing in it moves: what counts steps around it would not know.
+    holds = False
 
     def __iter__(self) -> Iterator[Callable[..., Any]]:
         return iter((self.init, self.update))

@@ -38,6 +38,15 @@ class AdamState(NamedTuple):
 jax.export.register_namedtuple_serialization(AdamState, serialized_name="adamjax.AdamState")
 
 
+def find(state: PyTree) -> list[tuple[tuple[Any, ...], Any]]:
+    """All nodes of a state that hold moments, ours or optax's, each with its path."""
+
+    def holds_moments(x: Any) -> bool:
+        return {"count", "mu", "nu"} <= set(getattr(x, "_fields", ()))
+
+    return [(path, x) for path, x in jax.tree.leaves_with_path(state, is_leaf=holds_moments) if holds_moments(x)]
+
+
 class Moments(Transformation):
     """Base of the transformations that keep two moments per parameter.
 

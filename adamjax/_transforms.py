@@ -10,9 +10,9 @@ import jax.export
 import jax.numpy as jnp
 from jax import Array
 
-from adamjax import _checks, _trees
+from adamjax import _across, _checks, _trees
 from adamjax._base import Extra, Transformation, chain
-from adamjax._numerics import abs2, scale, sqrt
+from adamjax._numerics import scale, sqrt
 from adamjax._trees import PyTree
 from adamjax._value import static_field, value
 from adamjax.schedules import as_schedule
@@ -192,14 +192,12 @@ class ClipByGlobalNorm(Transformation):
 
     def __post_init__(self) -> None:
         self._check_numbers("max_norm")
-        names = self.axis_name if isinstance(self.axis_name, tuple) else (self.axis_name,)
-        if self.axis_name is not None and not all(isinstance(name, str) for name in names):
-            raise TypeError(
-                f"Invalid axis_name value: {self.axis_name!r}; axis_name must be a string or a tuple of them"
-            )
+        _across.check_axis_name(self.axis_name)
 
     def _update(self, updates: PyTree, state: PyTree, params: PyTree | None, extra: Extra) -> tuple[PyTree, PyTree]:
-        norm = _global_norm(updates, self.axis_name)
+        leaves = jax.tree.leaves(updates)
+        dtype = _trees.real_dtype(_trees.compute_dtype(*map(_trees.dtype_of, leaves)))
+        norm = sqrt(_across.total([_across.sum_of_squares(x) for x in leaves], self.axis_name, dtype))
         limit = _checks.scalar("max_norm", self.max_norm, norm.dtype)
         # Not `norm > limit`: a NaN must reach all updates, instead of passing unclipped.
         exceeds = ~(norm <= limit)
@@ -234,33 +232,6 @@ def clip_by_global_norm(max_norm: Any, *, axis_name: str | tuple[str, ...] | Non
     {'a': Array([0.6], dtype=float32), 'b': Array([0.8], dtype=float32)}
     """
     return ClipByGlobalNorm(max_norm, axis_name)
-
-
-def _global_norm(tree: PyTree, axis_name: str | tuple[str, ...] | None) -> Array:
-    leaves = jax.tree.leaves(tree)
-    dtype = _trees.real_dtype(_trees.compute_dtype(*map(_trees.dtype_of, leaves)))
-    if axis_name is None:
-        return sqrt(sum((_sum_of_squares(x).astype(dtype) for x in leaves), start=jnp.zeros((), dtype)))
-    axes = {axis_name} if isinstance(axis_name, str) else set(axis_name)
-    # Where shard_map tracks what varies over an axis, the axis index does; elsewhere nothing does.
-    tracked = any(_varying(jax.lax.axis_index(axis)) for axis in axes)
-    total = jnp.zeros((), dtype)
-    sums: dict[tuple[str, ...], Array] = {}
-    for x in leaves:
-        sharded = tuple(sorted(axes & _varying(x) if tracked else axes))
-        sums[sharded] = sums.get(sharded, 0.0) + _sum_of_squares(x).astype(dtype)
-    for sharded, part in sums.items():
-        total = total + (jax.lax.psum(part, sharded) if sharded else part)
-    return sqrt(total)
-
-
-def _varying(x: Any) -> frozenset[str]:
-    return jax.typeof(x).manual_axis_type.varying
-
-
-@partial(jax.jit, inline=True)
-def _sum_of_squares(x: Array) -> Array:
-    return jnp.sum(abs2(x.astype(_trees.compute_dtype(x.dtype))))
 
 
 def _compute_dtype(x: Any) -> Any:

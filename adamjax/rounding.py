@@ -68,6 +68,10 @@ class Rounding(Transformation):
         inner = as_transformation(self.inner, f"argument opt of {name}")
         if inner.lands:
             raise ValueError(f"{name} around {inner!r}, which rounds the parameters already: take one of the two")
+        if inner.holds:
+            raise ValueError(
+                f"{name} around {inner!r} would count the steps that are skipped, and round: put it inside of that"
+            )
         self._replace_field("inner", inner)
 
     def _seed(self) -> Any:

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from adamjax import _checks
-from adamjax._base import apply_updates
+from adamjax._base import Transformation, apply_updates
 from adamjax.problems import Problem, check
+from adamjax.safety import DynamicLossScale
 
 
 class Report(NamedTuple):
@@ -98,11 +99,24 @@ def train_step(
     problem: Problem, optimizer: Any, keys: Keys, params: Any, state: Any, step: Any
 ) -> tuple[Any, Any, jax.Array]:
     """Update number `step` (0 for the first): the new parameters and state, and the loss before it."""
-    batch = problem.batch(step, keys.data)
-    loss, grads = jax.value_and_grad(problem.loss)(params, batch, jax.random.fold_in(keys.loss, step))
-    # Of a complex parameter, JAX's gradient is the conjugate of the direction of ascent.
-    updates, state = optimizer.update(jax.tree.map(jnp.conj, grads), state, params)
+    loss, grads = gradients(problem, optimizer, keys, params, state, step)
+    if isinstance(optimizer, Transformation):
+        return *optimizer.step(grads, state, params), loss
+    updates, state = optimizer.update(grads, state, params)
     return apply_updates(params, updates), state, loss
+
+
+def gradients(problem: Problem, optimizer: Any, keys: Keys, params: Any, state: Any, step: Any) -> tuple[jax.Array, Any]:
+    """The loss of update number `step`, and the gradients that the optimizer takes: scaled, if it scales the loss."""
+    batch = problem.batch(step, keys.data)
+
+    def objective(params: Any) -> tuple[jax.Array, jax.Array]:
+        loss = problem.loss(params, batch, jax.random.fold_in(keys.loss, step))
+        return optimizer.scale(loss, state) if isinstance(optimizer, DynamicLossScale) else loss, loss
+
+    grads, loss = jax.grad(objective, has_aux=True)(params)
+    # Of a complex parameter, JAX's gradient is the conjugate of the direction of ascent.
+    return loss, jax.tree.map(jnp.conj, grads)
 
 
 def _run(

@@ -13,8 +13,10 @@ FLOORS = [
     ["_trees", "_extras", "_stochastic"],
     ["_checks"],
     ["_value", "_numerics", "_codes"],
+    ["_across"],
     ["storage", "_base"],
     ["_plateau", "_moments", "_groups", "rounding"],
+    ["safety"],
     ["schedules"],
     ["_adam"],
     ["_variants", "_transforms"],
@@ -41,7 +43,7 @@ FLOORS = [
 ]
 ROOT = Path(adamjax.__file__).parent
 FLOOR = {name: i for i, floor in enumerate(FLOORS) for name in floor}
-CORE = {name for floor in FLOORS[:9] for name in floor}
+CORE = {name for floor in FLOORS[:11] for name in floor}
 
 
 def modules():

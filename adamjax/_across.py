@@ -1,0 +1,58 @@
+"""Sums of squares, and agreement, over mapped axes: inside `jax.shard_map` and `jax.pmap`."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from adamjax import _trees
+from adamjax._numerics import abs2
+
+AxisName = str | tuple[str, ...] | None
+
+
+def check_axis_name(axis_name: Any) -> None:
+    """Check the argument `axis_name`: the name of a mapped axis, a tuple of them, or None."""
+    names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
+    if axis_name is not None and not all(isinstance(name, str) for name in names):
+        raise TypeError(f"Invalid axis_name value: {axis_name!r}; axis_name must be a string or a tuple of them")
+
+
+@partial(jax.jit, inline=True)
+def sum_of_squares(x: Array) -> Array:
+    """Of the elements of one array, in float32 or wider."""
+    return jnp.sum(abs2(x.astype(_trees.compute_dtype(x.dtype))))
+
+
+def total(parts: Sequence[Array], axis_name: AxisName, dtype: Any) -> Array:
+    """The sum of scalars in `dtype`, each over those of the axes that it is a shard's over."""
+    if axis_name is None:
+        return sum((x.astype(dtype) for x in parts), start=jnp.zeros((), dtype))
+    sums: dict[tuple[str, ...], Array] = {}
+    for x in parts:
+        axes = sharded_over(x, axis_name)
+        sums[axes] = sums.get(axes, jnp.zeros((), dtype)) + x.astype(dtype)
+    return sum((jax.lax.psum(x, axes) if axes else x for axes, x in sums.items()), start=jnp.zeros((), dtype))
+
+
+def largest(x: Array, axis_name: AxisName) -> Array:
+    """The largest over the axes, element by element."""
+    axes = sharded_over(x, axis_name)
+    return jax.lax.pmax(x, axes) if axes else x
+
+
+def sharded_over(x: Array, axis_name: AxisName) -> tuple[str, ...]:
+    """Those of the axes over which `x` may differ: where JAX does not track that, all of them."""
+    if axis_name is None:
+        return ()
+    axes = {axis_name} if isinstance(axis_name, str) else set(axis_name)
+    # Where shard_map tracks what varies over an axis, the axis index does; elsewhere nothing does.
+    tracked = any(_varying(jax.lax.axis_index(axis)) for axis in axes)
+    return tuple(sorted(axes & _varying(x) if tracked else axes))
+
+
+def _varying(x: Any) -> frozenset[str]:
+    return jax.typeof(x).manual_axis_type.varying

@@ -1,0 +1,395 @@
+"""Steps that gradients cannot spoil: skipping those that are not finite, and scaling the loss in float16.
+
+A single NaN in the gradients stays in Adam's moments for ever; so does an infinity, which a finite gradient
+above 1.8e19 becomes when it is squared in float32. What passes here is the gradients whose squares are
+finite. At any other step, parameters, moments and count stay what they are, bit for bit, and it is counted.
+"""
+
+import json
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from adamjax import _across, _checks, _moments, _stochastic, _trees
+from adamjax._base import Chain, Extra, Foreign, Transformation, as_transformation
+from adamjax._trees import PyTree
+from adamjax._value import Value, static_field, value
+
+_SMALLEST_SCALE, _LARGEST_SCALE = 1.0, 2.0**24
+
+
+@value
+class LeafCounts(Value):
+    """One number for each parameter.
+
+    Fields:
+      counts: int32[number of parameters].
+      paths: Those of the parameters, in the order of the tree.
+    """
+
+    counts: Any
+    paths: tuple[str, ...] = static_field()
+
+
+jax.export.register_pytree_node_serialization(
+    LeafCounts,
+    serialized_name="adamjax.LeafCounts",
+    serialize_auxdata=lambda static: json.dumps(static).encode(),
+    deserialize_auxdata=lambda found: tuple(tuple(paths) for paths in json.loads(bytes(found))),
+)
+
+
+class SkipState(NamedTuple):
+    """State of `skip_nonfinite`.
+
+    Fields:
+      skipped: int32 scalar, the number of steps skipped so far.
+      consecutive: int32 scalar, how many of the last ones were, without one between that was not.
+      exceeded: bool scalar, whether there ever were `max_consecutive` in a row.
+      nonfinite: For each parameter, at how many steps its gradient was not finite.
+      inner: The state of the wrapped transformation.
+    """
+
+    skipped: Array
+    consecutive: Array
+    exceeded: Array
+    nonfinite: LeafCounts
+    inner: PyTree
+
+
+jax.export.register_namedtuple_serialization(SkipState, serialized_name="adamjax.SkipState")
+
+
+@value
+class SkipNonfinite(Transformation):
+    """See `skip_nonfinite`."""
+
+    inner: Any
+    max_consecutive: int | None = static_field(default=None)
+    axis_name: _across.AxisName = static_field(default=None)
+
+    holds = True
+
+    def __post_init__(self) -> None:
+        self._replace_field("inner", as_transformation(self.inner, "argument opt of skip_nonfinite"))
+        if self.max_consecutive is not None:
+            self._replace_field("max_consecutive", _checks.count("max_consecutive", self.max_consecutive))
+        _across.check_axis_name(self.axis_name)
+
+    @property
+    def lands(self) -> bool:  # type: ignore[override]
+        return self.inner.lands
+
+    def _init(self, params: PyTree) -> SkipState:
+        paths = tuple(_trees.path_of(path) for path, _ in jax.tree.leaves_with_path(params))
+        zeros: Any = jax.ShapeDtypeStruct if _trees.any_abstract(params) else jnp.zeros
+        none = LeafCounts(zeros((len(paths),), jnp.int32), paths)
+        return SkipState(
+            _trees.zero_count(params), _trees.zero_count(params), zeros((), jnp.bool), none, self.inner._init(params)
+        )
+
+    def _update(self, updates: PyTree, state: PyTree, params: PyTree | None, extra: Extra) -> tuple[PyTree, SkipState]:
+        def go(grads: PyTree, inner: PyTree) -> tuple[PyTree, PyTree]:
+            return self.inner._update(grads, inner, params, extra)
+
+        return self.guard(go, updates, state)
+
+    def step(self, grads: PyTree, state: PyTree, params: PyTree, **extra: Any) -> tuple[PyTree, PyTree]:
+        """One whole step, or none; see `Transformation.step`."""
+        _checks.updates(grads, params)
+
+        def go(grads: PyTree, inner: PyTree) -> tuple[PyTree, PyTree]:
+            return self.inner.step(grads, inner, params, **extra)
+
+        return self.guard(go, grads, state, params)
+
+    def guard(
+        self, go: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]], grads: PyTree, state: PyTree, stay: PyTree = None
+    ) -> tuple[PyTree, SkipState]:
+        """What `go` makes of the gradients and the inner state, if they are finite; else `stay`, or updates of -0."""
+        _checks.state(state, SkipState, "skip_nonfinite")
+        bad = _nonfinite(grads, state.nonfinite.paths, self.axis_name)
+        ok = ~jnp.any(bad)
+        made, _ = jax.eval_shape(go, grads, state.inner)
+
+        def hold(grads: PyTree, inner: PyTree) -> tuple[PyTree, PyTree]:
+            if stay is not None:
+                return stay, inner
+            # Not 0: added to a parameter that is -0, it would make it 0.
+            return jax.tree.map(lambda x: -jnp.zeros(x.shape, x.dtype, device=x.sharding), made), inner
+
+        # A branch, and not a selection by element, which would need the old moments beside the new ones.
+        result, inner = jax.lax.cond(ok, go, hold, grads, state.inner)
+        consecutive = jnp.where(ok, 0, _trees.increment(state.consecutive))
+        exceeded = state.exceeded
+        if self.max_consecutive is not None:
+            exceeded |= consecutive >= self.max_consecutive
+        skipped = jnp.where(ok, state.skipped, _trees.increment(state.skipped))
+        counts = jnp.where(bad, _trees.increment(state.nonfinite.counts), state.nonfinite.counts)
+        return result, SkipState(skipped, consecutive, exceeded, LeafCounts(counts, state.nonfinite.paths), inner)
+
+
+def skip_nonfinite(
+    opt: Any, *, max_consecutive: int | None = None, axis_name: str | tuple[str, ...] | None = None
+) -> SkipNonfinite:
+    """Skip the steps at which a gradient is NaN, infinite, or too large for its square to be finite.
+
+    A skipped step leaves the parameters and the state of `opt`, its step counts included, bit for bit as they
+    were, as if it had not been: a run with bad gradients here and there ends where one without these
+    steps does. All parameters are skipped together. What is outside of `opt` is not held back: put
+    this around everything that counts steps.
+
+    The squares of the gradients are summed leaf by leaf, in float32 or wider; what is skipped is a
+    sum that is not finite. So the norm of a parameter's gradient may be up to 1.8e19.
+
+    Args:
+      opt: A transformation, ours or optax's.
+      max_consecutive: At least 1: after so many steps skipped in a row, the state says so from then
+        on, and `check` raises. Steps go on being skipped. None: as many as there are.
+      axis_name: Where `update` runs inside `jax.shard_map` or `jax.pmap`, and devices have different
+        gradients or shards of them: the mapped axis (or axes) over which they agree to skip.
+        Sharded arrays under `jax.jit` need no axis.
+
+    Returns:
+      A transformation with state `SkipState`. Its updates at a skipped step are -0.0, which leaves
+      every number that it is added to as it is.
+
+    Raises:
+      TypeError, ValueError: `opt` is no transformation, or an argument is not as above.
+
+    >>> import adamjax, jax.numpy as jnp
+    >>> opt = adamjax.skip_nonfinite(adamjax.adam(0.1))
+    >>> params = {"a": jnp.ones(2), "b": jnp.ones(1)}
+    >>> state = opt.init(params)
+    >>> grads = {"a": jnp.array([jnp.nan, 1.0]), "b": jnp.ones(1)}
+    >>> params, state = opt.step(grads, state, params)
+    >>> params
+    {'a': Array([1., 1.], dtype=float32), 'b': Array([1.], dtype=float32)}
+    >>> int(state.skipped), int(state.inner[0].count), state.nonfinite.paths, state.nonfinite.counts
+    (1, 0, ('a', 'b'), Array([1, 0], dtype=int32))
+    """
+    return SkipNonfinite(opt, max_consecutive, axis_name)
+
+
+def _nonfinite(grads: PyTree, paths: tuple[str, ...], axis_name: _across.AxisName) -> Array:
+    """bool[len(paths)]: of which parameters the gradient is not finite, on any device."""
+    sums = {_trees.path_of(path): _across.sum_of_squares(g) for path, g in jax.tree.leaves_with_path(grads)}
+    if unknown := sums.keys() - set(paths):
+        raise ValueError(
+            f"there is a gradient for {min(unknown)}, which the state of skip_nonfinite does not know: "
+            "this state belongs to other parameters, call init(params) for these"
+        )
+    if not sums:
+        return jnp.zeros(len(paths), jnp.bool)
+    fine = jnp.zeros((), jnp.float32)
+    bad = jnp.stack([~jnp.isfinite(sums.get(path, fine)) for path in paths])
+    return _across.largest(bad.astype(jnp.int32), axis_name) > 0
+
+
+class LossScaleState(NamedTuple):
+    """State of `dynamic_loss_scale`.
+
+    Fields:
+      scale: float32 scalar, what the loss is to be multiplied by: a power of two from 1 to 2**24.
+      good: int32 scalar, the steps since it last changed.
+      inner: That of `skip_nonfinite`.
+    """
+
+    scale: Array
+    good: Array
+    inner: SkipState
+
+
+jax.export.register_namedtuple_serialization(LossScaleState, serialized_name="adamjax.LossScaleState")
+
+
+@value
+class DynamicLossScale(Transformation):
+    """See `dynamic_loss_scale`."""
+
+    inner: SkipNonfinite
+    initial: float = static_field(default=2.0**15)
+    growth_interval: int = static_field(default=2000)
+
+    holds = True
+
+    def __post_init__(self) -> None:
+        initial = _checks.number("initial", self.initial)
+        if not (isinstance(initial, float) and initial in _SCALES):
+            raise ValueError(f"Invalid initial value: {self.initial!r}; initial must be a power of two from 1 to 2**24")
+        self._replace_field("initial", initial)
+        self._replace_field("growth_interval", _checks.count("growth_interval", self.growth_interval))
+
+    @property
+    def lands(self) -> bool:  # type: ignore[override]
+        return self.inner.lands
+
+    def scale(self, loss: Array, state: LossScaleState) -> Array:
+        """The loss to differentiate: `loss` times the scale of this step, in float32 or wider."""
+        _checks.state(state, LossScaleState, "dynamic_loss_scale")
+        dtype = _trees.compute_dtype(_trees.dtype_of(loss))
+        return loss.astype(dtype) * state.scale.astype(dtype)
+
+    def unscale(self, grads: PyTree, state: LossScaleState) -> PyTree:
+        """The gradients of the loss itself, in float32 or wider; None stays."""
+        _checks.state(state, LossScaleState, "dynamic_loss_scale")
+        # Exact: a power of two.
+        return _trees.map_leaves(lambda g: _times(g, 1 / state.scale), grads)
+
+    def _init(self, params: PyTree) -> LossScaleState:
+        for path, p in jax.tree.leaves_with_path(params):
+            if _stochastic.is_narrow(_trees.dtype_of(p)) and _has_foreign(self.inner.inner):
+                raise ValueError(
+                    f"params{jax.tree_util.keystr(path)} is {_trees.dtype_of(p)}, and {self.inner.inner!r} would be "
+                    "given its gradient in that dtype, where it is lost once it is unscaled: put "
+                    "adamjax.master_weights (or kahan) around what is not from adamjax"
+                )
+        scale: Any = jax.ShapeDtypeStruct((), jnp.float32)
+        if not _trees.any_abstract(params):
+            scale = jnp.asarray(self.initial, jnp.float32)
+        return LossScaleState(scale, _trees.zero_count(params), self.inner._init(params))
+
+    def _update(
+        self, updates: PyTree, state: PyTree, params: PyTree | None, extra: Extra
+    ) -> tuple[PyTree, LossScaleState]:
+        def go(grads: PyTree, inner: PyTree) -> tuple[PyTree, PyTree]:
+            return self.inner.inner._update(self.unscale(grads, state), inner, params, extra)
+
+        return self._rescaled(state, *self.inner.guard(go, updates, state.inner))
+
+    def step(self, grads: PyTree, state: PyTree, params: PyTree, **extra: Any) -> tuple[PyTree, PyTree]:
+        """One whole step, or none; see `Transformation.step`."""
+        _checks.updates(grads, params)
+        _checks.state(state, LossScaleState, "dynamic_loss_scale")
+
+        def go(grads: PyTree, inner: PyTree) -> tuple[PyTree, PyTree]:
+            return self.inner.inner.step(self.unscale(grads, state), inner, params, **extra)
+
+        return self._rescaled(state, *self.inner.guard(go, grads, state.inner, params))
+
+    def _rescaled(self, state: LossScaleState, result: PyTree, inner: SkipState) -> tuple[PyTree, LossScaleState]:
+        overflown = inner.consecutive > 0
+        good = jnp.where(overflown, 0, _trees.increment(state.good))
+        grows = good >= self.growth_interval
+        factor = jnp.where(overflown, np.float32(0.5), jnp.where(grows, np.float32(2), np.float32(1)))
+        scale = jnp.clip(state.scale * factor, np.float32(_SMALLEST_SCALE), np.float32(_LARGEST_SCALE))
+        return result, LossScaleState(scale, jnp.where(grows, 0, good), inner)
+
+
+_SCALES = {2.0**k for k in range(25)}
+
+
+def dynamic_loss_scale(
+    opt: Any,
+    *,
+    initial: float = 2.0**15,
+    growth_interval: int = 2000,
+    max_consecutive: int | None = None,
+    axis_name: str | tuple[str, ...] | None = None,
+) -> DynamicLossScale:
+    """Gradients of a scaled loss, for float16: without it, those below 6e-8 are 0.
+
+    Multiply the loss by the scale before it is differentiated, with the method `scale`; the step divides
+    the gradients by it again, in float32. Where they are not finite, the step is skipped as by
+    `skip_nonfinite`, and the scale is halved; after `growth_interval` steps without that, it is
+    doubled. It stays between 1 and 2**24, and a power of two, so that scaling rounds nothing.
+
+    Args:
+      opt: A transformation. Of float16 parameters, one of optax's must be inside `master_weights` or `kahan`.
+      initial: The scale to begin with: a power of two from 1 to 2**24.
+      growth_interval: At least 1.
+      max_consecutive, axis_name: See `skip_nonfinite`.
+
+    Returns:
+      A transformation with state `LossScaleState`, and the methods `scale(loss, state)`, and
+      `unscale(grads, state)` for who wants to see the gradients.
+
+    Raises:
+      TypeError, ValueError: An argument is not as above; at `init`, a transformation of optax's
+        would be given half precision.
+
+    References:
+      Micikevicius et al., 2018, https://arxiv.org/abs/1710.03740, section 3.2.
+
+    >>> import adamjax, jax, jax.numpy as jnp
+    >>> opt = adamjax.dynamic_loss_scale(adamjax.master_weights(adamjax.adam(0.1)))
+    >>> params = jnp.ones(2, jnp.float16)
+    >>> state = opt.init(params)
+    >>> def loss(params):
+    ...     return jnp.sum(params) * jnp.float16(3e-8)  # its gradient is half the smallest float16, and 0
+    >>> jax.grad(loss)(params)
+    Array([0., 0.], dtype=float16)
+    >>> params, state = opt.step(jax.grad(lambda p: opt.scale(loss(p), state))(params), state, params)
+    >>> params
+    Array([0.9, 0.9], dtype=float16)
+    """
+    return DynamicLossScale(SkipNonfinite(opt, max_consecutive, axis_name), initial, growth_interval)
+
+
+@partial(jax.jit, inline=True)
+def _times(g: Array, factor: Array) -> Array:
+    dtype = _trees.compute_dtype(g.dtype)
+    return g.astype(dtype) * factor.astype(_trees.real_dtype(dtype)).astype(dtype)
+
+
+def _has_foreign(opt: Transformation) -> bool:
+    """Whether one of others would be given gradients in the dtype of the parameters."""
+    return isinstance(opt, Foreign) or (isinstance(opt, Chain) and any(map(_has_foreign, opt.transforms)))
+
+
+def check(state: PyTree) -> None:
+    """Raise if training has gone wrong, as far as a state knows it.
+
+    For the host, now and then: it waits for the device.
+
+    Args:
+      state: What `init` or `update` returned, or anything that holds it; also with an axis of
+        devices or of a population in front.
+
+    Raises:
+      FloatingPointError: `max_consecutive` steps in a row were skipped (the message has the counts,
+        and the parameters whose gradients were not finite), or a moment is NaN or infinite (its path).
+
+    >>> import adamjax, jax.numpy as jnp
+    >>> opt = adamjax.skip_nonfinite(adamjax.adam(), max_consecutive=2)
+    >>> params = {"kernel": jnp.ones(2)}
+    >>> state = opt.init(params)
+    >>> for _ in range(2):
+    ...     params, state = opt.step({"kernel": jnp.array([1.0, jnp.inf])}, state, params)
+    >>> adamjax.check(state)
+    Traceback (most recent call last):
+    FloatingPointError: 2 steps were skipped, at least max_consecutive of them in a row (2 just now): the gradients ...
+    """
+    for found in _find(state, SkipState):
+        if np.any(found.exceeded):
+            raise FloatingPointError(_exceeded(found))
+    for path, node in _moments.find(state):
+        for below, x in jax.tree.leaves_with_path(node):
+            if jnp.issubdtype(x.dtype, jnp.inexact) and not jnp.all(jnp.isfinite(x)):
+                raise FloatingPointError(
+                    f"the state is not finite at {_trees.path_of((*path, *below))}, and never will be again: a gradient "
+                    "was not. Start from an earlier state, with adamjax.skip_nonfinite around the optimizer"
+                )
+
+
+def _exceeded(state: SkipState) -> str:
+    counts = np.asarray(state.nonfinite.counts)
+    counts = counts.reshape(-1, counts.shape[-1]).max(axis=0)
+    where = ", ".join(
+        f"{state.nonfinite.paths[i] or 'the parameter'} at {counts[i]}" for i in np.argsort(-counts) if counts[i]
+    )
+    return (
+        f"{np.max(state.skipped)} steps were skipped, at least max_consecutive of them in a row "
+        f"({np.max(state.consecutive)} just now): the gradients are not finite of {where}. Lower the learning rate, clip, "
+        "or look for a division by 0 or the logarithm of one in the loss"
+    )
+
+
+def _find(tree: PyTree, kind: type) -> list[Any]:
+    return [x for x in jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, kind)) if isinstance(x, kind)]
