@@ -13,6 +13,14 @@ from adamjax._numerics import Decay, abs2, correction, decay, divide, mix, sqrt
 from adamjax._value import static_field, value
 
 
+class Parts(NamedTuple):
+    """What the direction of one array is made of, for who wants to see it: m_hat / (root + eps)."""
+
+    m_hat: Array
+    root: Array
+    eps: Any
+
+
 class Scalars(NamedTuple):
     """The hyperparameters and bias corrections of step t: 0-d arrays in the dtype of the step."""
 
@@ -41,21 +49,28 @@ def first_moment(g: Array, m: Array, s: Any, nesterov: bool) -> tuple[Array, Arr
 
 def second_moment(g: Array, v: Array, v_max: Any, s: Scalars, amsgrad: str | None) -> tuple[Array, Any, Array]:
     v = mix(v, abs2(g), s.decay2)
+    if amsgrad is not None:
+        v_max = jnp.maximum(v_max, v / s.c2 if amsgrad == "corrected" else v)
+    return v, v_max, corrected(v, v_max, s.c2, amsgrad)
+
+
+def corrected(v: Array, v_max: Any, c2: Any, amsgrad: str | None) -> Array:
+    """The second moment that the step divides by."""
     if amsgrad is None:
-        return v, None, v / s.c2
-    if amsgrad == "corrected":
-        v_max = jnp.maximum(v_max, v / s.c2)
-        return v, v_max, v_max
-    # "torch", and "paper" (Reddi et al., 2018), for which all bias corrections are 1.
-    v_max = jnp.maximum(v_max, v)
-    return v, v_max, v_max / s.c2
+        return v / c2
+    # Else "torch", or "paper" (Reddi et al., 2018), for which all bias corrections are 1.
+    return v_max if amsgrad == "corrected" else v_max / c2
 
 
-def adam_scalars(opt: Any, t: Array, corrected: bool = True) -> Scalars:
+def adam_parts(m: Array, v: Array, v_max: Any, s: Scalars, amsgrad: str | None) -> Parts:
+    return Parts(divide(m, s.c1), sqrt(corrected(v, v_max, s.c2, amsgrad) + s.eps_root), s.eps)
+
+
+def adam_scalars(opt: Any, t: Array, amsgrad: str | None = None) -> Scalars:
     """The scalars of step `t`, in its dtype, for an `opt` that has Adam's hyperparameters."""
     decay1, decay2 = decay("b1", opt.b1, t.dtype), decay("b2", opt.b2, t.dtype)
     c1, c1_next, c2 = correction(t, decay1), correction(t + 1, decay1), correction(t, decay2)
-    if not corrected:
+    if amsgrad == "paper":
         c1 = c1_next = c2 = jnp.ones_like(t)
     eps_root = _checks.scalar("eps_root", opt.eps_root, t.dtype)
     return Scalars(decay1, decay2, c1, c1_next, c2, epsilon(opt.eps, t.dtype), eps_root)
@@ -95,7 +110,10 @@ class ScaleByAdam(Moments):
         return adam_step, (self.nesterov, self.amsgrad)
 
     def _scalars(self, t: Array) -> Scalars:
-        return adam_scalars(self, t, corrected=self.amsgrad != "paper")
+        return adam_scalars(self, t, self.amsgrad)
+
+    def parts(self, m: Array, v: Array, v_max: Any, t: Array) -> Parts:
+        return adam_parts(m, v, v_max, self._scalars(t), self.amsgrad)
 
 
 def scale_by_adam(

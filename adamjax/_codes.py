@@ -97,10 +97,22 @@ class QuantizedArray:
 
     def decode(self) -> Array:
         """The array in float32."""
-        code = _CODES[self.bits, self.signed]
-        q = _unpack(self.codes, self.size, self.signed) if self.bits == 4 else self.codes.astype(jnp.float32)
-        y = jnp.copysign(code.magnitude(jnp.abs(q)), q)
+        q = self._integers()
+        y = jnp.copysign(self._code.magnitude(jnp.abs(q)), q)
         return y * _spread(self.scales, self.block_size, y)
+
+    def spacing(self) -> Array:
+        """From each number to the next larger magnitude that there is, in float32."""
+        q = jnp.abs(self._integers())
+        y = self._code.magnitude(q + 1) - self._code.magnitude(q)
+        return y * _spread(self.scales, self.block_size, y)
+
+    @property
+    def _code(self) -> Code:
+        return _CODES[self.bits, self.signed]
+
+    def _integers(self) -> Array:
+        return _unpack(self.codes, self.size, self.signed) if self.bits == 4 else self.codes.astype(jnp.float32)
 
 
 def _flatten(x: QuantizedArray) -> tuple[tuple[Any, Any], tuple[int, bool, int, int]]:

@@ -8,7 +8,7 @@ import numpy as np
 from jax import Array
 
 from adamjax import _checks
-from adamjax._adam import Scalars, adam_scalars, epsilon, first_moment, second_moment
+from adamjax._adam import Parts, Scalars, adam_parts, adam_scalars, epsilon, first_moment, second_moment
 from adamjax._moments import Moments, Step
 from adamjax._numerics import Decay, correction, decay, divide, log, sqrt
 from adamjax._value import static_field, value
@@ -95,6 +95,9 @@ class ScaleByRAdam(Moments):
         variance = (length - 4) / (longest - 4) * ((length - 2) / (longest - 2)) * (longest / length)
         return RAdamScalars(adam_scalars(self, t), tractable, jnp.sqrt(variance))
 
+    def parts(self, m: Array, v: Array, v_max: Any, t: Array) -> Parts:
+        return adam_parts(m, v, None, self._scalars(t).adam, None)
+
 
 def scale_by_radam(
     b1: Any = 0.9,
@@ -145,6 +148,10 @@ class ScaleByAdamax(Moments):
     def _scalars(self, t: Array) -> AdamaxScalars:
         decay1, b2 = decay("b1", self.b1, t.dtype), _checks.scalar("b2", self.b2, t.dtype)
         return AdamaxScalars(decay1, correction(t, decay1), b2, epsilon(self.eps, t.dtype))
+
+    def parts(self, m: Array, v: Array, v_max: Any, t: Array) -> Parts:
+        s = self._scalars(t)
+        return Parts(divide(m, s.c1), jnp.maximum(v - s.eps, 0.0), s.eps)
 
 
 def scale_by_adamax(

@@ -318,11 +318,11 @@ def dynamic_loss_scale(
       Micikevicius et al., 2018, https://arxiv.org/abs/1710.03740, section 3.2.
 
     >>> import adamjax, jax, jax.numpy as jnp
-    >>> opt = adamjax.dynamic_loss_scale(adamjax.master_weights(adamjax.adam(0.1)))
+    >>> opt = adamjax.dynamic_loss_scale(adamjax.master_weights(adamjax.adam(0.1, eps=1e-12)))
     >>> params = jnp.ones(2, jnp.float16)
     >>> state = opt.init(params)
     >>> def loss(params):
-    ...     return jnp.sum(params) * jnp.float16(3e-8)  # its gradient is half the smallest float16, and 0
+    ...     return jnp.sum(params * jnp.float16(1e-4)) * jnp.float16(1e-4)  # float16 has no 1e-8
     >>> jax.grad(loss)(params)
     Array([0., 0.], dtype=float16)
     >>> params, state = opt.step(jax.grad(lambda p: opt.scale(loss(p), state))(params), state, params)
@@ -362,9 +362,11 @@ def check(state: PyTree) -> None:
     >>> state = opt.init(params)
     >>> for _ in range(2):
     ...     params, state = opt.step({"kernel": jnp.array([1.0, jnp.inf])}, state, params)
-    >>> adamjax.check(state)
-    Traceback (most recent call last):
-    FloatingPointError: 2 steps were skipped, at least max_consecutive of them in a row (2 just now): the gradients ...
+    >>> try:
+    ...     adamjax.check(state)
+    ... except FloatingPointError as error:
+    ...     print(str(error)[:58])
+    2 steps were skipped, at least max_consecutive of them in
     """
     for found in _find(state, SkipState):
         if np.any(found.exceeded):

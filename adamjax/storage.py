@@ -221,6 +221,13 @@ def store_growing(x: Array, like: Any) -> Any:
     return _keep_positive(x, _saturate(x, like.dtype).astype(like.dtype))
 
 
+def spacing(stored: Any) -> Array | None:
+    """How far apart, in float32, the numbers around a stored moment are; None where none are left out."""
+    if isinstance(stored, QuantizedArray):
+        return stored.spacing()
+    return _stochastic.spacing(stored.astype(jnp.float32), stored.dtype) if is_rounded(stored) else None
+
+
 class Precision(NamedTuple):
     """What arithmetic in a dtype does to Adam; see `precision`.
 

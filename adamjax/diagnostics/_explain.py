@@ -1,0 +1,308 @@
+"""From figures to findings: what is wrong, where, how much, and what to do."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from adamjax.diagnostics._measure import AdamStats, LeafStats
+
+ALL = "all parameters"
+
+
+class Finding(NamedTuple):
+    """One thing that is wrong.
+
+    Fields:
+      severity: "error" where nothing good can come of it, "warning" where training suffers.
+      rule: The name of what was looked for, such as "eps".
+      path: Of the parameter, or "all parameters".
+      figure: The number that decided.
+      message: What it means.
+      remedy: What to do.
+    """
+
+    severity: str
+    rule: str
+    path: str
+    figure: float
+    message: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.severity}: {self.message}: {self.remedy}"
+
+
+class Course(NamedTuple):
+    """Figures over time, float64[times] each; of a parameter, or of all together."""
+
+    path: str
+    shape: tuple[int, ...] | None
+    dtype: str
+    counts: np.ndarray
+    of: LeafStats
+
+    def usual(self, name: str) -> float:
+        """The median over time of the figure of that name; NaN is left out."""
+        x = getattr(self.of, name)
+        x = x[~np.isnan(x)]
+        return float(np.median(x)) if len(x) else math.nan
+
+    @property
+    def gradient(self) -> float:
+        """The usual root mean square of a gradient's elements."""
+        return self.usual("gradient_norm") / math.sqrt(self.of.size[-1])
+
+
+def courses(stats: Iterable[AdamStats]) -> tuple[Course, list[Course]]:
+    """Of all parameters together, and of each."""
+    measured = [jax.tree.map(lambda x: np.asarray(x, np.float64), x) for x in jax.device_get(list(stats))]
+    if not measured:
+        raise ValueError("nothing has been measured: pass what measure returned, or several of them")
+    first = measured[0]
+    for x in measured:
+        if np.ndim(x.count):
+            raise ValueError(f"these figures are of {np.shape(x.count)} runs at once: take those of one, by jax.tree.map")
+        if x.paths != first.paths:
+            raise ValueError(f"figures of other parameters: {', '.join(x.paths)} after {', '.join(first.paths)}")
+    counts = np.array([x.count for x in measured])
+    dtype = first.dtypes[0] if len(set(first.dtypes)) == 1 else "mixed"
+    overall = LeafStats(*(np.array(x) for x in zip(*(x.overall for x in measured), strict=True)))
+    table = LeafStats(*(np.stack(x) for x in zip(*(x.leaves for x in measured), strict=True)))
+    leaves = [
+        Course(path, first.shapes[i], first.dtypes[i], counts, LeafStats(*(x[:, i] for x in table)))
+        for i, path in enumerate(first.paths)
+    ]
+    return Course(ALL, None, dtype, counts, overall), leaves
+
+
+def explain(stats: AdamStats | Iterable[AdamStats]) -> list[Finding]:
+    """Say in words what is wrong with a run.
+
+    Where there is more than one measurement, what counts is the median over time, so that a start or
+    an end that differs from the rest does not.
+
+    | rule | found where |
+    |---|---|
+    | nonfinite | a gradient is NaN or infinite |
+    | no_gradient | the gradients of a parameter are all 0 |
+    | underflow | a third of the gradients of a float16 parameter are 0 |
+    | rounding | rounding to the parameters' dtype discards a third of the updates |
+    | eps | eps is larger than the root of the second moment for half of the elements |
+    | rate_high | an update is more than a tenth of the parameters |
+    | rate_low | an update is less than 1e-5 of the parameters, and not because it shrinks to that |
+    | warm_up | after 100 steps or more, those are less than a fifteenth of what b2 averages over |
+    | uphill | updates point uphill |
+    | storage | storing the moments in few bits changes the direction by half |
+
+    Args:
+      stats: What `measure` returned, once or at several steps of one run; a `History`.
+
+    Returns:
+      The findings, errors first; none if all is well.
+
+    Raises:
+      ValueError: There is nothing in it, or the figures of different parameters, or of several runs at once.
+
+    >>> import adamjax, jax.numpy as jnp
+    >>> opt = adamjax.adam(1e-3)
+    >>> params = {"w": jnp.ones(4)}
+    >>> grads = {"w": jnp.array([1e-9, 2e-9, -1e-9, 1e-9])}
+    >>> updates, state = opt.update(grads, opt.init(params), params)
+    >>> for finding in adamjax.diagnostics.explain(adamjax.diagnostics.measure(grads, updates, state, params)):
+    ...     print(finding)
+    warning: eps (1e-08) dominates 100 % of w, whose gradients are about 1e-09: lower eps, or scale the loss
+    """
+    overall, leaves = courses([stats] if isinstance(stats, AdamStats) else stats)
+    findings = [finding for rule in RULES for finding in _limited(list(rule(overall, leaves)))]
+    return sorted(findings, key=lambda finding: finding.severity)
+
+
+def _limited(found: list[Finding], most: int = 5) -> list[Finding]:
+    """Not a thousand times the same of a thousand parameters."""
+    rest = found[most:]
+    if len(rest) < 2:
+        return found
+    others = f"{len(rest)} other parameters"
+    return [*found[:most], rest[0]._replace(path=others, message=f"the same holds for {others} ({rest[0].rule})")]
+
+
+Found = Iterator[Finding]
+
+
+def _nonfinite(overall: Course, leaves: list[Course]) -> Found:
+    for leaf in leaves:
+        bad = leaf.of.nonfinite_gradients > 0
+        if bad.any():
+            first = int(leaf.counts[np.argmax(bad)])
+            yield Finding(
+                "error",
+                "nonfinite",
+                leaf.path,
+                float(bad.mean()),
+                f"the gradient of {leaf.path} was not finite in {bad.sum()} of {len(bad)} measured steps, "
+                f"first at step {first}",
+                "wrap the optimizer in skip_nonfinite (float16: dynamic_loss_scale), and look for a division by 0 "
+                "or a logarithm of it in the loss",
+            )
+
+
+def _no_gradient(overall: Course, leaves: list[Course]) -> Found:
+    for leaf in leaves:
+        if np.all(leaf.of.zero_gradients == 1):
+            yield Finding(
+                "warning",
+                "no_gradient",
+                leaf.path,
+                1.0,
+                f"{leaf.path} never got a gradient but 0",
+                "connect it to the loss (no stop_gradient, no rounding, no saturated activation before it), or make "
+                "its gradient None",
+            )
+
+
+def _underflow(overall: Course, leaves: list[Course]) -> Found:
+    for leaf in leaves:
+        zero = leaf.usual("zero_gradients")
+        if leaf.dtype == "float16" and 1 / 3 < zero < 1:
+            yield Finding(
+                "warning",
+                "underflow",
+                leaf.path,
+                zero,
+                f"{_percent(zero)} of the gradients of {leaf.path} are 0: float16 has nothing below 6e-08",
+                "scale the loss: dynamic_loss_scale",
+            )
+
+
+def _rounding(overall: Course, leaves: list[Course]) -> Found:
+    for leaf in _worst(leaves, "lost", above=1 / 3):
+        yield Finding(
+            "warning",
+            "rounding",
+            leaf.path,
+            leaf.usual("lost"),
+            f"rounding to {leaf.dtype} discards {_percent(leaf.usual('lost'))} of the updates of {leaf.path}",
+            "use stochastic_rounding, kahan or master_weights"
+            if leaf.dtype in ("bfloat16", "float16")
+            else "raise the learning rate",
+        )
+
+
+def _eps(overall: Course, leaves: list[Course]) -> Found:
+    for leaf in _worst(leaves, "eps_dominated", above=0.5):
+        share = leaf.usual("eps_dominated")
+        yield Finding(
+            "warning",
+            "eps",
+            leaf.path,
+            share,
+            f"eps ({leaf.of.eps[-1]:.0e}) dominates {_percent(share)} of {leaf.path}, whose gradients are about "
+            f"{leaf.gradient:.0e}",
+            "lower eps, or scale the loss",
+        )
+
+
+def _rate_high(overall: Course, leaves: list[Course]) -> Found:
+    # Biases begin at 0, where any step is large: matrices alone are looked at, and all together.
+    for course in [overall, *(leaf for leaf in leaves if len(leaf.shape or ()) > 1)]:
+        ratio = course.usual("update_ratio")
+        if ratio > 0.1:
+            times = "" if math.isinf(ratio) else f" about {_round(ratio / 1e-3)}x"
+            yield Finding(
+                "warning",
+                "rate_high",
+                course.path,
+                ratio,
+                f"an update is {ratio:.2g} of {course.path}, where 0.001 is usual: the learning rate is{times} too high",
+                "lower it, or warm up",
+            )
+            return
+
+
+def _rate_low(overall: Course, leaves: list[Course]) -> Found:
+    ratio = float(np.max(overall.of.update_ratio, initial=0, where=~np.isnan(overall.of.update_ratio)))
+    if 0 < ratio < 1e-5:
+        yield Finding(
+            "warning",
+            "rate_low",
+            overall.path,
+            ratio,
+            f"no update is more than {ratio:.0e} of the parameters, where 0.001 is usual: "
+            f"the learning rate is about {_round(1e-3 / ratio)}x too low",
+            "raise it",
+        )
+
+
+def _warm_up(overall: Course, leaves: list[Course]) -> Found:
+    steps, b2 = int(overall.counts[-1]), float(overall.of.b2[-1])
+    needed = 1 / (1 - b2) if b2 < 1 else math.inf
+    if 100 <= steps < needed / 15:  # sooner, there is nothing to be said of a run
+        yield Finding(
+            "warning",
+            "warm_up",
+            overall.path,
+            steps / needed,
+            f"the second moment has not warmed up: b2={b2:.7g} needs about {_round(needed)} steps, the run has {steps}",
+            f"lower b2 (to {_b2_for(steps)}, say), or train longer",
+        )
+
+
+def _uphill(overall: Course, leaves: list[Course]) -> Found:
+    cosine = overall.usual("cosine")
+    if cosine > 0.2:
+        yield Finding(
+            "error",
+            "uphill",
+            overall.path,
+            cosine,
+            f"updates point uphill: the cosine of their angle to the gradient is {cosine:.2f}",
+            "pass the gradient and not its negative, or leave out maximize=True and a second change of sign in the chain",
+        )
+
+
+def _storage(overall: Course, leaves: list[Course]) -> Found:
+    for leaf in _worst(leaves, "storage_error", above=0.5):
+        yield Finding(
+            "warning",
+            "storage",
+            leaf.path,
+            leaf.usual("storage_error"),
+            f"storing the moments of {leaf.path} changes its direction by {_percent(leaf.usual('storage_error'))}",
+            "keep them in more bits, or in smaller blocks (quantized(..., block_size=), or keep=)",
+        )
+
+
+RULES: tuple[Callable[[Course, list[Course]], Found], ...] = (
+    _nonfinite,
+    _uphill,
+    _no_gradient,
+    _underflow,
+    _rounding,
+    _eps,
+    _rate_high,
+    _rate_low,
+    _warm_up,
+    _storage,
+)
+
+
+def _worst(leaves: list[Course], name: str, above: float) -> list[Course]:
+    """Those whose usual figure is above a bound, the largest first."""
+    found = [leaf for leaf in leaves if leaf.usual(name) > above]
+    return sorted(found, key=lambda leaf: -leaf.usual(name))
+
+
+def _percent(x: float) -> str:
+    return f"{100 * x:.0f} %"
+
+
+def _round(x: float) -> str:
+    """To one digit."""
+    return f"{float(f'{x:.0e}'):.0f}"
+
+
+def _b2_for(steps: int) -> str:
+    return f"{1 - 1 / max(steps / 10, 2):.3g}"

@@ -1,0 +1,150 @@
+"""Figures over the course of a run: collected, drawn, and written for others to draw."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from adamjax._extras import require
+from adamjax.diagnostics._explain import Course, Finding, courses, explain
+from adamjax.diagnostics._measure import AdamStats
+
+# What is drawn: the figure, the title, whether on a logarithmic scale.
+_PANELS = (
+    ("gradient_norm", "norm of the gradient", True),
+    ("update_norm", "norm of the update", True),
+    ("update_ratio", "update / parameter", True),
+    ("rate_median", "effective learning rate (median)", True),
+    ("eps_dominated", "elements that eps dominates", False),
+    ("lost", "updates lost to rounding", False),
+)
+_MOST_LABELS = 12
+
+
+class History:
+    """What was measured in the course of a run, on the host.
+
+    >>> import adamjax, jax, jax.numpy as jnp
+    >>> opt, params = adamjax.adam(0.1), {"w": jnp.array([1.0, -2.0])}
+    >>> state, history = opt.init(params), adamjax.diagnostics.History()
+    >>> for _ in range(20):
+    ...     grads = jax.tree.map(lambda p: 2 * p, params)
+    ...     updates, state = opt.update(grads, state, params)
+    ...     history.append(adamjax.diagnostics.measure(grads, updates, state, params, opt=opt))
+    ...     params = adamjax.apply_updates(params, updates)
+    >>> len(history), [finding.rule for finding in history.explain()]
+    (20, ['rate_high'])
+    """
+
+    def __init__(self) -> None:
+        self._stats: list[AdamStats] = []
+
+    def append(self, stats: AdamStats) -> None:
+        """Add a measurement; waits for the device."""
+        self._stats.append(jax.device_get(stats))
+
+    def __iter__(self) -> Iterator[AdamStats]:
+        return iter(self._stats)
+
+    def __len__(self) -> int:
+        return len(self._stats)
+
+    def explain(self) -> list[Finding]:
+        """What is wrong with the run; see `adamjax.diagnostics.explain`."""
+        return explain(self._stats)
+
+    def plot(self, path: Any = None) -> Any:
+        """Draw norms, ratios, and what eps and rounding take, over time: a line for each parameter.
+
+        Args:
+          path: The file to write, such as "diagnostics.png"; None to get the figure.
+
+        Returns:
+          The matplotlib figure, closed if it was written.
+
+        Raises:
+          ImportError: matplotlib is not installed.
+          ValueError: Nothing has been measured.
+        """
+        overall, leaves = courses(self._stats)
+        figures = require("matplotlib.figure", "demo", "drawing a history")
+        colors = require("matplotlib", "demo", "drawing a history").colormaps["viridis"]
+        figure = figures.Figure(figsize=(15, 8), layout="constrained")
+        for axis, (name, title, logarithmic) in zip(figure.subplots(2, 3).flat, _PANELS, strict=True):
+            for i, leaf in enumerate(leaves):
+                _draw(axis, leaf, name, color=colors(i / max(len(leaves) - 1, 1)), label=leaf.path or "the parameter")
+            _draw(axis, overall, name, color="black", label=overall.path, linestyle="--")
+            axis.set(xlabel="step", title=title)
+            if not logarithmic:
+                axis.set_ylim(-0.02, 1.02)
+            elif any(np.any(np.asarray(line.get_ydata()) > 0) for line in axis.lines):
+                axis.set_yscale("log")
+        handles, labels = axis.get_legend_handles_labels()
+        if len(labels) > _MOST_LABELS:  # the first and the last say what the colours mean
+            keep = [0, len(labels) - 2, len(labels) - 1]
+            handles, labels = [handles[i] for i in keep], [labels[i] for i in keep]
+        figure.legend(handles, labels, loc="outside lower center", ncols=4)
+        if path is not None:
+            figure.savefig(path, dpi=120)
+        return figure
+
+
+def _draw(axis: Any, course: Course, name: str, **style: Any) -> None:
+    y = getattr(course.of, name)
+    axis.plot(course.counts, np.where(np.isfinite(y), y, np.nan), marker="." if len(y) < 2 else None, **style)
+
+
+def scalars(stats: AdamStats) -> dict[str, float]:
+    """The figures by the tags that a log has for them: "gradient_norm/all", "gradient_norm/layer_0/kernel", ...
+
+    >>> import adamjax, jax.numpy as jnp
+    >>> p = {"w": jnp.ones(2)}
+    >>> updates, state = adamjax.adam().update(p, adamjax.adam().init(p), p)
+    >>> tags = adamjax.diagnostics.scalars(adamjax.diagnostics.measure(p, updates, state, p))
+    >>> list(tags)[:2], tags["zero_gradients/w"]
+    (['gradient_norm/all', 'gradient_norm/w'], 0.0)
+    """
+    stats = jax.device_get(stats)
+    names = [name for name in stats.overall._fields if name not in ("size", "b2", "eps")]
+    found = {}
+    for name in names:
+        found[f"{name}/all"] = float(getattr(stats.overall, name))
+        of_leaves = getattr(stats.leaves, name)
+        found |= {f"{name}/{path}": float(x) for path, x in zip(stats.paths, of_leaves, strict=True)}
+    return found
+
+
+class LogWriter:
+    """Writes figures where TensorBoard reads them, by `scalars`' tags; a context.
+
+    Args:
+      folder: The folder of the log.
+
+    Raises:
+      ImportError: tensorboardX is not installed.
+    """
+
+    def __init__(self, folder: Any) -> None:
+        writers = require("tensorboardX", "tensorboard", "writing a log for TensorBoard")
+        self._writer = writers.SummaryWriter(str(Path(folder)))
+
+    def write(self, stats: AdamStats) -> None:
+        """Add what was measured at one step."""
+        self.scalars(int(stats.count), scalars(stats))
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """Add other numbers, by their tags."""
+        for tag, x in values.items():
+            self._writer.add_scalar(tag, x, step)
+
+    def close(self) -> None:
+        """Write what is left, and close the file."""
+        self._writer.close()
+
+    def __enter__(self) -> "LogWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,341 @@
+"""What one step looks like: gradients, updates, moments and parameters in numbers."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from adamjax import _across, _checks, _moments, _stochastic, _trees, storage
+from adamjax._adam import scale_by_adam
+from adamjax._numerics import abs2
+from adamjax._trees import PyTree
+from adamjax._value import Value, static_field, value
+
+_SAMPLE = 1024  # elements of a parameter that the quantiles are taken of
+_QUANTILES = (0.05, 0.5, 0.95)
+
+
+class LeafStats(NamedTuple):
+    """Figures of one parameter, of all together, or of each in turn: float32 throughout.
+
+    Fields:
+      size: Number of elements.
+      gradient_norm, update_norm, parameter_norm: Euclidean norms.
+      update_ratio: Root mean square of the update over that of the parameter; infinite where the
+        parameter is 0.
+      rate_low, rate_median, rate_high: The effective learning rate, |update| / |bias-corrected first moment|:
+        its 5th, 50th and 95th percentile, over up to 1024 elements. Weight decay is part of the update.
+        Of all parameters together: the means of theirs, by size.
+      eps_dominated: Of the elements whose second moment is not 0, the fraction where eps is larger than its root.
+      lost: Of the updates that are not 0, the fraction that rounding to the parameter's dtype discards.
+      zero_gradients, nonfinite_gradients: Fractions of the elements.
+      storage_error: Root mean square of what storing the moments in fewer bits changes of the next
+        direction, relative to the direction; from the spacing of the stored numbers.
+      signal_to_noise: Root mean square of the first moment over that of the root of the second one,
+        both bias-corrected: 1 where gradients are the same at each step; 0.23 where they are pure
+        noise, with b1 = 0.9.
+      cosine: Of the angle between update and gradient: -1 is straight downhill.
+      b2, eps: Hyperparameters that the figures depend on.
+    """
+
+    size: Any
+    gradient_norm: Any
+    update_norm: Any
+    parameter_norm: Any
+    update_ratio: Any
+    rate_low: Any
+    rate_median: Any
+    rate_high: Any
+    eps_dominated: Any
+    lost: Any
+    zero_gradients: Any
+    nonfinite_gradients: Any
+    storage_error: Any
+    signal_to_noise: Any
+    cosine: Any
+    b2: Any
+    eps: Any
+
+
+@value
+class AdamStats(Value):
+    """What `measure` found; `stats["layer_0/kernel"]` is that of one parameter.
+
+    Fields:
+      count: int32 scalar, the steps done, this one included.
+      overall: Of all parameters together, scalars. `b2` and `eps` are the largest.
+      leaves: Of each parameter, float32[number of parameters] each, in the order of `paths`.
+      paths, shapes, dtypes: Of the parameters.
+    """
+
+    count: Any
+    overall: LeafStats
+    leaves: LeafStats
+    paths: tuple[str, ...] = static_field()
+    shapes: tuple[tuple[int, ...], ...] = static_field()
+    dtypes: tuple[str, ...] = static_field()
+
+    def __getitem__(self, path: str) -> LeafStats:
+        if path not in self.paths:
+            raise KeyError(f"no parameter {path!r}; there are {', '.join(self.paths)}")
+        return LeafStats(*(x[self.paths.index(path)] for x in self.leaves))
+
+    def __repr__(self) -> str:
+        return f"AdamStats({len(self.paths)} parameters)"
+
+
+class _Sums(NamedTuple):
+    """Sums over the elements of one parameter."""
+
+    size: Any
+    gradient: Any  # of squares, as the next two
+    update: Any
+    parameter: Any
+    product: Any  # of gradient and update
+    zero: Any  # counts, up to `dominated`
+    nonfinite: Any
+    moved: Any
+    lost: Any
+    alive: Any
+    dominated: Any
+    signal: Any  # of squares, from here on
+    noise: Any
+    direction: Any
+    error: Any
+
+
+def measure(
+    grads: PyTree, updates: PyTree, state: PyTree, params: PyTree, *, opt: Any = None, axis_name: _across.AxisName = None
+) -> AdamStats:
+    """Measure one step of an optimizer of the Adam family.
+
+    A pure function for inside or outside of `jax.jit`; all it costs is one more pass over its arguments.
+
+    Args:
+      grads: The gradients given to `update`; of a scaled loss, what `unscale` makes of them.
+      updates: What `update` returned for them.
+      state: The state that came with the updates. Moments are found wherever they are in it, optax's too.
+      params: The parameters before the step.
+      opt: The optimizer, for its b1, b2, eps and form of AMSGrad. None: those of `adam()`.
+      axis_name: Inside `jax.shard_map` or `jax.pmap`, where the arguments are shards: the mapped axis
+        (or axes) over which they are. The quantiles are then means of the shards' quantiles.
+
+    Returns:
+      Figures of each parameter that has a gradient, and of all together.
+
+    Raises:
+      ValueError, TypeError: The trees do not fit each other, there are no moments in the state, or
+        `opt` does not belong to it.
+
+    >>> import adamjax, jax.numpy as jnp
+    >>> opt = adamjax.adam(1e-3)
+    >>> params = {"w": jnp.full(4, 2.0)}
+    >>> grads = {"w": jnp.array([0.0, 1e-9, 1e-9, 1e-2])}
+    >>> updates, state = opt.update(grads, opt.init(params), params)
+    >>> stats = adamjax.diagnostics.measure(grads, updates, state, params, opt=opt)
+    >>> print(f"{stats['w'].eps_dominated:.2f} {stats['w'].zero_gradients:.2f} {stats['w'].rate_high:.0f}")
+    0.67 0.25 90909
+    """
+    _checks.parameters(params)
+    _checks.updates(grads, params)
+    _checks.updates(updates, params)
+    _across.check_axis_name(axis_name)
+    moments = _moments_by_path(state, opt, params)
+    structure, rows = _trees.flatten(grads, updates, params)
+    keys = [key for key, _ in jax.tree.leaves_with_path(grads, is_leaf=_trees.is_none)]
+    chosen = [(key, *row) for key, row in zip(keys, rows, strict=True) if row[0] is not None]
+    if not chosen:
+        raise ValueError("there are no gradients to measure: all of them are None, or the tree is empty")
+    sums, rates, hyper, counts = [], [], [], []
+    for key, g, u, p in chosen:
+        found = moments[key]
+        total, quantiles = _leaf(g, u, p, found)
+        axes = _across.sharded_over(total, axis_name)
+        sums.append(jax.lax.psum(total, axes) if axes else total)
+        rates.append(jax.lax.pmean(quantiles, axes) if axes else quantiles)
+        hyper.append(jnp.stack([_float32("b2", found.member.b2), _float32("eps", found.member.eps)]))
+        counts.append(found.count)
+    table, rate_table, hyper_table = jnp.stack(sums, 1), jnp.stack(rates, 1), jnp.stack(hyper, 1)
+    sizes = table[0]
+    mean_rates = jnp.sum(rate_table * sizes[None], axis=1) / jnp.sum(sizes)
+    return AdamStats(
+        jnp.max(jnp.stack(counts)),
+        _figures(_Sums(*jnp.sum(table, axis=1)), mean_rates, jnp.max(hyper_table, axis=1)),
+        _figures(_Sums(*table), rate_table, hyper_table),
+        tuple(_trees.path_of(key) for key, *_ in chosen),
+        tuple(np.shape(p) for *_, p in chosen),
+        tuple(_trees.dtype_of(p).name for *_, p in chosen),
+    )
+
+
+class _Moments(NamedTuple):
+    """What a state holds of one parameter."""
+
+    count: Any
+    m: Any
+    v: Any
+    v_max: Any
+    member: Any  # of the optimizer, that has the hyperparameters
+
+
+def _moments_by_path(state: PyTree, opt: Any, params: PyTree) -> dict[Any, _Moments]:
+    """The moments of each parameter, by the key path of the parameter."""
+    keys = [key for key, _ in jax.tree.leaves_with_path(params)]
+    nodes = _moments.find(state)
+    if not nodes:
+        raise ValueError("there are no moments in the state: measure takes what init or update of Adam returned")
+    found: dict[Any, _Moments] = {}
+    for (where, node), member in zip(nodes, _members(opt, nodes), strict=True):
+        trees = (node.nu, getattr(node, "nu_max", None))
+        _, rows = _trees.flatten(node.mu, *trees)
+        below = [key for key, _ in jax.tree.leaves_with_path(node.mu, is_leaf=_is_moment)]
+        for key, (m, v, v_max) in zip(below, rows, strict=True):
+            if m is not None:
+                # Either there is a tree in the state, or the state of a parameter in a tree like theirs.
+                name = key if key in keys else max((k for k in keys if where[-len(k) :] == k), key=len, default=None)
+                if name is not None:
+                    found[name] = _Moments(node.count, m, v, v_max, member)
+    for key in keys:
+        if key not in found:
+            raise ValueError(f"the state has no moments of params{jax.tree_util.keystr(key)}")
+    return found
+
+
+def _is_moment(x: Any) -> bool:
+    return x is None or isinstance(x, storage.QuantizedArray)
+
+
+def _members(opt: Any, nodes: list[Any]) -> list[Any]:
+    """For each of the nodes the part of `opt` that it is the state of."""
+    if opt is None:
+        return [scale_by_adam(amsgrad=getattr(node, "nu_max", None) is not None) for _, node in nodes]
+
+    def has_betas(x: Any) -> bool:
+        return all(hasattr(x, name) for name in ("b1", "b2", "eps"))
+
+    members = [x for x in jax.tree.leaves(opt, is_leaf=has_betas) if has_betas(x)]
+    if len(members) == 1:
+        return members * len(nodes)
+    if len(members) != len(nodes):
+        raise ValueError(
+            f"{opt!r} has {len(members)} members with b1, b2 and eps, and the state has moments at {len(nodes)} places: "
+            "this is not its state, or it cannot be told which belong to which"
+        )
+    return members
+
+
+def _float32(name: str, x: Any) -> Array:
+    return jnp.asarray(_checks.scalar(name, x, np.dtype(np.float32)))
+
+
+def _leaf(g: Any, u: Any, p: Any, found: _Moments) -> tuple[Array, Array]:
+    """The sums over the elements of a parameter, and the quantiles of its effective learning rates."""
+    m, v = found.m, found.v
+    g, u, p = map(jnp.asarray, (g, u, p))
+    if jnp.iscomplexobj(p) and m.shape != np.shape(p):  # as torch has them: real and imaginary parts
+        g, u, p = (jnp.stack([x.real, x.imag], axis=-1) for x in (g, u, p))
+    dtype = _trees.compute_dtype(*map(_trees.dtype_of, (g, u, p)), m.dtype)
+    real = _trees.real_dtype(dtype)
+    lost = (u != 0) & (_landed(p, u, dtype) == p.astype(dtype))
+    g, u, p = g.astype(dtype), u.astype(dtype), p.astype(dtype)
+    v_loaded = storage.load(v, real, g)
+    v_max = None if found.v_max is None else storage.load(found.v_max, real, g)
+    t = found.count.astype(real)
+    parts = found.member.parts(storage.load(m, dtype, g), v_loaded, v_max, t)
+    # No second moment, no direction.
+    alive = parts.root > 0
+    scale = jnp.where(alive, 1 / jnp.where(alive, parts.root + parts.eps, 1), 0)
+    direction = abs2(parts.m_hat) * scale * scale
+    error = jnp.zeros_like(scale)
+    if (step := storage.spacing(m)) is not None:
+        # Rounded stochastically, a number is off by its spacing over the root of 6, in the mean square.
+        off = found.member.parts(step.astype(dtype), v_loaded, v_max, t).m_hat
+        error += abs2(off) * scale * scale / 6
+    if (step := storage.spacing(v)) is not None:
+        error += direction * (step.astype(real) / jnp.where(v_loaded > 0, v_loaded, 1)) ** 2 / 24
+    terms = _Sums(
+        size=jnp.ones_like(scale),
+        gradient=abs2(g),
+        update=abs2(u),
+        parameter=abs2(p),
+        product=g.real * u.real + g.imag * u.imag if jnp.iscomplexobj(g) else g * u,
+        zero=g == 0,
+        nonfinite=~jnp.isfinite(g),
+        moved=u != 0,
+        lost=lost,
+        alive=alive,
+        dominated=alive & (parts.root < parts.eps),
+        signal=abs2(parts.m_hat),
+        noise=parts.root**2,
+        direction=direction,
+        error=error,
+    )
+    sums = _summed([x.astype(real) for x in terms])
+    update, m_hat = jnp.abs(_some(u)), jnp.abs(_some(parts.m_hat))
+    rates = jnp.where(m_hat > 0, update / jnp.where(m_hat > 0, m_hat, 1), np.inf)
+    return sums.astype(np.float32), _quantiles(rates.astype(np.float32))
+
+
+def _quantiles(x: Array) -> Array:
+    """Of those that are finite; 0 where none is."""
+    count = jnp.sum(jnp.isfinite(x).astype(np.float32))
+    ranks = jnp.round(np.asarray(_QUANTILES, np.float32) * jnp.maximum(count - 1, 0)).astype(np.int32)
+    return jnp.where(count > 0, jnp.sort(x)[ranks], 0)
+
+
+def _summed(terms: list[Array]) -> Array:
+    """The sum of each, stacked."""
+    if terms[0].ndim > 1:
+        # All in one reduction: one at a time, XLA would read the arrays for each, or keep the terms.
+        zeros = [np.zeros((), x.dtype) for x in terms]
+        terms = jax.lax.reduce(terms, zeros, lambda a, b: [x + y for x, y in zip(a, b, strict=True)], [terms[0].ndim - 1])
+    return jnp.stack([jnp.sum(x) for x in terms])
+
+
+def _landed(p: Any, u: Any, dtype: np.dtype) -> Array:
+    """Where `p + u` is once it is rounded to the dtype of `p`."""
+    target = p.astype(dtype) + u.astype(dtype)
+    return _stochastic.to_nearest(target, p.dtype) if _stochastic.is_narrow(p.dtype) else target
+
+
+def _some(x: Array) -> Array:
+    """Up to 1024 elements, from everywhere."""
+    if x.size <= _SAMPLE:
+        positions = np.arange(x.size)
+    else:  # as even as random numbers are not: Weyl, 1916
+        positions = (np.arange(_SAMPLE) * (5**0.5 - 1) / 2 % 1 * x.size).astype(int)
+    index = tuple(np.unravel_index(positions, x.shape))
+    if not index:
+        return x[None]
+    mesh = jax.typeof(x).sharding.mesh
+    if AxisType.Explicit in mesh.axis_types:
+        return x.at[index].get(out_sharding=NamedSharding(mesh, PartitionSpec()))
+    return x[index]
+
+
+def _figures(s: _Sums, rates: Array, hyper: Array) -> LeafStats:
+    def over(x: Any, of: Any) -> Any:
+        return jnp.where(x == 0, 0, x / jnp.where(x == 0, 1, of))
+
+    return LeafStats(
+        size=s.size,
+        gradient_norm=jnp.sqrt(s.gradient),
+        update_norm=jnp.sqrt(s.update),
+        parameter_norm=jnp.sqrt(s.parameter),
+        update_ratio=jnp.sqrt(over(s.update, s.parameter)),
+        rate_low=rates[0],
+        rate_median=rates[1],
+        rate_high=rates[2],
+        eps_dominated=over(s.dominated, s.alive),
+        lost=over(s.lost, s.moved),
+        zero_gradients=over(s.zero, s.size),
+        nonfinite_gradients=over(s.nonfinite, s.size),
+        storage_error=jnp.sqrt(over(s.error, s.direction)),
+        signal_to_noise=jnp.sqrt(over(s.signal, s.noise)),
+        cosine=over(s.product, jnp.sqrt(s.gradient) * jnp.sqrt(s.update)),
+        b2=hyper[0],
+        eps=hyper[1],
+    )
