@@ -162,13 +162,13 @@ def _parts(opt: Any) -> _Parts:
         if not isinstance(opt, Chain):
             raise TypeError("it is not one of adamjax.interop.torch")
         moments, *decay, rate = opt.transforms
+        if isinstance(moments, PerParameter):
+            found["per_parameter"], moments = True, moments.inner
         if isinstance(moments, Objective):
             found |= {"maximize": moments.maximize, "coupled": moments.weight_decay}
             if moments.mask is not None:
                 raise TypeError("its weight decay has a mask")
             moments = moments.inner
-        if isinstance(moments, PerParameter):
-            found["per_parameter"], moments = True, moments.inner
         if type(moments) not in _NAMES:
             raise TypeError(f"torch has nothing like {moments!r}")
         if isinstance(moments, ScaleByAdam) and (moments.nesterov or moments.amsgrad not in (None, "torch")):

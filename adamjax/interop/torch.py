@@ -149,9 +149,9 @@ def adamax(
 
 def _of_torch(moments: Transformation, lr: Any, weight_decay: Any, maximize: bool, decoupled: bool) -> Chain:
     """The chain around `moments`. torch shrinks a parameter before its step, which gives the same sum."""
-    direction = of_objective(PerParameter(moments), 0.0 if decoupled else weight_decay, None, maximize)
+    direction = of_objective(moments, 0.0 if decoupled else weight_decay, None, maximize)
     decay = (AddDecayedWeights(weight_decay),) if decoupled else ()
-    return chain(direction, *decay, ScaleByLearningRate(lr))
+    return chain(PerParameter(direction), *decay, ScaleByLearningRate(lr))
 
 
 def _check(lr: Any, betas: Any, eps: Any, weight_decay: Any, momentum_decay: Any = 0.0) -> tuple[Any, Any]:
