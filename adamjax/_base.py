@@ -80,6 +80,7 @@ class Transformation(Value):
         Returns:
           The new parameters (first, as in the arguments of a training step) and the new state.
         """
+        _checks.given(params, grads, "step", "step(grads, state, params)")
         updates, state = self.update(grads, state, params, **extra)
         return apply_updates(params, updates), state
 
@@ -140,12 +141,7 @@ class Chain(Transformation):
         return tuple(t._init(params) for t in self.transforms)
 
     def _update(self, updates: PyTree, state: PyTree, params: PyTree | None, extra: Extra) -> tuple[PyTree, PyTree]:
-        _checks.state(state, tuple, "a chain")
-        if len(state) != len(self.transforms):
-            raise ValueError(
-                f"a chain of {len(self.transforms)} transformations was given {len(state)} states: "
-                "this state belongs to another optimizer, call init(params)"
-            )
+        _checks.members(state, len(self.transforms), "a chain")
         grads, new_state = updates, []
         for transform, part in zip(self.transforms, state, strict=True):
             if isinstance(transform, Foreign) and updates is not grads:
@@ -210,6 +206,7 @@ def apply_updates(params: PyTree, updates: PyTree) -> PyTree:
     >>> adamjax.apply_updates({"w": jnp.array([1.0, 2.0])}, {"w": jnp.array([0.5, -0.5])})
     {'w': Array([1.5, 1.5], dtype=float32)}
     """
+    _checks.given(params, updates, "apply_updates", "apply_updates(params, updates)")
     _checks.updates(updates, params)
     structure, rows = _trees.flatten(updates, params)
     return jax.tree.unflatten(structure, [p if u is None else _add(p, u) for u, p in rows])

@@ -122,6 +122,44 @@ def state(found: Any, expected: type, who: str) -> None:
             f"{who} was given {_describe(found)} for its state, expected {expected.__name__}: "
             "the order is update(grads, state, params), and state comes from init(params)"
         )
+    for name in {"count", "seed"} & set(getattr(found, "_fields", ())):
+        x = getattr(found, name)
+        if not (_shape(x) == () and jnp.issubdtype(getattr(x, "dtype", np.void), np.integer)):
+            raise TypeError(
+                f"state.{name} of {who} is {_describe(x)}, expected an integer array of shape (): "
+                "the state comes from init(params) or update"
+            )
+
+
+def members(found: Any, count: int, who: str) -> None:
+    """Check that `found` is the state of `who`, which has `count` members."""
+    state(found, tuple, who)
+    if len(found) != count:
+        raise ValueError(
+            f"{who} of {count} transformations was given {len(found)} states: "
+            "this state belongs to another optimizer, call init(params)"
+        )
+
+
+def moments(grads: PyTree, found: PyTree, name: str, *, real: bool = False) -> None:
+    """Check that the tree `found` has an array of the gradient's shape for each gradient; `real`, if it is to be."""
+    if found is None and jax.tree.leaves(grads):
+        raise ValueError(f"{name} is None, expected an array for each gradient; {_remedy(name)}")
+    if real:
+        grads = _trees.map_leaves(lambda g: jax.ShapeDtypeStruct(_shape(g), np.float32), grads)
+    updates(grads, found, name)
+
+
+def alike(found: PyTree, expected: PyTree, name: str) -> None:
+    """Check that the part `name` of a state has the structure, shapes and dtypes of `expected`."""
+    rows = jax.tree.leaves_with_path(expected)
+    if not rows and not jax.tree.leaves(found):
+        return
+    if (structure := jax.tree.structure(found)) != jax.tree.structure(expected):
+        raise ValueError(f"{name} is {structure}, expected {jax.tree.structure(expected)}; {_remedy(name)}")
+    for (path, like), x in zip(rows, jax.tree.leaves(found), strict=True):
+        if (_shape(x), getattr(x, "dtype", None)) != (like.shape, like.dtype):
+            raise ValueError(f"{_at(name, path)} is {_describe(x)}, expected {_describe(like)}; {_remedy(name)}")
 
 
 def states(found: PyTree, grads: PyTree) -> None:
@@ -132,10 +170,10 @@ def states(found: PyTree, grads: PyTree) -> None:
         raise ValueError(f"the gradients {_difference(grads, found, 'state')}; {_remedy('state')}") from None
 
 
-def given(params: PyTree, grads: PyTree, who: str) -> None:
-    """Check that parameters were passed to a transformation that reads them, if there are any."""
+def given(params: PyTree, grads: PyTree, who: str, call: str = "update(grads, state, params)") -> None:
+    """Check that parameters were passed to `who`, which reads them, if there are any."""
     if params is None and jax.tree.leaves(grads):
-        raise ValueError(f"{who} needs the parameters: call update(grads, state, params)")
+        raise ValueError(f"{who} needs the parameters: call {call}")
 
 
 def _shape(x: Any) -> tuple[int, ...]:
