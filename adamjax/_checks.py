@@ -36,8 +36,7 @@ def number(name: str, x: Any, *, low: float = 0.0, below: float = math.inf) -> A
         if not (low <= float(x) < below and math.isfinite(x)):
             raise ValueError(f"{invalid}; {name} must be {_interval(low, below)}")
         return float(x)
-    dtype = getattr(x, "dtype", None)
-    if dtype is None or not (jnp.issubdtype(dtype, np.floating) or jnp.issubdtype(dtype, np.integer)):
+    if not _is_real(x):
         raise TypeError(f"{invalid}; {name} must be a real number, or an array or tracer that holds one")
     if isinstance(x, np.ndarray) and not np.all((low <= x) & (x < below) & np.isfinite(x)):
         raise ValueError(f"{invalid}; every {name} must be {_interval(low, below)}")
@@ -60,10 +59,19 @@ def choice(name: str, x: Any, allowed: tuple[Any, ...]) -> Any:
     return x
 
 
+def steps(x: Any) -> Any:
+    """Check a step count that a schedule is called with: a real number, or an array of them."""
+    if not (isinstance(x, (int, float)) or _is_real(x)):
+        raise TypeError(f"the count is {_describe(x)}: a schedule is called with an int, or an integer array")
+    return x
+
+
 def scalar(name: str, x: Any, dtype: np.dtype) -> Any:
     """The hyperparameter `x`, a number or a 0-d array, as a 0-d array of `dtype`."""
     if isinstance(x, (float, int)):
         return np.asarray(x, dtype)
+    if not _is_real(x):
+        raise TypeError(f"{name} is {_describe(x)}, a step takes one real number")
     if jnp.shape(x) != ():
         raise ValueError(
             f"{name} has shape {jnp.shape(x)}, a step takes one number. An optimizer whose hyperparameters "
@@ -174,6 +182,11 @@ def given(params: PyTree, grads: PyTree, who: str, call: str = "update(grads, st
     """Check that parameters were passed to `who`, which reads them, if there are any."""
     if params is None and jax.tree.leaves(grads):
         raise ValueError(f"{who} needs the parameters: call {call}")
+
+
+def _is_real(x: Any) -> bool:
+    dtype = getattr(x, "dtype", np.void)
+    return bool(jnp.issubdtype(dtype, np.floating) or jnp.issubdtype(dtype, np.integer))
 
 
 def _shape(x: Any) -> tuple[int, ...]:
