@@ -13,7 +13,8 @@ FLOORS = [
     ["_trees", "_extras", "_stochastic"],
     ["_checks"],
     ["_value", "_numerics", "_codes"],
-    ["storage", "_base"],
+    ["_base"],
+    ["storage"],
     ["_plateau", "_moments", "_groups", "rounding"],
     ["schedules"],
     ["_adam"],
@@ -41,7 +42,7 @@ FLOORS = [
 ]
 ROOT = Path(adamjax.__file__).parent
 FLOOR = {name: i for i, floor in enumerate(FLOORS) for name in floor}
-CORE = {name for floor in FLOORS[:9] for name in floor}
+CORE = {name for floor in FLOORS[:10] for name in floor}
 
 
 def modules():
