@@ -307,7 +307,7 @@ class TreeMask:
 
 def _as_mask(mask: Any) -> Callable[[PyTree], PyTree] | None:
     # A model that is a pytree may be callable too: what it holds decides whether it is a tree.
-    if mask is None or isinstance(mask, TreeMask) or (callable(mask) and callable(jax.tree.leaves(mask)[0])):
+    if mask is None or isinstance(mask, TreeMask) or (callable(mask) and all(map(callable, jax.tree.leaves(mask)))):
         return mask
     return TreeMask(mask)
 
