@@ -61,8 +61,8 @@ class Transformation(Value):
         Returns:
           The updates, ready for `apply_updates`, and the new state. With `params` the updates have
           their structure and dtypes (zeros where the gradient is None; of `adamjax.rounding`'s
-          wrappers, float32 for half precision parameters); without, those of the gradients. The
-          state keeps its structure, shapes, dtypes and shardings.
+          wrappers, float32 for half precision parameters); without, those of the gradients (complex
+          ones where the moments are). The state keeps its structure, shapes, dtypes and shardings.
 
         Raises:
           TypeError, ValueError: The trees do not fit each other; the message names the path.
@@ -72,7 +72,7 @@ class Transformation(Value):
         if not self.lands:
             direction = _round(direction, updates, params)
         # Zeros and not None: what applies the updates may not know None.
-        return direction if params is None else _fill(direction, params), state
+        return direction if params is None else _fill(direction, params, wide=self.lands), state
 
     def step(self, grads: PyTree, state: PyTree, params: PyTree, **extra: Any) -> tuple[PyTree, PyTree]:
         """One whole step: `update`, then `apply_updates`.
@@ -220,11 +220,22 @@ def _add(p: jax.Array, u: jax.Array) -> jax.Array:
 
 def _round(updates: PyTree, grads: PyTree, params: PyTree | None) -> PyTree:
     """Round to the dtypes of the parameters, or of the gradients where those are not given."""
-    like = grads if params is None else params
-    return _trees.map_leaves(lambda u, x: _trees.cast(u, _trees.dtype_of(x)), updates, like)
 
 
-def _fill(updates: PyTree, params: PyTree) -> PyTree:
-    """Zeros in place of None."""
+    def round_to(u: Any, x: Any) -> Any:
+        dtype = _trees.dtype_of(x)
+        # A complex parameter may have a real gradient, but no real update.
+        return _trees.cast(u, _trees.compute_dtype(dtype, jnp.dtype(jnp.complex64)) if jnp.iscomplexobj(u) else dtype)
+
+    return _trees.map_leaves(round_to, updates, grads if params is None else params)
+
+
+def _fill(updates: PyTree, params: PyTree, *, wide: bool) -> PyTree:
+    """Zeros in place of None: in the dtypes of the parameters or, if `wide`, in float32 at least."""
+
+    def zeros(p: Any) -> jax.Array:
+        dtype = _trees.dtype_of(p)
+        return _trees.zeros_like(p, _trees.compute_dtype(dtype) if wide else dtype)
+
     structure, rows = _trees.flatten(updates, params)
-    return jax.tree.unflatten(structure, [jax.tree.map(jnp.zeros_like, p) if u is None else u for u, p in rows])
+    return jax.tree.unflatten(structure, [jax.tree.map(zeros, p) if u is None else u for u, p in rows])
