@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adamjax import _trees
+from adamjax import _checks, _trees
 from adamjax._adam import ScaleByAdam
-from adamjax._base import Chain
+from adamjax._base import Chain, as_transformation
 from adamjax._extras import require
 from adamjax._groups import Groups
 from adamjax._transforms import AddDecayedWeights, Objective, ScaleByLearningRate, ScheduleState
@@ -82,6 +82,7 @@ def import_state(
       ImportError: A file is given, and torch or safetensors is not installed.
     """
     state_dict = _read(state_dict)
+    as_transformation(opt, "argument opt of import_state")
     params = _trees.concrete(params)
     entries = _entries(state_dict, _places(opt, params, order))
     return _imported(opt, params, entries, state_dict.get("param_groups"), convert)
@@ -123,6 +124,9 @@ def export_state(
       ImportError: torch is not installed.
     """
     torch = require("torch", "torch", "exporting to torch")
+    _checks.parameters(params)
+    start = jax.eval_shape(as_transformation(opt, "argument opt of export_state").init, params)
+    _checks.alike(state, start, "state")
     places = {path: i for i, path in enumerate(_places(opt, params, order))}
     exported: dict[int, dict[str, Any]] = {}
     groups = []
