@@ -52,6 +52,21 @@ def count(name: str, x: Any, least: int = 1) -> int:
     return int(x)
 
 
+def integer(name: str, x: Any) -> Any:
+    """Check an argument that is an int, or an array or tracer of ints."""
+    whole = isinstance(x, int) or jnp.issubdtype(getattr(x, "dtype", np.void), np.integer)
+    if isinstance(x, bool) or not whole:
+        raise TypeError(f"Invalid {name} value: {x!r}; {name} must be an int, or an array of them")
+    return x
+
+
+def function(name: str, x: Any) -> Any:
+    """Check an argument that is to be called."""
+    if not callable(x):
+        raise TypeError(f"Invalid {name} value: {x!r}; {name} must be a function")
+    return x
+
+
 def choice(name: str, x: Any, allowed: tuple[Any, ...]) -> Any:
     """Check that `x` is one of `allowed` (1 is not True here)."""
     if not any(x is a or (isinstance(x, str) and x == a) for a in allowed):

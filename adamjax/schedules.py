@@ -140,6 +140,8 @@ class Exponential(Schedule):
     def __post_init__(self) -> None:
         self._check_numbers("init", "peak")
         self._check_whole("total_steps", low=1)
+        if isinstance(self.init, float) and isinstance(self.peak, float) and not 0 < self.init < self.peak:
+            raise ValueError(f"Invalid init value: {self.init}; init must be above 0, and below peak ({self.peak})")
 
     def __call__(self, count: Any) -> jax.Array:
         fraction = _ramp(_steps(count), 0, self.total_steps)
