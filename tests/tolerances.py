@@ -49,3 +49,16 @@ LEAST_SQUARES = {"int8": 0.01, "int4 and int8": 0.15, "int4": 0.25}
 
 # The validation loss of the digits (mean of three seeds), relative to that in float32.
 DIGITS = 0.03
+
+
+class LongRun(NamedTuple):
+    """A million steps against float64: errors of the second moment (relative), the first and the parameters (of the
+    root of the second, and absolute). The worst of all, and the mean, which rounding that is right leaves at 0.
+    """
+
+    worst: float
+    bias: float
+    parameters: float
+
+
+LONG_RUN = {}
