@@ -221,7 +221,6 @@ def _add(p: jax.Array, u: jax.Array) -> jax.Array:
 def _round(updates: PyTree, grads: PyTree, params: PyTree | None) -> PyTree:
     """Round to the dtypes of the parameters, or of the gradients where those are not given."""
 
-
     def round_to(u: Any, x: Any) -> Any:
         dtype = _trees.dtype_of(x)
         # A complex parameter may have a real gradient, but no real update.

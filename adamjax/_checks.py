@@ -21,6 +21,10 @@ _WORDING = {
     "eps": "Invalid epsilon value",
 }
 
+# What a state has one number of.
+_SCALARS: dict[str, type] = dict.fromkeys(("count", "seed", "plateau", "cooldown"), np.integer)
+_SCALARS |= dict.fromkeys(("scale", "best", "mean", "mu_product"), np.floating)
+
 
 def number(name: str, x: Any, *, low: float = 0.0, below: float = math.inf) -> Any:
     """Check a hyperparameter: a number in [low, below), or an array whose dtype could hold one.
@@ -145,13 +149,21 @@ def state(found: Any, expected: type, who: str) -> None:
             f"{who} was given {_describe(found)} for its state, expected {expected.__name__}: "
             "the order is update(grads, state, params), and state comes from init(params)"
         )
-    for name in {"count", "seed"} & set(getattr(found, "_fields", ())):
-        x = getattr(found, name)
-        if not (_shape(x) == () and jnp.issubdtype(getattr(x, "dtype", np.void), np.integer)):
+    for name in getattr(found, "_fields", ()):
+        x, kind = getattr(found, name), _SCALARS.get(name)
+        if kind is not None and not (_shape(x) == () and jnp.issubdtype(getattr(x, "dtype", np.void), kind)):
+            what = "an integer" if kind is np.integer else "a floating point"
             raise TypeError(
-                f"state.{name} of {who} is {_describe(x)}, expected an integer array of shape (): "
+                f"state.{name} of {who} is {_describe(x)}, expected {what} array of shape (): "
                 "the state comes from init(params) or update"
             )
+
+
+def counted(found: Any, who: str) -> None:
+    """Check that `found` is a state with a step count."""
+    state(found, tuple, who)
+    if "count" not in getattr(found, "_fields", ()):
+        raise TypeError(f"{who} was given a state without a count: this state belongs to another optimizer")
 
 
 def members(found: Any, count: int, who: str) -> None:
@@ -176,9 +188,10 @@ def moments(grads: PyTree, found: PyTree, name: str, *, real: bool = False) -> N
 def alike(found: PyTree, expected: PyTree, name: str) -> None:
     """Check that the part `name` of a state has the structure, shapes and dtypes of `expected`."""
     rows = jax.tree.leaves_with_path(expected)
-    if not rows and not jax.tree.leaves(found):
+    if not rows and (found is None or expected is None):
         return
-    if (structure := jax.tree.structure(found)) != jax.tree.structure(expected):
+    structure: Any = jax.tree.structure(found)
+    if structure != jax.tree.structure(expected):
         raise ValueError(f"{name} is {structure}, expected {jax.tree.structure(expected)}; {_remedy(name)}")
     for (path, like), x in zip(rows, jax.tree.leaves(found), strict=True):
         if (_shape(x), getattr(x, "dtype", None)) != (like.shape, like.dtype):

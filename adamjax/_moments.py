@@ -96,6 +96,7 @@ class Moments(Transformation):
             if g is None:
                 steps.append((None, m, v, v_max))
                 continue
+            storage.check(m, v, v_max)
             dtype = _trees.real_dtype(_trees.compute_dtype(_trees.dtype_of(g), m.dtype, v.dtype))
             dithers = tuple(dither(count, 2 * i + j) if storage.is_rounded(x) else None for j, x in enumerate((m, v)))
             steps.append(_step_leaf(g, m, v, v_max, scalars(dtype), dithers, rule=rule, options=options))

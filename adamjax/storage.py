@@ -129,7 +129,7 @@ def moment_format(name: str, found: Any, *, signed: bool) -> np.dtype | Quantize
 
 def _dtype(name: str, found: Any, allowed: tuple[str, ...], expected: str) -> np.dtype:
     try:
-        dtype = jnp.dtype(object() if found is None else found)  # which would be float64 to NumPy
+        dtype = jnp.dtype("None" if found is None else found)  # which would be float64 to NumPy
     except TypeError:
         raise TypeError(f"Invalid {name} value: {found!r}; {expected}") from None
     if dtype.name not in allowed:
@@ -188,6 +188,13 @@ def revive(moments: PyTree, updates: PyTree, format: Any, *, signed: bool) -> Py
         for g, x in rows
     ]
     return jax.tree.unflatten(structure, revived)
+
+
+def check(*stored: Any) -> None:
+    """Check that what is quantised among moments is whole."""
+    for x in stored:
+        if isinstance(x, QuantizedArray):
+            x.check()
 
 
 def is_rounded(stored: Any) -> bool:
