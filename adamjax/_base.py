@@ -63,8 +63,8 @@ class Transformation(Value):
         Returns:
           The updates, ready for `apply_updates`, and the new state. With `params` the updates have
           their structure and dtypes (zeros where the gradient is None; of `adamjax.rounding`'s
-          wrappers, float32 for half precision parameters); without, those of the gradients. The
-          state keeps its structure, shapes, dtypes and shardings.
+          wrappers, float32 for half precision parameters); without, those of the gradients (complex
+          ones where the moments are). The state keeps its structure, shapes, dtypes and shardings.
 
         Raises:
           TypeError, ValueError: The trees do not fit each other; the message names the path.
@@ -74,7 +74,7 @@ class Transformation(Value):
         if not self.lands:
             direction = _round(direction, updates, params)
         # Zeros and not None: what applies the updates may not know None.
-        return direction if params is None else _fill(direction, params), state
+        return direction if params is None else _fill(direction, params, wide=self.lands), state
 
     def step(self, grads: PyTree, state: PyTree, params: PyTree, **extra: Any) -> tuple[PyTree, PyTree]:
         """One whole step: `update`, then `apply_updates`.
@@ -82,6 +82,7 @@ class Transformation(Value):
         Returns:
           The new parameters (first, as in the arguments of a training step) and the new state.
         """
+        _checks.given(params, grads, "step", "step(grads, state, params)")
         updates, state = self.update(grads, state, params, **extra)
         return apply_updates(params, updates), state
 
@@ -142,12 +143,7 @@ class Chain(Transformation):
         return tuple(t._init(params) for t in self.transforms)
 
     def _update(self, updates: PyTree, state: PyTree, params: PyTree | None, extra: Extra) -> tuple[PyTree, PyTree]:
-        _checks.state(state, tuple, "a chain")
-        if len(state) != len(self.transforms):
-            raise ValueError(
-                f"a chain of {len(self.transforms)} transformations was given {len(state)} states: "
-                "this state belongs to another optimizer, call init(params)"
-            )
+        _checks.members(state, len(self.transforms), "a chain")
         grads, new_state = updates, []
         for transform, part in zip(self.transforms, state, strict=True):
             if isinstance(transform, Foreign) and updates is not grads:
@@ -212,6 +208,7 @@ def apply_updates(params: PyTree, updates: PyTree) -> PyTree:
     >>> adamjax.apply_updates({"w": jnp.array([1.0, 2.0])}, {"w": jnp.array([0.5, -0.5])})
     {'w': Array([1.5, 1.5], dtype=float32)}
     """
+    _checks.given(params, updates, "apply_updates", "apply_updates(params, updates)")
     _checks.updates(updates, params)
     structure, rows = _trees.flatten(updates, params)
     return jax.tree.unflatten(structure, [p if u is None else _add(p, u) for u, p in rows])
@@ -225,11 +222,21 @@ def _add(p: jax.Array, u: jax.Array) -> jax.Array:
 
 def _round(updates: PyTree, grads: PyTree, params: PyTree | None) -> PyTree:
     """Round to the dtypes of the parameters, or of the gradients where those are not given."""
-    like = grads if params is None else params
-    return _trees.map_leaves(lambda u, x: _trees.cast(u, _trees.dtype_of(x)), updates, like)
+
+    def round_to(u: Any, x: Any) -> Any:
+        dtype = _trees.dtype_of(x)
+        # A complex parameter may have a real gradient, but no real update.
+        return _trees.cast(u, _trees.compute_dtype(dtype, jnp.dtype(jnp.complex64)) if jnp.iscomplexobj(u) else dtype)
+
+    return _trees.map_leaves(round_to, updates, grads if params is None else params)
 
 
-def _fill(updates: PyTree, params: PyTree) -> PyTree:
-    """Zeros in place of None."""
+def _fill(updates: PyTree, params: PyTree, *, wide: bool) -> PyTree:
+    """Zeros in place of None: in the dtypes of the parameters or, if `wide`, in float32 at least."""
+
+    def zeros(p: Any) -> jax.Array:
+        dtype = _trees.dtype_of(p)
+        return _trees.zeros_like(p, _trees.compute_dtype(dtype) if wide else dtype)
+
     structure, rows = _trees.flatten(updates, params)
-    return jax.tree.unflatten(structure, [jax.tree.map(jnp.zeros_like, p) if u is None else u for u, p in rows])
+    return jax.tree.unflatten(structure, [jax.tree.map(zeros, p) if u is None else u for u, p in rows])

@@ -21,6 +21,10 @@ _WORDING = {
     "eps": "Invalid epsilon value",
 }
 
+# What a state has one number of.
+_SCALARS: dict[str, type] = dict.fromkeys(("count", "seed", "plateau", "cooldown"), np.integer)
+_SCALARS |= dict.fromkeys(("scale", "best", "mean", "mu_product"), np.floating)
+
 
 def number(name: str, x: Any, *, low: float = 0.0, below: float = math.inf) -> Any:
     """Check a hyperparameter: a number in [low, below), or an array whose dtype could hold one.
@@ -36,8 +40,7 @@ def number(name: str, x: Any, *, low: float = 0.0, below: float = math.inf) -> A
         if not (low <= float(x) < below and math.isfinite(x)):
             raise ValueError(f"{invalid}; {name} must be {_interval(low, below)}")
         return float(x)
-    dtype = getattr(x, "dtype", None)
-    if dtype is None or not (jnp.issubdtype(dtype, np.floating) or jnp.issubdtype(dtype, np.integer)):
+    if not _is_real(x):
         raise TypeError(f"{invalid}; {name} must be a real number, or an array or tracer that holds one")
     if isinstance(x, np.ndarray) and not np.all((low <= x) & (x < below) & np.isfinite(x)):
         raise ValueError(f"{invalid}; every {name} must be {_interval(low, below)}")
@@ -53,6 +56,21 @@ def count(name: str, x: Any, least: int = 1) -> int:
     return int(x)
 
 
+def integer(name: str, x: Any) -> Any:
+    """Check an argument that is an int, or an array or tracer of ints."""
+    whole = isinstance(x, int) or jnp.issubdtype(getattr(x, "dtype", np.void), np.integer)
+    if isinstance(x, bool) or not whole:
+        raise TypeError(f"Invalid {name} value: {x!r}; {name} must be an int, or an array of them")
+    return x
+
+
+def function(name: str, x: Any) -> Any:
+    """Check an argument that is to be called."""
+    if not callable(x):
+        raise TypeError(f"Invalid {name} value: {x!r}; {name} must be a function")
+    return x
+
+
 def choice(name: str, x: Any, allowed: tuple[Any, ...]) -> Any:
     """Check that `x` is one of `allowed` (1 is not True here)."""
     if not any(x is a or (isinstance(x, str) and x == a) for a in allowed):
@@ -60,10 +78,19 @@ def choice(name: str, x: Any, allowed: tuple[Any, ...]) -> Any:
     return x
 
 
+def steps(x: Any) -> Any:
+    """Check a step count that a schedule is called with: a real number, or an array of them."""
+    if not (isinstance(x, (int, float)) or _is_real(x)):
+        raise TypeError(f"the count is {_describe(x)}: a schedule is called with an int, or an integer array")
+    return x
+
+
 def scalar(name: str, x: Any, dtype: np.dtype) -> Any:
     """The hyperparameter `x`, a number or a 0-d array, as a 0-d array of `dtype`."""
     if isinstance(x, (float, int)):
         return np.asarray(x, dtype)
+    if not _is_real(x):
+        raise TypeError(f"{name} is {_describe(x)}, a step takes one real number")
     if jnp.shape(x) != ():
         raise ValueError(
             f"{name} has shape {jnp.shape(x)}, a step takes one number. An optimizer whose hyperparameters "
@@ -122,6 +149,53 @@ def state(found: Any, expected: type, who: str) -> None:
             f"{who} was given {_describe(found)} for its state, expected {expected.__name__}: "
             "the order is update(grads, state, params), and state comes from init(params)"
         )
+    for name in getattr(found, "_fields", ()):
+        x, kind = getattr(found, name), _SCALARS.get(name)
+        if kind is not None and not (_shape(x) == () and jnp.issubdtype(getattr(x, "dtype", np.void), kind)):
+            what = "an integer" if kind is np.integer else "a floating point"
+            raise TypeError(
+                f"state.{name} of {who} is {_describe(x)}, expected {what} array of shape (): "
+                "the state comes from init(params) or update"
+            )
+
+
+def counted(found: Any, who: str) -> None:
+    """Check that `found` is a state with a step count."""
+    state(found, tuple, who)
+    if "count" not in getattr(found, "_fields", ()):
+        raise TypeError(f"{who} was given a state without a count: this state belongs to another optimizer")
+
+
+def members(found: Any, count: int, who: str) -> None:
+    """Check that `found` is the state of `who`, which has `count` members."""
+    state(found, tuple, who)
+    if len(found) != count:
+        raise ValueError(
+            f"{who} of {count} transformations was given {len(found)} states: "
+            "this state belongs to another optimizer, call init(params)"
+        )
+
+
+def moments(grads: PyTree, found: PyTree, name: str, *, real: bool = False) -> None:
+    """Check that the tree `found` has an array of the gradient's shape for each gradient; `real`, if it is to be."""
+    if found is None and jax.tree.leaves(grads):
+        raise ValueError(f"{name} is None, expected an array for each gradient; {_remedy(name)}")
+    if real:
+        grads = _trees.map_leaves(lambda g: jax.ShapeDtypeStruct(_shape(g), np.float32), grads)
+    updates(grads, found, name)
+
+
+def alike(found: PyTree, expected: PyTree, name: str) -> None:
+    """Check that the part `name` of a state has the structure, shapes and dtypes of `expected`."""
+    rows = jax.tree.leaves_with_path(expected)
+    if not rows and (found is None or expected is None):
+        return
+    structure: Any = jax.tree.structure(found)
+    if structure != jax.tree.structure(expected):
+        raise ValueError(f"{name} is {structure}, expected {jax.tree.structure(expected)}; {_remedy(name)}")
+    for (path, like), x in zip(rows, jax.tree.leaves(found), strict=True):
+        if (_shape(x), getattr(x, "dtype", None)) != (like.shape, like.dtype):
+            raise ValueError(f"{_at(name, path)} is {_describe(x)}, expected {_describe(like)}; {_remedy(name)}")
 
 
 def states(found: PyTree, grads: PyTree) -> None:
@@ -132,10 +206,15 @@ def states(found: PyTree, grads: PyTree) -> None:
         raise ValueError(f"the gradients {_difference(grads, found, 'state')}; {_remedy('state')}") from None
 
 
-def given(params: PyTree, grads: PyTree, who: str) -> None:
-    """Check that parameters were passed to a transformation that reads them, if there are any."""
+def given(params: PyTree, grads: PyTree, who: str, call: str = "update(grads, state, params)") -> None:
+    """Check that parameters were passed to `who`, which reads them, if there are any."""
     if params is None and jax.tree.leaves(grads):
-        raise ValueError(f"{who} needs the parameters: call update(grads, state, params)")
+        raise ValueError(f"{who} needs the parameters: call {call}")
+
+
+def _is_real(x: Any) -> bool:
+    dtype = getattr(x, "dtype", np.void)
+    return bool(jnp.issubdtype(dtype, np.floating) or jnp.issubdtype(dtype, np.integer))
 
 
 def _shape(x: Any) -> tuple[int, ...]:

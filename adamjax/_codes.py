@@ -95,6 +95,25 @@ class QuantizedArray:
         kind = f"{'' if self.signed else 'u'}int{self.bits}"
         return f"QuantizedArray({kind}[{shape}] in blocks of {self.block_size}, {self.nbytes} bytes)"
 
+    def check(self) -> None:
+        """Check that codes and scales belong together.
+
+        Raises:
+          ValueError: They do not.
+        """
+        kind = "int8" if self.bits == 8 and self.signed else "uint8"
+        for name, x, length, dtype in (
+            ("codes", self.codes, -(-self.size * self.bits // 8), kind),
+            ("scales", self.scales, -(-self.size // self.block_size), "float32"),
+        ):
+            shape = (*self.shape[:-1], length)
+            if getattr(x, "shape", None) != shape or x.dtype != dtype:
+                found = f"{x.dtype}{list(x.shape)}" if hasattr(x, "shape") else repr(x)
+                raise ValueError(
+                    f"the {name} of a quantised moment in the state are {found}, expected {dtype}{list(shape)}: "
+                    "the state comes from init(params) or update"
+                )
+
     def decode(self) -> Array:
         """The array in float32."""
         q = self._integers()

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from adamjax import _trees
+from adamjax import _checks, _trees
 from adamjax._base import Chain, Extra, Transformation, as_transformation
 from adamjax._trees import PyTree
 from adamjax._value import static_field, value
@@ -71,6 +71,7 @@ class Groups(Transformation):
         return [0 if x is None else next(owners)[2] for x in jax.tree.leaves(tree, is_leaf=_trees.is_none)]
 
     def _update(self, updates: PyTree, state: PyTree, params: PyTree | None, extra: Extra) -> tuple[PyTree, PyTree]:
+        _checks.members(state, len(self.members), "groups")
         owners = self._numbers(updates if params is None else params)
         grads = self._apart(updates, owners)
         values = [None] * len(grads) if params is None else self._apart(params, owners)
@@ -108,6 +109,8 @@ def groups(members: Mapping[str, Any], *, default: Any = None) -> Groups:
     dense/bias    [2]    bias|scale  C
     dense/kernel  [4,2]  default     C
     """
+    if not isinstance(members, Mapping):
+        raise TypeError(f"Invalid members value: {members!r}; members must be a dict of optimizers by path")
     given: list[tuple[str | None, Transformation]] = []
     for pattern, member in members.items():
         try:

@@ -87,7 +87,15 @@ class Moments(Transformation):
             storage.revive(state.mu, updates, self.mu_dtype, signed=True),
             *(storage.revive(x, updates, self.nu_dtype, signed=False) for x in (state.nu, state.nu_max)),
         )
-        _checks.updates(updates, state.mu, "state.mu")
+        _checks.moments(updates, state.mu, "state.mu")
+        _checks.moments(updates, state.nu, "state.nu", real=True)
+        if self.keeps_maximum:
+            _checks.moments(updates, state.nu_max, "state.nu_max", real=True)
+        elif state.nu_max is not None:
+            raise ValueError(
+                f"{type(self).__name__} was given a state with nu_max, which AMSGrad keeps: this state belongs to "
+                "another optimizer, call init(params)"
+            )
         count = _trees.increment(state.count)
         rule, options = self._rule()
         scalars = cache(lambda dtype: self._scalars(count.astype(dtype)))
@@ -97,6 +105,7 @@ class Moments(Transformation):
             if g is None:
                 steps.append((None, m, v, v_max))
                 continue
+            storage.check(m, v, v_max)
             dtype = _trees.real_dtype(_trees.compute_dtype(_trees.dtype_of(g), m.dtype, v.dtype))
             dithers = tuple(dither(count, 2 * i + j) if storage.is_rounded(x) else None for j, x in enumerate((m, v)))
             steps.append(_step_leaf(g, m, v, v_max, scalars(dtype), dithers, rule=rule, options=options))

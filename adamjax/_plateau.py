@@ -53,8 +53,9 @@ class ReduceOnPlateau(Transformation):
 
     def __post_init__(self) -> None:
         self._check_numbers("factor", below=1.0)
-        self._check_numbers("patience", "accumulation_size", low=1.0)
-        self._check_numbers("rtol", "atol", "cooldown", "min_scale")
+        self._check_whole("patience", "accumulation_size", low=1.0, below=2**31)
+        self._check_whole("cooldown", below=2**31)
+        self._check_numbers("rtol", "atol", "min_scale")
         _checks.choice("mode", self.mode, ("min", "max"))
 
     def _init(self, params: PyTree) -> PlateauState:

@@ -178,7 +178,10 @@ class Objective(Transformation):
         # optax.inject_hyperparams makes arrays of all numbers: a 0 among them needs no parameters.
         if not (params is None and _is_zero(self.weight_decay)):
             _checks.given(params, updates, "coupled weight decay")
-            weight_decay = self.weight_decay(state.count) if callable(self.weight_decay) else self.weight_decay
+            weight_decay = self.weight_decay
+            if callable(weight_decay):
+                _checks.counted(state, "coupled weight decay")
+                weight_decay = weight_decay(state.count)
             updates = _add_weights(updates, params, weight_decay, self.mask, 1)
         return self.inner._update(updates, state, params, extra)
 
@@ -278,7 +281,7 @@ class TreeMask:
 
 def _as_mask(mask: Any) -> Callable[[PyTree], PyTree] | None:
     # A model that is a pytree may be callable too: what it holds decides whether it is a tree.
-    if mask is None or isinstance(mask, TreeMask) or (callable(mask) and callable(jax.tree.leaves(mask)[0])):
+    if mask is None or isinstance(mask, TreeMask) or (callable(mask) and all(map(callable, jax.tree.leaves(mask)))):
         return mask
     return TreeMask(mask)
 

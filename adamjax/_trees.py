@@ -44,7 +44,9 @@ def map_leaves(f: Callable[..., Any], tree: PyTree, *others: PyTree) -> PyTree:
 
 def dtype_of(x: Any) -> np.dtype:
     """The dtype JAX gives to an array, a tracer, a `ShapeDtypeStruct` or a Python number."""
-    return jnp.result_type(x) if isinstance(x, (np.ndarray, np.generic, float, complex)) else x.dtype
+    if isinstance(x, (np.ndarray, np.generic, float, complex)) or is_abstract(x):
+        return jnp.result_type(x)
+    return x.dtype
 
 
 @cache

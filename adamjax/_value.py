@@ -87,6 +87,14 @@ class Value:
         for name in names:
             self._replace_field(name, _checks.number(name, getattr(self, name), low=low, below=below))
 
+    def _check_whole(self, *names: str, low: float = 0.0, below: float = math.inf) -> None:
+        """For `__post_init__` only: check fields that hold whole numbers of steps in [low, below)."""
+        self._check_numbers(*names, low=low, below=below)
+        for name in names:
+            steps = getattr(self, name)
+            if isinstance(steps, float) and not steps.is_integer():
+                raise ValueError(f"Invalid {name} value: {steps}; {name} must be a whole number of steps")
+
 
 def is_static_callable(x: Any) -> bool:
     """Whether `x` is a callable without leaves of its own: a function, not a callable pytree."""

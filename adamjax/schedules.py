@@ -32,13 +32,6 @@ class Schedule(Value):
     def __call__(self, count: Any) -> jax.Array:
         raise NotImplementedError
 
-    def _check_steps(self, *names: str, low: float = 0.0) -> None:
-        self._check_numbers(*names, low=low)
-        for name in names:
-            steps = getattr(self, name)
-            if isinstance(steps, float) and not steps.is_integer():
-                raise ValueError(f"Invalid {name} value: {steps}; {name} must be a whole number of steps")
-
     def _check_fit(self, *phases: str) -> None:
         lengths = [getattr(self, name) for name in (*phases, "total_steps")]
         if all(isinstance(n, float) for n in lengths) and sum(lengths[:-1]) > lengths[-1]:
@@ -51,6 +44,10 @@ class Schedule(Value):
 def _float(x: Any) -> jax.Array:
     """A count or a number in the precision of the schedule; strong, whatever it came as."""
     return jnp.asarray(x).astype(jnp.result_type(float))
+
+
+def _steps(count: Any) -> jax.Array:
+    return _float(_checks.steps(count))
 
 
 def _ramp(count: jax.Array, start: Any, steps: Any) -> jax.Array:
@@ -92,7 +89,7 @@ class Constant(Schedule):
         return self.value
 
     def __call__(self, count: Any) -> jax.Array:
-        return jnp.full(jnp.shape(count), _float(self.value))
+        return jnp.full(_steps(count).shape, _float(self.value))
 
 
 @value
@@ -116,14 +113,14 @@ class Linear(Schedule):
 
     def __post_init__(self) -> None:
         self._check_numbers("init", "end")
-        self._check_steps("total_steps", low=1)
+        self._check_whole("total_steps", low=1)
 
     @property
     def peak(self) -> Number:
         return _larger(self.init, self.end)
 
     def __call__(self, count: Any) -> jax.Array:
-        return _mix(self.init, self.end, _ramp(_float(count), 0, self.total_steps))
+        return _mix(self.init, self.end, _ramp(_steps(count), 0, self.total_steps))
 
 
 @value
@@ -142,10 +139,12 @@ class Exponential(Schedule):
 
     def __post_init__(self) -> None:
         self._check_numbers("init", "peak")
-        self._check_steps("total_steps", low=1)
+        self._check_whole("total_steps", low=1)
+        if isinstance(self.init, float) and isinstance(self.peak, float) and not 0 < self.init < self.peak:
+            raise ValueError(f"Invalid init value: {self.init}; init must be above 0, and below peak ({self.peak})")
 
     def __call__(self, count: Any) -> jax.Array:
-        fraction = _ramp(_float(count), 0, self.total_steps)
+        fraction = _ramp(_steps(count), 0, self.total_steps)
         init, peak = _float(self.init), _float(self.peak)
         return jnp.where(fraction < 1, init * jnp.exp(fraction * jnp.log(peak / init)), peak)
 
@@ -166,10 +165,10 @@ class Cosine(Schedule):
 
     def __post_init__(self) -> None:
         self._check_numbers("peak", "end")
-        self._check_steps("total_steps", low=1)
+        self._check_whole("total_steps", low=1)
 
     def __call__(self, count: Any) -> jax.Array:
-        return _mix(self.peak, self.end, _cosine(_ramp(_float(count), 0, self.total_steps)))
+        return _mix(self.peak, self.end, _cosine(_ramp(_steps(count), 0, self.total_steps)))
 
 
 @value
@@ -197,12 +196,12 @@ class WarmupCosine(Schedule):
 
     def __post_init__(self) -> None:
         self._check_numbers("peak", "end", "init")
-        self._check_steps("warmup_steps")
-        self._check_steps("total_steps", low=1)
+        self._check_whole("warmup_steps")
+        self._check_whole("total_steps", low=1)
         self._check_fit("warmup_steps")
 
     def __call__(self, count: Any) -> jax.Array:
-        count = _float(count)
+        count = _steps(count)
         rise = _ramp(count, 0, self.warmup_steps)
         fall = _ramp(count, self.warmup_steps, _float(self.total_steps) - _float(self.warmup_steps))
         return jnp.where(rise < 1, _mix(self.init, self.peak, rise), _mix(self.peak, self.end, _cosine(fall)))
@@ -235,13 +234,13 @@ class WarmupStableDecay(Schedule):
 
     def __post_init__(self) -> None:
         self._check_numbers("peak", "end", "init")
-        self._check_steps("warmup_steps", "decay_steps")
-        self._check_steps("total_steps", low=1)
+        self._check_whole("warmup_steps", "decay_steps")
+        self._check_whole("total_steps", low=1)
         self._check_fit("warmup_steps", "decay_steps")
         _checks.choice("shape", self.shape, ("linear", "sqrt"))
 
     def __call__(self, count: Any) -> jax.Array:
-        count = _float(count)
+        count = _steps(count)
         rise = _ramp(count, 0, self.warmup_steps)
         fall = _ramp(count, _float(self.total_steps) - _float(self.decay_steps), self.decay_steps)
         if self.shape == "sqrt":
@@ -271,10 +270,10 @@ class InverseSqrt(Schedule):
 
     def __post_init__(self) -> None:
         self._check_numbers("peak", "init")
-        self._check_steps("warmup_steps", low=1)
+        self._check_whole("warmup_steps", low=1)
 
     def __call__(self, count: Any) -> jax.Array:
-        count, warmup = _float(count), _float(self.warmup_steps)
+        count, warmup = _steps(count), _float(self.warmup_steps)
         decay = jnp.sqrt(warmup / jnp.maximum(count, warmup))
         rise = _ramp(count, 0, warmup)
         return jnp.where(rise < 1, _mix(self.init, self.peak, rise), decay * _float(self.peak))
@@ -302,10 +301,10 @@ class OneCycle(Schedule):
         self._check_numbers("peak")
         self._check_numbers("pct_start", below=1.0)
         self._check_numbers("div_factor", "final_div_factor", low=1.0)
-        self._check_steps("total_steps", low=1)
+        self._check_whole("total_steps", low=1)
 
     def __call__(self, count: Any) -> jax.Array:
-        count, total = _float(count), _float(self.total_steps)
+        count, total = _steps(count), _float(self.total_steps)
         start = _float(self.peak) / _float(self.div_factor)
         top = jnp.round(_float(self.pct_start) * total)
         rise, fall = _ramp(count, 0, top), _ramp(count, top, total - top)
@@ -322,6 +321,10 @@ class FromFunction(Schedule):
 
     function: Callable[[Any], Any] = static_field()
 
+    def __post_init__(self) -> None:
+        if not callable(self.function):
+            raise TypeError(f"Invalid function value: {self.function!r}; function must be one of the step count")
+
     def __call__(self, count: Any) -> jax.Array:
         return self.function(count)
 
@@ -336,6 +339,12 @@ class Proportional(Schedule):
     level: Number  # or a schedule
     schedule: Schedule
 
+    def __post_init__(self) -> None:
+        if not callable(self.level):
+            self._check_numbers("level")
+        if not (callable(self.schedule) and hasattr(self.schedule, "peak")):
+            raise TypeError(f"Invalid schedule value: {self.schedule!r}; schedule must be one that has a peak")
+
     @property
     def peak(self) -> Number:
         return self.level.peak if callable(self.level) else self.level
@@ -349,6 +358,8 @@ class Proportional(Schedule):
 
 def as_schedule(x: Any) -> Any:
     """A plain function as a schedule; schedules and other callable pytrees as they are."""
+    if not callable(x):
+        raise TypeError(f"Invalid schedule: {x!r}; a schedule is a function of the step count")
     return FromFunction(x) if is_static_callable(x) else x
 
 

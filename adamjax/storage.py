@@ -19,6 +19,7 @@ import numpy as np
 from jax import Array
 
 from adamjax import _checks, _codes, _stochastic, _trees
+from adamjax._base import as_transformation
 from adamjax._codes import QuantizedArray as QuantizedArray
 from adamjax._stochastic import Dither
 from adamjax._trees import PyTree
@@ -123,8 +124,12 @@ def moment_format(name: str, found: Any, *, signed: bool) -> np.dtype | Quantize
         return found
     allowed = _FLOATS + _COMPLEX if signed else _FLOATS
     expected = f"{name} must be one of {', '.join(allowed)}, or adamjax.quantized('int8') or ('int4')"
+    return _dtype(name, found, allowed, expected)
+
+
+def _dtype(name: str, found: Any, allowed: tuple[str, ...], expected: str) -> np.dtype:
     try:
-        dtype = jnp.dtype(found)
+        dtype = jnp.dtype("None" if found is None else found)  # which would be float64 to NumPy
     except TypeError:
         raise TypeError(f"Invalid {name} value: {found!r}; {expected}") from None
     if dtype.name not in allowed:
@@ -183,6 +188,13 @@ def revive(moments: PyTree, updates: PyTree, format: Any, *, signed: bool) -> Py
         for g, x in rows
     ]
     return jax.tree.unflatten(structure, revived)
+
+
+def check(*stored: Any) -> None:
+    """Check that what is quantised among moments is whole."""
+    for x in stored:
+        if isinstance(x, QuantizedArray):
+            x.check()
 
 
 def is_rounded(stored: Any) -> bool:
@@ -268,8 +280,7 @@ def precision(dtype: Any, eps: float = 1e-8, b2: float = 0.999) -> Precision:
     '55'
     """
     eps, b2 = _checks.number("eps", eps), _checks.number("b2", b2, below=1.0)
-    found = jnp.dtype(dtype)
-    _checks.choice("dtype", found.name, _FLOATS)
+    found = _dtype("dtype", dtype, _FLOATS, f"dtype must be one of {', '.join(_FLOATS)}")
     info = jnp.finfo(found)
     rounded = float(np.asarray(eps, found))
     smallest = math.sqrt(float(info.smallest_subnormal) / 2 / (1 - b2))
@@ -292,13 +303,18 @@ def state_bytes(opt: Any, params: PyTree) -> int:
     Returns:
       The bytes of all arrays in the state together; of sharded ones, over all devices.
 
+    Raises:
+      TypeError: `opt` is no transformation, or a leaf of `params` no floating point or complex array.
+
     >>> import adamjax, jax, jax.numpy as jnp
     >>> params = jax.ShapeDtypeStruct((1_000_000, 1000), jnp.bfloat16)
     >>> int8 = adamjax.quantized("int8")
     >>> adamjax.storage.state_bytes(adamjax.adam(mu_dtype=int8, nu_dtype=int8), params) / 1e9
     2.064000004
     """
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(opt.init, params)))
+    _checks.parameters(params)
+    init = as_transformation(opt, "argument opt of state_bytes").init
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(init, params)))
 
 
 def _quantize(x: Array, like: QuantizedArray, dither: Dither | None) -> QuantizedArray:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from adamjax import _checks
-from adamjax._base import Transformation, apply_updates
+from adamjax._base import Transformation, apply_updates, as_transformation
 from adamjax.problems import Problem, check
 from adamjax.safety import DynamicLossScale
 
@@ -66,8 +66,8 @@ def train(
       metrics; it comes early if `stop` says so, or a loss was not finite.
 
     Raises:
-      TypeError: `problem` is not a `Problem`.
-      ValueError, TypeError: A number of steps is less than 1, or not an int.
+      TypeError: `problem` is not a `Problem`, or `optimizer` no transformation.
+      ValueError, TypeError: A number of steps is less than 1, or not an int; `seed` is none either.
 
     >>> import adamjax
     >>> from adamjax.training import train
@@ -79,6 +79,9 @@ def train(
     for name, x in (("steps", steps), ("report_every", report_every), ("evaluate_every", evaluate_every)):
         _checks.count(name, x)
     check(problem)
+    as_transformation(optimizer, "argument optimizer of train")
+    _checks.integer("seed", seed)
+    _checks.function("stop", stop)
     return _run(problem, optimizer, steps, seed, dtype, report_every, evaluate_every, stop)
 
 
@@ -92,7 +95,7 @@ class Keys(NamedTuple):
 
 def keys_of(seed: Any) -> Keys:
     """The keys of the run that `seed` (an int, or an integer scalar) names."""
-    return Keys(*jax.random.split(jax.random.key(seed), 3))
+    return Keys(*jax.random.split(jax.random.key(_checks.integer("seed", seed)), 3))
 
 
 def train_step(

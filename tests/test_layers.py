@@ -14,7 +14,8 @@ FLOORS = [
     ["_checks"],
     ["_value", "_numerics", "_codes"],
     ["_across"],
-    ["storage", "_base"],
+    ["_base"],
+    ["storage"],
     ["_plateau", "_moments", "_groups", "rounding"],
     ["safety"],
     ["schedules"],
@@ -29,6 +30,10 @@ FLOORS = [
     ["problems._digits", "problems._text"],
     ["problems._convnet"],
     ["problems"],
+    ["diagnostics._measure"],
+    ["diagnostics._explain"],
+    ["diagnostics._history"],
+    ["diagnostics"],
     ["training", "run_folder", "tuning._space", "tuning._batch"],
     ["tuning._population", "tuning._trial", "tuning._strategy", "tuning._page"],
     ["tuning._sweep", "tuning._plots", "tuning._optuna", "tuning._question"],
@@ -43,7 +48,7 @@ FLOORS = [
 ]
 ROOT = Path(adamjax.__file__).parent
 FLOOR = {name: i for i, floor in enumerate(FLOORS) for name in floor}
-CORE = {name for floor in FLOORS[:11] for name in floor}
+CORE = {name for floor in FLOORS[:12] for name in floor}
 
 
 def modules():

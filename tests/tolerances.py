@@ -49,3 +49,23 @@ LEAST_SQUARES = {"int8": 0.01, "int4 and int8": 0.15, "int4": 0.25}
 
 # The validation loss of the digits (mean of three seeds), relative to that in float32.
 DIGITS = 0.03
+
+
+class LongRun(NamedTuple):
+    """A million steps against float64: the largest error of 800, and their mean, which rounding should not move."""
+
+    worst: float
+    bias: float
+
+
+# First moments by the root of the second, second moments relative, parameters of size 1.
+_EXACT = {"mu": LongRun(1e-6, 1e-7), "nu": LongRun(1e-5, 1e-6)}
+_BFLOAT16 = {"mu": LongRun(0.03, 1e-3), "nu": LongRun(0.2, 5e-3)}
+LONG_RUN = {
+    "float32": _EXACT | {"params": LongRun(2e-5, 1e-6)},
+    "bfloat16": _BFLOAT16 | {"params": LongRun(0.03, 1e-3)},
+    "int8": {"mu": LongRun(0.1, 2e-3), "nu": LongRun(0.5, 0.03), "params": LongRun(0.1, 2e-3)},
+    "kahan": _EXACT | {"params": LongRun(2**-8, 2**-12)},
+    "low_bits": _EXACT | {"params": LongRun(2**-8, 2**-12)},
+    "stochastic bfloat16": _BFLOAT16 | {"params": LongRun(0.15, 5e-3)},
+}

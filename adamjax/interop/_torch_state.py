@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adamjax import _trees
+from adamjax import _checks, _trees
 from adamjax._adam import ScaleByAdam
-from adamjax._base import Chain
+from adamjax._base import Chain, as_transformation
 from adamjax._extras import require
 from adamjax._groups import Groups
 from adamjax._transforms import AddDecayedWeights, Objective, ScaleByLearningRate, ScheduleState
@@ -82,6 +82,7 @@ def import_state(
       ImportError: A file is given, and torch or safetensors is not installed.
     """
     state_dict = _read(state_dict)
+    as_transformation(opt, "argument opt of import_state")
     params = _trees.concrete(params)
     entries = _entries(state_dict, _places(opt, params, order))
     return _imported(opt, params, entries, state_dict.get("param_groups"), convert)
@@ -123,6 +124,9 @@ def export_state(
       ImportError: torch is not installed.
     """
     torch = require("torch", "torch", "exporting to torch")
+    _checks.parameters(params)
+    start = jax.eval_shape(as_transformation(opt, "argument opt of export_state").init, params)
+    _checks.alike(state, start, "state")
     places = {path: i for i, path in enumerate(_places(opt, params, order))}
     exported: dict[int, dict[str, Any]] = {}
     groups = []
@@ -162,13 +166,13 @@ def _parts(opt: Any) -> _Parts:
         if not isinstance(opt, Chain):
             raise TypeError("it is not one of adamjax.interop.torch")
         moments, *decay, rate = opt.transforms
+        if isinstance(moments, PerParameter):
+            found["per_parameter"], moments = True, moments.inner
         if isinstance(moments, Objective):
             found |= {"maximize": moments.maximize, "coupled": moments.weight_decay}
             if moments.mask is not None:
                 raise TypeError("its weight decay has a mask")
             moments = moments.inner
-        if isinstance(moments, PerParameter):
-            found["per_parameter"], moments = True, moments.inner
         if type(moments) not in _NAMES:
             raise TypeError(f"torch has nothing like {moments!r}")
         if isinstance(moments, ScaleByAdam) and (moments.nesterov or moments.amsgrad not in (None, "torch")):

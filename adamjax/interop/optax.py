@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from adamjax import _trees
+from adamjax import _checks, _trees
 from adamjax._adam import ScaleByAdam
 from adamjax._base import Chain, as_transformation
 from adamjax._extras import require
@@ -35,6 +35,7 @@ def import_state(opt: Any, params: PyTree, state: PyTree) -> PyTree:
         without; another tree or shape; gradients that `MultiSteps` has accumulated and `opt` has no
         place for. The message says where.
     """
+    as_transformation(opt, "argument opt of import_state")
     amsgrad = {m.amsgrad for m in _moments(opt) if isinstance(m, ScaleByAdam)}
     if "torch" in amsgrad:
         raise ValueError(
@@ -62,9 +63,11 @@ def export_state(opt: Any, state: PyTree) -> PyTree:
     optax = require("optax", "optax", "exporting to optax")
     if not isinstance(opt, Chain):
         raise TypeError(f"{opt!r} is not one of adamjax's optimizers, such as adamjax.adamw")
+    _checks.members(state, len(opt.transforms), "opt")
     exported = []
     for transform, part in zip(opt.transforms, state, strict=True):
         if isinstance(transform, Moments) and getattr(transform, "amsgrad", None) != "torch":
+            _checks.state(part, AdamState, type(transform).__name__)
             count, mu, nu, nu_max = part
             if any(map(_is_quantized, jax.tree.leaves((mu, nu), is_leaf=_is_quantized))):
                 raise TypeError("moments that are quantised cannot be exported: optax has no such storage")

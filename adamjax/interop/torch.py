@@ -12,6 +12,7 @@ what. They are taken, so that calls can stay as they are, and change nothing.
 import math
 from typing import Any
 
+from adamjax import _checks
 from adamjax._adam import scale_by_adam
 from adamjax._base import Chain, Transformation, chain
 from adamjax._optimizers import of_objective
@@ -65,7 +66,8 @@ def adam(
     (1, 0)
     """
     b1, b2 = _check(lr, betas, eps, weight_decay)
-    moments = scale_by_adam(b1, b2, eps, amsgrad="torch" if amsgrad else False)
+    _check_flags(amsgrad=amsgrad, decoupled_weight_decay=decoupled_weight_decay)
+    moments = scale_by_adam(b1, b2, eps, amsgrad=amsgrad)
     return _of_torch(moments, lr, weight_decay, maximize, decoupled_weight_decay)
 
 
@@ -110,6 +112,7 @@ def nadam(
       momentum_decay: At least 0: how fast it rises.
     """
     b1, b2 = _check(lr, betas, eps, weight_decay, momentum_decay=momentum_decay)
+    _check_flags(decoupled_weight_decay=decoupled_weight_decay)
     moments = ScaleByTorchNAdam(b1, b2, eps, momentum_decay)
     return _of_torch(moments, lr, weight_decay, maximize, decoupled_weight_decay)
 
@@ -128,6 +131,7 @@ def radam(
 ) -> Chain:
     """torch.optim.RAdam. Arguments are those of `adam`."""
     b1, b2 = _check(lr, betas, eps, weight_decay)
+    _check_flags(decoupled_weight_decay=decoupled_weight_decay)
     return _of_torch(ScaleByTorchRAdam(b1, b2, eps, 0.0), lr, weight_decay, maximize, decoupled_weight_decay)
 
 
@@ -149,9 +153,9 @@ def adamax(
 
 def _of_torch(moments: Transformation, lr: Any, weight_decay: Any, maximize: bool, decoupled: bool) -> Chain:
     """The chain around `moments`. torch shrinks a parameter before its step, which gives the same sum."""
-    direction = of_objective(PerParameter(moments), 0.0 if decoupled else weight_decay, None, maximize)
+    direction = of_objective(moments, 0.0 if decoupled else weight_decay, None, maximize)
     decay = (AddDecayedWeights(weight_decay),) if decoupled else ()
-    return chain(direction, *decay, ScaleByLearningRate(lr))
+    return chain(PerParameter(direction), *decay, ScaleByLearningRate(lr))
 
 
 def _check(lr: Any, betas: Any, eps: Any, weight_decay: Any, momentum_decay: Any = 0.0) -> tuple[Any, Any]:
@@ -170,3 +174,8 @@ def _check(lr: Any, betas: Any, eps: Any, weight_decay: Any, momentum_decay: Any
         if isinstance(x, (int, float)) and not 0.0 <= x < below:
             raise ValueError(f"Invalid {name}: {x}")
     return tuple(betas)
+
+
+def _check_flags(**flags: Any) -> None:
+    for name, x in flags.items():
+        _checks.choice(name, x, (False, True))

@@ -8,7 +8,7 @@ import jax
 
 from adamjax._trees import compute_dtype
 from adamjax.problems._digits import DigitImages
-from adamjax.problems._parts import in_order, init_layers
+from adamjax.problems._parts import in_order, init_layers, positive
 
 _SIDE = 8
 
@@ -28,10 +28,9 @@ class DigitsConvnet(DigitImages):
     batch_size: int = 128
 
     def __post_init__(self) -> None:
-        if not (self.channels and all(isinstance(n, int) and n > 0 for n in self.channels)):
-            raise ValueError(
-                f"Invalid channels value: {self.channels!r}; channels must hold a positive int for each convolution"
-            )
+        object.__setattr__(self, "channels", positive("channels", self.channels))
+        if not self.channels:
+            raise ValueError("Invalid channels value: (); channels must hold a positive int for each convolution")
         self._load()
 
     def init(self, key: jax.Array) -> Any:
@@ -69,4 +68,4 @@ def digits_convnet(*, channels: tuple[int, ...] = (16, 32), batch_size: int = 12
     >>> problem = adamjax.problems.digits_convnet(channels=(8, 16))
     >>> adamjax.problems.check(problem)
     """
-    return DigitsConvnet(tuple(channels), batch_size)
+    return DigitsConvnet(channels, batch_size)

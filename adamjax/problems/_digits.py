@@ -10,7 +10,7 @@ import numpy as np
 
 from adamjax._extras import require
 from adamjax._trees import compute_dtype
-from adamjax.problems._parts import choose, cross_entropy, in_order, init_layers, measure
+from adamjax.problems._parts import choose, cross_entropy, in_order, init_layers, measure, positive
 
 _VALIDATION = 360  # of 1797 images
 
@@ -65,8 +65,7 @@ class Digits(DigitImages):
     batch_size: int = 128
 
     def __post_init__(self) -> None:
-        if not all(isinstance(width, int) and width > 0 for width in self.hidden):
-            raise ValueError(f"Invalid hidden value: {self.hidden!r}; hidden must hold positive layer widths")
+        object.__setattr__(self, "hidden", positive("hidden", self.hidden))
         self._load()
 
     def init(self, key: jax.Array) -> Any:
@@ -98,4 +97,4 @@ def digits(*, hidden: tuple[int, ...] = (128,), batch_size: int = 128) -> Digits
     >>> problem = adamjax.problems.digits(hidden=(32, 32))
     >>> adamjax.problems.check(problem)
     """
-    return Digits(tuple(hidden), batch_size)
+    return Digits(hidden, batch_size)

@@ -10,6 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 
 
+def positive(name: str, x: Any) -> tuple[int, ...]:
+    """Check an argument that lists sizes."""
+    if not isinstance(x, (tuple, list)) or not all(isinstance(n, int) and n > 0 for n in x):
+        raise ValueError(f"Invalid {name} value: {x!r}; {name} must be a tuple of positive ints")
+    return tuple(x)
+
+
 def init_layers(key: jax.Array, shapes: Sequence[tuple[int, ...]]) -> dict[str, dict[str, jax.Array]]:
     """Layers of kernels with `shapes` (the last axis is what comes out), and of biases."""
     params = {}

@@ -43,6 +43,8 @@ def scale_for_batch(hparams: Mapping[str, Any], *, old: int, new: int, rule: str
     {'learning_rate': 0.002, 'b1': 0.6, 'b2': 0.96, 'eps': 5e-09}
     """
     _checks.choice("rule", rule, RULES)
+    if not isinstance(hparams, Mapping):
+        raise TypeError(f"Invalid hparams value: {hparams!r}; hparams must be a dict of an optimizer's arguments")
     for name, size in (("old", old), ("new", new)):
         if not (isinstance(size, numbers.Real) and 0 < size < math.inf):
             raise ValueError(f"Invalid {name} value: {size!r}; {name} must be a positive batch size")

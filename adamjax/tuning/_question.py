@@ -26,6 +26,8 @@ def space_of(optimizer: Callable[..., Any], space: Space | None, stages: Stages,
     Raises:
       ValueError: A stage names what is in neither, or there are no stages.
     """
+    if not isinstance(stages, Sequence):
+        raise TypeError(f'Invalid stages value: {stages!r}; stages must be "adam", or the arguments of each stage')
     asked = None if isinstance(stages, str) else [n for s in stages for n in ((s,) if isinstance(s, str) else s)]
     if isinstance(stages, str) and stages != "adam":
         raise ValueError(f'Invalid stages value: {stages!r}; stages must be "adam", or the arguments of each stage')

@@ -257,6 +257,8 @@ def lr_range_test(
         raise ValueError(f"Invalid min_lr value: {min_lr!r}; min_lr must be below max_lr, which is {max_lr!r}")
     for name, x in (("num_steps", num_steps), ("num_rates", num_rates)):
         _checks.count(name, x, FEWEST)
+    _checks.function("optimizer", optimizer)
+    _checks.integer("seed", seed)
     if mode == "ramp":
         check(problem)
         losses = _ramp(problem, optimizer(learning_rate=Exponential(low, high, num_steps - 1)), num_steps, seed)

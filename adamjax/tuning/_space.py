@@ -187,6 +187,8 @@ class Space:
           ValueError: `count` is less than 1 (of a grid, 2), or `method` is not one of these.
         """
         _checks.choice("method", method, METHODS)
+        _checks.integer("count", count)
+        _checks.integer("seed", seed)
         if count < (2 if method == "grid" else 1):
             raise ValueError(f"Invalid count value: {count}; a space has at least 1 point, a grid 2 along each range")
         rows: Iterable[Any]

@@ -160,7 +160,9 @@ def sweep(
             f"Invalid seeds value: {seeds!r}; seeds must be a number of them, or at least one int in a row"
         )
     _checks.choice("mode", mode, ("min", "max"))
-    settings = space.points(trials, method=method) if isinstance(space, Space) else [dict(s) for s in space]
+    _checks.choice("progress", progress, (False, True))
+    _checks.function("optimizer", optimizer)
+    settings = space.points(trials, method=method) if isinstance(space, Space) else _settings(space)
     if not settings:
         raise ValueError("there are no settings: give a Space, or at least one dict of the optimizer's arguments")
     runner = Runner(problem, metric, execution=execution, mesh=mesh, memory=memory)
@@ -178,6 +180,14 @@ def sweep(
         runner.probe,
         time.perf_counter() - begin,
     )
+
+
+def _settings(space: Any) -> list[Setting]:
+    if not isinstance(space, Sequence) or not all(isinstance(s, Mapping) for s in space):
+        raise TypeError(
+            f"Invalid space value: {space!r}; space must be a Space, or a list of dicts of the optimizer's arguments"
+        )
+    return [dict(s) for s in space]
 
 
 def marks_of(steps: int, points: int) -> np.ndarray:

@@ -118,6 +118,9 @@ def tune(
     _checks.count("seed", seed, 0)
     _checks.choice("mode", mode, ("min", "max"))
     _checks.choice("halving", halving, (True, False, "auto"))
+    _checks.choice("resume", resume, (False, True))
+    _checks.choice("progress", progress, (False, True))
+    _checks.function("optimizer", optimizer)
     _check_confirm(confirm)
     _check_sampler(sampler, storage)
     if out is not None:

@@ -1,0 +1,156 @@
+"""Every public callable, with arguments that are right: the grid of wrong calls is made of them."""
+
+import ast
+import importlib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+from bowl import Bowl
+
+import adamjax
+from adamjax import interop, schedules, tuning
+
+MODULES = ["", ".schedules", ".storage", ".rounding", ".interop.torch", ".interop.optax"]
+MODULES += [".tuning", ".training", ".problems"]
+
+
+def public():
+    """Functions and classes by name: what a module defines, or imports `as` the name it has, without underscore."""
+    found = {}
+    for suffix in MODULES:
+        module = importlib.import_module("adamjax" + suffix)
+        for node in ast.parse(Path(module.__file__).read_text()).body:
+            names = [getattr(node, "name", "")]
+            if isinstance(node, ast.ImportFrom):
+                names = [alias.name for alias in node.names if alias.name == alias.asname]
+            if isinstance(node, ast.Assign):
+                names = [target.id for target in node.targets if isinstance(target, ast.Name)]
+            for name in names:
+                x = getattr(module, name, None)
+                if not name.startswith("_") and getattr(x, "__module__", "").startswith("adamjax"):
+                    found.setdefault(x, f"{suffix}.{name}".removeprefix("."))
+    return {name: x for x, name in found.items() if callable(x)}
+
+
+class Call(NamedTuple):
+    """A call that is right: the arguments that have no default, and which of all may be None."""
+
+    arguments: dict[str, Any] = {}  # noqa: RUF012
+    optional: tuple[str, ...] = ()
+    cheap: bool = True  # or only wrong calls of it are made
+
+
+OPT = adamjax.adamw(schedules.constant(0.1))
+PARAMS = {"a": jnp.ones((2, 3)), "b": jnp.ones(3)}
+STATE = OPT.init(PARAMS)
+TORCH = interop.torch.adamw()
+TORCH_STATE = {"state": {}, "param_groups": [{"params": [0, 1], "betas": (0.9, 0.99), "amsgrad": False}]}
+BOWL = Bowl()
+SPACE = tuning.Space(learning_rate=tuning.Log(1e-3, 1e-1))
+RATES = np.geomspace(1e-4, 1.0, 50)
+RANGE = tuning.LrRange(RATES, 1 + np.log10(RATES / 0.1) ** 2)
+
+DTYPES = ("mu_dtype", "nu_dtype")
+KINDS_OF_TORCH = ("foreach", "fused", "capturable", "differentiable")  # which are not looked at
+CALLS = {
+    "adam": Call(optional=("amsgrad", "mask", *DTYPES)),
+    "adamax": Call(optional=DTYPES),
+    "adamaxw": Call(optional=("mask", *DTYPES)),
+    "adamw": Call(optional=("amsgrad", "mask", *DTYPES)),
+    "amsgrad": Call(optional=("mask", *DTYPES)),
+    "nadam": Call(optional=DTYPES),
+    "nadamw": Call(optional=("mask", *DTYPES)),
+    "radam": Call(optional=DTYPES),
+    "scale_by_adam": Call(optional=("amsgrad", *DTYPES)),
+    "scale_by_adamax": Call(optional=DTYPES),
+    "scale_by_radam": Call(optional=DTYPES),
+    "add_decayed_weights": Call(optional=("mask",)),
+    "clip_by_global_norm": Call({"max_norm": 1.0}, ("axis_name",)),
+    "scale_by_learning_rate": Call({"learning_rate": 0.1}, ("learning_rate",)),
+    "chain": Call({"transforms": (OPT,)}),
+    "apply_updates": Call({"params": PARAMS, "updates": PARAMS}, ("updates",)),
+    "groups": Call({"members": {"a": OPT}, "default": OPT}, ("default",)),
+    "kahan": Call({"opt": OPT}),
+    "master_weights": Call({"opt": OPT}),
+    "stochastic_rounding": Call({"opt": OPT}),
+    "quantized": Call({"format": "int8"}, ("block_size", "keep")),
+    "rounding.Kahan": Call({"inner": OPT}),
+    "rounding.MasterWeights": Call({"inner": OPT}),
+    "rounding.StochasticRounding": Call({"inner": OPT}),
+    "schedules.Constant": Call({"value": 0.1}),
+    "schedules.Linear": Call({"init": 0.1, "end": 0.2, "total_steps": 10}),
+    "schedules.Exponential": Call({"init": 0.1, "peak": 0.2, "total_steps": 10}),
+    "schedules.Cosine": Call({"peak": 0.1, "total_steps": 10}),
+    "schedules.WarmupCosine": Call({"peak": 0.1, "warmup_steps": 2, "total_steps": 10}),
+    "schedules.WarmupStableDecay": Call({"peak": 0.1, "warmup_steps": 2, "total_steps": 10, "decay_steps": 3}),
+    "schedules.InverseSqrt": Call({"peak": 0.1, "warmup_steps": 2}),
+    "schedules.OneCycle": Call({"peak": 0.1, "total_steps": 10}),
+    "schedules.FromFunction": Call({"function": abs}),
+    "schedules.Proportional": Call({"level": 0.1, "schedule": schedules.cosine(0.1, 10)}),
+    "schedules.as_schedule": Call({"x": abs}),
+    "schedules.reduce_on_plateau": Call(),
+    "storage.Quantized": Call({"name": "int8"}, ("block_size", "keep")),
+    "storage.precision": Call({"dtype": "float16"}),
+    "storage.state_bytes": Call({"opt": OPT, "params": PARAMS}, ("params",)),
+    "interop.torch.adam": Call(optional=KINDS_OF_TORCH),
+    "interop.torch.adamw": Call(optional=KINDS_OF_TORCH),
+    "interop.torch.nadam": Call(optional=KINDS_OF_TORCH),
+    "interop.torch.radam": Call(optional=KINDS_OF_TORCH),
+    "interop.torch.adamax": Call(optional=KINDS_OF_TORCH),
+    "interop.torch.import_state": Call(
+        {"opt": TORCH, "params": PARAMS, "state_dict": TORCH_STATE}, ("order", "convert")
+    ),
+    "interop.torch.export_state": Call(
+        {"opt": TORCH, "params": PARAMS, "state": TORCH.init(PARAMS)}, ("order", "convert")
+    ),
+    "interop.optax.import_state": Call(
+        {"opt": OPT, "params": PARAMS, "state": optax.adamw(schedules.constant(0.1)).init(PARAMS)}
+    ),
+    "interop.optax.export_state": Call({"opt": OPT, "state": STATE}),
+    "interop.optax.wrap": Call({"opt": OPT}),
+    "tuning.scale_for_batch": Call({"hparams": {"learning_rate": 0.1}, "old": 64, "new": 128}),
+    "tuning.LrRange": Call({"learning_rates": RATES, "losses": 1 / RATES}),
+    "tuning.lr_range_test": Call({"problem": BOWL}, cheap=False),
+    "tuning.Choice": Call({"options": (1, "a", None)}, ("options",)),
+    "tuning.Linear": Call({"low": 0.1, "high": 0.2}),
+    "tuning.Log": Call({"low": 0.1, "high": 0.2}),
+    "tuning.Space": Call({"ranges": {"learning_rate": tuning.Log(0.1, 0.2)}}),
+    "tuning.sweep": Call({"problem": BOWL, "space": SPACE, "steps": 2}, ("mesh", "memory"), cheap=False),
+    "tuning.tune": Call(
+        {"problem": BOWL, "trials": 2, "steps": 2},
+        ("mesh", "memory", "space", "storage", "confirm", "out"),
+        cheap=False,
+    ),
+    "training.train": Call({"problem": BOWL, "optimizer": OPT, "steps": 2}, ("dtype",)),
+    "training.keys_of": Call({"seed": 0}),
+    "problems.DigitsConvnet": Call(),
+    "problems.digits_convnet": Call(),
+    "problems.Digits": Call(),
+    "problems.digits": Call(),
+    "problems.Characters": Call(),
+    "problems.characters": Call(),
+    "problems.check": Call({"problem": BOWL}),
+}
+
+# Methods that take arguments of users.
+METHODS = {
+    "init": (OPT.init, Call({"params": PARAMS}, ("params",))),
+    "update": (OPT.update, Call({"updates": PARAMS, "state": STATE, "params": PARAMS}, ("updates",))),
+    "step": (OPT.step, Call({"grads": PARAMS, "state": STATE, "params": PARAMS}, ("grads",))),
+    "groups.describe": (adamjax.groups({"a": OPT}, default=OPT).describe, Call({"params": PARAMS}, ("params",))),
+    "schedules.Linear.__call__": (schedules.linear(0.1, 0.2, 10), Call({"count": 3})),
+    "schedules.Constant.__call__": (schedules.constant(0.1), Call({"count": 3})),
+    "tuning.Space.points": (SPACE.points, Call({"count": 3})),
+    "tuning.LrRange.suggestion": (RANGE.suggestion, Call()),
+}
+
+# Not called with arguments of users: what they get and look at, or derive from, and the insides of steps and runs.
+HELD = ["AdamState", "ScheduleState", "rounding.RoundingState", "storage.QuantizedArray", "storage.Precision"]
+HELD += ["tuning.Best", "tuning.Confirmed", "tuning.Report", "tuning.Sweep", "tuning.Trial"]
+HELD += ["training.Report", "training.Keys"]
+BASES = ["Transformation", "schedules.Schedule", "rounding.Rounding", "tuning.Problem"]
+INNER = [f"storage.{name}" for name in ("moment_format", "empty", "revive", "check", "is_rounded", "load")]
+INNER += ["storage.store_signed", "storage.store_decaying", "storage.store_growing", "training.train_step"]
