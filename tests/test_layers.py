@@ -27,7 +27,8 @@ FLOORS = [
     ["problems._digits", "problems._text"],
     ["problems._convnet"],
     ["problems"],
-    ["training", "run_folder", "tuning._space", "tuning._batch"],
+    ["_description"],
+    ["training", "run_folder", "checkpoint", "tuning._space", "tuning._batch"],
     ["tuning._population", "tuning._trial", "tuning._strategy", "tuning._page"],
     ["tuning._sweep", "tuning._plots", "tuning._optuna", "tuning._question"],
     ["tuning._range_test", "tuning._runs"],
@@ -100,7 +101,7 @@ def test_one_import_brings_all_names_and_nothing_optional():
     program = """
 import adamjax, sys
 adamjax.problems.digits, adamjax.schedules.cosine, adamjax.training.train, adamjax.tuning.sweep
-print(*{"flax", "matplotlib", "optax", "optuna", "sklearn", "torch", "tqdm"} & set(sys.modules))
+print(*{"flax", "matplotlib", "optax", "optuna", "orbax", "sklearn", "torch", "tqdm"} & set(sys.modules))
 """
     environment = os.environ | {"PYTHONPATH": str(ROOT.parent)}
     found = subprocess.run(
