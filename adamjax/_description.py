@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from adamjax import _trees
 from adamjax._trees import PyTree
 from adamjax._value import Value
 
@@ -75,7 +74,8 @@ def _node(x: Any) -> str:
         # A field that is added later changes nothing for those who leave it at its default.
         chosen = {f.name: getattr(x, f.name) for f in fields if getattr(x, f.name) != f.default}
         return f"{name}({', '.join(f'{field}={_print(content)}' for field, content in chosen.items())})"
-    _, static = jax.tree.structure(x, is_leaf=lambda y: y is not x).node_data()
+    structure: Any = jax.tree.structure(x, is_leaf=lambda y: y is not x)
+    _, static = structure.node_data()
     return f"{name} {_print(static)}"
 
 

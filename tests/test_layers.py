@@ -36,6 +36,7 @@ FLOORS = [
     ["tuning._tune"],
     ["tuning"],
     ["cli._flags"],
+    ["cli._checkpoints"],
     ["cli._train", "cli._tune"],
     ["cli"],
     ["__main__"],
