@@ -40,7 +40,7 @@ def past(run: Path, problem: Problem, optimizer: Any, options: dict[str, Any]) -
     start = checkpoint.restore(run / FOLDER, optimizer, params)
     records = [record for record in records if record["step"] <= start.step]
     # Ctrl-C evaluates where a run that goes on does not.
-    if start.step % options["evaluate_every"] and start.step < steps:
+    if records and start.step % options["evaluate_every"] and start.step < steps:
         records[-1] = {name: x for name, x in records[-1].items() if not name.startswith("val_")}
     return Past(start, start.step, records)
 
