@@ -68,7 +68,8 @@ class Writer:
         """Save a report if it is time, or the last one, unless it diverged."""
         if self._every is None or report.diverged_at is not None:
             return
-        if report.step - self._last >= (1 if last else self._every):
+        # At multiples of the distance, wherever a run was interrupted.
+        if report.step // self._every > self._last // self._every or (last and report.step > self._last):
             checkpoint.save(
                 self._directory, self._optimizer, report.params, report.state, step=report.step, key=self._seed
             )
