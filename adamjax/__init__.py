@@ -1,5 +1,6 @@
 """Adam for JAX: optimizers as values."""
 
+from adamjax import checkpoint as checkpoint
 from adamjax import diagnostics as diagnostics
 from adamjax import interop as interop
 from adamjax import problems as problems

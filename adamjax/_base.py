@@ -109,6 +109,8 @@ class Foreign(Transformation):
     transform: Any = static_field()
 
     def _init(self, params: PyTree) -> PyTree:
+        if _trees.any_abstract(params):
+            return jax.eval_shape(self.transform.init, params)
         return self.transform.init(params)
 
     def _update(self, updates: PyTree, state: PyTree, params: PyTree | None, extra: Extra) -> tuple[PyTree, PyTree]:

@@ -2,10 +2,14 @@
 
 import json
 import math
+import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from adamjax._extras import require
+
+Record = dict[str, Any]
 
 
 class RunFolder:
@@ -13,27 +17,32 @@ class RunFolder:
 
     Measurements are written as they come, so whatever ends the run leaves those before it.
 
+    Args:
+      path: The folder.
+      records: Of a run that goes on, the measurements it had; others that it wrote are removed.
+
     Raises:
-      FileExistsError: The folder holds a run already; nothing is overwritten.
+      FileExistsError: The folder holds a run already, and is not to go on; nothing is overwritten.
     """
 
-    def __init__(self, path: Path) -> None:
-        if (path / "metrics.jsonl").exists():
+    def __init__(self, path: Path, records: Iterable[Record] | None = None) -> None:
+        metrics = path / "metrics.jsonl"
+        if records is None and metrics.exists():
             raise FileExistsError(f"{path} already holds a run: choose another --out, or remove it")
         path.mkdir(parents=True, exist_ok=True)
         self.path = path
-        self.records: list[dict[str, Any]] = []
-        (path / "metrics.jsonl").touch()
+        self.records = list(records or ())
+        if records is not None:
+            replace(metrics, "".join(map(_line, self.records)))
 
     def write_config(self, config: dict[str, Any]) -> None:
-        (self.path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        replace(self.path / "config.json", json.dumps(config, indent=2) + "\n")
 
-    def log(self, record: dict[str, Any]) -> None:
-        """Append a line to `metrics.jsonl`; what is not finite becomes null, for JSON has no NaN."""
+    def log(self, record: Record) -> None:
+        """Append a line to `metrics.jsonl`."""
         self.records.append(record)
-        line = {k: None if isinstance(x, float) and not math.isfinite(x) else x for k, x in record.items()}
         with open(self.path / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(_line(record))
 
     def plot(self) -> None:
         """Draw everything logged against the step, one panel a quantity, into `curves.png`."""
@@ -57,6 +66,28 @@ class RunFolder:
             axes[0][0].legend()
         figure.savefig(self.path / "curves.png", dpi=120)
         plt.close(figure)
+
+
+def read_metrics(path: Path) -> list[Record]:
+    """The lines of the `metrics.jsonl` in a folder; one that was not finished is left out."""
+    metrics = path / "metrics.jsonl"
+    lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
+    records = [json.loads(line) for line in lines if line.endswith("\n")]
+    return [{k: math.nan if x is None else x for k, x in record.items()} for record in records]
+
+
+def replace(path: Path, text: str) -> None:
+    """Replace the file as a whole: a reader, and a crash, meets the old one or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(path.name + ".new")
+    new.write_text(text)
+    os.replace(new, path)
+
+
+def _line(record: Record) -> str:
+    """What is not finite becomes null, for JSON has no NaN."""
+    line = {k: None if isinstance(x, float) and not math.isfinite(x) else x for k, x in record.items()}
+    return json.dumps(line) + "\n"
 
 
 def next_free(parent: Path, kind: str) -> Path:

@@ -48,6 +48,7 @@ def train(
     report_every: int = 10,
     evaluate_every: int = 100,
     stop: Callable[[], bool] = lambda: False,
+    start: Any = None,
 ) -> Iterator[Report]:
     """Train, and report on the way.
 
@@ -60,10 +61,12 @@ def train(
       report_every: Updates between reports.
       evaluate_every: Updates between evaluations.
       stop: Asked at each report; the run ends when it says so.
+      start: Where to go on: a `Report` of the same run, or a `checkpoint.Checkpoint` of one. The next step takes
+        its memory, and what comes is what would have come then, to the last bit.
 
     Returns:
-      An iterator: a `Report` before the first step, then as often as asked for. The last one has
-      metrics; it comes early if `stop` says so, or a loss was not finite.
+      An iterator: a `Report` before the first step (but not at `start`), then as often as asked for. The last
+      one has metrics; it comes early if `stop` says so, or a loss was not finite.
 
     Raises:
       TypeError: `problem` is not a `Problem`, or `optimizer` no transformation.
@@ -82,7 +85,7 @@ def train(
     as_transformation(optimizer, "argument optimizer of train")
     _checks.integer("seed", seed)
     _checks.function("stop", stop)
-    return _run(problem, optimizer, steps, seed, dtype, report_every, evaluate_every, stop)
+    return _run(problem, optimizer, steps, seed, dtype, report_every, evaluate_every, stop, start)
 
 
 class Keys(NamedTuple):
@@ -96,6 +99,14 @@ class Keys(NamedTuple):
 def keys_of(seed: Any) -> Keys:
     """The keys of the run that `seed` (an int, or an integer scalar) names."""
     return Keys(*jax.random.split(jax.random.key(_checks.integer("seed", seed)), 3))
+
+
+def initial(problem: Problem, optimizer: Any, dtype: Any, keys: Keys) -> tuple[Any, Any]:
+    """The parameters and the state before the first step."""
+    params = problem.init(keys.init)
+    if dtype is not None:
+        params = jax.tree.map(lambda p: p.astype(dtype), params)
+    return params, optimizer.init(params)
 
 
 def train_step(
@@ -131,21 +142,17 @@ def _run(
     report_every: int,
     evaluate_every: int,
     stop: Callable[[], bool],
+    start: Any,
 ) -> Iterator[Report]:
     keys = keys_of(seed)
-
-    @jax.jit
-    def start(keys: Keys) -> tuple[Any, Any]:
-        params = problem.init(keys.init)
-        if dtype is not None:
-            params = jax.tree.map(lambda p: p.astype(dtype), params)
-        return params, optimizer.init(params)
-
     advance = jax.jit(partial(train_step, problem, optimizer, keys), donate_argnums=(0, 1))
     evaluate = jax.jit(problem.evaluate)
-    params, state = start(keys)
+    if start is None:
+        first, (params, state) = 0, jax.jit(partial(initial, problem, optimizer, dtype))(keys)
+    else:
+        first, params, state = start.step + 1, start.params, start.state
     losses: list[jax.Array] = []
-    for step in range(steps + 1):
+    for step in range(first, steps + 1):
         if step:
             params, state, loss = advance(params, state, np.int32(step - 1))
             losses.append(loss)

@@ -34,7 +34,8 @@ FLOORS = [
     ["diagnostics._explain"],
     ["diagnostics._history"],
     ["diagnostics"],
-    ["training", "run_folder", "tuning._space", "tuning._batch"],
+    ["_description"],
+    ["training", "run_folder", "checkpoint", "tuning._space", "tuning._batch"],
     ["tuning._population", "tuning._trial", "tuning._strategy", "tuning._page"],
     ["tuning._sweep", "tuning._plots", "tuning._optuna", "tuning._question"],
     ["tuning._range_test", "tuning._runs"],
@@ -42,6 +43,7 @@ FLOORS = [
     ["tuning._tune"],
     ["tuning"],
     ["cli._flags"],
+    ["cli._checkpoints"],
     ["cli._train", "cli._tune"],
     ["cli"],
     ["__main__"],
@@ -107,7 +109,7 @@ def test_one_import_brings_all_names_and_nothing_optional():
     program = """
 import adamjax, sys
 adamjax.problems.digits, adamjax.schedules.cosine, adamjax.training.train, adamjax.tuning.sweep
-print(*{"flax", "matplotlib", "optax", "optuna", "sklearn", "torch", "tqdm"} & set(sys.modules))
+print(*{"flax", "matplotlib", "optax", "optuna", "orbax", "sklearn", "torch", "tqdm"} & set(sys.modules))
 """
     environment = os.environ | {"PYTHONPATH": str(ROOT.parent)}
     found = subprocess.run(

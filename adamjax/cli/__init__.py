@@ -39,10 +39,32 @@ def _parse(arguments: Sequence[str] | None) -> dict[str, Any]:
     train = _train.add_parser(commands)
     _tune.add_parsers(commands)
     options = vars(parser.parse_args(arguments))
-    if "config" in options:
-        try:
-            train.set_defaults(**json.loads(options["config"].read_text())["flags"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CommandError(f"--config {options['config']} is not the config.json of a run ({error!r})") from error
+    if options["command"] == "train" and ("config" in options or "resume" in options):
+        train.set_defaults(**_earlier_flags(options))
         options = vars(parser.parse_args(arguments))
+        if "resume" in options:
+            _refuse_changes(options, train)
     return options
+
+
+def _earlier_flags(options: dict[str, Any]) -> dict[str, Any]:
+    """Those of the run that `--resume` or `--config` names."""
+    path = options["resume"] / "config.json" if "resume" in options else options["config"]
+    try:
+        return dict(json.loads(path.read_text())["flags"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        said = f"--resume {options['resume']}: {path}" if "resume" in options else f"--config {path}"
+        raise CommandError(f"{said} is not the config.json of a run ({error!r})") from error
+
+
+def _refuse_changes(options: dict[str, Any], train: argparse.ArgumentParser) -> None:
+    """Flags of a run that goes on are those it began with, which are now the defaults of `train`."""
+    for name, here in options.items():
+        before = train.get_default(name)
+        if name not in ("command", "resume", "checkpoint_every") and here != before:
+            flag, config = "--" + name.replace("_", "-"), options["resume"] / "config.json"
+            was = "not given" if before == argparse.SUPPRESS else before
+            raise CommandError(
+                f"{flag} was {was}, here it is {here}: a run that is resumed goes on as it began; "
+                f"for another one, train --config {config} {flag} {here}"
+            )

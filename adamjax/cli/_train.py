@@ -15,7 +15,7 @@ import numpy as np
 import adamjax
 from adamjax import _checks, schedules, training
 from adamjax._extras import require
-from adamjax.cli import _flags
+from adamjax.cli import _checkpoints, _flags
 from adamjax.run_folder import RunFolder, next_free
 
 
@@ -40,8 +40,18 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         "--report-every", type=int, default=10, help="updates between lines of metrics.jsonl (default: 10)"
     )
     run.add_argument("--evaluate-every", type=int, default=100, help="updates between validations (default: 100)")
+    run.add_argument(
+        "--checkpoint-every", type=int, help="updates between checkpoints, which are made at reports (default: none)"
+    )
     run.add_argument("--out", type=Path, help="folder to write (default: the next free runs/train-N)")
     run.add_argument("--config", type=Path, help="config.json of a run to do again; other flags override it")
+    run.add_argument(
+        "--resume",
+        type=Path,
+        metavar="FOLDER",
+        help="go on with a run from its last checkpoint (from its start, if it has none) to the result it would have "
+        "had; of its flags, only --checkpoint-every can be changed: all others are part of that result",
+    )
     rate = train.add_argument_group("the learning rate")
     rate.add_argument("--learning-rate", type=float, default=3e-3, help="its peak (default: 3e-3)")
     rate.add_argument(
@@ -71,8 +81,14 @@ def run(options: dict[str, Any]) -> int:
         optimizer = make(schedule, **_flags.hyperparameters(make, options))
         if "rounding" in options:
             optimizer = getattr(adamjax, options["rounding"])(optimizer)
+        problem = _flags.problem(options)
+        path = options.get("resume") or options.get("out") or next_free(Path("runs"), "train")
+        past = _checkpoints.Past()
+        if "resume" in options:
+            past = _checkpoints.past(path, problem, optimizer, options)
+        checkpoints = _checkpoints.Writer(path, optimizer, options, past.done)
         reports = training.train(
-            _flags.problem(options),
+            problem,
             optimizer,
             steps=options["steps"],
             seed=options["seed"],
@@ -80,17 +96,22 @@ def run(options: dict[str, Any]) -> int:
             report_every=options["report_every"],
             evaluate_every=options["evaluate_every"],
             stop=stop,
+            start=past.start,
         )
-        folder = RunFolder(options["out"]) if "out" in options else RunFolder(next_free(Path("runs"), "train"))
+        folder = RunFolder(path, past.records)
+    if past.done == options["steps"]:
+        folder.plot()
+        print(f"{path} is finished: all its {past.done} steps are done")
+        return 0
     folder.write_config(
         {
-            "flags": {name: x for name, x in options.items() if name not in ("config", "out")},
+            "flags": {name: x for name, x in options.items() if name not in ("config", "out", "resume")},
             "optimizer": repr(optimizer),
             "versions": {"adamjax": version("adamjax"), "jax": jax.__version__},
         }
     )
     rate = jax.jit(schedule)
-    with stop, tqdm(total=options["steps"], unit="step", dynamic_ncols=True) as bar:
+    with stop, tqdm(total=options["steps"], initial=past.done, unit="step", dynamic_ncols=True) as bar:
         try:
             for report in reports:
                 record = _record(report, rate)
@@ -98,6 +119,8 @@ def run(options: dict[str, Any]) -> int:
                 shown = (f"{name} {record[name]:.3g}" for name in ("loss", "learning_rate") if name in record)
                 bar.set_postfix_str(", ".join(shown), refresh=False)
                 bar.update(report.step - bar.n)
+                checkpoints.offer(report)
+            checkpoints.offer(report, last=True)
         finally:
             folder.plot()
     metrics = ", ".join(f"{name} {x:.4g}" for name, x in (report.metrics or {}).items())
@@ -106,7 +129,11 @@ def run(options: dict[str, Any]) -> int:
     if report.diverged_at is not None:
         print(_advice(report.diverged_at, float(rate(report.diverged_at - 1)), options), file=sys.stderr)
         return 1
-    return 130 if stop() else 0
+    if stop():
+        if "checkpoint_every" in options:
+            print(f"adamjax: stopped; adamjax train --resume {path} goes on", file=sys.stderr)
+        return 130
+    return 0
 
 
 def _record(report: training.Report, rate: Callable[[int], Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from adamjax.run_folder import replace
 from adamjax.tuning._space import Setting
 
 # Names of stages: of the first trial, and of the runs with fresh seeds.
@@ -125,7 +126,7 @@ class Journal:
 
     def _write_found(self) -> None:
         if self.path is not None and jax.process_index() == 0:
-            write_json(self.path / "tune.json", self.found)
+            replace(self.path / "tune.json", json.dumps(self.found, indent=2, allow_nan=False) + "\n")
 
 
 def append(path: Path, finished: int, trials: Iterable[Trial]) -> int:
@@ -137,14 +138,6 @@ def append(path: Path, finished: int, trials: Iterable[Trial]) -> int:
         file.flush()
         os.fsync(file.fileno())
     return finished + len(lines)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Replace the file as a whole: a reader, and a crash, meets the old one or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(path.name + ".new")
-    new.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
-    os.replace(new, path)
 
 
 def parse(lines: str, path: Path) -> list[Trial]:

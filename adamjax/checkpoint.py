@@ -1,0 +1,248 @@
+"""Checkpoints of a training run: parameters, optimizer state and step, kept by orbax.
+
+A step on disk is there as a whole or not at all, whatever ends the process that writes it. It also says which
+optimizer it is of, and the path, shape and dtype of every array: what does not fit is refused before anything
+is read, where orbax would cast.
+"""
+
+import os
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from adamjax import _checks, _description
+from adamjax._base import as_transformation
+from adamjax._extras import require
+from adamjax._trees import PyTree
+
+# Of what is in a step. A change of it that old steps do not fit gets a new number.
+FORMAT = 1
+
+
+class Checkpoint(NamedTuple):
+    """What a step on disk holds.
+
+    Fields:
+      step: Updates done.
+      params: The parameters.
+      state: The optimizer's state.
+      key: The key or the seed of the run; None if none was saved.
+    """
+
+    step: int
+    params: PyTree
+    state: PyTree
+    key: Any
+
+
+def save(
+    directory: str | os.PathLike[str],
+    optimizer: Any,
+    params: PyTree,
+    state: PyTree,
+    *,
+    step: int,
+    key: Any = None,
+    keep: int | None = 3,
+) -> None:
+    """Save a step, and wait until it is on disk.
+
+    Args:
+      directory: Of the checkpoints of this run; each step is a folder in it.
+      optimizer: One of this package's, or optax's, of which the hyperparameters are kept where they can be read.
+      params: The parameters: any pytree of arrays, sharded in any way. With many processes, all of them save.
+      state: The optimizer's state, likewise.
+      step: Updates done, more than those of the steps that are there.
+      key: What the randomness of the run comes from: a seed, or a key of JAX.
+      keep: How many steps to keep, the last ones. None: all.
+
+    Raises:
+      ImportError: orbax is not installed; the message has the command to run.
+      TypeError, ValueError: `step`, `keep` or `key` is no such thing, or there is such a step, or a later one.
+    """
+    _checks.count("step", step, least=0)
+    if keep is not None:
+        _checks.count("keep", keep)
+    description = {
+        "format": FORMAT,
+        "versions": {"adamjax": version("adamjax"), "jax": jax.__version__},
+        "key": _key_to_json(key),
+        "optimizer": _describe_optimizer(optimizer),
+        "params": _description.of_tree("params", params := _as_arrays(params)),
+        "state": _description.of_tree("state", state := _as_arrays(state)),
+    }
+    there = steps(directory)
+    if there and step <= there[-1]:
+        raise ValueError(
+            f"Invalid step value: {step}; {directory} has step {there[-1]} already: "
+            "remove that and those after it, or choose another directory"
+        )
+    ocp = _orbax()
+    arrays = {"params": _by_path(params), "state": _by_path(state)}
+    items = ocp.args.Composite(arrays=ocp.args.StandardSave(arrays), description=ocp.args.JsonSave(description))
+    with _manager(directory, max_to_keep=keep, cleanup_tmp_directories=True) as manager:
+        manager.save(step, args=items, force=True)
+
+
+def restore(
+    directory: str | os.PathLike[str],
+    optimizer: Any,
+    params: PyTree,
+    *,
+    state: PyTree = None,
+    step: int | None = None,
+    new_hyperparameters: bool = False,
+) -> Checkpoint:
+    """Read a step again, bit for bit.
+
+    Args:
+      directory: As it was saved to.
+      optimizer: The one that was saved.
+      params: What the parameters are like: arrays, or `jax.ShapeDtypeStruct`s. Their shardings are those that
+        are restored to, whatever they were when the step was saved; without one, the default device.
+      state: What the state is like, where its shardings are not those of the parameters; by default
+        `optimizer.init` says.
+      step: Which one; by default the last.
+      new_hyperparameters: Whether to go on with the numbers of `optimizer`, such as its learning rate, where they
+        are not those that were saved.
+
+    Returns:
+      A `Checkpoint`.
+
+    Raises:
+      ImportError: orbax is not installed; the message has the command to run.
+      FileNotFoundError: There is no such step, or none at all.
+      ValueError: The step is of another optimizer or other parameters, or of a later format; the message has
+        the first path that differs.
+    """
+    ocp = _orbax()
+    there = steps(directory)
+    if not there or step not in (None, *there):
+        has = f"it has {', '.join(map(str, there))}" if there else "it has none at all"
+        raise FileNotFoundError(f"{directory} has no {'checkpoint' if step is None else f'step {step}'}: {has}")
+    step = there[-1] if step is None else step
+    where = Path(directory) / str(step)
+    sharding = _default_sharding(params)
+    params = _abstract(params, sharding)
+    state = as_transformation(optimizer, "argument optimizer").init(params) if state is None else state
+    state = _abstract(state, sharding)
+    with _manager(directory) as manager:
+        described = ocp.args.Composite(description=ocp.args.JsonRestore())
+        try:
+            description = manager.restore(step, args=described)["description"]
+        except (KeyError, FileNotFoundError) as error:
+            raise ValueError(f"{where} is not a checkpoint of adamjax: it has no description") from error
+        _refuse_others(where, description, optimizer, params, state, new_hyperparameters)
+        like = {"params": _by_path(params), "state": _by_path(state)}
+        arrays = manager.restore(step, args=ocp.args.Composite(arrays=ocp.args.StandardRestore(like)))["arrays"]
+    return Checkpoint(
+        step,
+        _from_paths(arrays["params"], params),
+        _from_paths(arrays["state"], state),
+        _key_from_json(description["key"]),
+    )
+
+
+def steps(directory: str | os.PathLike[str]) -> list[int]:
+    """The steps that are saved in a directory, in order.
+
+    Raises:
+      ImportError: orbax is not installed; the message has the command to run.
+    """
+    ocp = _orbax()
+    return sorted(ocp.utils.checkpoint_steps(os.path.abspath(directory))) if os.path.isdir(directory) else []
+
+
+def _orbax() -> Any:
+    return require("orbax.checkpoint", "checkpoint", "a checkpoint")
+
+
+def _manager(directory: str | os.PathLike[str], **options: Any) -> Any:
+    ocp = _orbax()
+    # Not asynchronous: the next step of a run takes the memory of what is being saved.
+    chosen = ocp.CheckpointManagerOptions(enable_async_checkpointing=False, **options)
+    return ocp.CheckpointManager(os.path.abspath(directory), options=chosen)
+
+
+def _describe_optimizer(optimizer: Any) -> _description.Description:
+    return _description.of_numbers("optimizer", as_transformation(optimizer, "argument optimizer"))
+
+
+def _refuse_others(
+    where: Path, found: dict[str, Any], optimizer: Any, params: PyTree, state: PyTree, new_hyperparameters: bool
+) -> None:
+    if found.get("format") != FORMAT:
+        raise ValueError(f"{where} has format {found.get('format')}, expected {FORMAT}: update adamjax to restore it")
+    here, there = _describe_optimizer(optimizer), found["optimizer"]
+    if (what := _description.difference(there, here, numbers=False)) is not None:
+        raise ValueError(f"{where} is of another optimizer: {what}; restore it with the one that was saved")
+    if not new_hyperparameters and (what := _description.difference(there, here)) is not None:
+        raise ValueError(
+            f"{where} is of an optimizer with other hyperparameters: {what}; "
+            "if that is meant, restore it with new_hyperparameters=True"
+        )
+    for name, tree in (("params", params), ("state", state)):
+        if (what := _description.difference(found[name], _description.of_tree(name, tree))) is not None:
+            raise ValueError(
+                f"{where} does not fit: {what}; nothing is cast or reshaped, restore it into what was saved "
+                "and convert that"
+            )
+
+
+def _as_arrays(tree: PyTree) -> PyTree:
+    return jax.tree.map(lambda x: x if isinstance(x, (jax.Array, jax.ShapeDtypeStruct)) else jnp.asarray(x), tree)
+
+
+def _sharding(x: Any) -> Any:
+    """Where `x` has been put; None of what may as well be elsewhere."""
+    return x.sharding if getattr(x, "committed", True) else None
+
+
+def _default_sharding(params: PyTree) -> Any:
+    """Where those go that have no sharding, the step count for one: to all the devices that the parameters are on."""
+    known = [sharding for x in jax.tree.leaves(_as_arrays(params)) if (sharding := _sharding(x)) is not None]
+    meshes = [sharding.mesh for sharding in known if isinstance(sharding, NamedSharding)]
+    return NamedSharding(meshes[0], PartitionSpec()) if meshes else (known or [jnp.zeros(()).sharding])[0]
+
+
+def _abstract(tree: PyTree, default: Any) -> PyTree:
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_sharding(x) or default), _as_arrays(tree)
+    )
+
+
+# Of a dict by paths, orbax understands as much whatever the nodes of the tree are. It does not take arrays
+# that hold nothing.
+def _by_path(tree: PyTree) -> dict[str, Any]:
+    return {jax.tree_util.keystr(path): x for path, x in jax.tree.leaves_with_path(tree) if x.size}
+
+
+def _from_paths(arrays: dict[str, jax.Array], like: PyTree) -> PyTree:
+    return jax.tree.map_with_path(
+        lambda path, x: (
+            arrays[jax.tree_util.keystr(path)] if x.size else jnp.zeros(x.shape, x.dtype, device=x.sharding)
+        ),
+        like,
+    )
+
+
+def _key_to_json(key: Any) -> Any:
+    if key is None or isinstance(key, int):
+        return key
+    typed = isinstance(key, jax.Array) and jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key)
+    bits = np.asarray(jax.random.key_data(key) if typed else key)
+    if not np.issubdtype(bits.dtype, np.integer):
+        raise TypeError(f"Invalid key value: {key!r}; key must be a seed or a key of JAX")
+    return {"bits": bits.tolist(), "dtype": bits.dtype.name, "impl": str(jax.random.key_impl(key)) if typed else None}
+
+
+def _key_from_json(key: Any) -> Any:
+    if not isinstance(key, dict):
+        return key
+    bits = jnp.asarray(key["bits"], key["dtype"])
+    return bits if key["impl"] is None else jax.random.wrap_key_data(bits, impl=key["impl"])
