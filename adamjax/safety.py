@@ -368,9 +368,7 @@ def check(state: PyTree) -> None:
     ...     print(str(error)[:58])
     2 steps were skipped, at least max_consecutive of them in
     """
-    for found in _find(state, SkipState):
-        if np.any(found.exceeded):
-            raise FloatingPointError(_exceeded(found))
+    check_skipped(state)
     for path, node in _moments.find(state):
         for below, x in jax.tree.leaves_with_path(node):
             if jnp.issubdtype(x.dtype, jnp.inexact) and not jnp.all(jnp.isfinite(x)):
@@ -378,6 +376,23 @@ def check(state: PyTree) -> None:
                     f"the state is not finite at {_trees.path_of((*path, *below))}, and never will be again: a gradient "
                     "was not. Start from an earlier state, with adamjax.skip_nonfinite around the optimizer"
                 )
+
+
+def check_skipped(state: PyTree) -> None:
+    """The part of `check` that costs nothing: whether too many steps were skipped."""
+    for found in _skip_states(state):
+        if np.any(found.exceeded):
+            raise FloatingPointError(_exceeded(found))
+
+
+def skipped(state: PyTree) -> int | None:
+    """How many steps were, by `skip_nonfinite` or `dynamic_loss_scale`; None if the state is of neither."""
+    return max((int(np.max(found.skipped)) for found in _skip_states(state)), default=None)
+
+
+def _skip_states(state: PyTree) -> list[SkipState]:
+    nodes = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, SkipState))
+    return [x for x in nodes if isinstance(x, SkipState)]
 
 
 def _exceeded(state: SkipState) -> str:
@@ -391,7 +406,3 @@ def _exceeded(state: SkipState) -> str:
         f"({np.max(state.consecutive)} just now): the gradients are not finite of {where}. Lower the learning rate, clip, "
         "or look for a division by 0 or the logarithm of one in the loss"
     )
-
-
-def _find(tree: PyTree, kind: type) -> list[Any]:
-    return [x for x in jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, kind)) if isinstance(x, kind)]

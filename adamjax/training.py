@@ -10,8 +10,9 @@ import numpy as np
 
 from adamjax import _checks
 from adamjax._base import Transformation, apply_updates, as_transformation
+from adamjax.diagnostics import AdamStats, measure
 from adamjax.problems import Problem, check
-from adamjax.safety import DynamicLossScale
+from adamjax.safety import DynamicLossScale, check_skipped
 
 
 class Report(NamedTuple):
@@ -23,6 +24,9 @@ class Report(NamedTuple):
       metrics: What `problem.evaluate` says, as floats; None where it was not asked.
       params: The parameters. The next step takes their memory: copy what is to be kept.
       state: The optimizer's state, likewise.
+      diverged_at: The first step (counted from 1) whose loss was not finite, which ends the run; None if
+        there was none, or the optimizer skips such steps.
+      stats: Figures of the next update, if `diagnose` asked for them, and there is one.
     """
 
     step: int
@@ -30,12 +34,8 @@ class Report(NamedTuple):
     metrics: dict[str, float] | None
     params: Any
     state: Any
-
-    @property
-    def diverged_at(self) -> int | None:
-        """The first step (counted from 1) whose loss is not finite."""
-        bad = np.flatnonzero(~np.isfinite(self.losses))
-        return self.step - len(self.losses) + int(bad[0]) + 1 if len(bad) else None
+    diverged_at: int | None = None
+    stats: AdamStats | None = None
 
 
 def train(
@@ -49,6 +49,7 @@ def train(
     evaluate_every: int = 100,
     stop: Callable[[], bool] = lambda: False,
     start: Any = None,
+    diagnose: bool = False,
 ) -> Iterator[Report]:
     """Train, and report on the way.
 
@@ -63,14 +64,18 @@ def train(
       stop: Asked at each report; the run ends when it says so.
       start: Where to go on: a `Report` of the same run, or a `checkpoint.Checkpoint` of one. The next step takes
         its memory, and what comes is what would have come then, to the last bit.
+      diagnose: Measure, at each report, the update that comes next (see `adamjax.diagnostics`). It is computed
+        twice for that, so that the run is the same, to the last bit, as one that is not measured.
 
     Returns:
       An iterator: a `Report` before the first step (but not at `start`), then as often as asked for. The last
-      one has metrics; it comes early if `stop` says so, or a loss was not finite.
+      one has metrics; it comes early if `stop` says so, or a loss was not finite. With
+      `skip_nonfinite` or `dynamic_loss_scale` around the optimizer such steps are skipped.
 
     Raises:
       TypeError: `problem` is not a `Problem`, or `optimizer` no transformation.
       ValueError, TypeError: A number of steps is less than 1, or not an int; `seed` is none either.
+      FloatingPointError: In the iterator: as many steps were skipped in a row as the optimizer allows.
 
     >>> import adamjax
     >>> from adamjax.training import train
@@ -85,7 +90,7 @@ def train(
     as_transformation(optimizer, "argument optimizer of train")
     _checks.integer("seed", seed)
     _checks.function("stop", stop)
-    return _run(problem, optimizer, steps, seed, dtype, report_every, evaluate_every, stop, start)
+    return _run(problem, optimizer, steps, seed, dtype, report_every, evaluate_every, stop, start, diagnose)
 
 
 class Keys(NamedTuple):
@@ -120,7 +125,9 @@ def train_step(
     return apply_updates(params, updates), state, loss
 
 
-def gradients(problem: Problem, optimizer: Any, keys: Keys, params: Any, state: Any, step: Any) -> tuple[jax.Array, Any]:
+def gradients(
+    problem: Problem, optimizer: Any, keys: Keys, params: Any, state: Any, step: Any
+) -> tuple[jax.Array, Any]:
     """The loss of update number `step`, and the gradients that the optimizer takes: scaled, if it scales the loss."""
     batch = problem.batch(step, keys.data)
 
@@ -133,6 +140,15 @@ def gradients(problem: Problem, optimizer: Any, keys: Keys, params: Any, state: 
     return loss, jax.tree.map(jnp.conj, grads)
 
 
+def measured_step(problem: Problem, optimizer: Any, keys: Keys, params: Any, state: Any, step: Any) -> AdamStats:
+    """Figures of update number `step`, without making it."""
+    _, grads = gradients(problem, optimizer, keys, params, state, step)
+    updates, after = optimizer.update(grads, state, params)
+    if isinstance(optimizer, DynamicLossScale):
+        grads = optimizer.unscale(grads, state)
+    return measure(grads, updates, after, params, opt=optimizer if isinstance(optimizer, Transformation) else None)
+
+
 def _run(
     problem: Problem,
     optimizer: Any,
@@ -143,9 +159,12 @@ def _run(
     evaluate_every: int,
     stop: Callable[[], bool],
     start: Any,
+    diagnose: bool,
 ) -> Iterator[Report]:
     keys = keys_of(seed)
+    skips = isinstance(optimizer, Transformation) and optimizer.holds
     advance = jax.jit(partial(train_step, problem, optimizer, keys), donate_argnums=(0, 1))
+    measure_next = jax.jit(partial(measured_step, problem, optimizer, keys))
     evaluate = jax.jit(problem.evaluate)
     if start is None:
         first, (params, state) = 0, jax.jit(partial(initial, problem, optimizer, dtype))(keys)
@@ -158,11 +177,22 @@ def _run(
             losses.append(loss)
         if step % report_every and step % evaluate_every and step < steps:
             continue
-        report = Report(step, np.asarray(jax.device_get(losses), np.float64), None, params, state)
+        found = np.asarray(jax.device_get(losses), np.float64)
         losses.clear()
-        last = step == steps or report.diverged_at is not None or stop()
+        diverged_at = None if skips else _first_not_finite(found, step)
+        report = Report(step, found, None, params, state, diverged_at)
+        last = step == steps or diverged_at is not None or stop()
+        if diagnose and not last:
+            report = report._replace(stats=measure_next(params, state, np.int32(step)))
         if last or step % evaluate_every == 0:
             report = report._replace(metrics={k: float(x) for k, x in evaluate(params).items()})
         yield report
+        check_skipped(state)
         if last:
             return
+
+
+def _first_not_finite(losses: np.ndarray, step: int) -> int | None:
+    """The number of the step, if `step` was the last one."""
+    bad = np.flatnonzero(~np.isfinite(losses))
+    return step - len(losses) + int(bad[0]) + 1 if len(bad) else None

@@ -43,7 +43,7 @@ FLOORS = [
     ["tuning._tune"],
     ["tuning"],
     ["cli._flags"],
-    ["cli._checkpoints"],
+    ["cli._checkpoints", "cli._diagnosis"],
     ["cli._train", "cli._tune"],
     ["cli"],
     ["__main__"],

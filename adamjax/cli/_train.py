@@ -13,10 +13,14 @@ import jax
 import numpy as np
 
 import adamjax
-from adamjax import _checks, schedules, training
+from adamjax import _checks, safety, schedules, training
 from adamjax._extras import require
 from adamjax.cli import _checkpoints, _flags
+from adamjax.cli._diagnosis import Diagnosis
 from adamjax.run_folder import RunFolder, next_free
+
+# In a row. The scale of the loss needs 15 to come down from where it begins.
+_MOST_SKIPPED = 50
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
@@ -52,6 +56,15 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         help="go on with a run from its last checkpoint (from its start, if it has none) to the result it would have "
         "had; of its flags, only --checkpoint-every can be changed: all others are part of that result",
     )
+    run.add_argument(
+        "--diagnose",
+        action="store_true",
+        help="measure the update after each report, draw diagnostics.png, and say in the end what is wrong "
+        "(of a resumed run, since it was resumed)",
+    )
+    run.add_argument(
+        "--tensorboard", action="store_true", help="write what is measured for TensorBoard, too, into the folder"
+    )
     rate = train.add_argument_group("the learning rate")
     rate.add_argument("--learning-rate", type=float, default=3e-3, help="its peak (default: 3e-3)")
     rate.add_argument(
@@ -66,6 +79,13 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         choices=("stochastic_rounding", "kahan", "master_weights"),
         help="how half precision parameters are rounded (default: to nearest)",
     )
+    optimizer.add_argument(
+        "--skip-nonfinite",
+        type=int,
+        metavar="N",
+        help="skip steps whose gradients are not finite, and stop after N of them in a row (float16: always, and "
+        f"{_MOST_SKIPPED} by default, with a scale of the loss that adapts)",
+    )
     return train
 
 
@@ -77,10 +97,7 @@ def run(options: dict[str, Any]) -> int:
         require("matplotlib", "demo", "drawing curves.png")
         peak = _checks.number("learning_rate", options["learning_rate"])
         schedule = getattr(schedules, options["schedule"])(peak, **_flags.schedule_options(options))
-        make = getattr(adamjax, options["optimizer"])
-        optimizer = make(schedule, **_flags.hyperparameters(make, options))
-        if "rounding" in options:
-            optimizer = getattr(adamjax, options["rounding"])(optimizer)
+        optimizer = _optimizer(schedule, options)
         problem = _flags.problem(options)
         path = options.get("resume") or options.get("out") or next_free(Path("runs"), "train")
         past = _checkpoints.Past()
@@ -97,7 +114,9 @@ def run(options: dict[str, Any]) -> int:
             evaluate_every=options["evaluate_every"],
             stop=stop,
             start=past.start,
+            diagnose=options.get("diagnose", False),
         )
+        diagnosis = Diagnosis(path, options)
         folder = RunFolder(path, past.records)
     if past.done == options["steps"]:
         folder.plot()
@@ -111,18 +130,28 @@ def run(options: dict[str, Any]) -> int:
         }
     )
     rate = jax.jit(schedule)
+    hopeless: FloatingPointError | None = None
     with stop, tqdm(total=options["steps"], initial=past.done, unit="step", dynamic_ncols=True) as bar:
         try:
             for report in reports:
                 record = _record(report, rate)
                 folder.log(record)
-                shown = (f"{name} {record[name]:.3g}" for name in ("loss", "learning_rate") if name in record)
+                shown = [f"{name} {record[name]:.3g}" for name in ("loss", "learning_rate") if name in record]
+                shown += diagnosis.offer(report.step, record, report.stats)
                 bar.set_postfix_str(", ".join(shown), refresh=False)
                 bar.update(report.step - bar.n)
                 checkpoints.offer(report)
             checkpoints.offer(report, last=True)
+        except FloatingPointError as error:
+            hopeless = error
         finally:
             folder.plot()
+    diagnosis.finish()
+    if hopeless is not None:
+        print(f"adamjax: {hopeless}", file=sys.stderr)
+        return 1
+    if (skipped := safety.skipped(report.state)) is not None:
+        print(f"{skipped} steps were skipped, whose gradients were not finite")
     metrics = ", ".join(f"{name} {x:.4g}" for name, x in (report.metrics or {}).items())
     print(f"validation after {report.step} steps: {metrics}")
     print(f"wrote config.json, metrics.jsonl and curves.png to {folder.path}")
@@ -134,6 +163,17 @@ def run(options: dict[str, Any]) -> int:
             print(f"adamjax: stopped; adamjax train --resume {path} goes on", file=sys.stderr)
         return 130
     return 0
+
+
+def _optimizer(schedule: Any, options: dict[str, Any]) -> adamjax.Transformation:
+    make = getattr(adamjax, options["optimizer"])
+    optimizer = make(schedule, **_flags.hyperparameters(make, options))
+    if "rounding" in options:
+        optimizer = getattr(adamjax, options["rounding"])(optimizer)
+    most = options.get("skip_nonfinite")
+    if options.get("dtype") == "float16":
+        return adamjax.dynamic_loss_scale(optimizer, max_consecutive=_MOST_SKIPPED if most is None else most)
+    return optimizer if most is None else adamjax.skip_nonfinite(optimizer, max_consecutive=most)
 
 
 def _record(report: training.Report, rate: Callable[[int], Any]) -> dict[str, Any]:

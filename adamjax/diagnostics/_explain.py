@@ -64,7 +64,9 @@ def courses(stats: Iterable[AdamStats]) -> tuple[Course, list[Course]]:
     first = measured[0]
     for x in measured:
         if np.ndim(x.count):
-            raise ValueError(f"these figures are of {np.shape(x.count)} runs at once: take those of one, by jax.tree.map")
+            raise ValueError(
+                f"these figures are of {np.shape(x.count)} runs at once: take those of one, by jax.tree.map"
+            )
         if x.paths != first.paths:
             raise ValueError(f"figures of other parameters: {', '.join(x.paths)} after {', '.join(first.paths)}")
     counts = np.array([x.count for x in measured])
@@ -91,7 +93,7 @@ def explain(stats: AdamStats | Iterable[AdamStats]) -> list[Finding]:
     | underflow | a third of the gradients of a float16 parameter are 0 |
     | rounding | rounding to the parameters' dtype discards a third of the updates |
     | eps | eps is larger than the root of the second moment for half of the elements |
-    | rate_high | an update is more than a tenth of the parameters |
+    | rate_high | an update is more than a tenth of the parameters, or the first one more than a third |
     | rate_low | an update is less than 1e-5 of the parameters, and not because it shrinks to that |
     | warm_up | after 100 steps or more, those are less than a fifteenth of what b2 averages over |
     | uphill | updates point uphill |
@@ -209,6 +211,8 @@ def _rate_high(overall: Course, leaves: list[Course]) -> Found:
     # Biases begin at 0, where any step is large: matrices alone are looked at, and all together.
     for course in [overall, *(leaf for leaf in leaves if len(leaf.shape or ()) > 1)]:
         ratio = course.usual("update_ratio")
+        if course.counts[0] == 1 and 0.3 < course.of.update_ratio[0] < math.inf:
+            ratio = float(course.of.update_ratio[0])  # steps that are too long make their parameters grow
         if ratio > 0.1:
             times = "" if math.isinf(ratio) else f" about {_round(ratio / 1e-3)}x"
             yield Finding(

@@ -108,7 +108,13 @@ class _Sums(NamedTuple):
 
 
 def measure(
-    grads: PyTree, updates: PyTree, state: PyTree, params: PyTree, *, opt: Any = None, axis_name: _across.AxisName = None
+    grads: PyTree,
+    updates: PyTree,
+    state: PyTree,
+    params: PyTree,
+    *,
+    opt: Any = None,
+    axis_name: _across.AxisName = None,
 ) -> AdamStats:
     """Measure one step of an optimizer of the Adam family.
 
@@ -119,7 +125,7 @@ def measure(
       updates: What `update` returned for them.
       state: The state that came with the updates. Moments are found wherever they are in it, optax's too.
       params: The parameters before the step.
-      opt: The optimizer, for its b1, b2, eps and form of AMSGrad. None: those of `adam()`.
+      opt: The optimizer, for its b1, b2, eps and form of AMSGrad. None, or one that is not ours: those of `adam()`.
       axis_name: Inside `jax.shard_map` or `jax.pmap`, where the arguments are shards: the mapped axis
         (or axes) over which they are. The quantiles are then means of the shards' quantiles.
 
@@ -210,13 +216,13 @@ def _is_moment(x: Any) -> bool:
 
 def _members(opt: Any, nodes: list[Any]) -> list[Any]:
     """For each of the nodes the part of `opt` that it is the state of."""
-    if opt is None:
-        return [scale_by_adam(amsgrad=getattr(node, "nu_max", None) is not None) for _, node in nodes]
 
     def has_betas(x: Any) -> bool:
         return all(hasattr(x, name) for name in ("b1", "b2", "eps"))
 
     members = [x for x in jax.tree.leaves(opt, is_leaf=has_betas) if has_betas(x)]
+    if opt is None or not members:
+        return [scale_by_adam(amsgrad=getattr(node, "nu_max", None) is not None) for _, node in nodes]
     if len(members) == 1:
         return members * len(nodes)
     if len(members) != len(nodes):
@@ -243,7 +249,7 @@ def _leaf(g: Any, u: Any, p: Any, found: _Moments) -> tuple[Array, Array]:
     g, u, p = g.astype(dtype), u.astype(dtype), p.astype(dtype)
     v_loaded = storage.load(v, real, g)
     v_max = None if found.v_max is None else storage.load(found.v_max, real, g)
-    t = found.count.astype(real)
+    t = jnp.maximum(found.count, 1).astype(real)
     parts = found.member.parts(storage.load(m, dtype, g), v_loaded, v_max, t)
     # No second moment, no direction.
     alive = parts.root > 0
@@ -291,7 +297,9 @@ def _summed(terms: list[Array]) -> Array:
     if terms[0].ndim > 1:
         # All in one reduction: one at a time, XLA would read the arrays for each, or keep the terms.
         zeros = [np.zeros((), x.dtype) for x in terms]
-        terms = jax.lax.reduce(terms, zeros, lambda a, b: [x + y for x, y in zip(a, b, strict=True)], [terms[0].ndim - 1])
+        terms = jax.lax.reduce(
+            terms, zeros, lambda a, b: [x + y for x, y in zip(a, b, strict=True)], [terms[0].ndim - 1]
+        )
     return jnp.stack([jnp.sum(x) for x in terms])
 
 
