@@ -71,6 +71,11 @@ OPTIMIZERS = {
     "torch's adamax": interop.torch.adamax,
 }
 
+WRAPPERS = ROUNDED | {
+    "clipped": lambda opt: adamjax.chain(adamjax.clip_by_global_norm(1.0), opt),
+    "group": lambda opt: adamjax.groups({}, default=opt),
+}
+
 NAN, INF = float("nan"), float("inf")
 NO_NUMBERS = [None, "fast", 1j, [0.1], jnp.array(True), jax.ShapeDtypeStruct((), jnp.bool_)]
 NEGATIVE = [*NO_NUMBERS, True, -1.0, NAN, INF, np.float32(-1), np.array([0.1, NAN]), np.array([0.1, 0.2])]
@@ -233,7 +238,7 @@ def cases(draw):
     grads = map_leaves(lambda p: draw_gradient(draw, p), params)
     if rarely(draw):
         grads = draw_structure(draw, grads)
-    wrapper = draw(st.sampled_from([None, None, *ROUNDED]))
+    wrapper = draw(st.sampled_from([None, None, *WRAPPERS]))
     return Case(name, options, bad, wrapper, not rarely(draw), params, grads)
 
 
@@ -262,7 +267,7 @@ def types_of(tree, wide=False):
 def check_types(case):
     """Trace a step: what comes out has the types that it should."""
     opt = OPTIMIZERS[case.optimizer](**case.options)
-    opt = opt if case.wrapper is None else ROUNDED[case.wrapper](opt)
+    opt = opt if case.wrapper is None else WRAPPERS[case.wrapper](opt)
     params, grads = (map_leaves(lambda x: x.make() if isinstance(x, Leaf) else x, t) for t in (case.params, case.grads))
     state = trace(opt.init, params)
     if not any(isinstance(x, np.ndarray) for x in jax.tree.leaves(params)):
@@ -274,7 +279,7 @@ def check_types(case):
 
     updates, new_state, new_params = trace(step, grads, state, params if case.with_params else None)
     assert_same_types(new_state, state)
-    assert_same_types(updates, types_of(params if case.with_params else grads, wide=case.wrapper is not None))
+    assert_same_types(updates, types_of(params if case.with_params else grads, wide=case.wrapper in ROUNDED))
     if case.with_params:
         assert_same_types(new_params, types_of(params))
 
