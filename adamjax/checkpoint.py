@@ -64,6 +64,14 @@ def save(
     Raises:
       ImportError: orbax is not installed; the message has the command to run.
       TypeError, ValueError: `step`, `keep` or `key` is no such thing, or there is such a step, or a later one.
+
+    >>> import adamjax, tempfile, jax.numpy as jnp
+    >>> opt, params = adamjax.adamw(1e-3), {"w": jnp.arange(3.0)}
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     adamjax.checkpoint.save(folder, opt, params, opt.init(params), step=100, key=0)
+    ...     found = adamjax.checkpoint.restore(folder, opt, params)
+    >>> found.step, found.params
+    (100, {'w': Array([0., 1., 2.], dtype=float32)})
     """
     _checks.count("step", step, least=0)
     if keep is not None:

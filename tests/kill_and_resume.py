@@ -129,15 +129,13 @@ def kill_and_resume(program, scratch, *, times, seed=0, say=print):
     kills = runs = 0
     while kills < times:
         folder, runs = scratch / f"{program.name}-{runs}", runs + 1
-        while kills < times:
-            begun, moment = time.time(), moments[kills]
-            if run(program.command(folder), moment):
-                break
+        begun = time.time()
+        while not run(program.command(folder), moment := moments[kills] if kills < times else None):
             kills += 1
             wrote = any(path.stat().st_mtime > begun for path in folder.rglob("*"))
             stage = program.stage(folder) if wrote else "before it wrote anything"
             say(f"{program.name}: kill {kills}, after {moment:.2f} s, {stage}")
-        run(program.command(folder))
+            begun = time.time()
         found, expected = program.result(folder), uninterrupted(program.decided(folder))
         for name in expected | found:
             if expected.get(name) != found.get(name):

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import textwrap
 import time
-from pathlib import Path
 from typing import Any
 
 import equinox as eqx
@@ -29,6 +28,7 @@ from specs import SPECS
 import adamjax
 from adamjax import checkpoint, cli
 from adamjax.cli import _train
+from adamjax.run_folder import RunFolder
 from adamjax.training import train
 
 
@@ -123,7 +123,7 @@ def test_keys(tmp_path):
         if step > 1:
             assert found.dtype == key.dtype
             np.testing.assert_array_equal(*(jax.random.key_data(k) if step > 2 else k for k in (found, key)))
-    with pytest.raises(TypeError, match="Invalid key value: 0.5; key must be a seed or a key of JAX"):
+    with pytest.raises(TypeError, match=r"Invalid key value: 0\.5; key must be a seed or a key of JAX"):
         checkpoint.save(tmp_path, opt, params, opt.init(params), step=9, key=0.5)
 
 
@@ -342,7 +342,7 @@ def copy_until(whole, folder, step, lines):
     return folder
 
 
-@pytest.mark.parametrize(("step", "lines"), [(52, 14), (40, 14), (0, 2)])
+@pytest.mark.parametrize(("step", "lines"), [(40, 14), (0, 2)])
 def test_resume(tmp_path, whole, step, lines):
     folder = copy_until(whole, tmp_path / "run", step, lines)
     assert cli.main(["train", "--resume", str(folder)]) == 0
@@ -377,7 +377,7 @@ def test_resume_after_kill_9(tmp_path, whole):
 
 def test_what_resume_refuses(tmp_path, whole, capsys):
     shutil.copytree(whole, tmp_path / "run")
-    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    (tmp_path / "run" / "curves.png").unlink()  # killed before it was drawn
     for arguments, message in (
         ([], f"{tmp_path / 'run'} is finished: all its 60 steps are done"),
         (["--steps=80"], "--steps was 60, here it is 80: a run that is resumed goes on as it began; for another one"),
@@ -387,12 +387,13 @@ def test_what_resume_refuses(tmp_path, whole, capsys):
     ):
         assert cli.main(["train", "--resume", str(tmp_path / "run"), *arguments]) == (2 if arguments else 0)
         assert message in "".join(capsys.readouterr())
-    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+    assert_same_run(tmp_path / "run", whole)
     assert cli.main(["train", "--resume", str(tmp_path / "nowhere")]) == 2
     assert "nowhere/config.json is not the config.json of a run" in capsys.readouterr().err
 
 
-def test_resume_of_a_run_without_checkpoints(tmp_path, capsys):
+def test_resume_of_a_run_without_checkpoints(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(RunFolder, "plot", lambda self: None)
     folder = tmp_path / "run"
     assert cli.main(["train", "--problem=bowl:BOWL", "--steps=20", "--out", str(folder)]) == 0
     metrics = (folder / "metrics.jsonl").read_text()
@@ -401,4 +402,3 @@ def test_resume_of_a_run_without_checkpoints(tmp_path, capsys):
     (folder / "metrics.jsonl").write_text(metrics[:-20])
     assert cli.main(["train", "--resume", str(folder)]) == 0
     assert (folder / "metrics.jsonl").read_text() == metrics
-    assert Path(folder / "curves.png").exists()
