@@ -130,12 +130,15 @@ def _stored(make, name):
     return Spec(lambda: make(LR, mu_dtype=mu_dtype, nu_dtype=nu_dtype), {}, make is adamjax.adamw)
 
 
-# Another storage of moments or parameters: the rules of the contract hold, the oracle has no such thing.
+# Another storage of moments or parameters, or guards around: the rules of the contract hold, the oracle has no
+# such thing.
 STORED = {
     "adamw bfloat16": _stored(adamjax.adamw, "bfloat16"),
     "amsgrad int8": _stored(adamjax.amsgrad, "int8"),
     "adam int4": _stored(adamjax.adam, "int4"),
     "torch's nadam": Spec(lambda: interop.torch.nadam(LR, weight_decay=0.1), {}, True),
+    "skip_nonfinite": Spec(lambda: adamjax.skip_nonfinite(adamjax.adamw(LR), max_consecutive=3), {}, True),
+    "dynamic_loss_scale": Spec(lambda: adamjax.dynamic_loss_scale(adamjax.adam(LR)), {}),
     **{
         name: Spec(lambda wrap=wrap: wrap(adamjax.adamw(LR, weight_decay=0.1)), {}, True)
         for name, wrap in ROUNDED.items()
