@@ -1,6 +1,6 @@
 """Whatever is thrown at it: random trees and arguments, a million steps, threads, counts at their end, wrong calls.
 
-The fuzz draws 200 cases; ADAMJAX_FUZZ says how many else. All 10 000 take about three minutes:
+The fuzz draws 120 cases; ADAMJAX_FUZZ says how many else. All 10 000 take three to four minutes:
 
     ADAMJAX_FUZZ=10000 pytest tests/test_reliability.py -k any_case
 """
@@ -30,7 +30,7 @@ from tolerances import LONG_RUN
 import adamjax
 from adamjax import interop, schedules
 
-EXAMPLES = int(os.environ.get("ADAMJAX_FUZZ", "200"))
+EXAMPLES = int(os.environ.get("ADAMJAX_FUZZ", "120"))
 PACKAGE = Path(adamjax.__file__).parent
 PUBLIC_CALLS = calls.public()
 
