@@ -1,6 +1,6 @@
 """Whatever is thrown at it: random trees and arguments, a million steps, threads, counts at their end, wrong calls.
 
-The fuzz draws 200 cases; ADAMJAX_FUZZ says how many else. All 10 000 take about three minutes:
+The fuzz draws 120 cases; ADAMJAX_FUZZ says how many else. All 10 000 take three to four minutes:
 
     ADAMJAX_FUZZ=10000 pytest tests/test_reliability.py -k any_case
 """
@@ -30,7 +30,7 @@ from tolerances import LONG_RUN
 import adamjax
 from adamjax import interop, schedules
 
-EXAMPLES = int(os.environ.get("ADAMJAX_FUZZ", "200"))
+EXAMPLES = int(os.environ.get("ADAMJAX_FUZZ", "120"))
 PACKAGE = Path(adamjax.__file__).parent
 PUBLIC_CALLS = calls.public()
 
@@ -279,7 +279,12 @@ def check_types(case):
 
     updates, new_state, new_params = trace(step, grads, state, params if case.with_params else None)
     assert_same_types(new_state, state)
-    assert_same_types(updates, types_of(params if case.with_params else grads, wide=case.wrapper in ROUNDED))
+    expected = types_of(params if case.with_params else grads, wide=case.wrapper in ROUNDED)
+    if not case.with_params:  # real gradients of complex parameters have complex updates
+        real = not any(x.dtype == "complex64" for x in jax.tree.leaves(params))
+        kinds = jax.tree.map(lambda u: real or u.dtype != "complex64", updates)
+        expected = jax.tree.map(lambda e, same: e if same else e.update(dtype=jnp.complex64), expected, kinds)
+    assert_same_types(updates, expected)
     if case.with_params:
         assert_same_types(new_params, types_of(params))
 
@@ -366,7 +371,7 @@ def long_run():
     keep = 1 - LONG_RATE * LONG_DECAY
     p = keep**t - LONG_RATE * lfilter([1], [1, -keep], direction, axis=0)
     points = slice(MILLION // POINTS - 1, None, MILLION // POINTS)
-    return grads, m[points], v[points], p[points]
+    return grads, *(x[points].copy() for x in (m, v, p))
 
 
 def is_adam(x):

@@ -338,7 +338,7 @@ def test_where_optax_leaves_the_facts_of_float16_bite():
     ):
         updates, _ = opt.update(g, opt.init(g), g)
         assert least <= -float(updates[0]) <= most
-    with pytest.raises(ValueError, match=r"^Invalid dtype value: 'int8'; dtype must be one of 'bfloat16', "):
+    with pytest.raises(ValueError, match=r"^Invalid dtype value: int8; dtype must be one of bfloat16, "):
         storage.precision("int8")
     with pytest.raises(ValueError, match=r"^Invalid epsilon value: -1"):
         storage.precision("float16", eps=-1)
