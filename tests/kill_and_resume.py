@@ -79,12 +79,26 @@ class Tune:
         return f"after {len(trials.read_text().splitlines()) if trials.exists() else 0} trials"
 
 
-def run(arguments, kill_after=None):
-    """Run adamjax; whether it ended by itself before so many seconds were over, else it was killed."""
+def has_written(folder, since):
+    """Whether there is a file in the folder that is so new."""
+    try:
+        return any(path.stat().st_mtime > since for path in folder.rglob("*") if path.is_file())
+    except FileNotFoundError:  # it has just removed one
+        return True
+
+
+def run(arguments, kill_after=None, once_it_writes_to=None):
+    """Run adamjax; whether it ended by itself before so many seconds were over, else it was killed.
+
+    They are counted from its start, or from when it writes into a folder.
+    """
     paths = os.pathsep.join([str(TESTS.parent), str(TESTS)])
     command = [sys.executable, "-m", "adamjax", *arguments]
     with tempfile.TemporaryFile() as said:
+        begun = time.time()
         process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": paths}, stdout=said, stderr=said)
+        while once_it_writes_to and process.poll() is None and not has_written(once_it_writes_to, begun):
+            time.sleep(0.01)
         try:
             code = process.wait(kill_after)
         except subprocess.TimeoutExpired:
@@ -124,18 +138,23 @@ def kill_and_resume(program, scratch, *, times, seed=0, say=print):
     uninterrupted()
     life = time.time() - begun
     say(f"{program.name}: {life:.1f} s without being killed")
-    # One in each part of its life, of which there are as many as kills.
+    # One in each part of its life, of which there are as many as kills. Every other one is counted from the first
+    # file it writes, at about half its life: before that there is little to damage.
     moments = life / times * (rng.permutation(times) + rng.random(times))
+    moments[::2] /= 2
     kills = runs = 0
     while kills < times:
         folder, runs = scratch / f"{program.name}-{runs}", runs + 1
-        begun = time.time()
-        while not run(program.command(folder), moment := moments[kills] if kills < times else None):
+        folder.mkdir()
+        while True:
+            begun, moment = time.time(), moments[kills] if kills < times else None
+            writing = folder if kills % 2 == 0 and moment else None
+            if run(program.command(folder), moment, writing):
+                break
             kills += 1
-            wrote = any(path.stat().st_mtime > begun for path in folder.rglob("*"))
-            stage = program.stage(folder) if wrote else "before it wrote anything"
-            say(f"{program.name}: kill {kills}, after {moment:.2f} s, {stage}")
-            begun = time.time()
+            stage = program.stage(folder) if has_written(folder, begun) else "before it wrote anything"
+            after = f"{moment:.2f} s after its {'first file' if writing else 'start'}"
+            say(f"{program.name}: kill {kills}, {after}, {stage}")
         found, expected = program.result(folder), uninterrupted(program.decided(folder))
         for name in expected | found:
             if expected.get(name) != found.get(name):
