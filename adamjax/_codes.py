@@ -121,9 +121,10 @@ class QuantizedArray:
         return y * _spread(self.scales, self.block_size, y)
 
     def spacing(self) -> Array:
-        """From each number to the next larger magnitude that there is, in float32."""
+        """How far apart the numbers around each are, in float32: the mean of both sides."""
         q = jnp.abs(self._integers())
-        y = self._code.magnitude(q + 1) - self._code.magnitude(q)
+        below = jnp.maximum(q - 1, 0.0)
+        y = (self._code.magnitude(q + 1) - self._code.magnitude(below)) / (q + 1 - below)
         return y * _spread(self.scales, self.block_size, y)
 
     @property

@@ -50,6 +50,9 @@ LEAST_SQUARES = {"int8": 0.01, "int4 and int8": 0.15, "int4": 0.25}
 # The validation loss of the digits (mean of three seeds), relative to that in float32.
 DIGITS = 0.03
 
+# The estimate of what storing does to the next direction, against what it did, relative.
+STORAGE_ERROR = 0.3
+
 
 class LongRun(NamedTuple):
     """A million steps against float64: the largest error of 800, and their mean, which rounding should not move."""

@@ -153,7 +153,7 @@ def _nonfinite(overall: Course, leaves: list[Course]) -> Found:
 
 def _no_gradient(overall: Course, leaves: list[Course]) -> Found:
     for leaf in leaves:
-        if np.all(leaf.of.zero_gradients == 1):
+        if np.all(leaf.of.zero_gradients == 1) and leaf.dtype != "float16":
             yield Finding(
                 "warning",
                 "no_gradient",
@@ -168,7 +168,7 @@ def _no_gradient(overall: Course, leaves: list[Course]) -> Found:
 def _underflow(overall: Course, leaves: list[Course]) -> Found:
     for leaf in leaves:
         zero = leaf.usual("zero_gradients")
-        if leaf.dtype == "float16" and 1 / 3 < zero < 1:
+        if leaf.dtype == "float16" and zero > 1 / 3:
             yield Finding(
                 "warning",
                 "underflow",
@@ -263,7 +263,7 @@ def _uphill(overall: Course, leaves: list[Course]) -> Found:
             overall.path,
             cosine,
             f"updates point uphill: the cosine of their angle to the gradient is {cosine:.2f}",
-            "pass the gradient and not its negative, or leave out maximize=True and a second change of sign in the chain",
+            "leave out maximize=True, or one of two changes of sign in the chain",
         )
 
 

@@ -195,18 +195,27 @@ def _moments_by_path(state: PyTree, opt: Any, params: PyTree) -> dict[Any, _Mome
         raise ValueError("there are no moments in the state: measure takes what init or update of Adam returned")
     found: dict[Any, _Moments] = {}
     for (where, node), member in zip(nodes, _members(opt, nodes), strict=True):
-        trees = (node.nu, getattr(node, "nu_max", None))
-        _, rows = _trees.flatten(node.mu, *trees)
-        below = [key for key, _ in jax.tree.leaves_with_path(node.mu, is_leaf=_is_moment)]
-        for key, (m, v, v_max) in zip(below, rows, strict=True):
+        maxima = getattr(node, "nu_max", None)
+        with_paths, structure = jax.tree.flatten_with_path(node.mu, is_leaf=_is_moment)
+        columns = [[None] * len(with_paths) if x is None else structure.flatten_up_to(x) for x in (node.nu, maxima)]
+        for (key, m), v, v_max in zip(with_paths, *columns, strict=True):
             if m is not None:
                 # Either there is a tree in the state, or the state of a parameter in a tree like theirs.
                 name = key if key in keys else max((k for k in keys if where[-len(k) :] == k), key=len, default=None)
                 if name is not None:
                     found[name] = _Moments(node.count, m, v, v_max, member)
-    for key in keys:
+    for key, p in jax.tree.leaves_with_path(params):
+        where = f"params{jax.tree_util.keystr(key)}"
         if key not in found:
-            raise ValueError(f"the state has no moments of params{jax.tree_util.keystr(key)}")
+            raise ValueError(
+                f"the state has no moments of {where}: it belongs to other parameters, or another optimizer"
+            )
+        shape = np.shape(p)
+        if found[key].m.shape not in (shape, (*shape, 2)):
+            raise ValueError(
+                f"the moments of {where} have shape {found[key].m.shape}, expected {shape}: "
+                "this state belongs to other parameters"
+            )
     return found
 
 
@@ -311,13 +320,13 @@ def _landed(p: Any, u: Any, dtype: np.dtype) -> Array:
 
 def _some(x: Array) -> Array:
     """Up to 1024 elements, from everywhere."""
+    if not x.ndim:
+        return x[None]
     if x.size <= _SAMPLE:
         positions = np.arange(x.size)
     else:  # as even as random numbers are not: Weyl, 1916
         positions = (np.arange(_SAMPLE) * (5**0.5 - 1) / 2 % 1 * x.size).astype(int)
     index = tuple(np.unravel_index(positions, x.shape))
-    if not index:
-        return x[None]
     mesh = jax.typeof(x).sharding.mesh
     if AxisType.Explicit in mesh.axis_types:
         return x.at[index].get(out_sharding=NamedSharding(mesh, PartitionSpec()))

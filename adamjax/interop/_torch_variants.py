@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from adamjax import _checks, _trees
-from adamjax._adam import epsilon
+from adamjax._adam import Parts, epsilon
 from adamjax._base import Extra, Transformation
 from adamjax._moments import AdamState, Moments, Step
 from adamjax._numerics import Decay, abs2, correction, decay, divide, mix, sqrt
@@ -108,6 +108,11 @@ class ScaleByTorchNAdam(Transformation):
 
     def _moments(self, product: Any) -> _NAdamMoments:
         return _NAdamMoments(self.b1, self.b2, self.eps, self.momentum_decay, product)
+
+    def parts(self, m: Array, v: Array, v_max: None, t: Array) -> Parts:
+        """For who wants to see them: the two moments, without the part that the gradient itself has."""
+        c1, c2 = (correction(t, decay(name, getattr(self, name), t.dtype)) for name in ("b1", "b2"))
+        return Parts(divide(m, c1), sqrt(v / c2), epsilon(self.eps, t.dtype))
 
     def _init(self, params: PyTree) -> NAdamState:
         count, mu, nu, _ = self._moments(None)._init(params)

@@ -1,0 +1,382 @@
+"""The figures against others' arithmetic; the findings against runs that have the illness, and runs that have not."""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from bowl import BOWL
+from helpers import assert_close, assert_equal, gradients
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from specs import ROUNDED, SPECS, STORED
+from tolerances import RECOMPILED, STORAGE_ERROR
+
+import adamjax
+from adamjax import training
+from adamjax.cli import main
+from adamjax.diagnostics import History, LogWriter, explain, measure, scalars
+
+STEPS = 150
+WEIGHTS = np.random.default_rng(1).normal(size=(16, 8)).astype(np.float32)
+
+
+class Knobs(NamedTuple):
+    """What makes a run ill, or nothing."""
+
+    scale: float = 1.0  # of the loss
+    connected: float = 1.0  # how much of the bias gets through to the loss
+    poison: int = -1  # the step whose loss is NaN
+    spread: float = 0.0  # decades from the first output to the last
+
+
+def healthy_params(dtype):
+    return {"kernel": jnp.asarray(0.3 * WEIGHTS[::-1], dtype), "bias": jnp.zeros(8, dtype)}
+
+
+@partial(jax.jit, static_argnames="dtype")
+def course(opt, knobs, dtype="float32"):
+    """Linear regression; the figures of each step."""
+    params = healthy_params(dtype)
+    state = opt.init(params)
+
+    def loss(params, state, step):
+        x = jax.random.normal(jax.random.fold_in(jax.random.key(0), step), (32, 16))
+        bias = params["bias"] * knobs.connected + jax.lax.stop_gradient(params["bias"]) * (1 - knobs.connected)
+        y = x.astype(dtype) @ params["kernel"] + bias.astype(dtype)[None]
+        wrong = y - (x @ WEIGHTS + 1).astype(dtype)
+        wrong = wrong * (10.0 ** jnp.linspace(0, -knobs.spread / 2, 8)).astype(dtype)[None]
+        # The loss is scaled where a model would do it: in its own precision.
+        found = jnp.mean((wrong * wrong * jnp.asarray(knobs.scale, dtype)).astype("float32"))
+        found = found * jnp.where(step == knobs.poison, jnp.nan, 1.0)
+        return opt.scale(found, state) if isinstance(opt, adamjax.safety.DynamicLossScale) else found
+
+    def body(carry, step):
+        params, state = carry
+        grads = jax.grad(loss)(params, state, step)
+        updates, after = opt.update(grads, state, params)
+        if isinstance(opt, adamjax.safety.DynamicLossScale):
+            grads = opt.unscale(grads, state)
+        stats = measure(grads, updates, after, params, opt=opt)
+        return (adamjax.apply_updates(params, updates), after), stats
+
+    return jax.lax.scan(body, (params, state), jnp.arange(STEPS))[1]
+
+
+def findings(opt, dtype="float32", **knobs):
+    stats = jax.device_get(course(opt, Knobs(**knobs), dtype))
+    return explain(jax.tree.map(lambda x, i=i: x[i], stats) for i in range(STEPS))
+
+
+adam = partial(adamjax.adamw, 1e-2)
+HEALTHY = {
+    "adamw": (adam, {}),
+    "bfloat16": (lambda: adamjax.stochastic_rounding(adamjax.adamw(1e-4)), {"dtype": "bfloat16"}),
+    "float16": (
+        lambda: adamjax.dynamic_loss_scale(adamjax.master_weights(adamjax.adamw(1e-2, eps=1e-12))),
+        {"dtype": "float16", "scale": 1e-6},
+    ),
+    "int8": (
+        lambda: adam(mu_dtype=adamjax.quantized("int8", min_size=1), nu_dtype=adamjax.quantized("int8", min_size=1)),
+        {"spread": 2.0},
+    ),
+}
+# By rule: the optimizer, the knobs, the paths found, and what stands in the words.
+ILL = {
+    "eps": (adam, {"scale": 1e-10}, {"kernel", "bias"}, "lower eps, or scale the loss"),
+    "eps 1": (lambda: adam(eps=1.0), {}, {"kernel", "bias"}, "eps (1e+00) dominates 100 % of kernel"),
+    "rate_high": (lambda: adamjax.adamw(3.0), {}, {"all parameters"}, "x too high"),
+    "rate_low": (lambda: adamjax.adamw(1e-9), {}, {"all parameters"}, "x too low"),
+    "warm_up": (
+        lambda: adam(b2=0.9999),
+        {},
+        {"all parameters"},
+        "b2=0.9999 needs about 10000 steps, the run has 150",
+    ),
+    "uphill": (lambda: adam(maximize=True), {}, {"all parameters"}, "updates point uphill"),
+    "no_gradient": (adam, {"connected": 0.0}, {"bias"}, "never got a gradient but 0"),
+    "nonfinite": (adam, {"poison": 70}, {"kernel", "bias"}, "not finite in 80 of 150 measured steps, first at step 71"),
+    "rounding": (
+        lambda: adamjax.adamw(1e-4),
+        {"dtype": "bfloat16"},
+        {"kernel"},
+        "rounding to bfloat16 discards",
+    ),
+    "underflow": (
+        lambda: adamjax.master_weights(adamjax.adamw(1e-2, eps=1e-12)),
+        {"dtype": "float16", "scale": 1e-6},
+        {"kernel", "bias"},
+        "dynamic_loss_scale",
+    ),
+    "storage": (
+        lambda: adam(mu_dtype=adamjax.quantized("int4", block_size=4096, min_size=1, keep=lambda path: path == "bias")),
+        {"spread": 2.0},
+        {"kernel"},
+        "changes its direction by",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HEALTHY)
+def test_nothing_is_found_in_a_healthy_run(name):
+    make, knobs = HEALTHY[name]
+    assert findings(make(), **knobs) == []
+
+
+@pytest.mark.parametrize("name", ILL)
+def test_an_illness_is_found(name):
+    make, knobs, paths, words = ILL[name]
+    found = findings(make(), **knobs)
+    rule = name.split()[0]
+    assert {finding.path for finding in found if finding.rule == rule} == paths
+    assert any(words in str(finding) for finding in found)
+    # And no other one, but for what such an illness brings with it.
+    assert {finding.rule for finding in found} <= {rule, *BRINGS.get(rule, ())}
+
+
+BRINGS = {"rate_low": ("rounding",), "uphill": ("rate_high",)}
+
+
+PARAMS = {"a": gradients((6, 5), 1, seed=3)[0], "b": {"c": gradients((7,), 1, seed=4)[0], "d": np.float32(2.0)}}
+GRADS = [
+    {"a": a, "b": {"c": c, "d": d}}
+    for a, c, d in zip(*(gradients(np.shape(x), 3, i) for i, x in enumerate(jax.tree.leaves(PARAMS))), strict=True)
+]
+GRADS[2]["a"][0] = 0.0
+
+
+def measured(optimizer, params=None, steps=3, opt=None):
+    """The figures of the last step, with the gradients, updates, state and parameters that they are of."""
+    params = jax.tree.map(jnp.asarray, PARAMS if params is None else params)
+    state = optimizer.init(params)
+    for i, grads in enumerate(GRADS[3 - steps :]):
+        grads = jax.tree.map(lambda g, p: jnp.asarray(g, p.dtype), grads, params)
+        updates, state = optimizer.update(grads, state, params)
+        if i + 1 < steps:
+            params = adamjax.apply_updates(params, updates)
+    return measure(grads, updates, state, params, opt=opt), grads, updates, state, params
+
+
+def in_double(tree):
+    return np.concatenate([np.ravel(np.asarray(x, np.float64)) for x in jax.tree.leaves(tree)])
+
+
+@pytest.mark.parametrize(
+    "name", ["adam eps", "amsgrad torch", "amsgrad corrected", "adamax", "radam", "adamw schedules"]
+)
+def test_figures_are_what_they_are_called(name):
+    opt = SPECS[name].make()
+    stats, grads, updates, (adam, *_), params = measured(opt, opt=opt)
+    member, t = opt.transforms[0], 3
+    for path, tree in [("all", lambda x: x), ("a", lambda x: x["a"]), ("b/c", lambda x: x["b"]["c"])]:
+        g, u, p, m, v = (in_double(tree(x)) for x in (grads, updates, params, adam.mu, adam.nu))
+        if adam.nu_max is not None:
+            v = in_double(tree(adam.nu_max))
+        c2 = 1.0 if name in ("amsgrad corrected",) else 1 - member.b2**t
+        m_hat = m / (1 - member.b1**t)
+        root = v - member.eps if name == "adamax" else np.sqrt(v / c2 + member.eps_root)
+        found = stats.overall if path == "all" else stats[path]
+        expected = {
+            "size": g.size,
+            "gradient_norm": np.linalg.norm(g),
+            "update_norm": np.linalg.norm(u),
+            "parameter_norm": np.linalg.norm(p),
+            "update_ratio": np.linalg.norm(u) / np.linalg.norm(p),
+            "eps_dominated": np.mean(root < member.eps),
+            "lost": 0.0,
+            "zero_gradients": np.mean(g == 0),
+            "nonfinite_gradients": 0.0,
+            "storage_error": 0.0,
+            "signal_to_noise": np.linalg.norm(m_hat) / np.linalg.norm(root),
+            "cosine": g @ u / np.linalg.norm(g) / np.linalg.norm(u),
+            "b2": member.b2,
+            "eps": member.eps,
+        }
+        if path != "all":
+            rates = np.sort(np.abs(u) / np.abs(m_hat))
+            names = ("rate_low", "rate_median", "rate_high")
+            expected |= dict(zip(names, np.quantile(rates, (0.05, 0.5, 0.95), method="nearest"), strict=True))
+        for name_of_figure, x in expected.items():
+            np.testing.assert_allclose(getattr(found, name_of_figure), x, rtol=1e-5, err_msg=name_of_figure)
+    assert int(stats.count) == 3
+    assert (stats.paths, stats.dtypes) == (("a", "b/c", "b/d"), ("float32",) * 3)
+
+
+def test_lost_and_not_finite_elements_are_counted():
+    opt = adamjax.scale_by_adam()
+    p = jnp.asarray([1.0, 1.0, 1.0, 0.0], jnp.bfloat16)
+    _, state = opt.update(p, opt.init(p), p)
+    u = jnp.asarray([1e-4, 0.5, 0.0, 1e-4], jnp.bfloat16)
+    stats = measure(jnp.asarray([jnp.nan, jnp.inf, 1.0, 0.0], jnp.bfloat16), u, state, p)
+    assert_close(stats.overall.lost, jnp.float32(1 / 3), RECOMPILED)
+    assert (float(stats.overall.nonfinite_gradients), float(stats.overall.zero_gradients)) == (0.5, 0.25)
+
+
+def int8():
+    return adamjax.quantized("int8", min_size=1, block_size=64)
+
+
+@pytest.mark.parametrize("formats", [(int8(), int8()), (int8(), None), (None, int8()), (jnp.bfloat16, jnp.bfloat16)])
+def test_the_storage_error_is_what_storing_does(formats):
+    grads = jnp.asarray(gradients((64, 256), 1)[0])
+    exact, stored = adamjax.scale_by_adam(), adamjax.scale_by_adam(mu_dtype=formats[0], nu_dtype=formats[1])
+    directions = []
+    for opt in (exact, stored):
+        _, state = opt.update(grads, opt.init(grads), grads)
+        m, v = (jax.tree.map(jnp.asarray, x) for x in (state.mu, state.nu))
+        m, v = (x.decode() if hasattr(x, "decode") else x.astype(jnp.float32) for x in (m, v))
+        directions.append(m / jnp.sqrt(v))
+    actual = jnp.linalg.norm(directions[1] - directions[0]) / jnp.linalg.norm(directions[0])
+    estimate = measure(grads, grads, state, grads, opt=stored).overall.storage_error
+    np.testing.assert_allclose(estimate, actual, rtol=STORAGE_ERROR)
+
+
+WRAPPED = {
+    "optax": lambda: optax.adamw(1e-3),
+    "in a chain": lambda: adamjax.chain(adamjax.clip_by_global_norm(1e9), adamjax.adamw(1e-3)),
+    "groups": lambda: adamjax.groups({"b/": {"b2": 0.9, "eps": 1e-3}}, default=adamjax.adam()),
+    "skip_nonfinite": lambda: adamjax.skip_nonfinite(adamjax.adam()),
+    "interop.torch": lambda: adamjax.interop.torch.adam(),
+    **{name: STORED[name].make for name in ("torch's nadam", "amsgrad int8", *ROUNDED)},
+}
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_moments_are_found_wherever_they_are(name, lenient):
+    opt = WRAPPED[name]()
+    stats, *_ = measured(
+        opt,
+        jax.tree.map(lambda p: jnp.asarray(p, "bfloat16" if name in ROUNDED else "float32"), PARAMS),
+        steps=1,
+        opt=opt,
+    )
+    # At the first step, the moments are the gradient and its square.
+    np.testing.assert_allclose(stats.leaves.signal_to_noise, 1.0, rtol=0.05 if "int8" in name else 1e-2)
+    assert int(stats.count) == 1
+    if name == "groups":
+        assert_close(np.asarray(stats.leaves.b2), np.float32([0.999, 0.9, 0.9]), RECOMPILED)
+
+
+def test_complex_parameters_of_torch():
+    p = jnp.asarray(gradients((4, 3), 1, dtype=np.complex64)[0])
+    opt = adamjax.interop.torch.adam()
+    updates, state = opt.update(p, opt.init(p), p)
+    stats = measure(p, updates, state, p, opt=opt)
+    assert_close(stats.overall.size, jnp.float32(24), RECOMPILED)
+    assert_close(stats.overall.gradient_norm, jnp.linalg.norm(p), RECOMPILED)
+
+
+def sharded(axis_type, spec):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(axis_type,))
+    params = jnp.asarray(WEIGHTS)
+    with jax.set_mesh(mesh):
+        place = partial(jax.device_put, device=NamedSharding(mesh, spec))
+        return jax.jit(_first_step)(place(params), place(params))
+
+
+def _first_step(params, grads, **options):
+    opt = adamjax.adamw(1e-2)
+    updates, state = opt.update(grads, opt.init(params), params)
+    return measure(grads, updates, state, params, opt=opt, **options)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_figures_of_shards_are_those_of_the_whole(check_vma):
+    expected = jax.jit(_first_step)(jnp.asarray(WEIGHTS), jnp.asarray(WEIGHTS))
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    found = jax.jit(
+        jax.shard_map(
+            partial(_first_step, axis_name="data"), mesh=mesh, in_specs=P("data"), out_specs=P(), check_vma=check_vma
+        )
+    )(WEIGHTS, WEIGHTS)
+    exact = [name for name in expected.overall._fields if not name.startswith("rate")]
+    assert_close(*([getattr(x.overall, name) for name in exact] for x in (found, expected)), RECOMPILED)
+    for axis_type in (AxisType.Auto, AxisType.Explicit):
+        assert_close(sharded(axis_type, P("data")), expected, RECOMPILED)
+
+
+def first_stats():
+    return measured(adamjax.adam())[0]
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: measure(GRADS[0], GRADS[0], (), PARAMS), ValueError, "there are no moments in the state"),
+        (
+            lambda: measure({"a": np.ones(2)}, {"a": np.ones(2)}, adamjax.adam().init(PARAMS), {"a": np.ones(2)}),
+            ValueError,
+            "the moments of params",
+        ),
+        (
+            lambda: measured(adamjax.adam(), opt=adamjax.groups({"a": adamjax.adam()}, default=adamjax.adam())),
+            ValueError,
+            "has 2 members with b1, b2 and eps, and the state has moments at 1 places",
+        ),
+        (lambda: measure({"a": None}, {"a": None}, adamjax.adam().init(PARAMS), PARAMS), ValueError, "lack"),
+        (lambda: first_stats()["c"], KeyError, "no parameter 'c'; there are a, b/c, b/d"),
+        (lambda: explain([]), ValueError, "nothing has been measured"),
+        (lambda: History().plot(), ValueError, "nothing has been measured"),
+        (lambda: explain(jax.tree.map(lambda x: jnp.stack([x, x]), first_stats())), ValueError, "of 2 runs at once"),
+        (
+            lambda: explain(
+                [
+                    first_stats(),
+                    measured(adamjax.adam(), {"a": PARAMS["a"], "b": {"c": PARAMS["b"]["c"], "d": None}})[0],
+                ]
+            ),
+            ValueError,
+            "figures of other parameters: ",
+        ),
+    ],
+)
+def test_bad_arguments(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+def history(opt=None, steps=5):
+    stats = jax.device_get(course(adam() if opt is None else opt, Knobs()))
+    found = History()
+    for i in range(steps):
+        found.append(jax.tree.map(lambda x, i=i: x[i], stats))
+    return found
+
+
+def test_a_history_is_drawn(tmp_path):
+    found = history()
+    figure = found.plot(tmp_path / "history.png")
+    assert (tmp_path / "history.png").stat().st_size > 10_000
+    lines = figure.axes[0].lines
+    assert [line.get_label() for line in lines] == ["bias", "kernel", "all parameters"]
+    np.testing.assert_array_equal(lines[0].get_xdata(), range(1, 6))
+    np.testing.assert_allclose(lines[0].get_ydata(), [x["bias"].gradient_norm for x in found], rtol=1e-6)
+    assert found.explain() == explain(found)
+
+
+def test_figures_are_logged(tmp_path):
+    pytest.importorskip("tensorboardX")
+    stats = next(iter(history(steps=1)))
+    with LogWriter(tmp_path) as log:
+        log.write(stats)
+    (file,) = tmp_path.iterdir()
+    tags = scalars(stats)
+    assert all(tag.encode() in file.read_bytes() for tag in tags)
+    assert tags["gradient_norm/kernel"] == float(stats["kernel"].gradient_norm)
+    assert tags["update_ratio/all"] == float(stats.overall.update_ratio)
+
+
+def test_a_run_that_is_measured_is_the_same_run(tmp_path, capsys):
+    opt = adamjax.adam(0.1)
+    *_, plain = training.train(BOWL, opt, steps=30)
+    reports = list(training.train(BOWL, opt, steps=30, diagnose=True))
+    assert_equal((reports[-1].params, reports[-1].state), (plain.params, plain.state))
+    assert [int(report.stats.count) for report in reports[:-1]] == [1, 11, 21]
+    flags = ["--problem", "bowl:BOWL", "--steps", "20", "--out", str(tmp_path), "--learning-rate", "1e-9"]
+    assert main(["train", *flags, "--diagnose", "--tensorboard", "--schedule", "constant"]) == 0
+    assert "no update is more than" in capsys.readouterr().out
+    assert (tmp_path / "diagnostics.png").exists()
+    assert list((tmp_path / "tensorboard").iterdir())
