@@ -150,6 +150,8 @@ def kill_and_resume(program, scratch, *, times, seed=0, say=print):
             begun, moment = time.time(), moments[kills] if kills < times else None
             writing = folder if kills % 2 == 0 and moment else None
             if run(program.command(folder), moment, writing):
+                # The next run may be no longer than this one.
+                moments[kills : kills + 1] /= 2
                 break
             kills += 1
             stage = program.stage(folder) if has_written(folder, begun) else "before it wrote anything"
