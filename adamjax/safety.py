@@ -373,8 +373,8 @@ def check(state: PyTree) -> None:
         for below, x in jax.tree.leaves_with_path(node):
             if jnp.issubdtype(x.dtype, jnp.inexact) and not jnp.all(jnp.isfinite(x)):
                 raise FloatingPointError(
-                    f"the state is not finite at {_trees.path_of((*path, *below))}, and never will be again: a gradient "
-                    "was not. Start from an earlier state, with adamjax.skip_nonfinite around the optimizer"
+                    f"the state is not finite at {_trees.path_of((*path, *below))}, and never will be again: a "
+                    "gradient was not. Start from an earlier state, with adamjax.skip_nonfinite around the optimizer"
                 )
 
 
@@ -403,6 +403,6 @@ def _exceeded(state: SkipState) -> str:
     )
     return (
         f"{np.max(state.skipped)} steps were skipped, at least max_consecutive of them in a row "
-        f"({np.max(state.consecutive)} just now): the gradients are not finite of {where}. Lower the learning rate, clip, "
-        "or look for a division by 0 or the logarithm of one in the loss"
+        f"({np.max(state.consecutive)} just now): the gradients are not finite of {where}. Lower the learning "
+        "rate, clip, or look for a division by 0 or the logarithm of one in the loss"
     )

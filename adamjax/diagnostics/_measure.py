@@ -150,7 +150,7 @@ def measure(
     _checks.updates(updates, params)
     _across.check_axis_name(axis_name)
     moments = _moments_by_path(state, opt, params)
-    structure, rows = _trees.flatten(grads, updates, params)
+    _, rows = _trees.flatten(grads, updates, params)
     keys = [key for key, _ in jax.tree.leaves_with_path(grads, is_leaf=_trees.is_none)]
     chosen = [(key, *row) for key, row in zip(keys, rows, strict=True) if row[0] is not None]
     if not chosen:
@@ -236,8 +236,8 @@ def _members(opt: Any, nodes: list[Any]) -> list[Any]:
         return members * len(nodes)
     if len(members) != len(nodes):
         raise ValueError(
-            f"{opt!r} has {len(members)} members with b1, b2 and eps, and the state has moments at {len(nodes)} places: "
-            "this is not its state, or it cannot be told which belong to which"
+            f"{opt!r} has {len(members)} members with b1, b2 and eps, and the state has moments at {len(nodes)} "
+            "places: this is not its state, or it cannot be told which belong to which"
         )
     return members
 
