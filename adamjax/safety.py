@@ -220,6 +220,8 @@ class DynamicLossScale(Transformation):
     holds = True
 
     def __post_init__(self) -> None:
+        if not isinstance(self.inner, SkipNonfinite):
+            raise TypeError(f"Invalid inner value: {self.inner!r}; inner must be what skip_nonfinite returns")
         initial = _checks.number("initial", self.initial)
         if not (isinstance(initial, float) and initial in _SCALES):
             raise ValueError(f"Invalid initial value: {self.initial!r}; initial must be a power of two from 1 to 2**24")

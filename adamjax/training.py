@@ -90,6 +90,7 @@ def train(
     as_transformation(optimizer, "argument optimizer of train")
     _checks.integer("seed", seed)
     _checks.function("stop", stop)
+    _checks.choice("diagnose", diagnose, (False, True))
     return _run(problem, optimizer, steps, seed, dtype, report_every, evaluate_every, stop, start, diagnose)
 
 

@@ -14,7 +14,7 @@ import adamjax
 from adamjax import interop, schedules, tuning
 
 MODULES = ["", ".schedules", ".storage", ".rounding", ".interop.torch", ".interop.optax"]
-MODULES += [".tuning", ".training", ".problems"]
+MODULES += [".safety", ".diagnostics", ".checkpoint", ".tuning", ".training", ".problems"]
 
 
 def public():
@@ -48,6 +48,7 @@ PARAMS = {"a": jnp.ones((2, 3)), "b": jnp.ones(3)}
 STATE = OPT.init(PARAMS)
 TORCH = interop.torch.adamw()
 TORCH_STATE = {"state": {}, "param_groups": [{"params": [0, 1], "betas": (0.9, 0.99), "amsgrad": False}]}
+STATS = adamjax.diagnostics.measure(PARAMS, PARAMS, STATE, PARAMS)
 BOWL = Bowl()
 SPACE = tuning.Space(learning_rate=tuning.Log(1e-3, 1e-1))
 RATES = np.geomspace(1e-4, 1.0, 50)
@@ -80,6 +81,17 @@ CALLS = {
     "rounding.Kahan": Call({"inner": OPT}),
     "rounding.MasterWeights": Call({"inner": OPT}),
     "rounding.StochasticRounding": Call({"inner": OPT}),
+    "skip_nonfinite": Call({"opt": OPT}, ("max_consecutive", "axis_name")),
+    "dynamic_loss_scale": Call({"opt": OPT}, ("max_consecutive", "axis_name")),
+    "check": Call({"state": STATE}, ("state",)),
+    "safety.SkipNonfinite": Call({"inner": OPT}, ("max_consecutive", "axis_name")),
+    "safety.DynamicLossScale": Call({"inner": adamjax.skip_nonfinite(OPT)}),
+    "diagnostics.measure": Call(
+        {"grads": PARAMS, "updates": PARAMS, "state": STATE, "params": PARAMS}, ("opt", "axis_name")
+    ),
+    "diagnostics.explain": Call({"stats": STATS}),
+    "diagnostics.scalars": Call({"stats": STATS}),
+    "diagnostics.History": Call(),
     "schedules.Constant": Call({"value": 0.1}),
     "schedules.Linear": Call({"init": 0.1, "end": 0.2, "total_steps": 10}),
     "schedules.Exponential": Call({"init": 0.1, "peak": 0.2, "total_steps": 10}),
@@ -124,7 +136,7 @@ CALLS = {
         ("mesh", "memory", "space", "storage", "confirm", "out"),
         cheap=False,
     ),
-    "training.train": Call({"problem": BOWL, "optimizer": OPT, "steps": 2}, ("dtype",)),
+    "training.train": Call({"problem": BOWL, "optimizer": OPT, "steps": 2}, ("dtype", "start")),
     "training.keys_of": Call({"seed": 0}),
     "problems.DigitsConvnet": Call(),
     "problems.digits_convnet": Call(),
@@ -135,6 +147,9 @@ CALLS = {
     "problems.check": Call({"problem": BOWL}),
 }
 
+HISTORY = adamjax.diagnostics.History()
+HISTORY.append(STATS)
+
 # Methods that take arguments of users.
 METHODS = {
     "init": (OPT.init, Call({"params": PARAMS}, ("params",))),
@@ -143,6 +158,8 @@ METHODS = {
     "groups.describe": (adamjax.groups({"a": OPT}, default=OPT).describe, Call({"params": PARAMS}, ("params",))),
     "schedules.Linear.__call__": (schedules.linear(0.1, 0.2, 10), Call({"count": 3})),
     "schedules.Constant.__call__": (schedules.constant(0.1), Call({"count": 3})),
+    "diagnostics.History.append": (adamjax.diagnostics.History().append, Call({"stats": STATS})),
+    "diagnostics.History.plot": (HISTORY.plot, Call(optional=("path",))),
     "tuning.Space.points": (SPACE.points, Call({"count": 3})),
     "tuning.LrRange.suggestion": (RANGE.suggestion, Call()),
 }
@@ -150,7 +167,12 @@ METHODS = {
 # Not called with arguments of users: what they get and look at, or derive from, and the insides of steps and runs.
 HELD = ["AdamState", "ScheduleState", "rounding.RoundingState", "storage.QuantizedArray", "storage.Precision"]
 HELD += ["tuning.Best", "tuning.Confirmed", "tuning.Report", "tuning.Sweep", "tuning.Trial"]
-HELD += ["training.Report", "training.Keys"]
+HELD += ["training.Report", "training.Keys", "checkpoint.Checkpoint"]
+HELD += ["diagnostics.AdamStats", "diagnostics.LeafStats", "diagnostics.Finding"]
+HELD += ["safety.SkipState", "safety.LossScaleState", "safety.LeafCounts"]
 BASES = ["Transformation", "schedules.Schedule", "rounding.Rounding", "tuning.Problem"]
 INNER = [f"storage.{name}" for name in ("moment_format", "empty", "revive", "check", "is_rounded", "load")]
-INNER += ["storage.store_signed", "storage.store_decaying", "storage.store_growing", "training.train_step"]
+INNER += [f"storage.{name}" for name in ("store_signed", "store_decaying", "store_growing", "spacing")]
+INNER += [f"training.{name}" for name in ("train_step", "measured_step", "gradients", "initial")]
+INNER += ["safety.check_skipped", "safety.skipped"]
+FILES = ["checkpoint.save", "checkpoint.restore", "checkpoint.steps", "diagnostics.LogWriter"]  # see their own tests

@@ -1,5 +1,7 @@
 """Steps that are skipped, leaving every bit as it was, on every device; scaling the loss; telling."""
 
+from typing import Any, cast
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -231,11 +233,15 @@ def test_check_finds_a_spoilt_moment(make, lenient):
         (lambda: adamjax.skip_nonfinite(adamjax.adam), TypeError, "argument opt of skip_nonfinite is"),
         (lambda: adamjax.skip_nonfinite(adamjax.adam(), max_consecutive=0), ValueError, "max_consecutive must be at"),
         (
-            lambda: adamjax.skip_nonfinite(adamjax.adam(), max_consecutive=2.5),
+            lambda: adamjax.skip_nonfinite(adamjax.adam(), max_consecutive=cast(Any, 2.5)),
             TypeError,
             "max_consecutive must be an int",
         ),
-        (lambda: adamjax.skip_nonfinite(adamjax.adam(), axis_name=0), TypeError, "Invalid axis_name value: 0"),
+        (
+            lambda: adamjax.skip_nonfinite(adamjax.adam(), axis_name=cast(Any, 0)),
+            TypeError,
+            "Invalid axis_name value: 0",
+        ),
         (lambda: adamjax.dynamic_loss_scale(adamjax.adam(), initial=3.0), ValueError, "Invalid initial value: 3.0"),
         (
             lambda: adamjax.dynamic_loss_scale(adamjax.adam(), growth_interval=0),

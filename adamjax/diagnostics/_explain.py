@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from adamjax.diagnostics._measure import AdamStats, LeafStats
+from adamjax.diagnostics._measure import AdamStats, LeafStats, check_stats
 
 ALL = "all parameters"
 
@@ -58,7 +58,7 @@ class Course(NamedTuple):
 
 def courses(stats: Iterable[AdamStats]) -> tuple[Course, list[Course]]:
     """Of all parameters together, and of each."""
-    measured = [jax.tree.map(lambda x: np.asarray(x, np.float64), x) for x in jax.device_get(list(stats))]
+    measured = [jax.tree.map(lambda x: np.asarray(x, np.float64), jax.device_get(check_stats(x))) for x in stats]
     if not measured:
         raise ValueError("nothing has been measured: pass what measure returned, or several of them")
     first = measured[0]
@@ -117,7 +117,7 @@ def explain(stats: AdamStats | Iterable[AdamStats]) -> list[Finding]:
     ...     print(finding)
     warning: eps (1e-08) dominates 100 % of w, whose gradients are about 1e-09: lower eps, or scale the loss
     """
-    overall, leaves = courses([stats] if isinstance(stats, AdamStats) else stats)
+    overall, leaves = courses(stats if isinstance(stats, Iterable) else [stats])
     findings = [finding for rule in RULES for finding in _limited(list(rule(overall, leaves)))]
     return sorted(findings, key=lambda finding: finding.severity)
 
@@ -220,7 +220,8 @@ def _rate_high(overall: Course, leaves: list[Course]) -> Found:
                 "rate_high",
                 course.path,
                 ratio,
-                f"an update is {ratio:.2g} of {course.path}, where 0.001 is usual: the learning rate is{times} too high",
+                f"an update is {ratio:.2g} of {course.path}, where 0.001 is usual: "
+                f"the learning rate is{times} too high",
                 "lower it, or warm up",
             )
             return

@@ -9,7 +9,7 @@ import numpy as np
 
 from adamjax._extras import require
 from adamjax.diagnostics._explain import Course, Finding, courses, explain
-from adamjax.diagnostics._measure import AdamStats
+from adamjax.diagnostics._measure import AdamStats, check_stats
 
 # What is drawn: the figure, the title, whether on a logarithmic scale.
 _PANELS = (
@@ -43,7 +43,7 @@ class History:
 
     def append(self, stats: AdamStats) -> None:
         """Add a measurement; waits for the device."""
-        self._stats.append(jax.device_get(stats))
+        self._stats.append(jax.device_get(check_stats(stats)))
 
     def __iter__(self) -> Iterator[AdamStats]:
         return iter(self._stats)
@@ -106,7 +106,7 @@ def scalars(stats: AdamStats) -> dict[str, float]:
     >>> list(tags)[:2], tags["zero_gradients/w"]
     (['gradient_norm/all', 'gradient_norm/w'], 0.0)
     """
-    stats = jax.device_get(stats)
+    stats = jax.device_get(check_stats(stats))
     names = [name for name in stats.overall._fields if name not in ("size", "b2", "eps")]
     found = {}
     for name in names:

@@ -87,6 +87,13 @@ class AdamStats(Value):
         return f"AdamStats({len(self.paths)} parameters)"
 
 
+def check_stats(x: Any) -> AdamStats:
+    """`x`, if it is what `measure` returns."""
+    if not isinstance(x, AdamStats):
+        raise TypeError(f"Invalid stats value: {x!r}; stats must be what adamjax.diagnostics.measure returned")
+    return x
+
+
 class _Sums(NamedTuple):
     """Sums over the elements of one parameter."""
 
@@ -145,6 +152,9 @@ def measure(
     >>> print(f"{stats['w'].eps_dominated:.2f} {stats['w'].zero_gradients:.2f} {stats['w'].rate_high:.0f}")
     0.67 0.25 90909
     """
+    for name, tree in (("grads", grads), ("updates", updates), ("params", params)):
+        if tree is None:
+            raise ValueError(f"{name} is None: measure takes the trees of one step")
     _checks.parameters(params)
     _checks.updates(grads, params)
     _checks.updates(updates, params)
@@ -196,24 +206,25 @@ def _moments_by_path(state: PyTree, opt: Any, params: PyTree) -> dict[Any, _Mome
     found: dict[Any, _Moments] = {}
     for (where, node), member in zip(nodes, _members(opt, nodes), strict=True):
         maxima = getattr(node, "nu_max", None)
+        structure: Any
         with_paths, structure = jax.tree.flatten_with_path(node.mu, is_leaf=_is_moment)
         columns = [[None] * len(with_paths) if x is None else structure.flatten_up_to(x) for x in (node.nu, maxima)]
         for (key, m), v, v_max in zip(with_paths, *columns, strict=True):
             if m is not None:
                 # Either there is a tree in the state, or the state of a parameter in a tree like theirs.
-                name = key if key in keys else max((k for k in keys if where[-len(k) :] == k), key=len, default=None)
-                if name is not None:
-                    found[name] = _Moments(node.count, m, v, v_max, member)
+                whose = key if key in keys else max((k for k in keys if where[-len(k) :] == k), key=len, default=None)
+                if whose is not None:
+                    found[whose] = _Moments(node.count, m, v, v_max, member)
     for key, p in jax.tree.leaves_with_path(params):
-        where = f"params{jax.tree_util.keystr(key)}"
+        name = f"params{jax.tree_util.keystr(key)}"
         if key not in found:
             raise ValueError(
-                f"the state has no moments of {where}: it belongs to other parameters, or another optimizer"
+                f"the state has no moments of {name}: it belongs to other parameters, or another optimizer"
             )
         shape = np.shape(p)
         if found[key].m.shape not in (shape, (*shape, 2)):
             raise ValueError(
-                f"the moments of {where} have shape {found[key].m.shape}, expected {shape}: "
+                f"the moments of {name} have shape {found[key].m.shape}, expected {shape}: "
                 "this state belongs to other parameters"
             )
     return found
