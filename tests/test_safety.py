@@ -227,6 +227,33 @@ def test_check_finds_a_spoilt_moment(make, lenient):
         adamjax.check(state)
 
 
+HUGE = 1e20  # finite, and its square is not
+
+
+def test_what_a_huge_gradient_does(lenient):
+    """To optax: the second moment is infinite from then on, and the parameter stands still."""
+    params = jnp.ones(2)
+    grads = [jnp.array([HUGE, 1.0]), jnp.ones(2), jnp.ones(2)]
+
+    def after(opt):
+        p, state = params, opt.init(params)
+        for g in grads:
+            updates, state = opt.update(g, state, p)
+            p = adamjax.apply_updates(p, updates)
+        return p
+
+    np.testing.assert_array_equal(after(optax.apply_if_finite(optax.adam(0.1), 5)) == 1, [True, False])
+    assert_close(after(adamjax.skip_nonfinite(adamjax.adam(0.1))), jnp.full(2, 0.8), RECOMPILED)
+
+
+def test_optax_lets_through_what_comes_too_often():
+    opt, bad = optax.apply_if_finite(optax.sgd(0.1), 2), jnp.array([jnp.nan])
+    state = opt.init(bad)
+    for step in range(3):
+        updates, state = opt.update(bad, state)
+        assert np.isnan(updates[0]) == (step == 2)
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
