@@ -116,9 +116,12 @@ class SkipNonfinite(Transformation):
         _checks.state(state, SkipState, "skip_nonfinite")
         bad = _nonfinite(grads, state.nonfinite.paths, self.axis_name)
         ok = ~jnp.any(bad)
-        made, _ = jax.eval_shape(go, grads, state.inner)
+        made, after = jax.eval_shape(go, grads, state.inner)
+        structure: Any = jax.tree.structure(after)
 
         def hold(grads: PyTree, inner: PyTree) -> tuple[PyTree, PyTree]:
+            # The same leaves; frameworks may have taken nodes apart that a step puts together.
+            inner = jax.tree.unflatten(structure, jax.tree.leaves(inner))
             if stay is not None:
                 return stay, inner
             # Not 0: added to a parameter that is -0, it would make it 0.
@@ -179,7 +182,9 @@ def skip_nonfinite(
 
 def _nonfinite(grads: PyTree, paths: tuple[str, ...], axis_name: _across.AxisName) -> Array:
     """bool[len(paths)]: of which parameters the gradient is not finite, on any device."""
-    sums = {_trees.path_of(path): _across.sum_of_squares(g) for path, g in jax.tree.leaves_with_path(grads)}
+    found = {_trees.path_of(path): _across.sum_of_squares(g) for path, g in jax.tree.leaves_with_path(grads)}
+    # Frameworks may wrap parameters and gradients differently: paths matter where some have no gradient.
+    sums = dict(zip(paths, found.values(), strict=True)) if len(found) == len(paths) else found
     if unknown := sums.keys() - set(paths):
         raise ValueError(
             f"there is a gradient for {min(unknown)}, which the state of skip_nonfinite does not know: "

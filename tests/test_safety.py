@@ -288,7 +288,7 @@ def test_optax_lets_through_what_comes_too_often():
         ),
         (
             lambda: adamjax.skip_nonfinite(adamjax.adam()).update(
-                {"b": jnp.ones(1)}, adamjax.skip_nonfinite(adamjax.adam()).init({"a": jnp.ones(1)})
+                {"b": jnp.ones(1)}, adamjax.skip_nonfinite(adamjax.adam()).init({"a": jnp.ones(1), "c": jnp.ones(1)})
             ),
             ValueError,
             "there is a gradient for b, which the state of skip_nonfinite does not know",
