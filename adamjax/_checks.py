@@ -22,7 +22,9 @@ _WORDING = {
 }
 
 # What a state has one number of.
-_SCALARS: dict[str, type] = dict.fromkeys(("count", "seed", "plateau", "cooldown"), np.integer)
+_SCALARS: dict[str, type] = dict.fromkeys(
+    ("count", "seed", "plateau", "cooldown", "skipped", "consecutive", "good"), np.integer
+)
 _SCALARS |= dict.fromkeys(("scale", "best", "mean", "mu_product"), np.floating)
 
 

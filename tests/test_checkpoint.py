@@ -72,6 +72,7 @@ CASES = {
     "quantized": (adamjax.chain(adamjax.clip_by_global_norm(1.0), adamjax.adam(mu_dtype=INT8, nu_dtype=INT4)), REAL),
     "stochastic_rounding": (adamjax.stochastic_rounding(adamjax.adamw(1e-3), seed=2), REAL),
     "kahan": (adamjax.kahan(adamjax.adamw(1e-3)), REAL),
+    "dynamic_loss_scale": (adamjax.dynamic_loss_scale(adamjax.kahan(adamjax.adamw(1e-3))), REAL),
     "master_weights": (adamjax.master_weights(optax.adam(1e-3), low_bits=True), {"w": REAL["wide"]}),
     "groups": (adamjax.groups({"wide": {"learning_rate": 0.1}}, default=adamjax.adamw(1e-3)), PARAMS),
     "optax": (optax.chain(optax.scale_by_adam(), optax.trace(0.9)), PARAMS),
