@@ -200,6 +200,13 @@ def alike(found: PyTree, expected: PyTree, name: str) -> None:
             raise ValueError(f"{_at(name, path)} is {_describe(x)}, expected {_describe(like)}; {_remedy(name)}")
 
 
+def arrays(found: PyTree, name: str) -> None:
+    """Check that the leaves of the part `name` of a state are arrays or numbers."""
+    for path, x in jax.tree.leaves_with_path(found):
+        if not (hasattr(x, "dtype") or isinstance(x, numbers.Number)):
+            raise TypeError(f"{_at(name, path)} is {_describe(x)}, expected an array; {_remedy(name)}")
+
+
 def states(found: PyTree, grads: PyTree) -> None:
     """Check that the tree `found` has a state for each gradient."""
     try:

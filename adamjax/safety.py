@@ -114,6 +114,7 @@ class SkipNonfinite(Transformation):
     ) -> tuple[PyTree, SkipState]:
         """What `go` makes of the gradients and the inner state, if they are finite; else `stay`, or updates of -0."""
         _checks.state(state, SkipState, "skip_nonfinite")
+        _check_parts(state)
         bad = _nonfinite(grads, state.nonfinite.paths, self.axis_name)
         ok = ~jnp.any(bad)
         made, after = jax.eval_shape(go, grads, state.inner)
@@ -178,6 +179,14 @@ def skip_nonfinite(
     (1, 0, ('a', 'b'), Array([1, 0], dtype=int32))
     """
     return SkipNonfinite(opt, max_consecutive, axis_name)
+
+
+def _check_parts(state: SkipState) -> None:
+    paths = getattr(state.nonfinite, "paths", ())
+    expected = LeafCounts(jax.ShapeDtypeStruct((len(paths),), jnp.int32), paths)
+    _checks.alike(state.nonfinite, expected, "state.nonfinite")
+    _checks.alike(state.exceeded, jax.ShapeDtypeStruct((), jnp.bool), "state.exceeded")
+    _checks.arrays(state.inner, "state.inner")
 
 
 def _nonfinite(grads: PyTree, paths: tuple[str, ...], axis_name: _across.AxisName) -> Array:
@@ -265,6 +274,8 @@ class DynamicLossScale(Transformation):
     def _update(
         self, updates: PyTree, state: PyTree, params: PyTree | None, extra: Extra
     ) -> tuple[PyTree, LossScaleState]:
+        _checks.state(state, LossScaleState, "dynamic_loss_scale")
+
         def go(grads: PyTree, inner: PyTree) -> tuple[PyTree, PyTree]:
             return self.inner.inner._update(self.unscale(grads, state), inner, params, extra)
 

@@ -151,13 +151,18 @@ GRADS[2]["a"][0] = 0.0
 def measured(optimizer, params=None, steps=3, opt=None):
     """The figures of the last step, with the gradients, updates, state and parameters that they are of."""
     params = jax.tree.map(jnp.asarray, PARAMS if params is None else params)
-    state = optimizer.init(params)
-    for i, grads in enumerate(GRADS[3 - steps :]):
-        grads = jax.tree.map(lambda g, p: jnp.asarray(g, p.dtype), grads, params)
-        updates, state = optimizer.update(grads, state, params)
-        if i + 1 < steps:
-            params = adamjax.apply_updates(params, updates)
-    return measure(grads, updates, state, params, opt=opt), grads, updates, state, params
+    all_grads = [jax.tree.map(lambda g, p: jnp.asarray(g, p.dtype), grads, params) for grads in GRADS[3 - steps :]]
+
+    @jax.jit
+    def run(params, all_grads):
+        state = optimizer.init(params)
+        for i, grads in enumerate(all_grads):
+            updates, state = optimizer.update(grads, state, params)
+            if i + 1 < steps:
+                params = adamjax.apply_updates(params, updates)
+        return measure(grads, updates, state, params, opt=opt), grads, updates, state, params
+
+    return run(params, all_grads)
 
 
 def in_double(tree):
@@ -206,11 +211,10 @@ def test_figures_are_what_they_are_called(name):
 
 
 def test_lost_and_not_finite_elements_are_counted():
-    opt = adamjax.scale_by_adam()
     p = jnp.asarray([1.0, 1.0, 1.0, 0.0], jnp.bfloat16)
-    _, state = opt.update(p, opt.init(p), p)
     u = jnp.asarray([1e-4, 0.5, 0.0, 1e-4], jnp.bfloat16)
-    stats = measure(jnp.asarray([jnp.nan, jnp.inf, 1.0, 0.0], jnp.bfloat16), u, state, p)
+    g = jnp.asarray([jnp.nan, jnp.inf, 1.0, 0.0], jnp.bfloat16)
+    stats = jax.jit(measure)(g, u, adamjax.scale_by_adam().init(p), p)
     assert_close(stats.overall.lost, jnp.float32(1 / 3), RECOMPILED)
     assert (float(stats.overall.nonfinite_gradients), float(stats.overall.zero_gradients)) == (0.5, 0.25)
 
@@ -221,16 +225,20 @@ def int8():
 
 @pytest.mark.parametrize("formats", [(int8(), int8()), (int8(), None), (None, int8()), (jnp.bfloat16, jnp.bfloat16)])
 def test_the_storage_error_is_what_storing_does(formats):
-    grads = jnp.asarray(gradients((64, 256), 1)[0])
-    exact, stored = adamjax.scale_by_adam(), adamjax.scale_by_adam(mu_dtype=formats[0], nu_dtype=formats[1])
-    directions = []
-    for opt in (exact, stored):
-        _, state = opt.update(grads, opt.init(grads), grads)
-        m, v = (jax.tree.map(jnp.asarray, x) for x in (state.mu, state.nu))
-        m, v = (x.decode() if hasattr(x, "decode") else x.astype(jnp.float32) for x in (m, v))
-        directions.append(m / jnp.sqrt(v))
-    actual = jnp.linalg.norm(directions[1] - directions[0]) / jnp.linalg.norm(directions[0])
-    estimate = measure(grads, grads, state, grads, opt=stored).overall.storage_error
+    stored = adamjax.scale_by_adam(mu_dtype=formats[0], nu_dtype=formats[1])
+
+    @jax.jit
+    def run(grads):
+        directions = []
+        for opt in (adamjax.scale_by_adam(), stored):
+            _, state = opt.update(grads, opt.init(grads), grads)
+            moments = (state.mu, state.nu)
+            m, v = (x.decode() if hasattr(x, "decode") else x.astype(jnp.float32) for x in moments)
+            directions.append(m / jnp.sqrt(v))
+        actual = jnp.linalg.norm(directions[1] - directions[0]) / jnp.linalg.norm(directions[0])
+        return actual, measure(grads, grads, state, grads, opt=stored).overall.storage_error
+
+    actual, estimate = run(jnp.asarray(gradients((64, 256), 1)[0]))
     np.testing.assert_allclose(estimate, actual, rtol=STORAGE_ERROR)
 
 
@@ -264,7 +272,7 @@ def test_complex_parameters_of_torch():
     p = jnp.asarray(gradients((4, 3), 1, dtype=np.complex64)[0])
     opt = adamjax.interop.torch.adam()
     updates, state = opt.update(p, opt.init(p), p)
-    stats = measure(p, updates, state, p, opt=opt)
+    stats = jax.jit(partial(measure, opt=opt))(p, updates, state, p)
     assert_close(stats.overall.size, jnp.float32(24), RECOMPILED)
     assert_close(stats.overall.gradient_norm, jnp.linalg.norm(p), RECOMPILED)
 

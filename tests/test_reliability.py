@@ -330,7 +330,7 @@ def states_that_do_not_fit(name, state):
         yield KINDS[name]().init(other)
     leaves, structure = jax.tree.flatten(state)
     for i, x in enumerate(leaves):
-        for wrong in (x[None], "x", jnp.zeros(x.shape, bool)):
+        for wrong in (x[None], "x", jnp.zeros(x.shape, "uint16" if x.dtype == bool else bool)):
             yield jax.tree.unflatten(structure, [*leaves[:i], wrong, *leaves[i + 1 :]])
 
 
