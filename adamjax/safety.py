@@ -150,7 +150,9 @@ def skip_nonfinite(
     this around everything that counts steps.
 
     The squares of the gradients are summed leaf by leaf, in float32 or wider; what is skipped is a
-    sum that is not finite. So the norm of a parameter's gradient may be up to 1.8e19.
+    sum that is not finite. So the norm of a parameter's gradient may be up to 1.8e19. That costs one more
+    reading of the gradients. `step` works in place; the updates of `update` have to be stored, which without
+    this the compiler spares itself.
 
     Args:
       opt: A transformation, ours or optax's.
@@ -201,8 +203,9 @@ def _nonfinite(grads: PyTree, paths: tuple[str, ...], axis_name: _across.AxisNam
         )
     if not sums:
         return jnp.zeros(len(paths), jnp.bool)
-    fine = jnp.zeros((), jnp.float32)
-    bad = jnp.stack([~jnp.isfinite(sums.get(path, fine)) for path in paths])
+    dtype = _trees.compute_dtype(*(x.dtype for x in sums.values()))
+    fine = jnp.zeros((), dtype)
+    bad = ~jnp.isfinite(jnp.stack([sums.get(path, fine).astype(dtype) for path in paths]))
     return _across.largest(bad.astype(jnp.int32), axis_name) > 0
 
 

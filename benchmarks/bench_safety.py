@@ -86,6 +86,14 @@ def main() -> None:
             runs["measure"] = measuring(params, grads)
         report(f"{title}, 4 leaves of {width} x {width}", runs, rounds)
 
+    count = 20 if quick else 1000
+    params, grads = [jnp.ones((64, 64))] * count, [jnp.full((64, 64), 0.1)] * count
+    report(
+        f"step, {count} leaves of 64 x 64",
+        {name: runner(alone, opt, params, grads) for name, opt in VARIANTS.items()},
+        rounds,
+    )
+
     for layer, batch in ((width // 4, 64), (width // 2, 512)):
         kernels = list(jax.random.normal(jax.random.key(0), (3, layer, layer)) / layer**0.5)
         data = jnp.ones((batch, layer)), jnp.zeros((batch, layer))
