@@ -183,7 +183,7 @@ def plan(opt: Any, params: PyTree, mesh: Any, names: Names) -> Plan:
             found = next(placed).sharding
             if not (isinstance(found, NamedSharding) and found.mesh == mesh):
                 found = s
-            shardings.append(_named(mesh, dimensions(found, part.ndim)))
+            shardings.append(_named(mesh, dimensions(found, part.ndim), found.memory_kind))
             whole.append(why)
     return Plan(slices, jax.tree.unflatten(jax.tree.structure(state), shardings), like, whole)
 
@@ -317,12 +317,12 @@ def _spread(p: jax.ShapeDtypeStruct, names: Names, unit: int) -> tuple[NamedShar
     return _named(mesh, taken), why
 
 
-def _named(mesh: Any, taken: list[Names]) -> NamedSharding:
+def _named(mesh: Any, taken: list[Names], memory_kind: str | None = None) -> NamedSharding:
     parts = [part[0] if len(part) == 1 else part or None for part in taken]
     # As compiled programs name the shardings of their results, which differs: or they would compile again.
     while parts and parts[-1] is None and not is_explicit(mesh):
         parts.pop()
-    return NamedSharding(mesh, PartitionSpec(*parts))
+    return NamedSharding(mesh, PartitionSpec(*parts), memory_kind=memory_kind)
 
 
 def _owners(state: PyTree, params: PyTree) -> list[tuple[Key | None, Any]]:

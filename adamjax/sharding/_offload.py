@@ -48,12 +48,12 @@ def _to_host(state: PyTree) -> PyTree:
             return x
         if isinstance(x, jax.core.Tracer):
             return jax.device_put(x, jax.memory.Space.Host)
-        sharding = x.sharding
-        if sharding is None:
-            raise ValueError("offload was given abstract parameters without shardings: say where they are to be")
+        if x.sharding is None:  # abstract, and nobody says where it is to be
+            return x
+        sharding = x.sharding.with_memory_kind(_HOST)
         if _trees.is_abstract(x):
-            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.with_memory_kind(_HOST))
-        return jax.device_put(x, sharding.with_memory_kind(_HOST))
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+        return jax.device_put(x, sharding)
 
     return jax.tree.map(move, state)
 
@@ -82,8 +82,7 @@ def offload(opt: Any) -> Offload:
       A transformation with the state of `opt`.
 
     Raises:
-      TypeError, ValueError: `opt` is no transformation; at `init`, abstract parameters have no sharding, or the
-        device no such memory.
+      TypeError, ValueError: `opt` is no transformation; at `init`, the device has no such memory.
 
     >>> import adamjax, jax, jax.numpy as jnp
     >>> opt = adamjax.sharding.offload(adamjax.adam(0.1))
