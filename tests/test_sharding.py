@@ -100,7 +100,6 @@ def amsgrad():
     return adamjax.chain(adamjax.clip_by_global_norm(1e9), adamjax.amsgrad(adamjax.schedules.cosine(LR, 9)))
 
 
-# What ends where the replicated run does, bit for bit.
 EXACT = {
     "adamw": lambda: adamjax.adamw(LR),
     "amsgrad": amsgrad,
@@ -124,8 +123,12 @@ def test_zero1_is_the_replicated_run(name, kind, lenient):
         params = some_params(mesh, "bfloat16" if name in HALF else "float32")
         expected = train(by_step(opt) if name != "optax" else by_update(opt), params, replicated_state(opt, params))
         found = train(by_step(spread), params, spread.init(params))
-    assert_equal(found, expected)
+    assert_equal(found[1], expected[1])
     assert specs_of(found[0]) == dict.fromkeys(SHAPES, P())
+    # What is gathered along another axis than the first, XLA computes column by column, and rounds some
+    # products that it does not round elsewhere (since jaxlib 0.12).
+    assert_close(found[0].pop("rows").astype("float32"), expected[0].pop("rows").astype("float32"), RECOMPILED)
+    assert_equal(found[0], expected[0])
 
 
 def test_torchs_states_are_spread_too():
@@ -260,7 +263,7 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_the_first_axis_that_can_be_divided(name):
     axis, spec, shape, expected = CASES[name]
-    params = abstract(AbstractMesh((4, 2, 1), ("data", "model", "one")), spec, w=shape)
+    params = abstract(AbstractMesh((4, 2, 1), ("data", "model", "one"), (AxisType.Auto,) * 3), spec, w=shape)
     found = sharding.state_sharding(adamjax.adam(), params, zero_axis=axis)[0]
     assert found.mu["w"].spec == found.nu["w"].spec == expected
     assert found.count.spec == P()
@@ -268,7 +271,7 @@ def test_the_first_axis_that_can_be_divided(name):
 
 def test_every_state_finds_its_parameters():
     """Whatever is around the moments, and however the parameters are nested."""
-    mesh = AbstractMesh((8,), ("data",))
+    mesh = AbstractMesh((8,), ("data",), (AxisType.Auto,))
     params = {
         "a": abstract(mesh, a=(16, 3), b=(5, 8)),
         "b": [*abstract(mesh, x=(16, 3), y=(5, 8)).values(), None],
@@ -302,7 +305,7 @@ def test_every_state_finds_its_parameters():
 
 
 def test_what_stays_whole_is_reported():
-    mesh = AbstractMesh((8,), ("data",))
+    mesh = AbstractMesh((8,), ("data",), (AxisType.Auto,))
     params = abstract(mesh, kernel=(64, 4096), bias=(3,)) | abstract(mesh, P("data"), embedding=(64, 8))
     params["short"] = abstract(mesh, short=(3, 64))["short"]
     opt = adamjax.adamw(mu_dtype=quantized("int8", 16))
@@ -407,9 +410,11 @@ def test_offload_keeps_the_moments_on_the_host(kind):
 
 
 def test_offload_on_one_device():
-    opt, params = adamjax.adam(LR), {"w": jnp.ones((8, 4)), "b": jnp.ones(())}
-    found = train(by_step(sharding.offload(opt)), params, sharding.offload(opt).init(params))
-    assert_equal(jax.device_get(found), jax.device_get(train(by_step(opt), params, opt.init(params))))
+    params = jax.device_put({"w": jnp.ones((8, 4)), "b": jnp.ones(())}, jax.devices()[0])
+    opt, plain = sharding.offload(adamjax.adam(LR)), adamjax.adam(LR)
+    found = train(by_step(opt), params, opt.init(params))
+    expected = train(by_step(plain), params, jax.device_put(plain.init(params), jax.devices()[0]))
+    assert_equal(jax.device_get(found), jax.device_get(expected))
     assert found[1][0].mu["w"].sharding.memory_kind == "pinned_host"
 
 
@@ -472,8 +477,8 @@ PLAIN = {"w": jnp.ones((8, 8))}
             r"params\['w'\] has no sharding that is known here",
         ),
         (lambda: sharding.state_sharding(ADAM, on(MESH), zero_axis="x"), ValueError, "no axis 'x', it has 'data'"),
-        (lambda: sharding.state_sharding(ADAM, on(MESH), zero_axis=0), TypeError, "Invalid zero_axis value: 0"),
-        (lambda: sharding.state_sharding(ADAM, on(MESH), mesh="data"), TypeError, "Invalid mesh value: 'data'"),
+        (lambda: sharding.state_sharding(ADAM, on(MESH), zero_axis=(0,)), TypeError, "Invalid zero_axis value"),  # type: ignore[arg-type]
+        (lambda: sharding.state_sharding(ADAM, on(MESH), mesh="data"), TypeError, "Invalid mesh value: 'data'"),  # type: ignore[arg-type]
         (
             lambda: sharding.state_sharding(
                 ADAM, on(jax.make_mesh((2, 4), ("a", "b"), axis_types=(AxisType.Auto, AxisType.Explicit)))
@@ -482,7 +487,7 @@ PLAIN = {"w": jnp.ones((8, 8))}
             "all in Auto or all in Explicit mode",
         ),
         (lambda: sharding.init_sharded(ADAM, on(MESH), {"w": 0}), ValueError, "make it with state_sharding"),
-        (lambda: sharding.zero1(ADAM, axis=None), TypeError, "Invalid axis value: None"),
+        (lambda: sharding.zero1(ADAM, axis=None), TypeError, "Invalid axis value: None"),  # type: ignore[arg-type]
         (lambda: sharding.zero1(ADAM, axis="data", specs={"w": "x"}), TypeError, "Invalid specs value"),
         (lambda: sharding.zero1(ADAM, axis="data").init(PLAIN), ValueError, r"params\['w'\] is on no mesh: put the"),
         (lambda: sharding.zero1(ADAM, axis="data", specs={"v": P()}).init(on(MESH)), ValueError, "no tree like params"),

@@ -22,7 +22,7 @@ Key = tuple[Any, ...]
 
 
 def state_sharding(
-    opt: Any, params: PyTree, *, mesh: Mesh | None = None, zero_axis: str | Names | None = None
+    opt: Any, params: PyTree, *, mesh: Mesh | AbstractMesh | None = None, zero_axis: str | Names | None = None
 ) -> PyTree:
     """Where each array of the state is to be, from where the parameters are.
 
@@ -49,8 +49,8 @@ def state_sharding(
       Rajbhandari et al., 2020, https://arxiv.org/abs/1910.02054.
 
     >>> import adamjax, jax
-    >>> from jax.sharding import NamedSharding, PartitionSpec
-    >>> mesh = jax.sharding.AbstractMesh((4, 2), ("data", "model"))
+    >>> from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
+    >>> mesh = AbstractMesh((4, 2), ("data", "model"), (AxisType.Auto,) * 2)
     >>> sharding = NamedSharding(mesh, PartitionSpec(None, "model"))
     >>> params = {"w": jax.ShapeDtypeStruct((64, 32), "float32", sharding=sharding)}
     >>> found = adamjax.sharding.state_sharding(adamjax.adam(), params, zero_axis="data")
@@ -77,8 +77,8 @@ def init_sharded(opt: Any, params: PyTree, sharding: PyTree) -> PyTree:
         `params` is not a floating point or complex array.
 
     >>> import adamjax, jax
-    >>> from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
-    >>> replicated = NamedSharding(AbstractMesh((8,), ("data",)), PartitionSpec())
+    >>> from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
+    >>> replicated = NamedSharding(AbstractMesh((8,), ("data",), (AxisType.Auto,)), PartitionSpec())
     >>> params = {"w": jax.ShapeDtypeStruct((64, 32), "float32", sharding=replicated)}
     >>> sharding = adamjax.sharding.state_sharding(adamjax.adam(), params, zero_axis="data")
     >>> adamjax.sharding.init_sharded(adamjax.adam(), params, sharding)[0].mu["w"].sharding.spec
@@ -102,7 +102,9 @@ def init_sharded(opt: Any, params: PyTree, sharding: PyTree) -> PyTree:
     return jax.jit(start, keep_unused=True)(params)
 
 
-def describe(opt: Any, params: PyTree, *, mesh: Mesh | None = None, zero_axis: str | Names | None = None) -> str:
+def describe(
+    opt: Any, params: PyTree, *, mesh: Mesh | AbstractMesh | None = None, zero_axis: str | Names | None = None
+) -> str:
     """A table of what `state_sharding` decides: what each array costs a device, and why some stay whole.
 
     Args:
@@ -116,8 +118,8 @@ def describe(opt: Any, params: PyTree, *, mesh: Mesh | None = None, zero_axis: s
       TypeError, ValueError: Those of `state_sharding`.
 
     >>> import adamjax, jax
-    >>> from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
-    >>> sharding = NamedSharding(AbstractMesh((8,), ("data",)), PartitionSpec())
+    >>> from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
+    >>> sharding = NamedSharding(AbstractMesh((8,), ("data",), (AxisType.Auto,)), PartitionSpec())
     >>> params = {"w": jax.ShapeDtypeStruct((64, 32), "float32", sharding=sharding)}
     >>> params["b"] = jax.ShapeDtypeStruct((3,), "float32", sharding=sharding)
     >>> print(adamjax.sharding.describe(adamjax.scale_by_adam(), params, zero_axis="data"))

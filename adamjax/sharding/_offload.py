@@ -3,13 +3,12 @@
 from typing import Any
 
 import jax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from adamjax import _trees
 from adamjax._base import Extra, Transformation, as_transformation
 from adamjax._trees import PyTree
 from adamjax._value import value
-
-_HOST = "pinned_host"
 
 
 @value
@@ -30,43 +29,41 @@ class Offload(Transformation):
         return self.inner.holds
 
     def _init(self, params: PyTree) -> PyTree:
-        return _to_host(self.inner._init(params))
+        return _settle(_move(self.inner._init(params), jax.memory.Space.Host))
 
     def _update(self, updates: PyTree, state: PyTree, params: PyTree | None, extra: Extra) -> tuple[PyTree, PyTree]:
-        updates, state = self.inner._update(updates, _to_device(state), params, extra)
-        return updates, _to_host(state)
+        updates, state = self.inner._update(updates, _move(state, jax.memory.Space.Device), params, extra)
+        return updates, _move(state, jax.memory.Space.Host)
 
     def step(self, grads: PyTree, state: PyTree, params: PyTree, **extra: Any) -> tuple[PyTree, PyTree]:
         """One whole step; see `Transformation.step`."""
-        params, state = self.inner.step(grads, _to_device(state), params, **extra)
-        return params, _to_host(state)
+        params, state = self.inner.step(grads, _move(state, jax.memory.Space.Device), params, **extra)
+        return params, _move(state, jax.memory.Space.Host)
 
 
-def _to_host(state: PyTree) -> PyTree:
-    def move(x: Any) -> Any:
-        if x.ndim == 0:  # a count, which is less than what moving it costs
-            return x
-        if isinstance(x, jax.core.Tracer):
-            return jax.device_put(x, jax.memory.Space.Host)
-        if x.sharding is None:  # abstract, and nobody says where it is to be
-            return x
-        sharding = x.sharding.with_memory_kind(_HOST)
-        if _trees.is_abstract(x):
-            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-        return jax.device_put(x, sharding)
+def _move(state: PyTree, space: Any) -> PyTree:
+    """`state` in that memory, but for scalars: moving them costs more than they take."""
 
-    return jax.tree.map(move, state)
-
-
-def _to_device(state: PyTree) -> PyTree:
     def move(x: Any) -> Any:
         if x.ndim == 0:
             return x
-        if isinstance(x, jax.core.Tracer):
-            return jax.device_put(x, jax.memory.Space.Device)
-        return jax.device_put(x, x.sharding.with_memory_kind("device"))
+        if not _trees.is_abstract(x):
+            return jax.device_put(x, space)
+        sharding = None if x.sharding is None else x.sharding.with_memory_kind("pinned_host")
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
     return jax.tree.map(move, state)
+
+
+def _settle(state: PyTree) -> PyTree:
+    """The scalars of a new `state` on the devices of its other arrays, where they will be after a step."""
+    moved = [x for x in jax.tree.leaves(state) if isinstance(x, jax.Array) and x.ndim]
+    if not moved or isinstance(moved[0], jax.core.Tracer):
+        return state
+    place = moved[0].sharding
+    place = NamedSharding(place.mesh, PartitionSpec()) if isinstance(place, NamedSharding) else place
+    place = place.with_memory_kind("device")
+    return jax.tree.map(lambda x: x if x.ndim else jax.device_put(x, place), state)
 
 
 def offload(opt: Any) -> Offload:

@@ -146,11 +146,12 @@ def zero1(opt: Any, *, axis: str | Names, specs: PyTree = None) -> Zero1:
 
     For arrays under `jax.jit`, as if there were one device: gradients are those of the whole batch. Each device steps
     its part of the parameters, and these are then brought together: they come back sharded as they
-    were. The numbers are those of `opt`, bit for bit. Where the state is, `state_sharding` decides, and the method
-    `describe(params)` shows; neither `in_shardings` nor `out_shardings` are needed. Put it outermost: what is
-    around it keeps its own state whole.
+    were. Where the state is, `state_sharding` decides, and the method `describe(params)` shows; neither `in_shardings`
+    nor `out_shardings` are needed. Put it outermost: what is around it keeps its own state whole.
 
-    `step` brings the parameters together in their dtype, `update` the updates, which may be wider.
+    `step` brings the parameters together in their dtype, `update` the updates, which may be wider. With `step` the
+    numbers are those of `opt`, bit for bit as far as the compiler rounds both programs alike: it may
+    differ in the last bit where parameters are divided along another axis than the first, or moments quantised.
 
     Args:
       opt: A transformation, ours or optax's.
@@ -170,8 +171,8 @@ def zero1(opt: Any, *, axis: str | Names, specs: PyTree = None) -> Zero1:
       Rajbhandari et al., 2020, https://arxiv.org/abs/1910.02054.
 
     >>> import adamjax, jax
-    >>> from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
-    >>> replicated = NamedSharding(AbstractMesh((8,), ("data",)), PartitionSpec())
+    >>> from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
+    >>> replicated = NamedSharding(AbstractMesh((8,), ("data",), (AxisType.Auto,)), PartitionSpec())
     >>> params = {"w": jax.ShapeDtypeStruct((64, 32), "float32", sharding=replicated)}
     >>> opt = adamjax.sharding.zero1(adamjax.adamw(1e-3), axis="data")
     >>> state = opt.init(params)  # of arrays, it would be arrays

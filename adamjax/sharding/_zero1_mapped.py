@@ -148,7 +148,7 @@ def zero1_mapped(opt: Any, *, axis: str | Names) -> Zero1Mapped:
     >>> state = opt.init(params)
     >>> specs = jax.tree.map(lambda x: x.sharding.spec, state)
     >>> def train_step(params, state, batch):
-    ...     grads = jax.grad(lambda p: jnp.sum(p * batch))(params)
+    ...     grads = jax.grad(lambda p: jnp.sum(batch @ p))(params)
     ...     return opt.step(grads, state, params)
     >>> mapped = jax.shard_map(train_step, mesh=mesh, in_specs=(P(), specs, P("data")), out_specs=(P(), specs))
     >>> params, state = jax.jit(mapped)(params, state, jnp.ones((1, 8)))
