@@ -7,6 +7,7 @@ from adamjax import problems as problems
 from adamjax import rounding as rounding
 from adamjax import safety as safety
 from adamjax import schedules as schedules
+from adamjax import sharding as sharding
 from adamjax import storage as storage
 from adamjax import training as training
 from adamjax import tuning as tuning

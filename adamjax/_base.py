@@ -79,6 +79,9 @@ class Transformation(Value):
     def step(self, grads: PyTree, state: PyTree, params: PyTree, **extra: Any) -> tuple[PyTree, PyTree]:
         """One whole step: `update`, then `apply_updates`.
 
+        To have it done in place, donate parameters and state to a jitted function that takes them in the order
+        in which it returns them: JAX gives the memory of a donated array to the first result of its shape.
+
         Returns:
           The new parameters (first, as in the arguments of a training step) and the new state.
         """

@@ -70,7 +70,7 @@ def _node(x: Any) -> str:
     if isinstance(x, (dict, list, tuple)):  # their keys are in the paths
         return name
     if isinstance(x, Value):
-        fields = [field for field in dataclasses.fields(x) if field.metadata.get("static")]  # type: ignore[arg-type]
+        fields = [field for field in dataclasses.fields(x) if field.metadata.get("described")]  # type: ignore[arg-type]
         # A field that is added later changes nothing for those who leave it at its default.
         chosen = {f.name: getattr(x, f.name) for f in fields if getattr(x, f.name) != f.default}
         return f"{name}({', '.join(f'{field}={_print(content)}' for field, content in chosen.items())})"

@@ -14,9 +14,12 @@ from adamjax import _checks
 T = TypeVar("T")
 
 
-def static_field(**kwargs: Any) -> Any:
-    """A dataclass field that is part of the tree's structure and not one of its leaves."""
-    return dataclasses.field(metadata={"static": True}, **kwargs)
+def static_field(*, described: bool = True, **kwargs: Any) -> Any:
+    """A dataclass field that is part of the tree's structure and not one of its leaves.
+
+    Not `described`: a checkpoint may be restored where it is something else.
+    """
+    return dataclasses.field(metadata={"static": True, "described": described}, **kwargs)
 
 
 @dataclass_transform(frozen_default=True, eq_default=False, field_specifiers=(dataclasses.field, static_field))

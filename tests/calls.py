@@ -5,16 +5,18 @@ import importlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from bowl import Bowl
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 import adamjax
 from adamjax import interop, schedules, tuning
 
 MODULES = ["", ".schedules", ".storage", ".rounding", ".interop.torch", ".interop.optax"]
-MODULES += [".safety", ".diagnostics", ".checkpoint", ".tuning", ".training", ".problems"]
+MODULES += [".safety", ".diagnostics", ".checkpoint", ".sharding", ".tuning", ".training", ".problems"]
 
 
 def public():
@@ -46,6 +48,11 @@ class Call(NamedTuple):
 OPT = adamjax.adamw(schedules.constant(0.1))
 PARAMS = {"a": jnp.ones((2, 3)), "b": jnp.ones(3)}
 STATE = OPT.init(PARAMS)
+MESH = AbstractMesh((1,), ("data",))
+PLACED = jax.tree.map(
+    lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=NamedSharding(MESH, PartitionSpec())), PARAMS
+)
+PLAN = {"opt": OPT, "params": PLACED}
 TORCH = interop.torch.adamw()
 TORCH_STATE = {"state": {}, "param_groups": [{"params": [0, 1], "betas": (0.9, 0.99), "amsgrad": False}]}
 STATS = adamjax.diagnostics.measure(PARAMS, PARAMS, STATE, PARAMS)
@@ -107,6 +114,12 @@ CALLS = {
     "storage.Quantized": Call({"name": "int8"}, ("block_size", "keep")),
     "storage.precision": Call({"dtype": "float16"}),
     "storage.state_bytes": Call({"opt": OPT, "params": PARAMS}, ("params",)),
+    "sharding.describe": Call(PLAN, ("mesh", "zero_axis")),
+    "sharding.init_sharded": Call(PLAN | {"sharding": adamjax.sharding.state_sharding(OPT, PLACED)}),
+    "sharding.offload": Call({"opt": OPT}),
+    "sharding.state_sharding": Call(PLAN, ("mesh", "zero_axis")),
+    "sharding.zero1": Call({"opt": OPT, "axis": "data"}, ("mesh", "specs")),
+    "sharding.zero1_mapped": Call({"opt": OPT, "axis": "data"}),
     "interop.torch.adam": Call(optional=KINDS_OF_TORCH),
     "interop.torch.adamw": Call(optional=KINDS_OF_TORCH),
     "interop.torch.nadam": Call(optional=KINDS_OF_TORCH),

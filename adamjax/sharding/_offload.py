@@ -1,0 +1,91 @@
+"""A state in the memory of the host, which comes to the device for a step."""
+
+from typing import Any
+
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from adamjax import _trees
+from adamjax._base import Extra, Transformation, as_transformation
+from adamjax._trees import PyTree
+from adamjax._value import value
+
+
+@value
+class Offload(Transformation):
+    """See `offload`."""
+
+    inner: Any
+
+    def __post_init__(self) -> None:
+        self._replace_field("inner", as_transformation(self.inner, "argument opt of offload"))
+
+    @property
+    def lands(self) -> bool:  # type: ignore[override]
+        return self.inner.lands
+
+    @property
+    def holds(self) -> bool:  # type: ignore[override]
+        return self.inner.holds
+
+    def _init(self, params: PyTree) -> PyTree:
+        return _settle(_move(self.inner._init(params), jax.memory.Space.Host))
+
+    def _update(self, updates: PyTree, state: PyTree, params: PyTree | None, extra: Extra) -> tuple[PyTree, PyTree]:
+        updates, state = self.inner._update(updates, _move(state, jax.memory.Space.Device), params, extra)
+        return updates, _move(state, jax.memory.Space.Host)
+
+    def step(self, grads: PyTree, state: PyTree, params: PyTree, **extra: Any) -> tuple[PyTree, PyTree]:
+        """One whole step; see `Transformation.step`."""
+        params, state = self.inner.step(grads, _move(state, jax.memory.Space.Device), params, **extra)
+        return params, _move(state, jax.memory.Space.Host)
+
+
+def _move(state: PyTree, space: Any) -> PyTree:
+    """`state` in that memory, but for scalars: moving them costs more than they take."""
+
+    def move(x: Any) -> Any:
+        if x.ndim == 0:
+            return x
+        if not _trees.is_abstract(x):
+            return jax.device_put(x, space)
+        sharding = None if x.sharding is None else x.sharding.with_memory_kind("pinned_host")
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    return jax.tree.map(move, state)
+
+
+def _settle(state: PyTree) -> PyTree:
+    """The scalars of a new `state` on the devices of its other arrays, where they will be after a step."""
+    moved = [x for x in jax.tree.leaves(state) if isinstance(x, jax.Array) and x.ndim]
+    if not moved or isinstance(moved[0], jax.core.Tracer):
+        return state
+    place = moved[0].sharding
+    place = NamedSharding(place.mesh, PartitionSpec()) if isinstance(place, NamedSharding) else place
+    place = place.with_memory_kind("device")
+    return jax.tree.map(lambda x: x if x.ndim else jax.device_put(x, place), state)
+
+
+def offload(opt: Any) -> Offload:
+    """Keep the state of `opt` in the pinned memory of the host; it comes to the device for each step.
+
+    That makes room on the device, for twice the bytes of the state over the bus at each step. Scalars
+    stay on the device. Put it outermost, around `zero1` too. Under `jax.jit`; donate the state.
+
+    Args:
+      opt: A transformation, ours or optax's.
+
+    Returns:
+      A transformation with the state of `opt`.
+
+    Raises:
+      TypeError, ValueError: `opt` is no transformation; at `init`, the device has no such memory.
+
+    >>> import adamjax, jax, jax.numpy as jnp
+    >>> opt = adamjax.sharding.offload(adamjax.adam(0.1))
+    >>> params = {"w": jnp.ones(3)}
+    >>> params, state = jax.jit(opt.step)(params, opt.init(params), params)
+    >>> state[0].mu["w"].sharding.memory_kind
+    'pinned_host'
+    """
+    return Offload(opt)

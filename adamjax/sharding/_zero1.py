@@ -1,0 +1,190 @@
+"""ZeRO, stage 1, under `jax.jit`: each device keeps, and steps, a part of the moments."""
+
+from typing import Any
+
+import jax
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+
+from adamjax import _checks, _trees
+from adamjax._base import Extra, Transformation, as_transformation
+from adamjax._trees import PyTree
+from adamjax._value import static_field, value
+from adamjax.sharding import _layout
+from adamjax.sharding._layout import Names, Plan
+
+
+class Specs:
+    """A tree of `PartitionSpec`s as a hashable value."""
+
+    def __init__(self, tree: PyTree) -> None:
+        self.leaves, self.structure = jax.tree.flatten(tree, is_leaf=_is_spec)
+        if not all(map(_is_spec, self.leaves)):
+            raise TypeError(f"Invalid specs value: {tree!r}; specs must be a tree of jax.sharding.PartitionSpec")
+
+    def of(self, params: PyTree) -> list[PartitionSpec]:
+        """One for each leaf of `params`."""
+        try:
+            return jax.tree.leaves(jax.tree.broadcast(self.tree, params, is_leaf=_is_spec), is_leaf=_is_spec)
+        except ValueError:
+            raise ValueError(f"specs is {self!r}, which is no tree like params, and no prefix of it") from None
+
+    @property
+    def tree(self) -> PyTree:
+        return jax.tree.unflatten(self.structure, self.leaves)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Specs) and (self.leaves, self.structure) == (other.leaves, other.structure)
+
+    def __hash__(self) -> int:
+        return hash((self.structure, *self.leaves))
+
+    def __repr__(self) -> str:
+        return repr(self.tree)
+
+
+def _is_spec(x: Any) -> bool:
+    return isinstance(x, PartitionSpec)
+
+
+@value
+class Zero1(Transformation):
+    """See `zero1`."""
+
+    inner: Any
+    axis: str | Names = static_field(described=False)
+    mesh: Any = static_field(default=None, described=False)
+    specs: Any = static_field(default=None, described=False)
+
+    def __post_init__(self) -> None:
+        self._replace_field("inner", as_transformation(self.inner, "argument opt of zero1"))
+        if self.mesh is not None:
+            _layout.check_mesh(self.mesh)
+        _layout.check_axes("axis", self.axis, self.mesh)
+        if self.specs is not None and not isinstance(self.specs, Specs):
+            self._replace_field("specs", Specs(self.specs))
+
+    @property
+    def lands(self) -> bool:  # type: ignore[override]
+        return self.inner.lands
+
+    @property
+    def holds(self) -> bool:  # type: ignore[override]
+        return self.inner.holds
+
+    def describe(self, params: PyTree) -> str:
+        """A table: what each array of the state costs a device, and why some stay whole; see `describe`."""
+        return _layout.describe(self.inner, params, zero_axis=self.axis)
+
+    def _init(self, params: PyTree) -> PyTree:
+        if _trees.any_abstract(params) and not any(map(_layout.sharding_of, jax.tree.leaves(params))):
+            return self.inner._init(params)
+        return _layout.init_sharded(self.inner, params, self._plan(params)[0].state)
+
+    def _update(self, updates: PyTree, state: PyTree, params: PyTree | None, extra: Extra) -> tuple[PyTree, PyTree]:
+        _checks.given(params, updates, "zero1")
+        plan, whole = self._plan(params)
+        updates, params = _layout.pin(updates, plan.params), _layout.pin(params, plan.params)
+        updates, state = self.inner._update(updates, state, params, extra)
+        return _layout.pin(updates, whole), _layout.pin(state, plan.state)
+
+    def step(self, grads: PyTree, state: PyTree, params: PyTree, **extra: Any) -> tuple[PyTree, PyTree]:
+        """One whole step: each device steps its part of the parameters, and those parts are then brought together."""
+        _checks.given(params, grads, "step", "step(grads, state, params)")
+        _checks.updates(grads, params)
+        plan, whole = self._plan(params)
+        grads, params = _layout.pin(grads, plan.params), _layout.pin(params, plan.params)
+        params, state = self.inner.step(grads, state, params, **extra)
+        return _layout.pin(params, whole), _layout.pin(state, plan.state)
+
+    def _plan(self, params: PyTree) -> tuple[Plan, PyTree]:
+        """Where everything is during a step, and where the parameters are before and after it."""
+        leaves = jax.tree.leaves_with_path(params)
+        mesh = _mesh_of(leaves, self.mesh)
+        names = _layout.check_axes("axis", self.axis, mesh)
+        specs = [None] * len(leaves) if self.specs is None else self.specs.of(params)
+        whole = [_whole(path, p, mesh, spec) for (path, p), spec in zip(leaves, specs, strict=True)]
+        structs = [jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=s) for (_, p), s in zip(leaves, whole, strict=True)]
+        structure = jax.tree.structure(params)
+        plan = _layout.plan(self.inner, jax.tree.unflatten(structure, structs), mesh, names)
+        return plan, jax.tree.unflatten(structure, whole)
+
+
+def _mesh_of(leaves: list[tuple[Any, Any]], given: Any) -> Any:
+    """The mesh of parameters, of which tracers know what it is like, if not which devices it has; or the one given."""
+    for path, p in leaves:
+        found = jax.typeof(p).sharding if isinstance(p, jax.core.Tracer) else _layout.sharding_of(p)
+        mesh = getattr(found, "mesh", None)
+        if mesh is None or mesh.empty:
+            if given is not None and isinstance(p, jax.core.Tracer):
+                return given
+            raise ValueError(
+                f"params{jax.tree_util.keystr(path)} is on no mesh: put the parameters there, by "
+                "jax.device_put(params, NamedSharding(mesh, PartitionSpec())), or give zero1 the mesh"
+            )
+        if AxisType.Manual in mesh.axis_types:
+            raise ValueError("zero1 is for arrays under jax.jit: inside of jax.shard_map, take zero1_mapped")
+        _layout.check_mesh(mesh)
+        if given is not None and given.abstract_mesh != mesh.abstract_mesh:
+            raise ValueError(f"params{jax.tree_util.keystr(path)} is on {mesh}, expected {given}, the mesh of zero1")
+        return mesh
+    raise ValueError("zero1 needs the parameters to know their mesh, and there are none")
+
+
+def _whole(path: Any, p: Any, mesh: Any, spec: PartitionSpec | None) -> NamedSharding:
+    """How the parameter `p` is sharded: what is known of it, or else `spec`."""
+    found = _layout.sharding_of(p)
+    if found is None:
+        return NamedSharding(mesh, spec or PartitionSpec())
+    found = _layout.on_mesh(path, found, mesh)
+    if spec is None and _layout.is_explicit(mesh):
+        return found
+    wanted = NamedSharding(mesh, spec or PartitionSpec())
+    if _layout.dimensions(found, p.ndim) != _layout.dimensions(wanted, p.ndim):
+        raise ValueError(
+            f"params{jax.tree_util.keystr(path)} is sharded by {found.spec}, and zero1 would bring it back as "
+            f"{wanted.spec}: give it the PartitionSpecs of the parameters, "
+            "specs=jax.tree.map(lambda p: p.sharding.spec, params)"
+        )
+    return found
+
+
+def zero1(opt: Any, *, mesh: Mesh | AbstractMesh | None = None, axis: str | Names, specs: PyTree = None) -> Zero1:
+    """Spread the state of `opt` over an axis of the mesh: of n devices there, each keeps and steps an n-th (ZeRO-1).
+
+    For arrays under `jax.jit`, as if there were one device: gradients are those of the whole batch. Each device steps
+    its part of the parameters, and these are then brought together: they come back sharded as they
+    were. Where the state is, `state_sharding` decides, and the method `describe(params)` shows; neither `in_shardings`
+    nor `out_shardings` are needed. Put it outermost: what is around it keeps its own state whole.
+
+    `step` brings the parameters together in their dtype, `update` the updates, which may be wider. With `step` the
+    numbers are those of `opt`, bit for bit as far as the compiler rounds both programs alike: it may
+    differ in the last bit where parameters are divided along another axis than the first, or moments quantised.
+
+    Args:
+      opt: A transformation, ours or optax's.
+      mesh: The mesh that the parameters are on. None: the one that they say.
+      axis: The axis of the mesh, or axes, that the state is spread over; as a rule, that of the data.
+      specs: The `PartitionSpec`s of the parameters, or of subtrees of them, where these are sharded and the axes
+        of the mesh in Auto mode: a function that is compiled does not see them. None: they are replicated, or
+        in Explicit mode.
+
+    Returns:
+      A transformation with the state of `opt`, whose `update` needs `params`.
+
+    Raises:
+      TypeError, ValueError: `opt` is no transformation, `axis` no name, or `specs` no such tree; at `init`, a
+        parameter is on no mesh, or sharded otherwise than `specs` says (the message has its path).
+
+    References:
+      Rajbhandari et al., 2020, https://arxiv.org/abs/1910.02054.
+
+    >>> import adamjax, jax
+    >>> from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
+    >>> replicated = NamedSharding(AbstractMesh((8,), ("data",), (AxisType.Auto,)), PartitionSpec())
+    >>> params = {"w": jax.ShapeDtypeStruct((64, 32), "float32", sharding=replicated)}
+    >>> opt = adamjax.sharding.zero1(adamjax.adamw(1e-3), axis="data")
+    >>> state = opt.init(params)  # of arrays, it would be arrays
+    >>> state[0].mu["w"].sharding.spec, state[0].count.sharding.spec
+    (P('data',), P())
+    """
+    return Zero1(opt, axis, mesh, specs)

@@ -1,0 +1,158 @@
+"""ZeRO, stage 1, inside of `jax.shard_map`: the same mathematics, with the collectives written out."""
+
+from dataclasses import replace
+from typing import Any
+
+import jax
+from jax import Array, lax
+from jax.sharding import AxisType
+
+from adamjax import _across, _checks, _trees
+from adamjax._base import Extra, Transformation, as_transformation
+from adamjax._trees import PyTree
+from adamjax._value import static_field, value
+from adamjax.sharding import _layout
+from adamjax.sharding._layout import Names
+from adamjax.storage import QuantizedArray
+
+
+@value
+class Zero1Mapped(Transformation):
+    """See `zero1_mapped`."""
+
+    inner: Any
+    axis: str | Names = static_field(described=False)
+
+    def __post_init__(self) -> None:
+        self._replace_field("inner", as_transformation(self.inner, "argument opt of zero1_mapped"))
+        _layout.check_axes("axis", self.axis)
+
+    @property
+    def lands(self) -> bool:  # type: ignore[override]
+        return self.inner.lands
+
+    @property
+    def holds(self) -> bool:  # type: ignore[override]
+        return self.inner.holds
+
+    def _init(self, params: PyTree) -> PyTree:
+        leaves = jax.tree.leaves(params)
+        if any(isinstance(p, jax.core.Tracer) and AxisType.Manual in _axis_types(p) for p in leaves):
+            raise ValueError("call init of zero1_mapped outside of jax.shard_map: the state goes in as an argument")
+        if _trees.any_abstract(params) and not any(map(_layout.sharding_of, leaves)):
+            return self.inner._init(params)
+        sharding = _layout.state_sharding(self.inner, params, zero_axis=self.axis)
+        return _layout.init_sharded(self.inner, params, sharding)
+
+    def _update(self, updates: PyTree, state: PyTree, params: PyTree | None, extra: Extra) -> tuple[PyTree, PyTree]:
+        _checks.given(params, updates, "zero1_mapped")
+        parts = _Parts(self.inner, self.axis, params)
+        updates, new = self.inner._update(parts.sum(updates), _local(state), parts.take(params), extra)
+        return parts.gather(updates), _like(state, new)
+
+    def step(self, grads: PyTree, state: PyTree, params: PyTree, **extra: Any) -> tuple[PyTree, PyTree]:
+        """One whole step: each device steps its part of the parameters, and those parts are then gathered."""
+        _checks.given(params, grads, "step", "step(grads, state, params)")
+        _checks.updates(grads, params)
+        parts = _Parts(self.inner, self.axis, params)
+        params, new = self.inner.step(parts.sum(grads), _local(state), parts.take(params), **extra)
+        return parts.gather(params), _like(state, new)
+
+
+class _Parts:
+    """The part of each array that is this device's."""
+
+    def __init__(self, inner: Transformation, axis: str | Names, params: PyTree) -> None:
+        names = axis if isinstance(axis, tuple) else (axis,)
+        self.names = tuple(name for name in names if lax.axis_size(name) > 1)
+        self.idle = tuple(name for name in names if name not in self.names)
+        self.count = lax.axis_size(self.names)
+        self.axes = _layout.divided(inner, params, self.count)
+
+    def sum(self, grads: PyTree) -> PyTree:
+        def of_leaf(g: Array, axis: int) -> Array:
+            if idle := _across.sharded_over(g, self.idle):
+                g = lax.psum(g, idle)
+            varying = _across.sharded_over(g, self.names)
+            if axis >= 0 and len(varying) == len(self.names):
+                return lax.psum_scatter(g, self.names, scatter_dimension=axis, tiled=True)
+            # Where all devices have the same, it is the sum already: jax.grad adds up what varies.
+            return self._part(lax.psum(g, varying) if varying else g, axis)
+
+        return _trees.map_leaves(of_leaf, grads, self.axes)
+
+    def take(self, params: PyTree) -> PyTree:
+        return _trees.map_leaves(self._part, params, self.axes)
+
+    def gather(self, tree: PyTree) -> PyTree:
+        def of_leaf(x: Array, axis: int) -> Array:
+            return x if axis < 0 else lax.all_gather(x, self.names, axis=axis, tiled=True, to="invarying")
+
+        return _trees.map_leaves(of_leaf, tree, self.axes)
+
+    def _part(self, x: Array, axis: int) -> Array:
+        if axis < 0:
+            return x
+        size = x.shape[axis] // self.count
+        return lax.dynamic_slice_in_dim(x, lax.axis_index(self.names) * size, size, axis)
+
+
+def _axis_types(p: Any) -> tuple[AxisType, ...]:
+    return jax.typeof(p).sharding.mesh.axis_types
+
+
+def _local(state: PyTree) -> PyTree:
+    """`state`, each quantised array with the length that its part has here."""
+
+    def of_leaf(x: Any) -> Any:
+        if not isinstance(x, QuantizedArray):
+            return x
+        return replace(x, size=min(x.size, x.codes.shape[-1] * (8 // x.bits)))
+
+    return jax.tree.map(of_leaf, state, is_leaf=lambda x: isinstance(x, QuantizedArray))
+
+
+def _like(state: PyTree, new: PyTree) -> PyTree:
+    """The arrays of `new` in the structure of `state`, whose lengths are those of the whole arrays."""
+    return jax.tree.unflatten(jax.tree.structure(state), jax.tree.leaves(new))
+
+
+def zero1_mapped(opt: Any, *, axis: str | Names) -> Zero1Mapped:
+    """`zero1` for the inside of `jax.shard_map`: reduce-scatter the gradients, step a part, gather the parameters.
+
+    Each device gives the gradient of its part of the loss, and those are added up, as `jax.grad` adds
+    up those of a replicated parameter: for a mean over the devices, divide the loss by their number. Where
+    shard_map tracks what varies (`check_vma=True`), a gradient that does not vary is taken for that sum. Without
+    (`check_vma=False`) all are taken for parts of it.
+
+    `init` is called outside, and the shardings of its state are the specs that it goes in and out by. What
+    looks at all gradients together needs the axis too: `clip_by_global_norm(..., axis_name=axis)` and
+    `skip_nonfinite(..., axis_name=axis)` (with `check_vma=False`, the norm counts what stays whole once for each
+    device). Stochastic rounding works, with the same random numbers on each device.
+
+    Args:
+      opt: A transformation, ours or optax's.
+      axis: The mapped axis, or axes, over which the parameters are replicated and the state is spread.
+
+    Returns:
+      A transformation with the state of `opt`, whose `update` needs `params`.
+
+    Raises:
+      TypeError, ValueError: `opt` is no transformation, or `axis` no name; `init` is called inside.
+
+    >>> import adamjax, jax, jax.numpy as jnp
+    >>> from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+    >>> mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,))
+    >>> params = jax.device_put(jnp.ones(8), NamedSharding(mesh, P()))
+    >>> opt = adamjax.sharding.zero1_mapped(adamjax.adam(0.1), axis="data")
+    >>> state = opt.init(params)
+    >>> specs = jax.tree.map(lambda x: x.sharding.spec, state)
+    >>> def train_step(params, state, batch):
+    ...     grads = jax.grad(lambda p: jnp.sum(batch @ p))(params)
+    ...     return opt.step(grads, state, params)
+    >>> mapped = jax.shard_map(train_step, mesh=mesh, in_specs=(P(), specs, P("data")), out_specs=(P(), specs))
+    >>> params, state = jax.jit(mapped)(params, state, jnp.ones((1, 8)))
+    >>> print(params[:2])
+    [0.9 0.9]
+    """
+    return Zero1Mapped(opt, axis)
