@@ -131,6 +131,19 @@ def test_zero1_is_the_replicated_run(name, kind, lenient):
     assert_equal(found[0], expected[0])
 
 
+@pytest.mark.parametrize("kind", MODES)
+def test_zero1_with_its_mesh_given(kind):
+    mesh = make_mesh(kind)
+    params = some_params(mesh)
+    opt = sharding.zero1(adamjax.adamw(LR), mesh=mesh, axis="data")
+    found, state = train(by_step(opt), params, opt.init(params))
+    expected, _ = train(by_step(adamjax.adamw(LR)), params, replicated_state(adamjax.adamw(LR), params))
+    assert specs_of(state[0].mu) == SPLIT
+    assert_close(found, expected, RECOMPILED)
+    with pytest.raises(ValueError, match=r"expected Mesh.*, the mesh of zero1"):
+        sharding.zero1(adamjax.adamw(LR), mesh=jax.make_mesh((4,), ("data",)), axis="data").init(params)
+
+
 def test_torchs_states_are_spread_too():
     """For each parameter one. NAdam adds two products: which of them is rounded before, the compiler decides."""
     opt, mesh = STORED["torch's nadam"].make(), make_mesh(AxisType.Auto)
