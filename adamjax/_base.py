@@ -241,7 +241,8 @@ def _fill(updates: PyTree, params: PyTree, *, wide: bool) -> PyTree:
 
     def zeros(p: Any) -> jax.Array:
         dtype = _trees.dtype_of(p)
-        return _trees.zeros_like(p, _trees.compute_dtype(dtype) if wide else dtype)
+        # Not 0: added to a parameter that is -0, it would make it 0.
+        return -_trees.zeros_like(p, _trees.compute_dtype(dtype) if wide else dtype)
 
     structure, rows = _trees.flatten(updates, params)
     return jax.tree.unflatten(structure, [jax.tree.map(zeros, p) if u is None else u for u, p in rows])

@@ -117,19 +117,22 @@ class SkipNonfinite(Transformation):
         _check_parts(state)
         bad = _nonfinite(grads, state.nonfinite.paths, self.axis_name)
         ok = ~jnp.any(bad)
-        made, after = jax.eval_shape(go, grads, state.inner)
-        structure: Any = jax.tree.structure(after)
 
         def hold(grads: PyTree, inner: PyTree) -> tuple[PyTree, PyTree]:
+            made, after = jax.eval_shape(go, grads, inner)
             # The same leaves; frameworks may have taken nodes apart that a step puts together.
+            structure: Any = jax.tree.structure(after)
             inner = jax.tree.unflatten(structure, jax.tree.leaves(inner))
             if stay is not None:
                 return stay, inner
             # Not 0: added to a parameter that is -0, it would make it 0.
             return jax.tree.map(lambda x: -jnp.zeros(x.shape, x.dtype, device=x.sharding), made), inner
 
-        # A branch, and not a selection by element, which would need the old moments beside the new ones.
-        result, inner = jax.lax.cond(ok, go, hold, grads, state.inner)
+        if isinstance(ok, jax.core.Tracer):
+            # A branch, and not a selection by element, which would need the old moments beside the new ones.
+            result, inner = jax.lax.cond(ok, go, hold, grads, state.inner)
+        else:  # Where nothing is compiled, a branch would be, at each step.
+            result, inner = (go if ok else hold)(grads, state.inner)
         consecutive = jnp.where(ok, 0, _trees.increment(state.consecutive))
         exceeded = state.exceeded
         if self.max_consecutive is not None:

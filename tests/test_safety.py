@@ -227,6 +227,13 @@ def test_check_finds_a_spoilt_moment(make, lenient):
         adamjax.check(state)
 
 
+def test_a_parameter_without_gradient_keeps_every_bit():
+    for opt in (adamjax.adam(0.1), adamjax.skip_nonfinite(adamjax.adam(0.1))):
+        params = {"a": -jnp.zeros(2), "b": jnp.ones(2)}
+        after, _ = opt.step({"a": None, "b": jnp.ones(2)}, opt.init(params), params)
+        assert_same_bits(after["a"], params["a"])
+
+
 HUGE = 1e20  # finite, and its square is not
 
 
