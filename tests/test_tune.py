@@ -33,7 +33,8 @@ small = partial(tune, BOWL, steps=STEPS, trials=12, execution="vmap", confirm=(2
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
     """A tuning as a user would do it, kept in a folder."""
-    return tune(BOWL, steps=STEPS, trials=20, execution="vmap", out=tmp_path_factory.mktemp("tune"), resume=False)
+    out = tmp_path_factory.mktemp("tune")
+    return tune(BOWL, steps=STEPS, trials=20, execution="vmap", halving=False, out=out, resume=False)
 
 
 @pytest.fixture(scope="module")
@@ -276,7 +277,7 @@ def test_an_optimizer_that_takes_no_schedule_has_no_range_test():
 
 
 def test_a_higher_metric_can_be_better(report):
-    found = small(metric="score", mode="max", trials=20, confirm=(5, 3))
+    found = small(metric="score", mode="max", trials=20, halving=False, confirm=(5, 3))
     values = [t.value("score") for t in found.ranking]
     assert values == sorted(values, reverse=True)
     assert found.best.arguments == report.best.arguments
