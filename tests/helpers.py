@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import adamjax
+
 
 def aval(x):
     """Shape, dtype and weak type of each leaf: what decides about a recompilation."""
@@ -32,6 +34,21 @@ def assert_equal(actual, expected):
     assert_same_types(actual, expected)
     for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(e))
+
+
+def by_step(opt):
+    """A training step's part: parameters, state and gradients to parameters and state."""
+    return lambda params, state, grads: opt.step(grads, state, params)
+
+
+def by_update(opt, apply=adamjax.apply_updates):
+    """The same in optax's two calls."""
+
+    def run(params, state, grads):
+        updates, state = opt.update(grads, state, params)
+        return apply(params, updates), state
+
+    return run
 
 
 def gradients(shape, steps, seed=0, dtype=np.float32):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import assert_close, assert_equal
+from helpers import assert_close, assert_equal, by_step, by_update
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from specs import STORED
@@ -61,18 +61,6 @@ def bytes_of_a_device(tree):
     return max(
         sum(x.addressable_shards[i].data.nbytes for x in jax.tree.leaves(tree)) for i in range(len(jax.devices()))
     )
-
-
-def by_step(opt):
-    return lambda params, state, grads: opt.step(grads, state, params)
-
-
-def by_update(opt):
-    def run(params, state, grads):
-        updates, state = opt.update(grads, state, params)
-        return adamjax.apply_updates(params, updates), state
-
-    return run
 
 
 def replicated_state(opt, params):
