@@ -116,8 +116,8 @@ def run(options: dict[str, Any]) -> int:
             start=past.start,
             diagnose=options.get("diagnose", False),
         )
-        diagnosis = Diagnosis(path, options)
         folder = RunFolder(path, past.records)
+        diagnosis = Diagnosis(path, options)
     if past.done == options["steps"]:
         folder.plot()
         print(f"{path} is finished: all its {past.done} steps are done")
