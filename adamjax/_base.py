@@ -102,6 +102,24 @@ class Transformation(Value):
         raise NotImplementedError
 
 
+class Wrapper(Transformation):
+    """Base of the transformations around another one: unless they say otherwise, they land and hold where it does."""
+
+    inner: Any
+
+    @property
+    def lands(self) -> bool:  # type: ignore[override]
+        return self.inner.lands
+
+    @property
+    def holds(self) -> bool:  # type: ignore[override]
+        return self.inner.holds
+
+    def _wrap(self, name: str) -> None:
+        """For `__post_init__` only: put `inner` in place as a transformation; `name` is the public function's."""
+        self._replace_field("inner", as_transformation(self.inner, f"argument opt of {name}"))
+
+
 @value
 class Foreign(Transformation):
     """A transformation from elsewhere (any pair of `init` and `update`), as a member of a chain.

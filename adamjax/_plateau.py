@@ -68,7 +68,7 @@ class ReduceOnPlateau(Transformation):
         def make() -> PlateauState:
             return PlateauState(real(1.0), real(jnp.inf), real(0.0), zero(), zero(), zero())
 
-        return jax.eval_shape(make) if _trees.any_abstract(params) else make()
+        return _trees.fresh(make, params)
 
     def _update(
         self, updates: PyTree, state: PyTree, params: PyTree | None, extra: Extra

@@ -94,11 +94,14 @@ def zeros_like(x: Any, dtype: np.dtype) -> Any:
     return jnp.zeros_like(x, dtype=dtype)
 
 
+def fresh(make: Callable[[], PyTree], like: PyTree) -> PyTree:
+    """What `make` makes for a new state; abstract where a leaf of `like` is."""
+    return jax.eval_shape(make) if any_abstract(like) else make()
+
+
 def zero_count(like: PyTree) -> Any:
     """The step count before the first step: an int32 scalar, abstract where a leaf of `like` is."""
-    if any_abstract(like):
-        return jax.ShapeDtypeStruct((), jnp.int32)
-    return jnp.zeros((), jnp.int32)
+    return fresh(lambda: jnp.zeros((), jnp.int32), like)
 
 
 def increment(count: jax.Array) -> jax.Array:

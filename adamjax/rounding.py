@@ -26,7 +26,7 @@ import numpy as np
 from jax import Array, lax
 
 from adamjax import _checks, _stochastic, _trees
-from adamjax._base import Extra, Transformation, as_transformation
+from adamjax._base import Extra, Wrapper
 from adamjax._stochastic import Dither
 from adamjax._trees import PyTree
 from adamjax._value import static_field, value
@@ -57,22 +57,19 @@ class RoundingState(NamedTuple):
 jax.export.register_namedtuple_serialization(RoundingState, serialized_name="adamjax.RoundingState")
 
 
-class Rounding(Transformation):
+class Rounding(Wrapper):
     """Base of the wrappers: a member says what it keeps, and how it lands one array."""
 
-    inner: Any
     lands = True
 
     def _wrap(self, name: str) -> None:
-        """For `__post_init__` only: check `inner` and put it in place as a transformation."""
-        inner = as_transformation(self.inner, f"argument opt of {name}")
-        if inner.lands:
-            raise ValueError(f"{name} around {inner!r}, which rounds the parameters already: take one of the two")
-        if inner.holds:
+        super()._wrap(name)
+        if self.inner.lands:
+            raise ValueError(f"{name} around {self.inner!r}, which rounds the parameters already: take one of the two")
+        if self.inner.holds:
             raise ValueError(
-                f"{name} around {inner!r} would count the steps that are skipped, and round: put it inside of that"
+                f"{name} around {self.inner!r} would count the steps that are skipped, and round: put it inside of that"
             )
-        self._replace_field("inner", inner)
 
     def _seed(self) -> Any:
         return 0
@@ -90,9 +87,7 @@ class Rounding(Transformation):
         raise NotImplementedError
 
     def _init(self, params: PyTree) -> RoundingState:
-        seed: Any = jax.ShapeDtypeStruct((), jnp.uint32)
-        if not _trees.any_abstract(params):
-            seed = jnp.asarray(self._seed()).astype(jnp.uint32)
+        seed = _trees.fresh(lambda: jnp.asarray(self._seed()).astype(jnp.uint32), params)
         return RoundingState(_trees.zero_count(params), seed, self._kept(params), self.inner._init(_widen(params)))
 
     def _kept(self, params: PyTree) -> PyTree:

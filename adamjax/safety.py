@@ -17,11 +17,11 @@ import numpy as np
 from jax import Array
 
 from adamjax import _across, _checks, _moments, _stochastic, _trees
-from adamjax._base import Chain, Extra, Foreign, Transformation, as_transformation
+from adamjax._base import Chain, Extra, Foreign, Transformation, Wrapper
 from adamjax._trees import PyTree
 from adamjax._value import Value, static_field, value
 
-_SMALLEST_SCALE, _LARGEST_SCALE = 1.0, 2.0**24
+_SCALES = [2.0**k for k in range(25)]
 
 
 @value
@@ -67,7 +67,7 @@ jax.export.register_namedtuple_serialization(SkipState, serialized_name="adamjax
 
 
 @value
-class SkipNonfinite(Transformation):
+class SkipNonfinite(Wrapper):
     """See `skip_nonfinite`."""
 
     inner: Any
@@ -77,22 +77,17 @@ class SkipNonfinite(Transformation):
     holds = True
 
     def __post_init__(self) -> None:
-        self._replace_field("inner", as_transformation(self.inner, "argument opt of skip_nonfinite"))
+        self._wrap("skip_nonfinite")
         if self.max_consecutive is not None:
             self._replace_field("max_consecutive", _checks.count("max_consecutive", self.max_consecutive))
         _across.check_axis_name(self.axis_name)
 
-    @property
-    def lands(self) -> bool:  # type: ignore[override]
-        return self.inner.lands
-
     def _init(self, params: PyTree) -> SkipState:
         paths = tuple(_trees.path_of(path) for path, _ in jax.tree.leaves_with_path(params))
-        zeros: Any = jax.ShapeDtypeStruct if _trees.any_abstract(params) else jnp.zeros
-        none = LeafCounts(zeros((len(paths),), jnp.int32), paths)
-        return SkipState(
-            _trees.zero_count(params), _trees.zero_count(params), zeros((), jnp.bool), none, self.inner._init(params)
-        )
+        skipped, consecutive = _trees.zero_count(params), _trees.zero_count(params)
+        exceeded = _trees.fresh(lambda: jnp.zeros((), jnp.bool), params)
+        counts = _trees.fresh(lambda: jnp.zeros(len(paths), jnp.int32), params)
+        return SkipState(skipped, consecutive, exceeded, LeafCounts(counts, paths), self.inner._init(params))
 
     def _update(self, updates: PyTree, state: PyTree, params: PyTree | None, extra: Extra) -> tuple[PyTree, SkipState]:
         def go(grads: PyTree, inner: PyTree) -> tuple[PyTree, PyTree]:
@@ -230,7 +225,7 @@ jax.export.register_namedtuple_serialization(LossScaleState, serialized_name="ad
 
 
 @value
-class DynamicLossScale(Transformation):
+class DynamicLossScale(Wrapper):
     """See `dynamic_loss_scale`."""
 
     inner: SkipNonfinite
@@ -247,10 +242,6 @@ class DynamicLossScale(Transformation):
             raise ValueError(f"Invalid initial value: {self.initial!r}; initial must be a power of two from 1 to 2**24")
         self._replace_field("initial", initial)
         self._replace_field("growth_interval", _checks.count("growth_interval", self.growth_interval))
-
-    @property
-    def lands(self) -> bool:  # type: ignore[override]
-        return self.inner.lands
 
     def scale(self, loss: Array, state: LossScaleState) -> Array:
         """The loss to differentiate: `loss` times the scale of this step, in float32 or wider."""
@@ -272,9 +263,7 @@ class DynamicLossScale(Transformation):
                     "given its gradient in that dtype, where it is lost once it is unscaled: put "
                     "adamjax.master_weights (or kahan) around what is not from adamjax"
                 )
-        scale: Any = jax.ShapeDtypeStruct((), jnp.float32)
-        if not _trees.any_abstract(params):
-            scale = jnp.asarray(self.initial, jnp.float32)
+        scale = _trees.fresh(lambda: jnp.asarray(self.initial, jnp.float32), params)
         return LossScaleState(scale, _trees.zero_count(params), self.inner._init(params))
 
     def _update(
@@ -302,11 +291,8 @@ class DynamicLossScale(Transformation):
         good = jnp.where(overflown, 0, _trees.increment(state.good))
         grows = good >= self.growth_interval
         factor = jnp.where(overflown, np.float32(0.5), jnp.where(grows, np.float32(2), np.float32(1)))
-        scale = jnp.clip(state.scale * factor, np.float32(_SMALLEST_SCALE), np.float32(_LARGEST_SCALE))
+        scale = jnp.clip(state.scale * factor, np.float32(_SCALES[0]), np.float32(_SCALES[-1]))
         return result, LossScaleState(scale, jnp.where(grows, 0, good), inner)
-
-
-_SCALES = {2.0**k for k in range(25)}
 
 
 def dynamic_loss_scale(

@@ -147,7 +147,7 @@ def measured_step(problem: Problem, optimizer: Any, keys: Keys, params: Any, sta
     updates, after = optimizer.update(grads, state, params)
     if isinstance(optimizer, DynamicLossScale):
         grads = optimizer.unscale(grads, state)
-    return measure(grads, updates, after, params, opt=optimizer if isinstance(optimizer, Transformation) else None)
+    return measure(grads, updates, after, params, opt=optimizer)
 
 
 def _run(

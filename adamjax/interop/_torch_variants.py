@@ -116,10 +116,7 @@ class ScaleByTorchNAdam(Transformation):
 
     def _init(self, params: PyTree) -> NAdamState:
         count, mu, nu, _ = self._moments(None)._init(params)
-        one: Any = jax.ShapeDtypeStruct((), jnp.float32)
-        if not _trees.any_abstract(params):
-            one = jnp.ones((), jnp.float32)
-        return NAdamState(count, mu, nu, one)
+        return NAdamState(count, mu, nu, _trees.fresh(lambda: jnp.ones((), jnp.float32), params))
 
     def _update(self, updates: PyTree, state: PyTree, params: PyTree | None, extra: Extra) -> tuple[PyTree, NAdamState]:
         _checks.state(state, NAdamState, "torch's NAdam")

@@ -6,27 +6,19 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from adamjax import _trees
-from adamjax._base import Extra, Transformation, as_transformation
+from adamjax._base import Extra, Wrapper
 from adamjax._trees import PyTree
 from adamjax._value import value
 
 
 @value
-class Offload(Transformation):
+class Offload(Wrapper):
     """See `offload`."""
 
     inner: Any
 
     def __post_init__(self) -> None:
-        self._replace_field("inner", as_transformation(self.inner, "argument opt of offload"))
-
-    @property
-    def lands(self) -> bool:  # type: ignore[override]
-        return self.inner.lands
-
-    @property
-    def holds(self) -> bool:  # type: ignore[override]
-        return self.inner.holds
+        self._wrap("offload")
 
     def _init(self, params: PyTree) -> PyTree:
         return _settle(_move(self.inner._init(params), jax.memory.Space.Host))

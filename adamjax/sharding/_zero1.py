@@ -6,7 +6,7 @@ import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from adamjax import _checks, _trees
-from adamjax._base import Extra, Transformation, as_transformation
+from adamjax._base import Extra, Wrapper
 from adamjax._trees import PyTree
 from adamjax._value import static_field, value
 from adamjax.sharding import _layout
@@ -47,7 +47,7 @@ def _is_spec(x: Any) -> bool:
 
 
 @value
-class Zero1(Transformation):
+class Zero1(Wrapper):
     """See `zero1`."""
 
     inner: Any
@@ -56,20 +56,12 @@ class Zero1(Transformation):
     specs: Any = static_field(default=None, described=False)
 
     def __post_init__(self) -> None:
-        self._replace_field("inner", as_transformation(self.inner, "argument opt of zero1"))
+        self._wrap("zero1")
         if self.mesh is not None:
             _layout.check_mesh(self.mesh)
         _layout.check_axes("axis", self.axis, self.mesh)
         if self.specs is not None and not isinstance(self.specs, Specs):
             self._replace_field("specs", Specs(self.specs))
-
-    @property
-    def lands(self) -> bool:  # type: ignore[override]
-        return self.inner.lands
-
-    @property
-    def holds(self) -> bool:  # type: ignore[override]
-        return self.inner.holds
 
     def describe(self, params: PyTree) -> str:
         """A table: what each array of the state costs a device, and why some stay whole; see `describe`."""

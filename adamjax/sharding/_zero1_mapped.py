@@ -8,7 +8,7 @@ from jax import Array, lax
 from jax.sharding import AxisType
 
 from adamjax import _across, _checks, _trees
-from adamjax._base import Extra, Transformation, as_transformation
+from adamjax._base import Extra, Transformation, Wrapper
 from adamjax._trees import PyTree
 from adamjax._value import static_field, value
 from adamjax.sharding import _layout
@@ -17,23 +17,15 @@ from adamjax.storage import QuantizedArray
 
 
 @value
-class Zero1Mapped(Transformation):
+class Zero1Mapped(Wrapper):
     """See `zero1_mapped`."""
 
     inner: Any
     axis: str | Names = static_field(described=False)
 
     def __post_init__(self) -> None:
-        self._replace_field("inner", as_transformation(self.inner, "argument opt of zero1_mapped"))
+        self._wrap("zero1_mapped")
         _layout.check_axes("axis", self.axis)
-
-    @property
-    def lands(self) -> bool:  # type: ignore[override]
-        return self.inner.lands
-
-    @property
-    def holds(self) -> bool:  # type: ignore[override]
-        return self.inner.holds
 
     def _init(self, params: PyTree) -> PyTree:
         leaves = jax.tree.leaves(params)
