@@ -386,4 +386,7 @@ def test_a_run_that_is_measured_is_the_same_run(tmp_path, capsys):
     assert main(["train", *flags, "--diagnose", "--tensorboard", "--schedule", "constant"]) == 0
     assert "no update is more than" in capsys.readouterr().out
     assert (tmp_path / "diagnostics.png").exists()
-    assert list((tmp_path / "tensorboard").iterdir())
+    logs = list((tmp_path / "tensorboard").iterdir())
+    assert logs
+    assert main(["train", *flags, "--tensorboard"]) == 2  # the folder holds a run already, which gets no other log
+    assert list((tmp_path / "tensorboard").iterdir()) == logs
