@@ -81,13 +81,14 @@ def train(advance, params, state, steps=5):
 
 
 def assert_same_run(found, expected):
-    """Equal bit for bit; but parameters that are divided along another axis than the first, up to the last bit.
+    """`found`, with `zero1`, and `expected`, without, are equal bit for bit.
 
+    But parameters that are divided along another axis than the first are so up to the last bit.
     XLA gathers those, and computes them, column by column. Some products are then rounded that are not
     rounded elsewhere, since jaxlib 0.12.
     """
     found, expected = jax.device_get(found), jax.device_get(expected)
-    assert_equal(found[1], expected[1])
+    assert_equal(found[1].inner, expected[1])
     rows, wanted = (params.pop("rows").astype("float32") for params, _ in (found, expected))
     assert_close(rows, wanted, RECOMPILED)
     assert_equal(found[0], expected[0])
@@ -134,7 +135,7 @@ def test_zero1_with_its_mesh_given(kind):
     opt = sharding.zero1(adamjax.adamw(LR), mesh=mesh, axis="data")
     found, state = train(by_step(opt), params, opt.init(params))
     expected, _ = train(by_step(adamjax.adamw(LR)), params, replicated_state(adamjax.adamw(LR), params))
-    assert specs_of(state[0].mu) == SPLIT
+    assert specs_of(state.inner[0].mu) == SPLIT
     assert_close(found, expected, RECOMPILED)
     with pytest.raises(ValueError, match=r"expected Mesh.*, the mesh of zero1"):
         sharding.zero1(adamjax.adamw(LR), mesh=jax.make_mesh((4,), ("data",)), axis="data").init(params)
@@ -147,7 +148,7 @@ def test_torchs_states_are_spread_too():
     spread = sharding.zero1(opt, axis="data")
     found, state = train(by_step(spread), params, spread.init(params))
     expected, _ = train(by_step(opt), params, replicated_state(opt, params))
-    assert {name: of_leaf.mu.sharding.spec for name, of_leaf in state[0].items()} == SPLIT
+    assert {name: of_leaf.mu.sharding.spec for name, of_leaf in state.inner[0].items()} == SPLIT
     assert_close(found, expected, RECOMPILED)
 
 
@@ -170,7 +171,7 @@ def test_quantised_moments_keep_their_blocks_together(name, kind):
         params = some_params(mesh, shapes={"rows": (5, 64), "short": (3, 32)})
         expected = train(by_step(opt), params, replicated_state(opt, params))
         found = train(by_step(spread), params, spread.init(params))
-    placed = specs_of(found[1][0].mu)
+    placed = specs_of(found[1].inner[0].mu)
     for leaf in params:  # of "short", 4 numbers a device would be half a block
         assert set(map(str, jax.tree.leaves(placed[leaf]))) == {str(SPLIT.get(leaf, P()))}
     # The largest of a block comes out of another loop: its last bit may differ, and a number be rounded the other way.
@@ -188,7 +189,7 @@ def test_updates_come_whole(kind):
         found = train(by_update(spread), params, spread.init(params))
         updates, _ = jax.jit(spread.update)(params, spread.init(params), params)
     assert specs_of(updates) == specs_of(found[0]) == dict.fromkeys(SHAPES, P())
-    assert_equal(found[1], expected[1])
+    assert_equal(found[1].inner, expected[1])
     assert_close(found[0], expected[0], RECOMPILED)
 
 
@@ -201,18 +202,46 @@ def test_zero1_beside_tensor_parallelism(kind, axis):
     by_model = {"kernel": P(None, "model"), "rows": P(None, "model")}
     specs = {name: by_model.get(name, P()) for name in SHAPES}
     opt = adamjax.adamw(LR)
-    spread = sharding.zero1(opt, axis=axis, specs=None if kind == AxisType.Explicit else specs)
+    spread = sharding.zero1(opt, axis=axis)
     with jax.set_mesh(mesh):
         params = some_params(mesh, specs=by_model)
         expected = train(by_step(opt), params, replicated_state(opt, params))
         found = train(by_step(spread), params, spread.init(params))
-        inside = jax.jit(spread.init)(params)
+        given = sharding.zero1(opt, axis=axis, specs=None if kind == AxisType.Explicit else specs)
+        inside = jax.jit(given.init)(params)
     assert specs_of(found[0]) == specs
     assert_same_run(found, expected)
-    adam = found[1][0]
+    adam = found[1].inner[0]
     wanted = {"kernel": P("data", "model"), "rows": P(None, ("model", "data")), "bias": P(), "scale": P()}
     assert specs_of(adam.mu) == specs_of(adam.nu) == wanted
     assert specs_of(inside) == specs_of(found[1])
+    assert found[1].specs == tuple(specs[name] for name in sorted(specs))
+
+
+@pytest.mark.parametrize("kind", MODES)
+def test_a_state_is_one_type_wherever_it_is_made(kind):
+    """It says how the parameters are sharded: what differs there would compile again."""
+    mesh, opt = make_mesh(kind, (2, 4), ("data", "model")), sharding.zero1(adamjax.adamw(LR), axis="data")
+    with jax.set_mesh(mesh):
+        for spec in (P(), P(None, "model"), P(("data", "model"), None)):
+            params = some_params(mesh, specs={"kernel": spec})
+            structs = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=p.sharding), params)
+            states = [opt.init(params), opt.init(structs), jax.jit(opt.step)(params, opt.init(params), params)[1]]
+            states.append(sharding.init_sharded(opt, params, sharding.state_sharding(opt, params, zero_axis="data")))
+            if spec == P() or kind == AxisType.Explicit:
+                states.append(jax.jit(opt.init)(params))
+            if spec == P():
+                states.append(opt.init(jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), params)))
+            assert len({jax.tree.structure(state) for state in states}) == 1
+            assert specs_of(states[0]) == specs_of(states[3])
+
+
+def test_a_step_can_be_exported():
+    mesh, opt = make_mesh(AxisType.Auto, (2, 4), ("data", "model")), sharding.zero1(adamjax.adam(LR), axis="data")
+    params = some_params(mesh, specs={"kernel": P(None, ("data", "model")), "rows": P(None, "model")})
+    state = opt.init(params)
+    exported = jax.export.deserialize(jax.export.export(jax.jit(opt.step))(params, state, params).serialize())
+    assert_equal(exported.call(params, state, params), jax.jit(opt.step)(params, state, params))
 
 
 @pytest.mark.parametrize("kind", MODES)
@@ -385,7 +414,7 @@ def test_zero1_inside_shard_map(name, check_vma, varies):
         expected, expected_state = advance(expected, expected_state)
         params, state = mapped(params, state, batch)
     assert mapped._cache_size() == 1
-    assert specs_of(state) == specs_of(expected_state)
+    assert specs_of(state) == specs_of(expected_state.inner)
     exact = name == "adamw" or check_vma  # without, the norm counts what stays whole eight times
     assert_close(params, expected, RECOMPILED if exact else LR)
 
@@ -419,7 +448,7 @@ def test_offload_keeps_the_moments_on_the_host(kind):
         expected = train(by_step(inner), params, inner.init(params))
         found = train(by_step(opt), params, state)
     structs = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=p.sharding), params)
-    for adam in (found[1].inner[0], opt.init(structs).inner[0], again.inner[0]):
+    for adam in (found[1].inner.inner[0], opt.init(structs).inner.inner[0], again.inner.inner[0]):
         assert {x.sharding.memory_kind for x in jax.tree.leaves((adam.mu, adam.nu)) if x.ndim} == {"pinned_host"}
         assert adam.count.sharding.memory_kind == "device"
     assert {x.sharding.memory_kind for x in jax.tree.leaves(found[0])} == {"device"}
@@ -457,7 +486,7 @@ def test_a_checkpoint_goes_to_another_mesh(tmp_path):
     elsewhere = sharding.zero1(adamjax.adamw(LR), axis="parts")
     found = checkpoint.restore(tmp_path, elsewhere, some_params(other))
     assert_equal(found.state, state)
-    assert specs_of(found.state[0].mu["kernel"]) == P("parts")
+    assert specs_of(found.state.inner[0].mu["kernel"]) == P("parts")
 
 
 def test_tools_read_a_spread_state():
@@ -474,6 +503,7 @@ def on(mesh, spec=WHOLE):
 
 
 MESH, ADAM = make_mesh(AxisType.Auto), adamjax.adam()
+ZERO1 = sharding.zero1(ADAM, axis="data")
 PLAIN = {"w": jnp.ones((8, 8))}
 
 
@@ -510,9 +540,20 @@ PLAIN = {"w": jnp.ones((8, 8))}
         (lambda: sharding.zero1(ADAM, axis="data").init(PLAIN), ValueError, r"params\['w'\] is on no mesh: put the"),
         (lambda: sharding.zero1(ADAM, axis="data", specs={"v": P()}).init(on(MESH)), ValueError, "no tree like params"),
         (
-            lambda: sharding.zero1(ADAM, axis="data").init(on(MESH, P("data"))),
+            lambda: sharding.zero1(ADAM, axis="data", specs=P()).init(on(MESH, P("data"))),
             ValueError,
-            r"params\['w'\] is sharded by P\('data',\), and zero1 would bring it back as P\(\): give it",
+            r"params\['w'\] is sharded by P\('data',\), and zero1 was given specs that say P\(\): shard it so",
+        ),
+        (
+            lambda: ZERO1.step(on(MESH), ZERO1.init(on(MESH, P("data"))), on(MESH)),
+            ValueError,
+            r"params\['w'\] is sharded by P\(\), and the state of zero1 was made where it was P\('data',\)",
+        ),
+        (lambda: ZERO1.update(on(MESH), ADAM.init(on(MESH)), on(MESH)), TypeError, "expected Zero1State"),
+        (
+            lambda: ZERO1.update([on(MESH)] * 2, ZERO1.init(on(MESH)), [on(MESH)] * 2),
+            ValueError,
+            "the state of zero1 is that of 1 parameters, and params has 2",
         ),
         (lambda: sharding.zero1(ADAM, axis="data").update(PLAIN, ()), ValueError, "zero1 needs the parameters"),
         (

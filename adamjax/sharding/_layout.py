@@ -85,21 +85,22 @@ def init_sharded(opt: Any, params: PyTree, sharding: PyTree) -> PyTree:
     P('data',)
     """
     init = as_transformation(opt, "argument opt of init_sharded").init
-
-    def start(params: PyTree) -> PyTree:
+    _checks.parameters(params)
+    if any(isinstance(p, jax.core.Tracer) for p in jax.tree.leaves(params)):
         state = init(params)
         _check_sharding(sharding, state)
         return pin(state, sharding)
-
+    like = init(jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=sharding_of(p)), params))
+    _check_sharding(sharding, like)
     if _trees.any_abstract(params):
-        state = init(params)
-        _check_sharding(sharding, state)
-        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, sharding)
-    if any(isinstance(p, jax.core.Tracer) for p in jax.tree.leaves(params)):
-        return start(params)
-    _checks.parameters(params)
-    # What a state is made of may not depend on them, but which devices it is made on does.
-    return jax.jit(start, keep_unused=True)(params)
+        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), like, sharding)
+
+    def make(params: PyTree) -> list[Any]:
+        return pin(jax.tree.leaves(init(params)), jax.tree.leaves(sharding))
+
+    # What a state is made of may not depend on the parameters, but which devices it is made on does. Its structure
+    # may say how they are sharded, which is not seen in there.
+    return jax.tree.unflatten(jax.tree.structure(like), jax.jit(make, keep_unused=True)(params))
 
 
 def describe(
@@ -170,7 +171,7 @@ class Plan(NamedTuple):
 
 def plan(opt: Any, params: PyTree, mesh: Any, names: Names) -> Plan:
     """The plan for `params`, `jax.ShapeDtypeStruct`s with `NamedSharding`s on `mesh`, spread over the axes `names`."""
-    like = opt.init(_bare(params))
+    like = opt.init(params)
     owners = _owners(like, params)
     units = _units(owners)
     spread = {path: _spread(p, names, units.get(path, 1)) for path, p in jax.tree.leaves_with_path(params)}
@@ -187,7 +188,7 @@ def plan(opt: Any, params: PyTree, mesh: Any, names: Names) -> Plan:
                 found = s
             shardings.append(_named(mesh, dimensions(found, part.ndim), found.memory_kind))
             whole.append(why)
-    return Plan(slices, jax.tree.unflatten(jax.tree.structure(state), shardings), like, whole)
+    return Plan(slices, jax.tree.unflatten(jax.tree.structure(like), shardings), like, whole)
 
 
 def divided(opt: Any, params: PyTree, count: int) -> PyTree:
@@ -290,8 +291,24 @@ def pin(tree: PyTree, shardings: PyTree) -> PyTree:
 
 def dimensions(sharding: NamedSharding, ndim: int) -> list[Names]:
     """The names of mesh axes that each axis of an array is divided over."""
-    parts = [() if part is None else part if isinstance(part, tuple) else (part,) for part in sharding.spec]
+    parts = _names(sharding.spec)
     return [*parts, *([()] * (ndim - len(parts)))]
+
+
+def shortest(spec: PartitionSpec) -> PartitionSpec:
+    """The same, without what says nothing: specs of arrays that are sharded alike are then equal."""
+    parts = _names(spec)
+    while parts and not parts[-1]:
+        parts.pop()
+    return _spec(parts)
+
+
+def _names(spec: PartitionSpec) -> list[Names]:
+    return [() if part is None else part if isinstance(part, tuple) else (part,) for part in spec]
+
+
+def _spec(parts: list[Names]) -> PartitionSpec:
+    return PartitionSpec(*(part[0] if len(part) == 1 else part or None for part in parts))
 
 
 def first_divisible(shape: Sequence[int], parts: Sequence[int], count: int, unit: int) -> int | None:
@@ -320,11 +337,9 @@ def _spread(p: jax.ShapeDtypeStruct, names: Names, unit: int) -> tuple[NamedShar
 
 
 def _named(mesh: Any, taken: list[Names], memory_kind: str | None = None) -> NamedSharding:
-    parts = [part[0] if len(part) == 1 else part or None for part in taken]
+    spec = _spec(taken)
     # As compiled programs name the shardings of their results, which differs: or they would compile again.
-    while parts and parts[-1] is None and not is_explicit(mesh):
-        parts.pop()
-    return NamedSharding(mesh, PartitionSpec(*parts), memory_kind=memory_kind)
+    return NamedSharding(mesh, spec if is_explicit(mesh) else shortest(spec), memory_kind=memory_kind)
 
 
 def _owners(state: PyTree, params: PyTree) -> list[tuple[Key | None, Any]]:

@@ -1,5 +1,7 @@
 """ZeRO, stage 1, under `jax.jit`: each device keeps, and steps, a part of the moments."""
 
+import json
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -8,7 +10,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from adamjax import _checks, _trees
 from adamjax._base import Extra, Wrapper
 from adamjax._trees import PyTree
-from adamjax._value import static_field, value
+from adamjax._value import Value, static_field, value
 from adamjax.sharding import _layout
 from adamjax.sharding._layout import Names, Plan
 
@@ -47,6 +49,31 @@ def _is_spec(x: Any) -> bool:
 
 
 @value
+class Zero1State(Value):
+    """State of `zero1`.
+
+    Fields:
+      inner: The state of the wrapped transformation.
+      specs: How each parameter is sharded, in the order of the tree: a compiled function does not see that.
+    """
+
+    inner: Any
+    specs: tuple[PartitionSpec, ...] = static_field(described=False)
+
+
+jax.export.register_pytree_node_serialization(
+    Zero1State,
+    serialized_name="adamjax.Zero1State",
+    serialize_auxdata=lambda static: json.dumps([tuple(spec) for spec in static[0]]).encode(),
+    deserialize_auxdata=lambda found: (tuple(map(_spec_from_json, json.loads(bytes(found)))),),
+)
+
+
+def _spec_from_json(parts: list[Any]) -> PartitionSpec:
+    return PartitionSpec(*(tuple(part) if isinstance(part, list) else part for part in parts))
+
+
+@value
 class Zero1(Wrapper):
     """See `zero1`."""
 
@@ -67,38 +94,55 @@ class Zero1(Wrapper):
         """A table: what each array of the state costs a device, and why some stay whole; see `describe`."""
         return _layout.describe(self.inner, params, zero_axis=self.axis)
 
-    def _init(self, params: PyTree) -> PyTree:
-        if _trees.any_abstract(params) and not any(map(_layout.sharding_of, jax.tree.leaves(params))):
-            return self.inner._init(params)
-        return _layout.init_sharded(self.inner, params, self._plan(params)[0].state)
+    def _init(self, params: PyTree) -> Zero1State:
+        leaves = jax.tree.leaves(params)
+        given = [None] * len(leaves) if self.specs is None else self.specs.of(params)
+        if _trees.any_abstract(params) and not any(map(_layout.sharding_of, leaves)):
+            return Zero1State(self.inner._init(params), _shortest(spec or PartitionSpec() for spec in given))
+        plan, whole = self._plan(params, given, "zero1 was given specs that say")
+        specs = _shortest(s.spec for s in jax.tree.leaves(whole))
+        return Zero1State(_layout.init_sharded(self.inner, params, plan.state), specs)
 
-    def _update(self, updates: PyTree, state: PyTree, params: PyTree | None, extra: Extra) -> tuple[PyTree, PyTree]:
+    def _update(self, updates: PyTree, state: PyTree, params: PyTree | None, extra: Extra) -> tuple[PyTree, Zero1State]:
         _checks.given(params, updates, "zero1")
-        plan, whole = self._plan(params)
+        plan, whole = self._plan_of(state, params)
         updates, params = _layout.pin(updates, plan.params), _layout.pin(params, plan.params)
-        updates, state = self.inner._update(updates, state, params, extra)
-        return _layout.pin(updates, whole), _layout.pin(state, plan.state)
+        updates, inner = self.inner._update(updates, state.inner, params, extra)
+        return _layout.pin(updates, whole), Zero1State(_layout.pin(inner, plan.state), state.specs)
 
     def step(self, grads: PyTree, state: PyTree, params: PyTree, **extra: Any) -> tuple[PyTree, PyTree]:
         """One whole step: each device steps its part of the parameters, and those parts are then brought together."""
         _checks.given(params, grads, "step", "step(grads, state, params)")
         _checks.updates(grads, params)
-        plan, whole = self._plan(params)
+        plan, whole = self._plan_of(state, params)
         grads, params = _layout.pin(grads, plan.params), _layout.pin(params, plan.params)
-        params, state = self.inner.step(grads, state, params, **extra)
-        return _layout.pin(params, whole), _layout.pin(state, plan.state)
+        params, inner = self.inner.step(grads, state.inner, params, **extra)
+        return _layout.pin(params, whole), Zero1State(_layout.pin(inner, plan.state), state.specs)
 
-    def _plan(self, params: PyTree) -> tuple[Plan, PyTree]:
+    def _plan_of(self, state: PyTree, params: PyTree) -> tuple[Plan, PyTree]:
+        _checks.state(state, Zero1State, "zero1")
+        count = len(jax.tree.leaves(params))
+        if len(state.specs) != count:
+            raise ValueError(
+                f"the state of zero1 is that of {len(state.specs)} parameters, and params has {count}: "
+                "call init(params) for these"
+            )
+        return self._plan(params, state.specs, "the state of zero1 was made where it was")
+
+    def _plan(self, params: PyTree, specs: Sequence[PartitionSpec | None], said: str) -> tuple[Plan, PyTree]:
         """Where everything is during a step, and where the parameters are before and after it."""
         leaves = jax.tree.leaves_with_path(params)
         mesh = _mesh_of(leaves, self.mesh)
         names = _layout.check_axes("axis", self.axis, mesh)
-        specs = [None] * len(leaves) if self.specs is None else self.specs.of(params)
-        whole = [_whole(path, p, mesh, spec) for (path, p), spec in zip(leaves, specs, strict=True)]
+        whole = [_whole(path, p, mesh, spec, said) for (path, p), spec in zip(leaves, specs, strict=True)]
         structs = [jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=s) for (_, p), s in zip(leaves, whole, strict=True)]
         structure = jax.tree.structure(params)
         plan = _layout.plan(self.inner, jax.tree.unflatten(structure, structs), mesh, names)
         return plan, jax.tree.unflatten(structure, whole)
+
+
+def _shortest(specs: Iterable[PartitionSpec]) -> tuple[PartitionSpec, ...]:
+    return tuple(map(_layout.shortest, specs))
 
 
 def _mesh_of(leaves: list[tuple[Any, Any]], given: Any) -> Any:
@@ -122,20 +166,16 @@ def _mesh_of(leaves: list[tuple[Any, Any]], given: Any) -> Any:
     raise ValueError("zero1 needs the parameters to know their mesh, and there are none")
 
 
-def _whole(path: Any, p: Any, mesh: Any, spec: PartitionSpec | None) -> NamedSharding:
+def _whole(path: Any, p: Any, mesh: Any, spec: PartitionSpec | None, said: str) -> NamedSharding:
     """How the parameter `p` is sharded: what is known of it, or else `spec`."""
     found = _layout.sharding_of(p)
     if found is None:
         return NamedSharding(mesh, spec or PartitionSpec())
     found = _layout.on_mesh(path, found, mesh)
-    if spec is None and _layout.is_explicit(mesh):
-        return found
-    wanted = NamedSharding(mesh, spec or PartitionSpec())
-    if _layout.dimensions(found, p.ndim) != _layout.dimensions(wanted, p.ndim):
+    if spec is not None and _layout.dimensions(found, p.ndim) != _layout.dimensions(NamedSharding(mesh, spec), p.ndim):
         raise ValueError(
-            f"params{jax.tree_util.keystr(path)} is sharded by {found.spec}, and zero1 would bring it back as "
-            f"{wanted.spec}: give it the PartitionSpecs of the parameters, "
-            "specs=jax.tree.map(lambda p: p.sharding.spec, params)"
+            f"params{jax.tree_util.keystr(path)} is sharded by {found.spec}, and {said} {spec}: "
+            "shard it so, or call init(params) for these parameters"
         )
     return found
 
@@ -156,16 +196,18 @@ def zero1(opt: Any, *, mesh: Mesh | AbstractMesh | None = None, axis: str | Name
       opt: A transformation, ours or optax's.
       mesh: The mesh that the parameters are on. None: the one that they say.
       axis: The axis of the mesh, or axes, that the state is spread over; as a rule, that of the data.
-      specs: The `PartitionSpec`s of the parameters, or of subtrees of them, where these are sharded and the axes
-        of the mesh in Auto mode: a function that is compiled does not see them. None: they are replicated, or
-        in Explicit mode.
+      specs: The `PartitionSpec`s of the parameters, or of subtrees of them. Needed only where `init` itself is
+        compiled, the parameters are sharded, and the axes of the mesh in Auto mode, in which a compiled function
+        does not see that. None: what the parameters say; replicated where they cannot.
 
     Returns:
-      A transformation with the state of `opt`, whose `update` needs `params`.
+      A transformation with state `Zero1State`, that of `opt` and what the parameters said at `init` of how they are
+      sharded. Its `update` needs `params`.
 
     Raises:
       TypeError, ValueError: `opt` is no transformation, `axis` no name, or `specs` no such tree; at `init`, a
-        parameter is on no mesh, or sharded otherwise than `specs` says (the message has its path).
+        parameter is on no mesh, or sharded otherwise than `specs` says; later, otherwise than it was at
+        `init` (the message has its path).
 
     References:
       Rajbhandari et al., 2020, https://arxiv.org/abs/1910.02054.
@@ -176,7 +218,7 @@ def zero1(opt: Any, *, mesh: Mesh | AbstractMesh | None = None, axis: str | Name
     >>> params = {"w": jax.ShapeDtypeStruct((64, 32), "float32", sharding=replicated)}
     >>> opt = adamjax.sharding.zero1(adamjax.adamw(1e-3), axis="data")
     >>> state = opt.init(params)  # of arrays, it would be arrays
-    >>> state[0].mu["w"].sharding.spec, state[0].count.sharding.spec
+    >>> state.inner[0].mu["w"].sharding.spec, state.inner[0].count.sharding.spec
     (P('data',), P())
     """
     return Zero1(opt, axis, mesh, specs)
