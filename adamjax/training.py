@@ -1,18 +1,20 @@
 """One training run: a problem, an optimizer, and a jitted step."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from adamjax import _checks
 from adamjax._base import Transformation, apply_updates, as_transformation
 from adamjax.diagnostics import AdamStats, measure
 from adamjax.problems import Problem, check
 from adamjax.safety import DynamicLossScale, check_skipped
+from adamjax.sharding import init_sharded, state_sharding
 
 
 class Report(NamedTuple):
@@ -50,6 +52,7 @@ def train(
     stop: Callable[[], bool] = lambda: False,
     start: Any = None,
     diagnose: bool = False,
+    mesh: Mesh | None = None,
 ) -> Iterator[Report]:
     """Train, and report on the way.
 
@@ -61,11 +64,15 @@ def train(
       dtype: Dtype of the parameters; None for what `problem.init` gives.
       report_every: Updates between reports.
       evaluate_every: Updates between evaluations.
-      stop: Asked at each report; the run ends when it says so.
+      stop: Asked at each report; the run ends when it says so. With many processes, it must say the same in all.
       start: Where to go on: a `Report` of the same run, or a `checkpoint.Checkpoint` of one. The next step takes
         its memory, and what comes is what would have come then, to the last bit.
       diagnose: Measure, at each report, the update that comes next (see `adamjax.diagnostics`). It is computed
         twice for that, so that the run is the same, to the last bit, as one that is not measured.
+      mesh: Devices to train on, of this process or, after `jax.distributed.initialize`, of many that all call this.
+        Each takes an equal part of each batch, along the first axis of its arrays. The problem's methods
+        see all of it, as on one device. The parameters are on all of them, and the state where `optimizer`
+        has it: an n-th on each with `adamjax.sharding.zero1`, all of it without. None: one device.
 
     Returns:
       An iterator: a `Report` before the first step (but not at `start`), then as often as asked for. The last
@@ -74,7 +81,8 @@ def train(
 
     Raises:
       TypeError: `problem` is not a `Problem`, or `optimizer` no transformation.
-      ValueError, TypeError: A number of steps is less than 1, or not an int; `seed` is none either.
+      ValueError, TypeError: A number of steps is less than 1, or not an int; `seed` is none either; `mesh` is
+        none in Auto mode, or its devices cannot share a batch equally.
       FloatingPointError: In the iterator: as many steps were skipped in a row as the optimizer allows.
 
     >>> import adamjax
@@ -91,7 +99,45 @@ def train(
     _checks.integer("seed", seed)
     _checks.function("stop", stop)
     _checks.choice("diagnose", diagnose, (False, True))
-    return _run(problem, optimizer, steps, seed, dtype, report_every, evaluate_every, stop, start, diagnose)
+    shared = None if mesh is None else Shared(problem, mesh)
+    return _run(shared or problem, optimizer, steps, seed, dtype, report_every, evaluate_every, stop, start, diagnose)
+
+
+class Shared:
+    """A problem on the devices of a mesh: parameters on all of them, of each batch an equal part on each.
+
+    Raises:
+      TypeError, ValueError: It is no mesh in Auto mode, or its devices cannot share a batch equally.
+    """
+
+    def __init__(self, problem: Problem, mesh: Mesh) -> None:
+        if not isinstance(mesh, Mesh) or set(mesh.axis_types) != {AxisType.Auto}:
+            raise TypeError(f"Invalid mesh value: {mesh!r}; mesh must be a jax.sharding.Mesh with axes in Auto mode")
+        batch = jax.eval_shape(problem.batch, np.int32(0), jax.random.key(0))
+        for path, x in jax.tree.leaves_with_path(batch):
+            if x.ndim and x.shape[0] % mesh.size:
+                raise ValueError(
+                    f"batch{jax.tree_util.keystr(path)} has shape {x.shape}, and {mesh.size} devices cannot share "
+                    f"{x.shape[0]} rows equally: choose a batch size that is a multiple of {mesh.size}"
+                )
+        self._problem = problem
+        self._parts = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+        self.everywhere = NamedSharding(mesh, PartitionSpec())
+
+    def init(self, key: jax.Array) -> Any:
+        return jax.lax.with_sharding_constraint(self._problem.init(key), self.everywhere)
+
+    def batch(self, step: jax.Array, key: jax.Array) -> Any:
+        def share(x: jax.Array) -> jax.Array:
+            return jax.lax.with_sharding_constraint(x, self._parts if x.ndim else self.everywhere)
+
+        return jax.tree.map(share, self._problem.batch(step, key))
+
+    def loss(self, params: Any, batch: Any, key: jax.Array) -> jax.Array:
+        return self._problem.loss(params, batch, key)
+
+    def evaluate(self, params: Any) -> Mapping[str, jax.Array]:
+        return self._problem.evaluate(params)
 
 
 class Keys(NamedTuple):
@@ -109,10 +155,14 @@ def keys_of(seed: Any) -> Keys:
 
 def initial(problem: Problem, optimizer: Any, dtype: Any, keys: Keys) -> tuple[Any, Any]:
     """The parameters and the state before the first step."""
-    params = problem.init(keys.init)
-    if dtype is not None:
-        params = jax.tree.map(lambda p: p.astype(dtype), params)
+    params = first_params(problem, dtype, keys)
     return params, optimizer.init(params)
+
+
+def first_params(problem: Problem, dtype: Any, keys: Keys) -> Any:
+    """The parameters before the first step, of that dtype; None for what the problem gives."""
+    params = problem.init(keys.init)
+    return params if dtype is None else jax.tree.map(lambda p: p.astype(dtype), params)
 
 
 def train_step(
@@ -151,7 +201,7 @@ def measured_step(problem: Problem, optimizer: Any, keys: Keys, params: Any, sta
 
 
 def _run(
-    problem: Problem,
+    problem: Problem | Shared,
     optimizer: Any,
     steps: int,
     seed: int,
@@ -164,13 +214,20 @@ def _run(
 ) -> Iterator[Report]:
     keys = keys_of(seed)
     skips = isinstance(optimizer, Transformation) and optimizer.holds
-    advance = jax.jit(partial(train_step, problem, optimizer, keys), donate_argnums=(0, 1))
-    measure_next = jax.jit(partial(measured_step, problem, optimizer, keys))
-    evaluate = jax.jit(problem.evaluate)
-    if start is None:
-        first, (params, state) = 0, jax.jit(partial(initial, problem, optimizer, dtype))(keys)
+    first = 0 if start is None else start.step + 1
+    if start is not None:
+        params, state = start.params, start.state
+    elif isinstance(problem, Shared):
+        params = jax.jit(partial(first_params, problem, dtype))(keys)
+        state = init_sharded(optimizer, params, state_sharding(optimizer, params))
     else:
-        first, params, state = start.step + 1, start.params, start.state
+        params, state = jax.jit(partial(initial, problem, optimizer, dtype))(keys)
+    # Of one device, JAX does not ask.
+    everywhere = problem.everywhere if isinstance(problem, Shared) else None
+    places = None if everywhere is None else (*jax.tree.map(lambda x: x.sharding, (params, state)), everywhere)
+    advance = jax.jit(partial(train_step, problem, optimizer, keys), donate_argnums=(0, 1), out_shardings=places)
+    measure_next = jax.jit(partial(measured_step, problem, optimizer, keys), out_shardings=everywhere)
+    evaluate = jax.jit(problem.evaluate, out_shardings=everywhere)
     losses: list[jax.Array] = []
     for step in range(first, steps + 1):
         if step:

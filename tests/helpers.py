@@ -1,5 +1,7 @@
 """What several tests need."""
 
+import socket
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -61,3 +63,10 @@ def gradients(shape, steps, seed=0, dtype=np.float32):
     if np.issubdtype(dtype, np.complexfloating):
         return [(draw() + 1j * draw()).astype(dtype) for _ in range(steps)]
     return [draw().astype(dtype) for _ in range(steps)]
+
+
+def free_port():
+    """One of this machine that nobody listens on."""
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        return found.getsockname()[1]

@@ -15,6 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -40,8 +41,14 @@ class Train:
         """What is to be the same."""
         directory = folder / "checkpoints"
         step = max(ocp.utils.checkpoint_steps(directory))
-        items = ocp.args.Composite(arrays=ocp.args.StandardRestore(), description=ocp.args.JsonRestore())
-        with ocp.CheckpointManager(directory) as manager:
+        handlers = {"arrays": ocp.StandardCheckpointHandler(), "description": ocp.JsonCheckpointHandler()}
+        with ocp.CheckpointManager(directory, item_handlers=handlers) as manager:
+            # Where the arrays were may be nowhere here.
+            here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+            like = jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), manager.item_metadata(step)["arrays"]
+            )
+            items = ocp.args.Composite(arrays=ocp.args.StandardRestore(like), description=ocp.args.JsonRestore())
             saved = manager.restore(step, args=items)
         arrays = {f"{tree} {path}": x for tree, part in saved["arrays"].items() for path, x in part.items()}
         files = {name: (folder / name).read_bytes() for name in ("metrics.jsonl", "curves.png")}

@@ -46,7 +46,7 @@ FLOORS = [
     ["tuning._tune"],
     ["tuning"],
     ["cli._flags"],
-    ["cli._checkpoints", "cli._diagnosis"],
+    ["cli._checkpoints", "cli._diagnosis", "cli._distributed"],
     ["cli._train", "cli._tune"],
     ["cli"],
     ["__main__"],

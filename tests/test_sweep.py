@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import free_port
 from tolerances import SWEEP
 
 import adamjax
@@ -246,11 +247,7 @@ PROCESS = """
 
 
 def test_two_processes(by_map, tmp_path):
-    import socket
-
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        port = str(s.getsockname()[1])
+    port = str(free_port())
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", textwrap.dedent(PROCESS), port]
     processes = [

@@ -19,6 +19,9 @@ TORCH_COURSE = {"float32": 2e-5, "float64": 1e-12}
 # The same computation, compiled differently (vmap, scan, eager): a few units in the last place.
 RECOMPILED = 1e-6
 
+# A run on many devices against one on one, over a hundred steps: gradients are summed in another order.
+PROCESSES = 1e-6
+
 # A member of a sweep against a run of its own, relative, over tens of steps: traced leaves, another
 # order of operations, and what the training itself makes of such differences.
 SWEEP = 1e-3

@@ -8,6 +8,7 @@ from importlib.metadata import version
 from typing import Any
 
 from adamjax.cli import _train, _tune
+from adamjax.cli._distributed import PLACE
 from adamjax.cli._flags import HYPERPARAMETERS as HYPERPARAMETERS
 from adamjax.cli._flags import OPTIMIZERS as OPTIMIZERS
 from adamjax.cli._flags import PROBLEMS as PROBLEMS
@@ -61,7 +62,7 @@ def _refuse_changes(options: dict[str, Any], train: argparse.ArgumentParser) -> 
     """Flags of a run that goes on are those it began with, which are now the defaults of `train`."""
     for name, here in options.items():
         before = train.get_default(name)
-        if name not in ("command", "resume", "checkpoint_every") and here != before:
+        if name not in ("command", "resume", "checkpoint_every", *PLACE) and here != before:
             flag, config = "--" + name.replace("_", "-"), options["resume"] / "config.json"
             was = "not given" if before == argparse.SUPPRESS else before
             raise CommandError(

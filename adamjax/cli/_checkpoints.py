@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from adamjax import _checks, checkpoint, training
 from adamjax._extras import require
@@ -28,15 +29,18 @@ class Past(NamedTuple):
     records: list[Record] | None = None
 
 
-def past(run: Path, problem: Problem, optimizer: Any, options: dict[str, Any]) -> Past:
-    """What the run in a folder, of these flags, has behind it."""
+def past(run: Path, problem: Problem, optimizer: Any, options: dict[str, Any], mesh: Mesh | None) -> Past:
+    """What the run in a folder, of these flags and on these devices, has behind it."""
     records, steps = read_metrics(run), options["steps"]
     if not ((run / FOLDER).exists() and checkpoint.steps(run / FOLDER)):
         # Without checkpoints, a run is done as a whole, or again.
         whole = "checkpoint_every" not in options and any(record["step"] == steps for record in records)
         return Past(None, steps, records) if whole else Past(None, 0, [])
     keys = jax.eval_shape(training.keys_of, options["seed"])
-    params, _ = jax.eval_shape(partial(training.initial, problem, optimizer, options.get("dtype")), keys)
+    params = jax.eval_shape(partial(training.first_params, problem, options.get("dtype")), keys)
+    if mesh is not None:
+        everywhere = NamedSharding(mesh, PartitionSpec())
+        params = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=everywhere), params)
     start = checkpoint.restore(run / FOLDER, optimizer, params)
     records = [record for record in records if record["step"] <= start.step]
     # Ctrl-C evaluates where a run that goes on does not.
