@@ -78,7 +78,7 @@ def test_two_processes_are_one_with_two_devices(one, tmp_path):
     assert (tmp_path / "run" / "diagnostics.png").exists()
 
 
-def test_a_signal_to_one_stops_all(one, tmp_path):
+def test_a_signal_to_one_of_two_processes_stops_both(one, tmp_path):
     """And one process goes on, to what would have come."""
     out = tmp_path / "run"
     started = start([*RUN, "--out", str(out)])
