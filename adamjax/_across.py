@@ -54,5 +54,12 @@ def sharded_over(x: Array, axis_name: AxisName) -> tuple[str, ...]:
     return tuple(sorted(axes & _varying(x) if tracked else axes))
 
 
+def varying_like(x: Array, like: Any) -> Array:
+    """`x`, marked as what may differ over the axes that `like` (a `jax.ShapeDtypeStruct`) may differ over."""
+    found = like.manual_axis_type
+    axes = () if found is None else tuple(sorted(found.varying - _varying(x)))
+    return jax.lax.pcast(x, axes, to="varying") if axes else x
+
+
 def _varying(x: Any) -> frozenset[str]:
     return jax.typeof(x).manual_axis_type.varying

@@ -120,8 +120,7 @@ class SkipNonfinite(Wrapper):
             inner = jax.tree.unflatten(structure, jax.tree.leaves(inner))
             if stay is not None:
                 return stay, inner
-            # Not 0: added to a parameter that is -0, it would make it 0.
-            return jax.tree.map(lambda x: -jnp.zeros(x.shape, x.dtype, device=x.sharding), made), inner
+            return jax.tree.map(_minus_zeros, made), inner
 
         if isinstance(ok, jax.core.Tracer):
             # A branch, and not a selection by element, which would need the old moments beside the new ones.
@@ -179,6 +178,11 @@ def skip_nonfinite(
     (1, 0, ('a', 'b'), Array([1, 0], dtype=int32))
     """
     return SkipNonfinite(opt, max_consecutive, axis_name)
+
+
+def _minus_zeros(like: jax.ShapeDtypeStruct) -> Array:
+    """Not 0: added to a parameter that is -0, it would make it 0."""
+    return _across.varying_like(-jnp.zeros(like.shape, like.dtype, device=like.sharding), like)
 
 
 def _check_parts(state: SkipState) -> None:

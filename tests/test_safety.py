@@ -105,7 +105,7 @@ def under_jit(axis_type):
         return mesh, jax.jit(by_step(opt)), params, opt.init(params), place
 
 
-def in_shard_map(check_vma):
+def in_shard_map(check_vma, through=by_step):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     specs = {"layer": {"kernel": P(None, "data"), "bias": P("data")}, "scale": P()}
     opt = adamjax.skip_nonfinite(adamjax.adamw(1e-2), axis_name="data")
@@ -115,7 +115,7 @@ def in_shard_map(check_vma):
     adam = of_state.inner[0]._replace(mu=specs, nu=specs)
     of_state = of_state._replace(inner=(adam, *of_state.inner[1:]))
     advance = jax.shard_map(
-        by_step(opt), mesh=mesh, in_specs=(specs, of_state, specs), out_specs=(specs, of_state), check_vma=check_vma
+        through(opt), mesh=mesh, in_specs=(specs, of_state, specs), out_specs=(specs, of_state), check_vma=check_vma
     )
     return mesh, jax.jit(advance), params, state, lambda g: g
 
@@ -127,8 +127,9 @@ def in_shard_map(check_vma):
         lambda: under_jit(AxisType.Explicit),
         lambda: in_shard_map(True),
         lambda: in_shard_map(False),
+        lambda: in_shard_map(True, by_update),
     ],
-    ids=["jit", "jit explicit", "shard_map", "shard_map unchecked"],
+    ids=["jit", "jit explicit", "shard_map", "shard_map unchecked", "shard_map by update"],
 )
 def test_all_devices_agree(make):
     mesh, advance, first_params, first_state, place = make()
