@@ -570,6 +570,13 @@ PLAIN = {"w": jnp.ones((8, 8))}
             ValueError,
             "call init of zero1_mapped outside",
         ),
+        (
+            lambda: sharding.zero1_mapped(adamjax.adam(nu_dtype=quantized("int8")), axis="data").init(
+                on(make_mesh(AxisType.Auto, (2, 4), ("data", "model")), P(None, "model"))
+            ),
+            ValueError,
+            "the moments at 0/nu/w are quantised in blocks of 8, of which a device has parts: 2 numbers",
+        ),
     ],
 )
 def test_bad_arguments(call, error, message):

@@ -34,7 +34,9 @@ class Zero1Mapped(Wrapper):
         if _trees.any_abstract(params) and not any(map(_layout.sharding_of, leaves)):
             return self.inner._init(params)
         sharding = _layout.state_sharding(self.inner, params, zero_axis=self.axis)
-        return _layout.init_sharded(self.inner, params, sharding)
+        state = _layout.init_sharded(self.inner, params, sharding)
+        _check_blocks(state)
+        return state
 
     def _update(self, updates: PyTree, state: PyTree, params: PyTree | None, extra: Extra) -> tuple[PyTree, PyTree]:
         _checks.given(params, updates, "zero1_mapped")
@@ -93,15 +95,33 @@ def _axis_types(p: Any) -> tuple[AxisType, ...]:
     return jax.typeof(p).sharding.mesh.axis_types
 
 
+def _check_blocks(state: PyTree) -> None:
+    """Each device computes the scales of what it has: of a block that several have parts of, there would be several."""
+    for path, x in jax.tree.leaves_with_path(state, is_leaf=_is_quantized):
+        if not _is_quantized(x):
+            continue
+        bytes_here = x.codes.sharding.shard_shape(x.codes.shape)[-1]
+        size = bytes_here * (8 // x.bits)
+        if bytes_here < x.codes.shape[-1] and size % x.block_size:
+            raise ValueError(
+                f"the moments at {_trees.path_of(path)} are quantised in blocks of {x.block_size}, of which a device "
+                f"has parts: {size} numbers of each row. Choose a block_size that divides {size}, or take zero1"
+            )
+
+
+def _is_quantized(x: Any) -> bool:
+    return isinstance(x, QuantizedArray)
+
+
 def _local(state: PyTree) -> PyTree:
     """`state`, each quantised array with the length that its part has here."""
 
     def of_leaf(x: Any) -> Any:
-        if not isinstance(x, QuantizedArray):
+        if not _is_quantized(x):
             return x
         return replace(x, size=min(x.size, x.codes.shape[-1] * (8 // x.bits)))
 
-    return jax.tree.map(of_leaf, state, is_leaf=lambda x: isinstance(x, QuantizedArray))
+    return jax.tree.map(of_leaf, state, is_leaf=_is_quantized)
 
 
 def _like(state: PyTree, new: PyTree) -> PyTree:
@@ -130,7 +150,8 @@ def zero1_mapped(opt: Any, *, axis: str | Names) -> Zero1Mapped:
       A transformation with the state of `opt`, whose `update` needs `params`.
 
     Raises:
-      TypeError, ValueError: `opt` is no transformation, or `axis` no name; `init` is called inside.
+      TypeError, ValueError: `opt` is no transformation, or `axis` no name; `init` is called inside, or devices
+        would have parts of one quantised block.
 
     >>> import adamjax, jax, jax.numpy as jnp
     >>> from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
