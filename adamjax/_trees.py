@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 PyTree = Any
 
@@ -95,8 +96,17 @@ def zeros_like(x: Any, dtype: np.dtype) -> Any:
 
 
 def fresh(make: Callable[[], PyTree], like: PyTree) -> PyTree:
-    """What `make` makes for a new state; abstract where a leaf of `like` is."""
-    return jax.eval_shape(make) if any_abstract(like) else make()
+    """What `make` makes for a new state; abstract where a leaf of `like` is, else on all devices of its mesh."""
+    if any_abstract(like):
+        return jax.eval_shape(make)
+    for x in jax.tree.leaves(like):
+        if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer) and isinstance(x.sharding, NamedSharding):
+            mesh = x.sharding.mesh
+            # As a step will leave it, to the letter: or the second step would be compiled again.
+            letters = [None] if AxisType.Explicit in mesh.axis_types else []
+            places = jax.tree.map(lambda x: NamedSharding(mesh, PartitionSpec(*letters * x.ndim)), jax.eval_shape(make))
+            return jax.jit(make, out_shardings=places)()
+    return make()
 
 
 def zero_count(like: PyTree) -> Any:

@@ -244,6 +244,16 @@ def test_a_step_can_be_exported():
     assert_equal(exported.call(params, state, params), jax.jit(opt.step)(params, state, params))
 
 
+@pytest.mark.parametrize("name", ["adamw", "amsgrad", "groups", "around zero1"])
+def test_a_state_of_parameters_on_a_mesh_compiles_once(name):
+    """Its counts, too, are where a step leaves them."""
+    mesh = make_mesh(AxisType.Auto)
+    around = adamjax.dynamic_loss_scale(sharding.zero1(adamjax.adamw(LR), axis="data"))
+    opt = around if name == "around zero1" else EXACT[name]()
+    params = some_params(mesh)
+    train(by_step(opt), params, opt.init(params))
+
+
 @pytest.mark.parametrize("kind", MODES)
 def test_a_device_has_an_eighth(kind):
     mesh = make_mesh(kind)
