@@ -3,6 +3,7 @@
 from adamjax import checkpoint as checkpoint
 from adamjax import diagnostics as diagnostics
 from adamjax import interop as interop
+from adamjax import kernels as kernels
 from adamjax import problems as problems
 from adamjax import rounding as rounding
 from adamjax import safety as safety

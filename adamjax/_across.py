@@ -57,8 +57,18 @@ def sharded_over(x: Array, axis_name: AxisName) -> tuple[str, ...]:
 def varying_like(x: Array, like: Any) -> Array:
     """`x`, marked as what may differ over the axes that `like` (a `jax.ShapeDtypeStruct`) may differ over."""
     found = like.manual_axis_type
-    axes = () if found is None else tuple(sorted(found.varying - _varying(x)))
-    return jax.lax.pcast(x, axes, to="varying") if axes else x
+    return x if found is None else _vary(x, found.varying)
+
+
+def varying_alike(*arrays: Array) -> list[Array]:
+    """`arrays`, each marked as what may differ over the axes that any of them may differ over."""
+    axes: frozenset[str] = frozenset().union(*map(_varying, arrays))
+    return [_vary(x, axes) for x in arrays]
+
+
+def _vary(x: Array, axes: frozenset[str]) -> Array:
+    new = tuple(sorted(axes - _varying(x)))
+    return jax.lax.pcast(x, new, to="varying") if new else x
 
 
 def _varying(x: Any) -> frozenset[str]:

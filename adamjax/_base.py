@@ -177,6 +177,18 @@ class Chain(Transformation):
             new_state.append(part)
         return updates, tuple(new_state)
 
+    def step(self, grads: PyTree, state: PyTree, params: PyTree, **extra: Any) -> tuple[PyTree, PyTree]:
+        """One whole step, the last member's own; see `Transformation.step`."""
+        if not self.transforms or type(self.transforms[-1]).step is Transformation.step:
+            return super().step(grads, state, params, **extra)
+        _checks.given(params, grads, "step", "step(grads, state, params)")
+        _checks.updates(grads, params)
+        _checks.members(state, len(self.transforms), "a chain")
+        before = Chain(self.transforms[:-1])
+        updates, first = before._update(grads, state[:-1], params, extra)
+        params, last = self.transforms[-1].step(updates, state[-1], params, **extra)
+        return params, (*first, last)
+
     def __repr__(self) -> str:
         members = ", ".join(map(repr, self.transforms))
         return f"Chain(({members}{',' if len(self.transforms) == 1 else ''}))"

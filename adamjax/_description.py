@@ -66,7 +66,7 @@ def _node(x: Any) -> str:
     """The type; of what is more than a container, with the static fields."""
     if x is None:
         return "None"
-    name = type(x).__qualname__
+    name = getattr(x, "described_as", type(x).__qualname__)
     if isinstance(x, (dict, list, tuple)):  # their keys are in the paths
         return name
     if isinstance(x, Value):

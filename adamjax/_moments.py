@@ -80,7 +80,8 @@ class Moments(Transformation):
         mu = storage.empty(params, "mu_dtype", self.mu_dtype, signed=True)
         return AdamState(_trees.zero_count(params), mu, empty_nu(), empty_nu() if self.keeps_maximum else None)
 
-    def _update(self, updates: PyTree, state: PyTree, params: PyTree | None, extra: Extra) -> tuple[PyTree, AdamState]:
+    def checked(self, updates: PyTree, state: PyTree) -> AdamState:
+        """`state`, if it is one of these moments for such gradients; whole, where a framework took it apart."""
         _checks.state(state, AdamState, type(self).__name__)
         state = AdamState(
             state.count,
@@ -96,6 +97,10 @@ class Moments(Transformation):
                 f"{type(self).__name__} was given a state with nu_max, which AMSGrad keeps: this state belongs to "
                 "another optimizer, call init(params)"
             )
+        return state
+
+    def _update(self, updates: PyTree, state: PyTree, params: PyTree | None, extra: Extra) -> tuple[PyTree, AdamState]:
+        state = self.checked(updates, state)
         count = _trees.increment(state.count)
         rule, options = self._rule()
         scalars = cache(lambda dtype: self._scalars(count.astype(dtype)))
@@ -108,14 +113,14 @@ class Moments(Transformation):
             storage.check(m, v, v_max)
             dtype = _trees.real_dtype(_trees.compute_dtype(_trees.dtype_of(g), m.dtype, v.dtype))
             dithers = tuple(dither(count, 2 * i + j) if storage.is_rounded(x) else None for j, x in enumerate((m, v)))
-            steps.append(_step_leaf(g, m, v, v_max, scalars(dtype), dithers, rule=rule, options=options))
+            steps.append(step_leaf(g, m, v, v_max, scalars(dtype), dithers, rule=rule, options=options))
         direction, mu, nu, nu_max = _trees.unflatten(structure, steps, 4)
         return direction, AdamState(count, mu, nu, nu_max if self.keeps_maximum else None)
 
 
 # A compiled function of its own: a tree of a thousand leaves is traced once per distinct leaf.
 @partial(jax.jit, static_argnames=("rule", "options"))
-def _step_leaf(
+def step_leaf(
     g: Array,
     m: Any,
     v: Any,

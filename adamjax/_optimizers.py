@@ -7,6 +7,7 @@ from adamjax._adam import scale_by_adam
 from adamjax._base import Chain, Transformation, chain
 from adamjax._transforms import AddDecayedWeights, Objective, ScaleByLearningRate, number_or_schedule
 from adamjax._variants import scale_by_adamax, scale_by_radam
+from adamjax.kernels import Fused
 from adamjax.schedules import Proportional, as_schedule
 
 # Arguments are described where they act: at scale_by_adam, add_decayed_weights and
@@ -27,6 +28,7 @@ def adam(
     weight_decay: Any = 0.0,
     mask: Any = None,
     maximize: bool = False,
+    fused: bool | str = False,
 ) -> Chain:
     """Adam (Kingma & Ba, 2015).
 
@@ -39,6 +41,8 @@ def adam(
         the Python number 0, `update` needs `params`.
       mask: Which leaves `weight_decay` applies to; see `add_decayed_weights`.
       maximize: Ascend instead of descend. The weight decay still pulls towards 0.
+      fused: True: `step` is one pass over memory, by a compiled kernel, where XLA makes several of it on a CPU; or
+        a ValueError says what cannot be. "auto": where it can be; else, after a warning, by XLA. See `kernels.Fused`.
 
     Returns:
       A transformation whose state is a tuple that starts with an `AdamState`.
@@ -57,7 +61,7 @@ def adam(
     Array([ 0.9, -0.9], dtype=float32)
     """
     moments = scale_by_adam(b1, b2, eps, eps_root, mu_dtype, nu_dtype=nu_dtype, nesterov=nesterov, amsgrad=amsgrad)
-    return chain(of_objective(moments, weight_decay, mask, maximize), ScaleByLearningRate(learning_rate))
+    return _of(fused, of_objective(moments, weight_decay, mask, maximize), ScaleByLearningRate(learning_rate))
 
 
 def adamw(
@@ -75,6 +79,7 @@ def adamw(
     amsgrad: bool | str = False,
     maximize: bool = False,
     decay_schedule: str = "lr",
+    fused: bool | str = False,
 ) -> Chain:
     """Adam with decoupled weight decay (Loshchilov & Hutter, 2019).
 
@@ -107,9 +112,9 @@ def adamw(
     moments = scale_by_adam(b1, b2, eps, eps_root, mu_dtype, nu_dtype=nu_dtype, nesterov=nesterov, amsgrad=amsgrad)
     direction = of_objective(moments, 0.0, None, maximize)
     if _checks.choice("decay_schedule", decay_schedule, ("lr", "independent")) == "lr":
-        return chain(direction, _decay(weight_decay, mask), ScaleByLearningRate(learning_rate))
+        return _of(fused, direction, _decay(weight_decay, mask), ScaleByLearningRate(learning_rate))
     decay = _decay(_with_shape_of(learning_rate, weight_decay), mask, flip_sign=True)
-    return chain(direction, ScaleByLearningRate(learning_rate), decay)
+    return _of(fused, direction, ScaleByLearningRate(learning_rate), decay)
 
 
 def amsgrad(
@@ -126,6 +131,7 @@ def amsgrad(
     mask: Any = None,
     maximize: bool = False,
     variant: str = "torch",
+    fused: bool | str = False,
 ) -> Chain:
     """Adam with the largest second moment so far (Reddi et al., 2018).
 
@@ -149,6 +155,7 @@ def amsgrad(
         weight_decay=weight_decay,
         mask=mask,
         maximize=maximize,
+        fused=fused,
     )
 
 
@@ -255,6 +262,11 @@ def of_objective(moments: Transformation, weight_decay: Any, mask: Any, maximize
     objective = Objective(moments, weight_decay, mask, maximize)
     plain = isinstance(objective.weight_decay, float) and objective.weight_decay == 0 and not maximize
     return moments if plain else objective
+
+
+def _of(fused: Any, *transforms: Transformation) -> Chain:
+    _checks.choice("fused", fused, (False, True, "auto"))
+    return Fused(transforms, fused) if fused else chain(*transforms)
 
 
 def _decay(weight_decay: Any, mask: Any, flip_sign: bool = False) -> AddDecayedWeights:

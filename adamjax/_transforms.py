@@ -255,7 +255,7 @@ def _add_weights(updates: PyTree, params: PyTree, weight_decay: Any, mask: Any, 
             return u
         return _add_scaled(u, p, factor(_trees.compute_dtype(_trees.dtype_of(u), _trees.dtype_of(p))))
 
-    return _trees.map_leaves(add, updates, params, None if mask is None else _mask_tree(mask, params))
+    return _trees.map_leaves(add, updates, params, None if mask is None else mask_tree(mask, params))
 
 
 class TreeMask:
@@ -286,7 +286,8 @@ def _as_mask(mask: Any) -> Callable[[PyTree], PyTree] | None:
     return TreeMask(mask)
 
 
-def _mask_tree(mask: Callable[[PyTree], PyTree], params: PyTree) -> PyTree:
+def mask_tree(mask: Callable[[PyTree], PyTree], params: PyTree) -> PyTree:
+    """The bools that a mask stands for, one for each parameter."""
     tree = mask(params)
     _checks.mask(tree)
     _checks.prefix(tree, params)

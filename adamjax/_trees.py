@@ -99,14 +99,21 @@ def fresh(make: Callable[[], PyTree], like: PyTree) -> PyTree:
     """What `make` makes for a new state; abstract where a leaf of `like` is, else on all devices of its mesh."""
     if any_abstract(like):
         return jax.eval_shape(make)
-    for x in jax.tree.leaves(like):
+    mesh = _mesh_of(like)
+    if mesh is None:
+        return make()
+    # As a step will leave it, to the letter: or the second step would be compiled again.
+    letters = [None] if AxisType.Explicit in mesh.axis_types else []
+    places = jax.tree.map(lambda x: NamedSharding(mesh, PartitionSpec(*letters * x.ndim)), jax.eval_shape(make))
+    return jax.jit(make, out_shardings=places)()
+
+
+def _mesh_of(tree: PyTree) -> Any:
+    """That of the first array that is on one (a tracer does not say), or None."""
+    for x in jax.tree.leaves(tree):
         if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer) and isinstance(x.sharding, NamedSharding):
-            mesh = x.sharding.mesh
-            # As a step will leave it, to the letter: or the second step would be compiled again.
-            letters = [None] if AxisType.Explicit in mesh.axis_types else []
-            places = jax.tree.map(lambda x: NamedSharding(mesh, PartitionSpec(*letters * x.ndim)), jax.eval_shape(make))
-            return jax.jit(make, out_shardings=places)()
-    return make()
+            return x.sharding.mesh
+    return None
 
 
 def zero_count(like: PyTree) -> Any:

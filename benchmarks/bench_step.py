@@ -20,12 +20,14 @@ from benchmarks._measure import interleaved, triad
 LR, DECAY = 1e-3, 1e-2
 
 
-def jax_step(opt: Any, apply: Callable[..., Any], sizes: list[int]) -> Callable[[], None]:
-    def step(grads: Any, params: Any, state: Any) -> tuple[Any, Any]:
+def jax_step(opt: Any, sizes: list[int]) -> Callable[[], None]:
+    def advance(grads: Any, params: Any, state: Any) -> tuple[Any, Any]:
+        if isinstance(opt, adamjax.Transformation):
+            return opt.step(grads, state, params)
         updates, state = opt.update(grads, state, params)
-        return apply(params, updates), state
+        return optax.apply_updates(params, updates), state
 
-    step = jax.jit(step, donate_argnums=(1, 2))
+    step = jax.jit(advance, donate_argnums=(1, 2))
     grads = [jnp.full(n, 0.1, jnp.float32) for n in sizes]
     params = [jnp.ones(n, jnp.float32) for n in sizes]
     held = [params, opt.init(params)]
@@ -50,17 +52,22 @@ def torch_step(sizes: list[int], **options: Any) -> Callable[[], None] | None:
 
 def large_leaves(millions: int, rounds: int) -> None:
     sizes = [millions * 2**20 // 4] * 4
+    bfloat16: Any = {"mu_dtype": "bfloat16", "nu_dtype": "bfloat16"}
     candidates = {
         "triad": triad(sum(sizes)),
-        "adamjax": jax_step(adamjax.adamw(LR, weight_decay=DECAY), adamjax.apply_updates, sizes),
-        "optax": jax_step(optax.adamw(LR, weight_decay=DECAY), optax.apply_updates, sizes),
+        "adamjax": jax_step(adamjax.adamw(LR, weight_decay=DECAY), sizes),
+        "adamjax fused": jax_step(adamjax.adamw(LR, weight_decay=DECAY, fused=True), sizes),
+        "the same with moments in bfloat16": jax_step(
+            adamjax.adamw(LR, weight_decay=DECAY, fused=True, **bfloat16), sizes
+        ),
+        "optax": jax_step(optax.adamw(LR, weight_decay=DECAY), sizes),
         "torch fused": torch_step(sizes, fused=True),
         "torch foreach": torch_step(sizes, foreach=True),
     }
     seconds = interleaved({name: run for name, run in candidates.items() if run is not None}, rounds)
     print(f"{millions} M float32 parameters in 4 leaves, {rounds} rounds: step / triad")
     for name, time_ in seconds.items():
-        print(f"  {name:14} {time_ / seconds['triad']:.2f}")
+        print(f"  {name:33} {time_ / seconds['triad']:.2f}")
 
 
 def many_leaves(count: int, rounds: int) -> None:

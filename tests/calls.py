@@ -16,7 +16,7 @@ import adamjax
 from adamjax import interop, schedules, tuning
 
 MODULES = ["", ".schedules", ".storage", ".rounding", ".interop.torch", ".interop.optax"]
-MODULES += [".safety", ".diagnostics", ".checkpoint", ".sharding", ".tuning", ".training", ".problems"]
+MODULES += [".kernels", ".safety", ".diagnostics", ".checkpoint", ".sharding", ".tuning", ".training", ".problems"]
 
 
 def public():
@@ -149,7 +149,7 @@ CALLS = {
         ("mesh", "memory", "space", "storage", "confirm", "out"),
         cheap=False,
     ),
-    "training.train": Call({"problem": BOWL, "optimizer": OPT, "steps": 2}, ("dtype", "start")),
+    "training.train": Call({"problem": BOWL, "optimizer": OPT, "steps": 2}, ("dtype", "start", "mesh")),
     "training.keys_of": Call({"seed": 0}),
     "problems.DigitsConvnet": Call(),
     "problems.digits_convnet": Call(),
@@ -180,12 +180,21 @@ METHODS = {
 # Not called with arguments of users: what they get and look at, or derive from, and the insides of steps and runs.
 HELD = ["AdamState", "ScheduleState", "rounding.RoundingState", "storage.QuantizedArray", "storage.Precision"]
 HELD += ["tuning.Best", "tuning.Confirmed", "tuning.Report", "tuning.Sweep", "tuning.Trial"]
-HELD += ["training.Report", "training.Keys", "checkpoint.Checkpoint"]
+HELD += ["training.Report", "training.Keys", "checkpoint.Checkpoint", "kernels.Kernel"]
 HELD += ["diagnostics.AdamStats", "diagnostics.LeafStats", "diagnostics.Finding"]
 HELD += ["safety.SkipState", "safety.LossScaleState", "safety.LeafCounts"]
 BASES = ["Transformation", "schedules.Schedule", "rounding.Rounding", "tuning.Problem"]
 INNER = [f"storage.{name}" for name in ("moment_format", "empty", "revive", "check", "is_rounded", "load")]
 INNER += [f"storage.{name}" for name in ("store_signed", "store_decaying", "store_growing", "spacing")]
 INNER += [f"training.{name}" for name in ("train_step", "measured_step", "gradients", "initial")]
+INNER += ["training.first_params", "training.Shared", "kernels.Fused"]
 INNER += ["safety.check_skipped", "safety.skipped"]
-FILES = ["checkpoint.save", "checkpoint.restore", "checkpoint.steps", "diagnostics.LogWriter"]  # see their own tests
+FILES = [
+    "kernels.build",
+    "kernels.status",
+    "kernels.clear",
+    "checkpoint.save",
+    "checkpoint.restore",
+    "checkpoint.steps",
+    "diagnostics.LogWriter",
+]  # see their own tests

@@ -17,6 +17,7 @@ def compiled_once(tmp_path_factory):
     """Many tests compile the same programs; processes that tests start share them too."""
     name, base = "JAX_COMPILATION_CACHE_DIR", tmp_path_factory.getbasetemp()
     base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    os.environ.setdefault("ADAMJAX_CACHE_DIR", str(base / "kernels"))
     folder = os.environ.setdefault(name, str(base / "compiled"))
     jax.config.update(name.lower(), folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)

@@ -19,6 +19,10 @@ TORCH_COURSE = {"float32": 2e-5, "float64": 1e-12}
 # The same computation, compiled differently (vmap, scan, eager): a few units in the last place.
 RECOMPILED = 1e-6
 
+# A fused step against the plain one, in units in the last place of the terms that are added; and the part of stored
+# numbers that may be rounded the other way, since what is rounded differs in its last digit.
+FUSED, FUSED_ROUNDED = 2, 1e-3
+
 # A run on many devices against one on one, over a hundred steps: gradients are summed in another order.
 PROCESSES = 1e-6
 

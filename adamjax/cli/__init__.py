@@ -1,4 +1,4 @@
-"""The command line: `adamjax train`, `tune`, `lr-range` and `report`."""
+"""The command line: `adamjax train`, `tune`, `lr-range`, `report` and `kernels`."""
 
 import argparse
 import json
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
-from adamjax.cli import _train, _tune
+from adamjax.cli import _kernels, _train, _tune
 from adamjax.cli._distributed import PLACE
 from adamjax.cli._flags import HYPERPARAMETERS as HYPERPARAMETERS
 from adamjax.cli._flags import OPTIMIZERS as OPTIMIZERS
@@ -15,7 +15,13 @@ from adamjax.cli._flags import PROBLEMS as PROBLEMS
 from adamjax.cli._flags import SCHEDULES as SCHEDULES
 from adamjax.cli._flags import CommandError
 
-COMMANDS = {"train": _train.run, "lr-range": _tune.lr_range, "tune": _tune.tune, "report": _tune.report}
+COMMANDS = {
+    "train": _train.run,
+    "lr-range": _tune.lr_range,
+    "tune": _tune.tune,
+    "report": _tune.report,
+    "kernels": _kernels.run,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,6 +45,7 @@ def _parse(arguments: Sequence[str] | None) -> dict[str, Any]:
     commands = parser.add_subparsers(dest="command", required=True)
     train = _train.add_parser(commands)
     _tune.add_parsers(commands)
+    _kernels.add_parser(commands)
     options = vars(parser.parse_args(arguments))
     if options["command"] == "train" and ("config" in options or "resume" in options):
         train.set_defaults(**_earlier_flags(options))

@@ -1,0 +1,161 @@
+"""A chain that is Adam, stepped in one pass over memory."""
+
+import warnings
+from functools import cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from adamjax import _checks, _trees
+from adamjax._base import Chain
+from adamjax._moments import AdamState
+from adamjax._stochastic import dither
+from adamjax._transforms import AddDecayedWeights, Objective, ScaleByLearningRate, mask_tree
+from adamjax._trees import PyTree
+from adamjax._value import static_field, value
+from adamjax.kernels import _build, _leaf
+from adamjax.storage import QuantizedArray, is_rounded
+
+# Of arrays with fewer elements, XLA's step is as fast: a call has its price.
+CROSSOVER = 16384
+
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+@value
+class Fused(Chain):
+    """The chain of `adam` or one of its kin, with a `step` that is one pass over memory on a CPU.
+
+    `init`, `update` and the state are those of the chain; the numbers of `step`, too, but for the last digits.
+    The kernel is C++: it is compiled for this machine when it is first needed, which takes a few
+    seconds and a C++ compiler, and kept (`adamjax kernels status`). It goes wherever a step does: under `jax.jit`
+    (donate parameters and state, and nothing is copied), `jax.lax.scan`, `jax.vmap` over states or
+    hyperparameters, with arrays on many devices, each of which steps its part, and inside `jax.shard_map`.
+    Derivatives are those of XLA's step. What it steps are parameters of 16384 elements and more; XLA steps smaller
+    ones as fast. Parameters, gradients and moments may be float32, bfloat16 or float16.
+
+    A function with such a step in it can be exported by `jax.export` only if its check for custom calls is
+    disabled, and then runs only where the same kernel is loaded.
+
+    Fields:
+      transforms: The members of the chain.
+      mode: True: what cannot be stepped so is refused. "auto": it is left to XLA, after a warning.
+    """
+
+    mode: Any = static_field(default=True, described=False)
+
+    # To a checkpoint: the state is the same.
+    described_as = "Chain"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _checks.choice("fused", self.mode, (False, True, "auto"))
+
+    def __repr__(self) -> str:
+        return f"{super().__repr__()[:-1]}, fused={self.mode!r})"
+
+    def step(self, grads: PyTree, state: PyTree, params: PyTree, **extra: Any) -> tuple[PyTree, PyTree]:
+        """One whole step; see `Transformation.step`."""
+        _checks.given(params, grads, "step", "step(grads, state, params)")
+        _checks.updates(grads, params)
+        _checks.members(state, len(self.transforms), "a chain")
+        moments = self._adam.checked(grads, state[0])
+        kept = (moments.mu, moments.nu, moments.nu_max)
+        structure, rows = _trees.flatten(grads, params, *kept, *self._masks(params))
+        paths = [path for path, _ in jax.tree.leaves_with_path(grads, is_leaf=_trees.is_none)]
+        taken = [self._takes(path, *row[:4]) for path, row in zip(paths, rows, strict=True)]
+        # XLA steps the others, for which these are frozen, and all counts.
+        others = [None if t else row[0] for t, row in zip(taken, rows, strict=True)]
+        new_params, new_state = super().step(jax.tree.unflatten(structure, others), state, params, **extra)
+        if not any(taken):
+            return new_params, new_state
+        count, *new = new_state[0]
+        numbers_of = cache(partial(self._numbers, state, count))
+        _, stepped = _trees.flatten(grads, new_params, *new)
+        for i, (g, p, m, v, v_max, *decays) in enumerate(rows):
+            if taken[i]:
+                form, numbers = numbers_of(tuple(x is not False for x in decays))
+                dithers = tuple(dither(count, 2 * i + j) if is_rounded(x) else None for j, x in enumerate((m, v)))
+                stepped[i] = (g, *_leaf.step(form, (p, m, v, v_max), g, numbers, dithers))
+        _, new_params, mu, nu, nu_max = _trees.unflatten(structure, stepped, 5)
+        return new_params, (AdamState(count, mu, nu, None if moments.nu_max is None else nu_max), *new_state[1:])
+
+    @property
+    def _adam(self) -> Any:
+        """What keeps the moments, without the objective that it may be given."""
+        first = self.transforms[0]
+        return first.inner if isinstance(first, Objective) else first
+
+    def _masks(self, params: PyTree) -> list[PyTree]:
+        """For each member that decays, what of the parameters it takes; None for all."""
+        return [
+            None if t.mask is None else mask_tree(t.mask, params)
+            for t in self.transforms
+            if isinstance(t, (Objective, AddDecayedWeights))
+        ]
+
+    def _numbers(self, state: PyTree, count: Array, decays: tuple[bool, ...]) -> tuple[_leaf.Form, _leaf.Numbers]:
+        """The form and the numbers of this step, for parameters that so many of the decaying members take."""
+        scalar = partial(_checks.scalar, dtype=jnp.dtype(jnp.float32))
+        takes = iter(decays)
+        first = self.transforms[0]
+        sign, coupled, is_coupled = 1.0, jnp.float32(0), False
+        if isinstance(first, Objective):
+            sign, weight_decay, is_coupled = -1.0 if first.maximize else 1.0, first.weight_decay, next(takes)
+            if callable(weight_decay):
+                weight_decay = weight_decay(state[0].count)
+            coupled = scalar("weight_decay", weight_decay)
+        after = list(takes)
+        takes = iter(after)
+        rate, decay = jnp.float32(1), jnp.float32(0)
+        transform: Any
+        for transform, part in zip(self.transforms[1:], state[1:], strict=True):
+            number, _ = transform._advance(part)
+            factor = -1 if transform.flip_sign else 1
+            if isinstance(transform, ScaleByLearningRate):
+                by = factor * scalar("learning_rate", number)
+                rate, decay = rate * by, decay * by
+            elif next(takes):
+                decay += factor * scalar("weight_decay", number)
+        form = _leaf.Form(self._adam.nesterov, self._adam.amsgrad, is_coupled, any(after))
+        numbers = (self._adam._scalars(count.astype(jnp.float32)), jnp.float32(sign), coupled, rate, decay)
+        return form, _leaf.Numbers(*numbers)
+
+    def _takes(self, path: Any, g: Any, p: Any, m: Any, v: Any) -> bool:
+        """Whether the kernel steps a parameter, or XLA does."""
+        if g is None or p.size < CROSSOVER:
+            return False
+        why = _why_not()
+        for name, x in (("parameter", p), ("gradient", g), ("first moment", m), ("second moment", v)):
+            if isinstance(x, QuantizedArray):
+                why = why or f"its {name} is quantised"
+            elif _trees.dtype_of(x).name not in _DTYPES:
+                why = why or f"its {name} is {_trees.dtype_of(x).name}, and the kernel steps {', '.join(_DTYPES)}"
+        if why is None:
+            return True
+        if self.mode is True:
+            raise ValueError(
+                f"fused=True cannot step params{jax.tree_util.keystr(path)}: {why}. Take fused=False, or "
+                "fused='auto', which leaves to XLA what it has to"
+            )
+        _say_once(f"fused='auto' leaves params{jax.tree_util.keystr(path)} to XLA: {why}")
+        return False
+
+
+@cache
+def _why_not() -> str | None:
+    """Why there is no kernel here at all, if there is none."""
+    if (backend := jax.default_backend()) != "cpu":
+        return f"on {backend} there is no kernel, and XLA's step is one pass over memory as it is"
+    try:
+        _build.target()
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
+@cache
+def _say_once(what: str) -> None:
+    warnings.warn(what, stacklevel=2)

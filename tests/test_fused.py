@@ -1,0 +1,425 @@
+"""Fused steps: the plain ones in one pass over memory, whatever JAX does with them."""
+
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import assert_close, assert_equal, by_step
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from tolerances import FUSED, FUSED_ROUNDED, RECOMPILED
+
+import adamjax
+from adamjax import checkpoint, cli, kernels, schedules, sharding
+from adamjax.kernels import _build, _fused
+
+pytestmark = pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler")
+
+LR = 1e-2
+# Larger than the crossover, with a rest that fills no vector; and two that XLA steps.
+SHAPES = {"matrix": (131, 257), "cube": (32, 64, 16), "short": (7,), "scalar": ()}
+DTYPES = ["float32", "bfloat16", "float16"]
+
+
+def numbers(seed=0, dtype="float32", shapes=SHAPES):
+    rng = np.random.default_rng(seed)
+    return {name: jnp.asarray(rng.normal(size=shape), dtype) for name, shape in shapes.items()}
+
+
+def gradients(seed, dtype="float32"):
+    """Of all sizes, with zeros."""
+    rng = np.random.default_rng(seed)
+    scales = {name: 10.0 ** rng.integers(-7, 3, shape) * rng.integers(0, 5, shape) for name, shape in SHAPES.items()}
+    return jax.tree.map(lambda g, s: (g * s).astype(dtype), numbers(seed), scales)
+
+
+def units(x, dtype):
+    """The distance between neighbours around the numbers of an array, in a dtype."""
+    info = jnp.finfo(dtype)
+    return np.maximum(np.abs(np.asarray(x, np.float64)), float(info.tiny)) * float(info.eps)
+
+
+def assert_near(found, expected, terms, name):
+    """Within so many units in the last place; what is stored narrowly, equal but for a few."""
+    assert found.dtype == expected.dtype
+    a, b = np.asarray(found, np.float64), np.asarray(expected, np.float64)
+    np.testing.assert_array_equal(np.isnan(a), np.isnan(b), err_msg=name)
+    apart = np.where((a == b) | np.isnan(a), 0, np.abs(a - b)) / units(terms, found.dtype)
+    if found.dtype == jnp.float32:
+        assert np.max(apart) <= FUSED, name
+    else:
+        assert np.mean(apart > 0) <= FUSED_ROUNDED, name
+        assert np.max(apart) <= 1, name
+
+
+def assert_same_step(fused, plain, grads, state, params, coupled=0.0):
+    """And what comes of the plain one, which may add `coupled` times the parameters to the gradients."""
+    found, expected = jax.jit(fused.step)(grads, state, params), jax.jit(plain.step)(grads, state, params)
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    before, after = state[0], expected[1][0]
+    for name, g in grads.items():
+        p, m, v = params[name], before.mu[name], before.nu[name]
+        if g is None:
+            assert_equal((found[0][name], found[1][0].mu[name]), (p, m))
+            continue
+        g = np.abs(np.asarray(g, np.float64)) + coupled * np.abs(np.asarray(p, np.float64))
+        # A direction is a sum whose terms cancel: they may be that much longer.
+        assert_near(found[0][name], expected[0][name], np.abs(np.asarray(p, np.float64)) + 10 * LR, name)
+        assert_near(found[1][0].mu[name], after.mu[name], np.abs(np.asarray(m, np.float64)) + g, f"mu {name}")
+        largest = np.asarray(v, np.float64) + g * g
+        assert_near(found[1][0].nu[name], after.nu[name], largest, f"nu {name}")
+        if after.nu_max is not None:
+            largest = np.maximum(largest, np.asarray(before.nu_max[name], np.float64))
+            assert_near(found[1][0].nu_max[name], after.nu_max[name], 1e3 * largest, f"nu_max {name}")
+    assert_equal(found[1][0].count, after.count)
+    assert_equal(found[1][1:], expected[1][1:])
+    return expected
+
+
+FORMS = {
+    "adam": lambda **kw: adamjax.adam(LR, **kw),
+    "adamw": lambda **kw: adamjax.adamw(LR, weight_decay=0.1, **kw),
+    "nesterov": lambda **kw: adamjax.adam(LR, nesterov=True, **kw),
+    "amsgrad": lambda **kw: adamjax.amsgrad(LR, **kw),
+    "corrected": lambda **kw: adamjax.amsgrad(LR, variant="corrected", nesterov=True, **kw),
+    "paper": lambda **kw: adamjax.adamw(LR, amsgrad="paper", **kw),
+    # Gradient and decay may cancel: without eps_root, what is left of both would be the whole direction.
+    "coupled": lambda **kw: adamjax.adam(LR, weight_decay=0.1, maximize=True, eps_root=1e-4, **kw),
+    "fast": lambda **kw: adamjax.adam(LR, b1=0.0, b2=0.3, **kw),
+}
+FORMATS = {
+    "float32": {},
+    "bfloat16": {"mu_dtype": "bfloat16", "nu_dtype": "bfloat16"},
+    "float16": {"mu_dtype": "float16", "nu_dtype": "float16"},
+    "mixed": {"mu_dtype": "bfloat16"},
+}
+
+
+def three_steps(make, dtype="float32", grad_dtype=None, coupled=0.0, **kw):
+    fused, plain = make(fused=True, **kw), make(**kw)
+    params = numbers(dtype=dtype)
+    state = plain.init(params)
+    assert_equal(fused.init(params), state)
+    for i in range(3):
+        params, state = assert_same_step(fused, plain, gradients(i, grad_dtype or dtype), state, params, coupled)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_forms(form):
+    three_steps(FORMS[form], coupled=0.1 if form == "coupled" else 0.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("format", FORMATS)
+def test_formats(format, dtype):
+    three_steps(FORMS["amsgrad"], dtype, **FORMATS[format])
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_gradients_of_another_dtype(dtype):
+    three_steps(FORMS["adamw"], grad_dtype=dtype)
+
+
+def halves(tree):
+    return {name: i % 2 == 0 for i, name in enumerate(tree)}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"learning_rate": schedules.cosine(LR, 9), "weight_decay": schedules.linear(0.1, 0.0, 9)},
+        {"learning_rate": schedules.cosine(LR, 9), "decay_schedule": "independent", "mask": halves},
+        {"mask": halves, "maximize": True, "eps": 1e-3},
+    ],
+)
+def test_schedules_and_masks(options):
+    three_steps(lambda **kw: adamjax.adamw(**{"learning_rate": LR} | options | kw))
+
+
+def test_coupled_decay_by_a_schedule_where_a_mask_says():
+    decay = schedules.linear(0.1, 0.0, 9)
+    three_steps(lambda **kw: adamjax.adam(LR, weight_decay=decay, mask=halves, **kw), coupled=0.1)
+
+
+def test_parameters_that_are_frozen_or_absent():
+    fused, plain = FORMS["adamw"](fused=True), FORMS["adamw"]()
+    params = numbers() | {"absent": None}
+    grads = gradients(0) | {"matrix": None, "absent": None}
+    expected = plain.step(grads, plain.init(params), params)
+    assert_close(fused.step(grads, fused.init(params), params), expected, RECOMPILED)
+    assert_equal(fused.step(grads, fused.init(params), params)[0]["matrix"], params["matrix"])
+
+
+@pytest.mark.parametrize("form", ["adamw", "amsgrad"])
+@pytest.mark.parametrize("format", FORMATS)
+def test_numbers_at_the_edges(form, format):
+    """What is not finite, not normal, or has no square stays what it is in the plain step."""
+    edges = [0.0, -0.0, np.nan, np.inf, -np.inf, 1e-45, 1e-38, -1e-30, 1e-23, 1e-19, 1e19, -1e20, 3e38]
+    g = jnp.asarray(np.resize(edges, 16 * 1040), jnp.float32)
+    p = jnp.asarray(np.repeat(np.resize(edges[:2] + edges[5:], 16), 1040), jnp.float32)
+    fused, plain = (FORMS[form](**kw, **FORMATS[format]) for kw in ({"fused": True}, {}))
+    params, state = {"w": p}, plain.init({"w": p})
+    for _ in range(3):
+        found, expected = jax.jit(fused.step)({"w": g}, state, params), jax.jit(plain.step)({"w": g}, state, params)
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+            a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+            np.testing.assert_array_equal(np.isnan(a), np.isnan(b))
+            np.testing.assert_array_equal(np.isinf(a), np.isinf(b))
+            np.testing.assert_array_equal(np.sign(a), np.sign(b))
+            fine = np.isfinite(a)
+            apart = np.abs(a[fine] - b[fine]) / (np.abs(b[fine]) + 1e-37)
+            assert np.mean(apart > (RECOMPILED if format == "float32" else 0.02)) <= FUSED_ROUNDED
+        params, state = expected
+
+
+PARAMS, GRADS = numbers(), gradients(0)
+FUSED_OPT, PLAIN_OPT = FORMS["adamw"](fused=True), FORMS["adamw"]()
+
+
+def stacked(tree):
+    return jax.tree.map(lambda x: jnp.stack([x, 2 * x, 3 * x]), tree)
+
+
+def in_scan(opt):
+    def body(carry, _):
+        return opt.step(GRADS, carry[1], carry[0]), None
+
+    return jax.jit(lambda p, s: jax.lax.scan(body, (p, s), None, length=3)[0])(PARAMS, opt.init(PARAMS))
+
+
+def in_cond(opt):
+    def either(take, p, s):
+        return jax.lax.cond(take, lambda p, s: opt.step(GRADS, s, p), lambda p, s: (p, s), p, s)
+
+    return [jax.jit(either)(take, PARAMS, opt.init(PARAMS)) for take in (True, False)]
+
+
+def over_states(opt):
+    params = stacked(PARAMS)
+    return jax.jit(jax.vmap(opt.step, in_axes=(None, 0, 0)))(GRADS, jax.vmap(opt.init)(params), params)
+
+
+def over_both(opt):
+    def one(rate, params):
+        chain = jax.tree.unflatten(jax.tree.structure(opt), [*jax.tree.leaves(opt)[:-1], rate])
+        return chain.step(GRADS, chain.init(params), params)
+
+    inner = jax.vmap(one, in_axes=(None, 0))
+    return jax.jit(jax.vmap(inner, in_axes=(0, None)))(jnp.asarray([0.1, 0.01]), stacked(PARAMS))
+
+
+def in_a_chain(opt):
+    opt = adamjax.chain(adamjax.clip_by_global_norm(0.1), opt)
+    return jax.jit(opt.step)(GRADS, opt.init(PARAMS), PARAMS)
+
+
+def guarded(opt):
+    opt = adamjax.skip_nonfinite(opt)
+    state = opt.init(PARAMS)
+    bad = jax.tree.map(lambda g: g * jnp.nan, GRADS)
+    params, state = jax.jit(opt.step)(bad, state, PARAMS)
+    assert_equal(params, PARAMS)
+    return jax.jit(opt.step)(GRADS, state, params)
+
+
+@pytest.mark.parametrize("use", [in_scan, in_cond, over_states, over_both, in_a_chain, guarded])
+def test_wherever_a_step_goes(use):
+    assert_close(use(FUSED_OPT), use(PLAIN_OPT), 4 * RECOMPILED)
+
+
+def test_a_chain_steps_as_its_last_member_does():
+    opt = adamjax.chain(adamjax.clip_by_global_norm(0.1), FUSED_OPT)
+    text = jax.jit(opt.step).lower(GRADS, opt.init(PARAMS), PARAMS).as_text()
+    assert text.count(kernels.build().stem) == 2  # parameters above the crossover
+
+
+def test_derivatives_are_those_of_the_plain_step():
+    def loss(rate, params, **kw):
+        opt = adamjax.adamw(rate, weight_decay=0.1, **kw)
+        new, _ = opt.step(GRADS, opt.init(params), params)
+        return sum(jnp.sum(x**2) for x in jax.tree.leaves(new))
+
+    found = jax.jit(jax.value_and_grad(lambda *x: loss(*x, fused=True), argnums=(0, 1)))(0.1, PARAMS)
+    assert_close(found, jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(0.1, PARAMS), 4 * RECOMPILED)
+
+
+def test_in_place_and_compiled_once():
+    advance = jax.jit(by_step(FUSED_OPT), donate_argnums=(0, 1))
+    params, state = jax.tree.map(jnp.copy, (PARAMS, FUSED_OPT.init(PARAMS)))
+    memory = advance.lower(params, state, GRADS).compile().memory_analysis()
+    size = sum(p.nbytes for p in jax.tree.leaves(params))
+    assert memory.temp_size_in_bytes < size / 100
+    assert memory.alias_size_in_bytes >= size
+    for _ in range(3):
+        params, state = advance(params, state, GRADS)
+    assert advance._cache_size() == 1
+
+
+SPECS = {"matrix": P(), "cube": P("data", "model"), "short": P(), "scalar": P()}
+
+
+def place(tree, mesh, specs=SPECS):
+    return {name: jax.device_put(jnp.copy(x), NamedSharding(mesh, specs[name])) for name, x in tree.items()}
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("cube", [P("data", "model"), P(None, ("data", "model")), P("model", None, "data")])
+def test_each_device_steps_its_part(cube, kind):
+    """With the random numbers that those have in the whole."""
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(kind,) * 2)
+    specs = SPECS | {"cube": cube}
+    opt = FORMS["amsgrad"](fused=True, **FORMATS["bfloat16"])
+    with jax.set_mesh(mesh):
+        params = place(PARAMS, mesh, specs)
+        state, grads = opt.init(params), place(GRADS, mesh, specs)
+        where = [x.sharding for x in jax.tree.leaves((params, state))]
+        advance = jax.jit(by_step(opt), donate_argnums=(0, 1))
+        text = advance.lower(params, state, grads).compile().as_text()
+        found = advance(params, state, grads)
+    assert "all-gather" not in text
+    assert "all-to-all" not in text
+    assert [x.sharding.is_equivalent_to(w, x.ndim) for x, w in zip(jax.tree.leaves(found), where, strict=True)]
+    expected = jax.jit(by_step(opt))(PARAMS, opt.init(PARAMS), GRADS)
+    assert_close(jax.device_get(found[0]), expected[0], RECOMPILED)
+    for a, b in zip(jax.tree.leaves(found[1]), jax.tree.leaves(expected[1]), strict=True):
+        assert np.mean(np.asarray(a) != np.asarray(b)) <= FUSED_ROUNDED
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_with_zero1(kind):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
+    everywhere = dict.fromkeys(SHAPES, P())
+    with jax.set_mesh(mesh):
+        params, grads = place(PARAMS, mesh, everywhere), place(GRADS, mesh, everywhere)
+        spread = [sharding.zero1(opt, axis="data") for opt in (FUSED_OPT, PLAIN_OPT)]
+        state = spread[0].init(params)
+        found, expected = (jax.jit(opt.step)(grads, state, params) for opt in spread)
+    assert found[1].inner[0].mu["cube"].sharding.spec[0] == "data"
+    assert_close(jax.device_get(found), jax.device_get(expected), RECOMPILED)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_inside_shard_map(check_vma):
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+    shapes = {"matrix": (256, 256), "short": (6,)}
+    params, grads = numbers(0, shapes=shapes), numbers(1, shapes=shapes)
+    found, expected = (
+        jax.jit(
+            jax.shard_map(
+                lambda g, p, opt=opt: opt.step(g, opt.init(p), p)[0],
+                mesh=mesh,
+                in_specs=P("data"),
+                out_specs=P("data"),
+                check_vma=check_vma,
+            )
+        )(grads, params)
+        for opt in (FUSED_OPT, PLAIN_OPT)
+    )
+    assert_close(found, expected, RECOMPILED)
+
+
+def test_pmap():
+    everywhere = jax.tree.map(lambda x: jnp.stack([x] * 2), (GRADS, PLAIN_OPT.init(PARAMS), PARAMS))
+    found, expected = (jax.pmap(opt.step, devices=jax.devices()[:2])(*everywhere) for opt in (FUSED_OPT, PLAIN_OPT))
+    assert_close(found, expected, RECOMPILED)
+
+
+def test_a_checkpoint_of_one_is_one_of_the_other(tmp_path):
+    pytest.importorskip("orbax.checkpoint")
+    state = PLAIN_OPT.init(PARAMS)
+    checkpoint.save(tmp_path, PLAIN_OPT, PARAMS, state, step=0)
+    assert_equal(checkpoint.restore(tmp_path, FUSED_OPT, PARAMS).state, state)
+
+
+BIG = jnp.ones((128, 128))
+
+
+@pytest.mark.parametrize(
+    ("options", "params", "why"),
+    [
+        ({}, BIG.astype(jnp.complex64), "its parameter is complex64, and the kernel steps float32"),
+        ({"mu_dtype": adamjax.quantized("int8")}, BIG, "its first moment is quantised"),
+        ({"nu_dtype": adamjax.quantized("int4")}, BIG, "its second moment is quantised"),
+    ],
+)
+def test_what_cannot_be_fused(options, params, why):
+    params = {"w": params}
+    opt = adamjax.adam(LR, fused=True, **options)
+    with pytest.raises(ValueError, match=rf"fused=True cannot step params\['w'\]: {why}.* Take fused=False"):
+        opt.step(params, opt.init(params), params)
+    opt, plain = adamjax.adam(LR, fused="auto", **options), adamjax.adam(LR, **options)
+    with pytest.warns(UserWarning, match=rf"fused='auto' leaves params\['w'\] to XLA: {why}"):
+        found = opt.step(params, opt.init(params), params)
+    assert_equal(found, plain.step(params, plain.init(params), params))
+    opt.step(params, opt.init(params), params)  # said once: a second warning would be an error here
+    small = {"w": params["w"][:3]}
+    fused = adamjax.adam(LR, fused=True, **options)
+    assert_equal(fused.step(small, fused.init(small), small), plain.step(small, plain.init(small), small))
+
+
+@pytest.fixture
+def forgetful():
+    """Nothing is remembered of compilers and kernels, before and after."""
+    remembered = (_build.target, _fused._why_not, _fused._say_once)
+    for function in remembered:
+        function.cache_clear()
+    yield
+    for function in remembered:
+        function.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("compiler", "said"),
+    [("/no/compiler", "there is no C\\+\\+ compiler .*apt install"), ("/bin/false", "could not compile the kernel")],
+)
+def test_without_a_compiler(compiler, said, monkeypatch, forgetful, tmp_path):
+    monkeypatch.setenv("CXX", compiler)
+    monkeypatch.setenv("ADAMJAX_CACHE_DIR", str(tmp_path))
+    params = {"w": BIG}
+    opt = adamjax.adam(LR, fused=True)
+    with pytest.raises(ValueError, match=said):
+        opt.step(params, opt.init(params), params)
+    auto = adamjax.adam(LR, fused="auto")
+    with pytest.warns(UserWarning, match=said):
+        found = auto.step(params, auto.init(params), params)
+    assert_equal(found, adamjax.adam(LR).step(params, auto.init(params), params))
+    assert cli.main(["kernels", "build"]) == 2
+
+
+def test_elsewhere_than_on_a_cpu(monkeypatch, forgetful):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    opt = adamjax.adam(LR, fused=True)
+    with pytest.raises(ValueError, match="on gpu there is no kernel"):
+        opt.step({"w": BIG}, opt.init({"w": BIG}), {"w": BIG})
+
+
+def test_a_value_like_the_others():
+    assert FUSED_OPT != PLAIN_OPT
+    assert repr(FUSED_OPT).endswith("ScaleByLearningRate(learning_rate=0.01)), fused=True)")
+    assert FORMS["adamw"](fused=True) == FUSED_OPT
+    assert adamjax.adam(fused=False) == adamjax.adam()
+    for bad in (None, "yes", 2):
+        with pytest.raises((ValueError, TypeError), match="Invalid fused value"):
+            adamjax.adamw(fused=bad)
+
+
+def test_kernels_are_kept(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("ADAMJAX_CACHE_DIR", str(tmp_path))
+    assert kernels.status() == []
+    with ThreadPoolExecutor() as pool:  # as many processes would
+        paths = set(pool.map(lambda _: kernels.build(), range(3)))
+    (path,) = paths
+    made = path.stat().st_mtime_ns
+    assert kernels.status() == [(path, path.stat().st_size, True)]
+    assert list(tmp_path.iterdir()) == [path]
+    assert cli.main(["kernels", "build"]) == 0
+    assert path.stat().st_mtime_ns == made
+    monkeypatch.setattr(_build, "_processor", lambda: "another one")
+    assert [kernel.current for kernel in kernels.status()] == [False]
+    assert cli.main(["kernels", "status"]) == 0
+    assert f"{path}  {path.stat().st_size} bytes" in capsys.readouterr().out
+    assert cli.main(["kernels", "clear"]) == 0
+    assert kernels.status() == []
