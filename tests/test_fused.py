@@ -289,6 +289,19 @@ def test_each_device_steps_its_part(cube, kind):
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_many_states_on_many_devices(kind):
+    """A few on each."""
+    mesh = jax.make_mesh((2,), ("many",), axis_types=(kind,))
+    many = jax.tree.map(lambda x: jnp.stack([x, 2 * x, 3 * x, 4 * x]), (GRADS, PLAIN_OPT.init(PARAMS), PARAMS))
+    with jax.set_mesh(mesh):
+        placed = jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, P("many"))), many)
+        advance = jax.jit(jax.vmap(FUSED_OPT.step))
+        assert "all-gather" not in advance.lower(*placed).compile().as_text()
+        found = advance(*placed)
+    assert_close(jax.device_get(found), jax.vmap(PLAIN_OPT.step)(*many), RECOMPILED)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_with_zero1(kind):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
     everywhere = dict.fromkeys(SHAPES, P())

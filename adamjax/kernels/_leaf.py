@@ -1,12 +1,13 @@
 """The step of one array by the compiled kernel, under all that JAX does to functions."""
 
-from functools import cache, partial
+from collections.abc import Sequence
+from functools import cache, partial, reduce
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -50,19 +51,25 @@ Dithers = tuple[Dither | None, Dither | None]
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def step(form: Form, leaf: Leaf, g: Array, numbers: Numbers, dithers: Dithers) -> Leaf:
+def _step(form: Form, leaf: Leaf, g: Array, numbers: Numbers, dithers: Dithers) -> Leaf:
     """The parameter and its moments after one step: those of `plain_step`, but for the last digits."""
     p, m, v, v_max = leaf
     arrays = [x for x in (p, g, m, v, v_max) if x is not None]
-    seeds = [jnp.zeros(2, jnp.uint32) if d is None else jnp.stack([d.seed, d.turn]) for d in dithers]
-    places = jnp.concatenate([*seeds, jnp.zeros(p.ndim, jnp.uint32)])
-    new = iter(_batched(form, p.shape)(_row(form, numbers), places, *arrays))
+    zero = jnp.uint32(0)
+    places = _row([x for d in dithers for x in (d or (zero, zero))], 4 + p.ndim)
+    scalars = [lax.bitcast_convert_type(jnp.asarray(x, jnp.float32), jnp.uint32) for x in _scalars(form, numbers)]
+    row = lax.bitcast_convert_type(_row(scalars, len(scalars)), jnp.float32)
+    new = iter(_batched(form, p.shape)(row, places, *arrays))
     return next(new), next(new), next(new), None if v_max is None else next(new)
 
 
-@step.defjvp
+@_step.defjvp
 def _step_jvp(form: Form, primals: Any, tangents: Any) -> Any:
     return jax.jvp(partial(plain_step, form), primals, tangents)
+
+
+# A compiled function of its own: traced once per distinct leaf.
+step = jax.jit(_step, static_argnums=0)
 
 
 def plain_step(form: Form, leaf: Leaf, g: Array, numbers: Numbers, dithers: Dithers) -> Leaf:
@@ -77,7 +84,15 @@ def plain_step(form: Form, leaf: Leaf, g: Array, numbers: Numbers, dithers: Dith
     return (wide + update.astype(p.dtype).astype(jnp.float32)).astype(p.dtype), m, v, v_max
 
 
-def _row(form: Form, numbers: Numbers) -> Array:
+def _row(numbers: Sequence[Array], length: int) -> Array:
+    """The first numbers of a row of uint32.
+
+    A sum, and not put beside each other: some may be those of many optimizers, and spread over devices.
+    """
+    return reduce(jnp.add, [x * np.eye(1, length, i, np.uint32)[0] for i, x in enumerate(numbers)])
+
+
+def _scalars(form: Form, numbers: Numbers) -> tuple[Any, ...]:
     """The first operand of the kernel; see `Scalars` there."""
     s = numbers.adam
     one, zero = jnp.float32(1), jnp.float32(0)
@@ -86,7 +101,7 @@ def _row(form: Form, numbers: Numbers) -> Array:
     mean = (s.decay1.keep, s.decay1.a, s.decay1.undo, of_m, of_g)
     square = (s.decay2.keep, s.decay2.a, s.decay2.undo, by_c2, s.eps_root, s.eps)
     rest = (numbers.sign, numbers.coupled, numbers.rate, numbers.decay, kept_by_c2)
-    return jnp.stack([jnp.asarray(x, jnp.float32) for x in (*mean, *square, *rest)])
+    return (*mean, *square, *rest)
 
 
 @cache
@@ -110,15 +125,17 @@ def _placed(form: Form, whole: tuple[int, ...], scalars: Array, places: Array, *
     """The kernel for arrays on many devices, each of which steps what it has."""
     axis_types = set(jax.typeof(arrays[0]).sharding.mesh.axis_types)
     if AxisType.Manual in axis_types or jax.device_count() == 1:
-        return _call(form, arrays[0].shape[len(arrays[0].shape) - len(whole) :], scalars, places, *arrays)
+        return _call(form, arrays[0].shape[arrays[0].ndim - len(whole) :], scalars, places, *arrays)
     if AxisType.Explicit in axis_types:
-        sharding = jax.typeof(arrays[0]).sharding
-        everywhere = PartitionSpec()
-        return jax.shard_map(
-            lambda scalars, places, *parts: _part(form, whole, sharding, scalars, places, *parts),
-            in_specs=(everywhere, everywhere, *[sharding.spec] * len(arrays)),
-            out_specs=[sharding.spec] * (len(arrays) - 1),
-        )(scalars, places, *arrays)
+        spec = jax.typeof(arrays[0]).sharding.spec
+        row, count = _of_row(spec, arrays[0].ndim - len(whole)), len(arrays)
+        part = jax.shard_map(
+            partial(_part, form, whole, spec),
+            in_specs=(row, row, *[spec] * count),
+            out_specs=[spec] * (count - 1),
+        )
+        rows = [jax.sharding.reshard(x, row) for x in (scalars, places)]
+        return part(*rows, *[jax.sharding.reshard(x, spec) for x in arrays])
     return _partitioned(form, whole, len(arrays), arrays[0].ndim)(scalars, places, *arrays)
 
 
@@ -131,9 +148,8 @@ def _partitioned(form: Form, whole: tuple[int, ...], count: int, ndim: int) -> A
     def partition(mesh: Any, shapes: Any, results: Any) -> Any:
         # As the first moment is: its parts are what a device keeps.
         of_m = results[1].sharding
-        rows = [NamedSharding(of_m.mesh, PartitionSpec(*_padded(of_m.spec, ndim)[: ndim - len(whole)]))] * 2
-        part = partial(_part, form, whole, of_m)
-        return mesh, part, [of_m] * (count - 1), (*rows, *[of_m] * count)
+        row = NamedSharding(of_m.mesh, _of_row(of_m.spec, ndim - len(whole)))
+        return mesh, partial(_part, form, whole, of_m.spec), [of_m] * (count - 1), (row, row, *[of_m] * count)
 
     batch = [f"b{i}" for i in range(ndim - len(whole))]
     array = " ".join([*batch, *(f"i{i}" for i in range(len(whole)))])
@@ -146,15 +162,16 @@ def _partitioned(form: Form, whole: tuple[int, ...], count: int, ndim: int) -> A
     return call
 
 
-def _padded(spec: PartitionSpec, ndim: int) -> list[Any]:
-    return [*spec, *[None] * (ndim - len(spec))]
+def _of_row(spec: PartitionSpec, batch: int) -> PartitionSpec:
+    """How scalars are sharded, of which there is a row for each of many arrays."""
+    return PartitionSpec(*spec[:batch])
 
 
-def _part(form: Form, whole: tuple[int, ...], sharding: Any, scalars: Array, places: Array, *parts: Array) -> Any:
+def _part(form: Form, whole: tuple[int, ...], spec: PartitionSpec, scalars: Array, places: Array, *parts: Array) -> Any:
     """The kernel for what this device has of the arrays."""
-    axes = parts[0].ndim - len(whole)
-    names, sizes = _padded(sharding.spec, parts[0].ndim)[axes:], parts[0].shape[axes:]
-    indices = [jnp.zeros((), jnp.int32) if name is None else jax.lax.axis_index(name) for name in names]
+    ndim, batch = parts[0].ndim, parts[0].ndim - len(whole)
+    names, sizes = [*spec, *[None] * (ndim - len(spec))][batch:], parts[0].shape[batch:]
+    indices = [jnp.zeros((), jnp.int32) if name is None else lax.axis_index(name) for name in names]
     offsets = jnp.stack([i.astype(jnp.uint32) * np.uint32(size) for i, size in zip(indices, sizes, strict=True)])
     places = places.at[..., -len(whole) :].set(offsets)
     return _call(form, whole, scalars, places, *parts)

@@ -120,8 +120,7 @@ uint32_t Hash(uint32_t x) {
 
 // One of the two neighbours, on average the number itself. `first` is the index of the first number.
 template <class T, bool kPositive>
-void StoreByUnits(int64_t n, const float* __restrict__ x, void* to, uint32_t first, uint32_t seed,
-                         uint32_t turn) {
+void StoreByUnits(int64_t n, const float* __restrict__ x, void* to, uint32_t first, uint32_t seed, uint32_t turn) {
   T* out = static_cast<T*>(to);
   for (int64_t i = 0; i < n; ++i) {
     float y = Saturated<T>(x[i]);
@@ -266,19 +265,14 @@ struct Array {
   const char* in = nullptr;
   char* out = nullptr;
 
-  // The tile at `at` as float32, in `buffer` if it is not that where it is.
+  // The tile at `at` as float32: in `buffer`, or where it is, which is also where it is to be left.
   float* Bring(int64_t at, int64_t n, float* buffer) const {
-    if (out == nullptr) {
-      if (format.load == nullptr) return reinterpret_cast<float*>(const_cast<char*>(in)) + at;
-      format.load(n, in + at * format.bytes, buffer);
-      return buffer;
-    }
     if (format.load != nullptr) {
       format.load(n, in + at * format.bytes, buffer);
       return buffer;
     }
-    if (in != out) std::memcpy(out + at * 4, in + at * 4, n * 4);
-    return reinterpret_cast<float*>(out) + at;
+    if (out != nullptr && out != in) std::memcpy(out + at * 4, in + at * 4, n * 4);
+    return reinterpret_cast<float*>(out != nullptr ? out : const_cast<char*>(in)) + at;
   }
 
   void Prefetch(int64_t at, int64_t n) const {
@@ -289,15 +283,15 @@ struct Array {
   }
 };
 
-// The index of numbers in the whole array, of which a device may have a part.
+// Where numbers are in the whole array, of which a device may have a part: their random numbers depend on it.
 struct Place {
   std::vector<int64_t> shape, whole;
   const uint32_t* offsets;
-  bool is_whole;
+  bool is_one_run;
 
-  // Of the first number of a run along the last axis, and how long that is.
+  // The index of a number, and how many come that follow it there.
   uint32_t Index(int64_t at, int64_t* run) const {
-    if (is_whole) {
+    if (is_one_run) {
       *run = INT64_MAX;
       return static_cast<uint32_t>(at);
     }
@@ -422,7 +416,8 @@ ffi::Error Impl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> scalars, ffi::Buffer
   auto shape = arrays.get<ffi::AnyBuffer>(0)->dimensions();
   job.place.shape.assign(shape.end() - axes, shape.end());
   job.place.whole.assign(whole.begin(), whole.end());
-  job.place.is_whole = job.place.shape == job.place.whole;
+  bool rounds = job.m.format.load != nullptr || job.v.format.load != nullptr;
+  job.place.is_one_run = !rounds || job.place.shape == job.place.whole;
   int64_t row = size / batch, tasks = (row + kTask - 1) / kTask;
   const float* all_scalars = scalars.typed_data();
   const uint32_t* all_dithers = dithers.typed_data();
