@@ -13,6 +13,7 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <type_traits>
 #include <vector>
 
 #if defined(__SSE__)
@@ -136,11 +137,6 @@ void StoreByUnits(int64_t n, const float* __restrict__ x, void* to, uint32_t fir
   }
 }
 
-template <class T, bool kPositive>
-void StoreStochastically(int64_t n, const float* x, void* to, uint32_t first, uint32_t seed, uint32_t turn) {
-  StoreByUnits<T, kPositive>(n, x, to, first, seed, turn);
-}
-
 // The same by the bits: what is cut off is added to the random number, and the carry rounds up.
 void StoreBits(int64_t n, const float* __restrict__ x, uint16_t* __restrict__ out, uint32_t first, uint32_t seed,
                uint32_t turn) {
@@ -160,18 +156,12 @@ bool AnySmall(int64_t n, const float* x) {
   return any;
 }
 
-template <>
-void StoreStochastically<BFloat16, false>(int64_t n, const float* x, void* to, uint32_t first, uint32_t seed,
-                                          uint32_t turn) {
-  if (AnySmall(n, x)) return StoreByUnits<BFloat16, false>(n, x, to, first, seed, turn);
-  StoreBits(n, x, static_cast<uint16_t*>(to), first, seed, turn);
-}
-
-template <>
-void StoreStochastically<BFloat16, true>(int64_t n, const float* x, void* to, uint32_t first, uint32_t seed,
-                                         uint32_t turn) {
-  if (AnySmall(n, x)) return StoreByUnits<BFloat16, true>(n, x, to, first, seed, turn);
-  StoreBits(n, x, static_cast<uint16_t*>(to), first, seed, turn);
+template <class T, bool kPositive>
+void StoreStochastically(int64_t n, const float* x, void* to, uint32_t first, uint32_t seed, uint32_t turn) {
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    if (!AnySmall(n, x)) return StoreBits(n, x, static_cast<uint16_t*>(to), first, seed, turn);
+  }
+  StoreByUnits<T, kPositive>(n, x, to, first, seed, turn);
 }
 
 template <class T>
@@ -416,7 +406,7 @@ ffi::Error Impl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> scalars, ffi::Buffer
   auto shape = arrays.get<ffi::AnyBuffer>(0)->dimensions();
   job.place.shape.assign(shape.end() - axes, shape.end());
   job.place.whole.assign(whole.begin(), whole.end());
-  bool rounds = job.m.format.load != nullptr || job.v.format.load != nullptr;
+  bool rounds = job.m.format.signed_ != nullptr || job.v.format.decaying != nullptr;
   job.place.is_one_run = !rounds || job.place.shape == job.place.whole;
   int64_t row = size / batch, tasks = (row + kTask - 1) / kTask;
   const float* all_scalars = scalars.typed_data();
