@@ -112,10 +112,16 @@ class Moments(Transformation):
                 continue
             storage.check(m, v, v_max)
             dtype = _trees.real_dtype(_trees.compute_dtype(_trees.dtype_of(g), m.dtype, v.dtype))
-            dithers = tuple(dither(count, 2 * i + j) if storage.is_rounded(x) else None for j, x in enumerate((m, v)))
+            dithers = dithers_of(count, i, m, v)
             steps.append(step_leaf(g, m, v, v_max, scalars(dtype), dithers, rule=rule, options=options))
         direction, mu, nu, nu_max = _trees.unflatten(structure, steps, 4)
         return direction, AdamState(count, mu, nu, nu_max if self.keeps_maximum else None)
+
+
+def dithers_of(count: Array, number: int, m: Any, v: Any) -> tuple[Dither | None, Dither | None]:
+    """By what the moments of parameter `number` are rounded at step `count`; None where they are not."""
+    first, second = (dither(count, 2 * number + j) if storage.is_rounded(x) else None for j, x in enumerate((m, v)))
+    return first, second
 
 
 # A compiled function of its own: a tree of a thousand leaves is traced once per distinct leaf.

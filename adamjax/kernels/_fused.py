@@ -10,13 +10,12 @@ from jax import Array
 
 from adamjax import _checks, _trees
 from adamjax._base import Chain
-from adamjax._moments import AdamState
-from adamjax._stochastic import dither
-from adamjax._transforms import AddDecayedWeights, Objective, ScaleByLearningRate, mask_tree
+from adamjax._moments import AdamState, dithers_of
+from adamjax._transforms import Objective, ScaleByLearningRate, mask_tree
 from adamjax._trees import PyTree
 from adamjax._value import static_field, value
 from adamjax.kernels import _build, _leaf
-from adamjax.storage import QuantizedArray, is_rounded
+from adamjax.storage import QuantizedArray
 
 # Of arrays with fewer elements, XLA's step is as fast: a call has its price.
 CROSSOVER = 16384
@@ -49,10 +48,6 @@ class Fused(Chain):
     # To a checkpoint: the state is the same.
     described_as = "Chain"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _checks.choice("fused", self.mode, (False, True, "auto"))
-
     def __repr__(self) -> str:
         return f"{super().__repr__()[:-1]}, fused={self.mode!r})"
 
@@ -74,11 +69,10 @@ class Fused(Chain):
         count, *new = new_state[0]
         numbers_of = cache(partial(self._numbers, state, count))
         _, stepped = _trees.flatten(grads, new_params, *new)
-        for i, (g, p, m, v, v_max, *decays) in enumerate(rows):
+        for i, (g, p, m, v, v_max, *masks) in enumerate(rows):
             if taken[i]:
-                form, numbers = numbers_of(tuple(x is not False for x in decays))
-                dithers = tuple(dither(count, 2 * i + j) if is_rounded(x) else None for j, x in enumerate((m, v)))
-                stepped[i] = (g, *_leaf.step(form, (p, m, v, v_max), g, numbers, dithers))
+                form, numbers = numbers_of(tuple(mask is not False for mask in masks))
+                stepped[i] = (g, *_leaf.step(form, (p, m, v, v_max), g, numbers, dithers_of(count, i, m, v)))
         _, new_params, mu, nu, nu_max = _trees.unflatten(structure, stepped, 5)
         return new_params, (AdamState(count, mu, nu, None if moments.nu_max is None else nu_max), *new_state[1:])
 
@@ -89,37 +83,31 @@ class Fused(Chain):
         return first.inner if isinstance(first, Objective) else first
 
     def _masks(self, params: PyTree) -> list[PyTree]:
-        """For each member that decays, what of the parameters it takes; None for all."""
-        return [
-            None if t.mask is None else mask_tree(t.mask, params)
-            for t in self.transforms
-            if isinstance(t, (Objective, AddDecayedWeights))
-        ]
+        """For each member, which parameters it takes; None for all."""
+        masks = [getattr(transform, "mask", None) for transform in self.transforms]
+        return [None if mask is None else mask_tree(mask, params) for mask in masks]
 
-    def _numbers(self, state: PyTree, count: Array, decays: tuple[bool, ...]) -> tuple[_leaf.Form, _leaf.Numbers]:
-        """The form and the numbers of this step, for parameters that so many of the decaying members take."""
+    def _numbers(self, state: PyTree, count: Array, takes: tuple[bool, ...]) -> tuple[_leaf.Form, _leaf.Numbers]:
+        """The form and the numbers of this step, for the parameters that these members take."""
         scalar = partial(_checks.scalar, dtype=jnp.dtype(jnp.float32))
-        takes = iter(decays)
         first = self.transforms[0]
         sign, coupled, is_coupled = 1.0, jnp.float32(0), False
         if isinstance(first, Objective):
-            sign, weight_decay, is_coupled = -1.0 if first.maximize else 1.0, first.weight_decay, next(takes)
+            sign, weight_decay, is_coupled = -1.0 if first.maximize else 1.0, first.weight_decay, takes[0]
             if callable(weight_decay):
                 weight_decay = weight_decay(state[0].count)
             coupled = scalar("weight_decay", weight_decay)
-        after = list(takes)
-        takes = iter(after)
-        rate, decay = jnp.float32(1), jnp.float32(0)
+        rate, decay, decays = jnp.float32(1), jnp.float32(0), False
         transform: Any
-        for transform, part in zip(self.transforms[1:], state[1:], strict=True):
+        for transform, part, takes_it in zip(self.transforms[1:], state[1:], takes[1:], strict=True):
             number, _ = transform._advance(part)
             factor = -1 if transform.flip_sign else 1
             if isinstance(transform, ScaleByLearningRate):
                 by = factor * scalar("learning_rate", number)
                 rate, decay = rate * by, decay * by
-            elif next(takes):
-                decay += factor * scalar("weight_decay", number)
-        form = _leaf.Form(self._adam.nesterov, self._adam.amsgrad, is_coupled, any(after))
+            elif takes_it:
+                decay, decays = decay + factor * scalar("weight_decay", number), True
+        form = _leaf.Form(self._adam.nesterov, self._adam.amsgrad, is_coupled, decays)
         numbers = (self._adam._scalars(count.astype(jnp.float32)), jnp.float32(sign), coupled, rate, decay)
         return form, _leaf.Numbers(*numbers)
 
@@ -127,12 +115,8 @@ class Fused(Chain):
         """Whether the kernel steps a parameter, or XLA does."""
         if g is None or p.size < CROSSOVER:
             return False
-        why = _why_not()
-        for name, x in (("parameter", p), ("gradient", g), ("first moment", m), ("second moment", v)):
-            if isinstance(x, QuantizedArray):
-                why = why or f"its {name} is quantised"
-            elif _trees.dtype_of(x).name not in _DTYPES:
-                why = why or f"its {name} is {_trees.dtype_of(x).name}, and the kernel steps {', '.join(_DTYPES)}"
+        named = (("parameter", p), ("gradient", g), ("first moment", m), ("second moment", v))
+        why = next((said for name, x in named if (said := _why_not_of(name, x)) is not None), None) or _why_not()
         if why is None:
             return True
         if self.mode is True:
@@ -142,6 +126,14 @@ class Fused(Chain):
             )
         _say_once(f"fused='auto' leaves params{jax.tree_util.keystr(path)} to XLA: {why}")
         return False
+
+
+def _why_not_of(name: str, x: Any) -> str | None:
+    """Why the kernel cannot take an array, if it cannot."""
+    if isinstance(x, QuantizedArray):
+        return f"its {name} is quantised"
+    dtype = _trees.dtype_of(x).name
+    return None if dtype in _DTYPES else f"its {name} is {dtype}, and the kernel steps {', '.join(_DTYPES)}"
 
 
 @cache
