@@ -65,6 +65,11 @@ def gradients(shape, steps, seed=0, dtype=np.float32):
     return [draw().astype(dtype) for _ in range(steps)]
 
 
+def make_mesh(kind, shape=(8,), names=("data",)):
+    """Of the first devices, with axes of one kind."""
+    return jax.make_mesh(shape, names, axis_types=(kind,) * len(names))
+
+
 def free_port():
     """One of this machine that nobody listens on."""
     with socket.socket() as found:

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 from bowl import BOWL
-from helpers import assert_close, assert_equal, free_port
+from helpers import assert_close, assert_equal, free_port, make_mesh
 from jax.sharding import AxisType
 from kill_and_resume import Train
 from tolerances import PROCESSES, RECOMPILED
@@ -123,7 +123,7 @@ def test_what_one_refuses_ends_all(tmp_path):
     assert not (tmp_path / "config.json").exists()
 
 
-MESH = jax.make_mesh((4, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
+MESH = make_mesh(AxisType.Auto, (4, 2), ("a", "b"))
 
 
 def losses(*arguments, **options):
@@ -151,7 +151,7 @@ def test_train_on_a_mesh(spread):
 
 
 def test_a_run_on_a_mesh_goes_on():
-    mesh = jax.make_mesh((4,), ("a",), axis_types=(AxisType.Auto,))
+    mesh = make_mesh(AxisType.Auto, (4,), ("a",))
     opt = sharding.zero1(adamjax.adamw(1e-2), axis="a", mesh=mesh)
     _, whole = losses(BOWL, opt, mesh=mesh, diagnose=True)
     *_, half = training.train(BOWL, opt, steps=15, mesh=mesh)
@@ -164,7 +164,7 @@ def test_a_run_on_a_mesh_goes_on():
     [
         (BOWL, MESH, ValueError, r"batch has shape \(4,\), and 8 devices cannot share 4 rows equally: choose a batch"),
         (problems.digits(batch_size=6), MESH, ValueError, r"batch\[0\] has shape \(6, 64\), and 8 devices"),
-        (BOWL, jax.make_mesh((8,), ("a",), axis_types=(AxisType.Explicit,)), TypeError, "with axes in Auto mode"),
+        (BOWL, make_mesh(AxisType.Explicit), TypeError, "with axes in Auto mode"),
         (BOWL, "data", TypeError, "Invalid mesh value: 'data'"),
     ],
 )

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_close, assert_equal, by_step
+from helpers import assert_close, assert_equal, by_step, make_mesh
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from tolerances import FUSED, FUSED_ROUNDED, RECOMPILED
@@ -269,7 +269,7 @@ def place(tree, mesh, specs=SPECS):
 @pytest.mark.parametrize("cube", [P("data", "model"), P(None, ("data", "model")), P("model", None, "data")])
 def test_each_device_steps_its_part(cube, kind):
     """With the random numbers that those have in the whole."""
-    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(kind,) * 2)
+    mesh = make_mesh(kind, (2, 4), ("data", "model"))
     specs = SPECS | {"cube": cube}
     opt = FORMS["amsgrad"](fused=True, **FORMATS["bfloat16"])
     with jax.set_mesh(mesh):
@@ -291,7 +291,7 @@ def test_each_device_steps_its_part(cube, kind):
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_many_states_on_many_devices(kind):
     """A few on each."""
-    mesh = jax.make_mesh((2,), ("many",), axis_types=(kind,))
+    mesh = make_mesh(kind, (2,), ("many",))
     many = jax.tree.map(lambda x: jnp.stack([x, 2 * x, 3 * x, 4 * x]), (GRADS, PLAIN_OPT.init(PARAMS), PARAMS))
     with jax.set_mesh(mesh):
         placed = jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, P("many"))), many)
@@ -303,7 +303,7 @@ def test_many_states_on_many_devices(kind):
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_with_zero1(kind):
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
+    mesh = make_mesh(kind)
     everywhere = dict.fromkeys(SHAPES, P())
     with jax.set_mesh(mesh):
         params, grads = place(PARAMS, mesh, everywhere), place(GRADS, mesh, everywhere)
@@ -316,7 +316,7 @@ def test_with_zero1(kind):
 
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_inside_shard_map(check_vma):
-    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+    mesh = make_mesh(AxisType.Auto, (2,))
     shapes = {"matrix": (256, 256), "short": (6,)}
     params, grads = numbers(0, shapes=shapes), numbers(1, shapes=shapes)
     found, expected = (

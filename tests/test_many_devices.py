@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_close, assert_equal
+from helpers import assert_close, assert_equal, make_mesh
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from tolerances import RECOMPILED
@@ -29,10 +29,6 @@ STEPS = 5
 ROWS = 16
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pmap.*:DeprecationWarning")
-
-
-def make_mesh(kind, shape=(8,), names=("data",)):
-    return jax.make_mesh(shape, names, axis_types=(kind,) * len(names))
 
 
 def place(tree, mesh, specs=None):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import assert_close, assert_equal, by_step, by_update
+from helpers import assert_close, assert_equal, by_step, by_update, make_mesh
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from specs import STORED
@@ -22,10 +22,6 @@ LR = 1e-2
 SHAPES = {"kernel": (16, 24), "rows": (5, 64), "bias": (3,), "scale": ()}  # by the first axis, the second, not at all
 WHOLE = P()
 SPLIT = {"kernel": P("data"), "rows": P(None, "data"), "bias": P(), "scale": P()}
-
-
-def make_mesh(kind, shape=(8,), names=("data",)):
-    return jax.make_mesh(shape, names, axis_types=(kind,) * len(names))
 
 
 def some_params(mesh, dtype="float32", specs=None, shapes=SHAPES, seed=0):
