@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
@@ -13,7 +12,7 @@ from adamjax.cli._flags import HYPERPARAMETERS as HYPERPARAMETERS
 from adamjax.cli._flags import OPTIMIZERS as OPTIMIZERS
 from adamjax.cli._flags import PROBLEMS as PROBLEMS
 from adamjax.cli._flags import SCHEDULES as SCHEDULES
-from adamjax.cli._flags import CommandError
+from adamjax.cli._flags import CommandError, flag
 
 COMMANDS = {
     "train": _train.run,
@@ -34,8 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = _parse(arguments)
         return int(COMMANDS[options.pop("command")](options))
     except CommandError as error:
-        print(f"adamjax: error: {error}", file=sys.stderr)
-        return 2
+        return error.report()
 
 
 def _parse(arguments: Sequence[str] | None) -> dict[str, Any]:
@@ -70,9 +68,9 @@ def _refuse_changes(options: dict[str, Any], train: argparse.ArgumentParser) -> 
     for name, here in options.items():
         before = train.get_default(name)
         if name not in ("command", "resume", "checkpoint_every", *PLACE) and here != before:
-            flag, config = "--" + name.replace("_", "-"), options["resume"] / "config.json"
+            written, config = flag(name), options["resume"] / "config.json"
             was = "not given" if before == argparse.SUPPRESS else before
             raise CommandError(
-                f"{flag} was {was}, here it is {here}: a run that is resumed goes on as it began; "
-                f"for another one, train --config {config} {flag} {here}"
+                f"{written} was {was}, here it is {here}: a run that is resumed goes on as it began; "
+                f"for another one, train --config {config} {written} {here}"
             )

@@ -15,7 +15,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh
 
 from adamjax import _checks
-from adamjax.cli._flags import CommandError, Flags
+from adamjax.cli._flags import CommandError, Flags, flag
 
 # Where a run is, and not what: another place gives the same result.
 PLACE: Flags = {
@@ -91,7 +91,7 @@ def joined(options: dict[str, Any]) -> Iterator[Group]:
     if not options.get("distributed"):
         for name in PLACE:
             if name in options:
-                raise CommandError(f"--{name.replace('_', '-')} is for --distributed, which was not given")
+                raise CommandError(f"{flag(name)} is for --distributed, which was not given")
         yield Group()
         return
     _join(options.get("coordinator"), options.get("processes"), options.get("process_id"))
@@ -103,12 +103,13 @@ def joined(options: dict[str, Any]) -> Iterator[Group]:
             raise
         # To leave in good order, it would wait for the others, and these for it.
         if isinstance(error, CommandError):
-            print(f"adamjax: error: {error}", file=sys.stderr)
+            code = error.report()
         else:
             traceback.print_exc()
+            code = 1
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(2 if isinstance(error, CommandError) else 1)
+        os._exit(code)
 
 
 def _join(coordinator: str | None, processes: int | None, process_id: int | None) -> None:

@@ -58,11 +58,21 @@ PROBLEM_OPTIONS: Flags = {
 class CommandError(Exception):
     """What was asked for cannot be done; the message says why, and what to do."""
 
+    def report(self) -> int:
+        """Say so, and return the exit code."""
+        print(f"adamjax: error: {self}", file=sys.stderr)
+        return 2
+
+
+def flag(name: str) -> str:
+    """As it is written on the command line."""
+    return "--" + name.replace("_", "-")
+
 
 def add_flags(group: Any, flags: Flags) -> None:
     """Give a parser, or a group of its flags, all of `flags`."""
     for name, keywords in flags.items():
-        group.add_argument(f"--{name.replace('_', '-')}", **keywords)
+        group.add_argument(flag(name), **keywords)
 
 
 def schedule_options(options: dict[str, Any]) -> dict[str, Any]:
@@ -114,7 +124,7 @@ def accepted(make: Callable[..., Any], options: dict[str, Any], flags: Flags, wh
     given = {name: options[name] for name in flags if name in options}
     for name in given:
         if name not in inspect.signature(make).parameters:
-            raise CommandError(f"--{name.replace('_', '-')} means nothing to {who}: leave it out")
+            raise CommandError(f"{flag(name)} means nothing to {who}: leave it out")
     return given
 
 
