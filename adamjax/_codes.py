@@ -31,15 +31,22 @@ class Code(NamedTuple):
     least: int = 0  # what a number greater than 0 may become
     zero: int = 0  # what 0 becomes
 
+    @property
+    def units(self) -> float:
+        """What the largest q stands for; a scale over this is the unit in which the others are counted."""
+        return float(self.levels**self.power)
+
     def magnitude(self, q: Array) -> Array:
-        """What q stands for, as a part of the scale: (q / levels) ** power."""
-        root = q / self.levels
-        return root * root if self.power == 2 else (root * root) * (root * root)
+        """What q stands for, in units: q ** power."""
+        return q * q if self.power == 2 else (q * q) * (q * q)
+
+    def width(self, q: Array) -> Array:
+        """From q to q + 1, in units."""
+        return 2 * q + 1 if self.power == 2 else ((4 * q + 6) * q + 4) * q + 1
 
     def below(self, y: Array) -> Array:
-        """The largest q that stands for `y` or less; off by one where y is that of a q, or nearly."""
-        root = jnp.sqrt(y) if self.power == 2 else jnp.sqrt(jnp.sqrt(y))
-        return jnp.floor(root * self.levels)
+        """The largest q that stands for `y` units or less; off by one where y is that of a q, or nearly."""
+        return jnp.floor(jnp.sqrt(y) if self.power == 2 else jnp.sqrt(jnp.sqrt(y)))
 
 
 # A first moment that decodes to 0 is a step of 0; a second one that does would be a division by 0.
@@ -118,18 +125,21 @@ class QuantizedArray:
         """The array in float32."""
         q = self._integers()
         y = jnp.copysign(self._code.magnitude(jnp.abs(q)), q)
-        return y * _spread(self.scales, self.block_size, y)
+        return y * self._units_like(y)
 
     def spacing(self) -> Array:
         """How far apart the numbers around each are, in float32: the mean of both sides."""
         q = jnp.abs(self._integers())
         below = jnp.maximum(q - 1, 0.0)
         y = (self._code.magnitude(q + 1) - self._code.magnitude(below)) / (q + 1 - below)
-        return y * _spread(self.scales, self.block_size, y)
+        return y * self._units_like(y)
 
     @property
     def _code(self) -> Code:
         return _CODES[self.bits, self.signed]
+
+    def _units_like(self, y: Array) -> Array:
+        return _spread(self.scales / self._code.units, self.block_size, y)
 
     def _integers(self) -> Array:
         return _unpack(self.codes, self.size, self.signed) if self.bits == 4 else self.codes.astype(jnp.float32)
@@ -164,18 +174,19 @@ def encode(x: Array, bits: int, signed: bool, block_size: int, dither: Dither | 
     each step would move all numbers of its block, and rounding to nearest would not move them back.
     """
     code, size = _CODES[bits, signed], x.shape[-1]
-    scales = jnp.max(_runs(jnp.abs(x), block_size), axis=-1)
-    if not signed:
-        # Where the smallest code would be flushed to 0.
-        least = np.float32(jnp.finfo(jnp.float32).tiny * code.levels**code.power)
-        scales = jnp.where(scales > 0, jnp.maximum(scales, least), scales)
+    # By their bits: of a block, what is no number is the largest, and all of it is none from then on. (A maximum of
+    # floats is free to leave it out, and a conversion to integers would make it 0.)
+    magnitudes = jax.lax.bitcast_convert_type(jnp.abs(x), jnp.int32)
+    scales = jax.lax.bitcast_convert_type(jnp.max(_runs(magnitudes, block_size), axis=-1), jnp.float32)
+    # A unit below the smallest normal number would be flushed to 0.
+    least = np.float32(jnp.finfo(jnp.float32).tiny * code.units)
+    scales = jnp.where(scales > 0, jnp.maximum(scales, least), scales)
     if dither is None:
         scales = jnp.where(jnp.isfinite(scales), _power_of_two_above(scales), scales)
     s = _spread(scales, block_size, x)
-    y = jnp.where(s == 0, 0.0, jnp.abs(x) / jnp.where(s == 0, 1.0, s))
+    y = jnp.where(s == 0, 0.0, jnp.abs(x) * (code.units / jnp.where(s == 0, 1.0, s)))
     q = code.below(y)
-    low, high = code.magnitude(q), code.magnitude(q + 1)
-    up = (y - low) / (high - low) > (0.5 if dither is None else _stochastic.uniform(x, dither))
+    up = y - code.magnitude(q) > code.width(q) * (0.5 if dither is None else _stochastic.uniform(x, dither))
     q = jnp.clip(q + up.astype(jnp.float32), float(code.least), float(code.levels))
     q = jnp.copysign(jnp.where(x == 0, float(code.zero), q), x)
     codes = _pack(q, signed) if bits == 4 else q.astype(jnp.int8 if signed else jnp.uint8)
@@ -196,14 +207,14 @@ def abstract(x: jax.ShapeDtypeStruct, bits: int, signed: bool, block_size: int) 
 
     def placed(part: Any, unit: int) -> jax.ShapeDtypeStruct:
         sharding = x.sharding
-        if isinstance(sharding, NamedSharding) and not _is_divisible(x.shape, sharding, unit):
-            sharding = _whole(sharding)
+        if isinstance(sharding, NamedSharding) and not is_divisible(x.shape, sharding, unit):
+            sharding = whole(sharding)
         return jax.ShapeDtypeStruct(part.shape, part.dtype, sharding=sharding)
 
     return replace(made, codes=placed(made.codes, 8 // bits), scales=placed(made.scales, block_size))
 
 
-def _is_divisible(shape: tuple[int, ...], sharding: NamedSharding, unit: int) -> bool:
+def is_divisible(shape: tuple[int, ...], sharding: NamedSharding, unit: int) -> bool:
     """Whether each device holds whole runs of `unit` along the last axis."""
     spec = sharding.spec
     if len(spec) < len(shape) or spec[-1] is None:
@@ -212,7 +223,7 @@ def _is_divisible(shape: tuple[int, ...], sharding: NamedSharding, unit: int) ->
     return shape[-1] % (unit * math.prod(sharding.mesh.shape[name] for name in names)) == 0
 
 
-def _whole(sharding: NamedSharding) -> NamedSharding:
+def whole(sharding: NamedSharding) -> NamedSharding:
     """`sharding`, with the last axis in one piece."""
     return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[:-1], None))
 
@@ -220,8 +231,8 @@ def _whole(sharding: NamedSharding) -> NamedSharding:
 def _runs(x: Array, length: int) -> Array:
     """The last axis as runs of `length`, with zeros after its end."""
     # Where shardings are part of the types, and only there, the compiler does not see to this.
-    if not _is_divisible(x.shape, jax.typeof(x).sharding, length):
-        x = jax.sharding.reshard(x, _whole(jax.typeof(x).sharding))
+    if not is_divisible(x.shape, jax.typeof(x).sharding, length):
+        x = jax.sharding.reshard(x, whole(jax.typeof(x).sharding))
     count = -(-x.shape[-1] // length)
     if missing := count * length - x.shape[-1]:
         x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)])

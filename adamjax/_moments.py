@@ -120,8 +120,8 @@ class Moments(Transformation):
 
 def dithers_of(count: Array, number: int, m: Any, v: Any) -> tuple[Dither | None, Dither | None]:
     """By what the moments of parameter `number` are rounded at step `count`; None where they are not."""
-    first, second = (dither(count, 2 * number + j) if storage.is_rounded(x) else None for j, x in enumerate((m, v)))
-    return first, second
+    both = dither(count, number)
+    return both if storage.is_rounded(m) else None, both.other() if storage.is_rounded(v) else None
 
 
 # A compiled function of its own: a tree of a thousand leaves is traced once per distinct leaf.

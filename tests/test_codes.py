@@ -114,7 +114,7 @@ def test_zeros(bits, signed):
     x = np.zeros((1, 32), np.float32)
     x[0, 3] = 5
     found = decoded(x, bits, signed)[0, 0]
-    assert found[3] == 5
+    np.testing.assert_array_max_ulp(np.float32(found[3]), np.float32(5), 1)  # 255**4 units are
     # Sixteen codes of a second moment have none to spare for 0.
     assert np.all(np.delete(found, 3) == (5 / 65536 if (bits, signed) == (4, False) else 0))
 
@@ -186,3 +186,16 @@ def test_directions_from_real_moments(captured, name):
     assert np.linalg.norm(error) / np.linalg.norm(exact) <= bounds.norm
     assert not np.any((np.abs(found) > 3 * np.abs(exact)) & (np.abs(found) > bounds.outlier))
     assert abs(found @ exact / (exact @ exact) - 1) <= bounds.bias
+
+
+@kinds
+@pytest.mark.parametrize("others", [0.0, 1.0, np.inf])
+def test_what_is_no_number_is_in_the_scale(bits, signed, others):
+    """Of its block alone; whatever else is compiled with it."""
+    x = np.full((1, 64), 1.0, np.float32)
+    x[0, :32] = others
+    x[0, 3] = np.nan
+    update = jax.jit(lambda x: encode(0.5 * x + 0.5, bits, signed, 32, Dither(jnp.uint32(0), jnp.uint32(0))))
+    scales = update(x).scales
+    assert np.isnan(scales[0, 0])
+    assert scales[0, 1] == 1

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from adamjax import _checks, _trees
+from adamjax import _checks, _trees, storage
 from adamjax._base import Chain
 from adamjax._moments import AdamState, dithers_of
 from adamjax._transforms import Objective, ScaleByLearningRate, mask_tree
@@ -20,6 +20,8 @@ from adamjax.storage import QuantizedArray
 # Of arrays with fewer elements, XLA's step is as fast: a call has its price.
 CROSSOVER = 16384
 
+# As in adam.cc.
+_TILE = 256
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -33,7 +35,7 @@ class Fused(Chain):
     (donate parameters and state, and nothing is copied), `jax.lax.scan`, `jax.vmap` over states or
     hyperparameters, with arrays on many devices, each of which steps its part, and inside `jax.shard_map`.
     Derivatives are those of XLA's step. What it steps are parameters of 16384 elements and more; XLA steps smaller
-    ones as fast. Parameters, gradients and moments may be float32, bfloat16 or float16.
+    ones as fast. Parameters, gradients and moments may be float32, bfloat16 or float16, and moments quantised.
 
     A function with such a step in it can be exported by `jax.export` only if its check for custom calls is
     disabled, and then runs only where the same kernel is loaded.
@@ -71,6 +73,7 @@ class Fused(Chain):
         _, stepped = _trees.flatten(grads, new_params, *new)
         for i, (g, p, m, v, v_max, *masks) in enumerate(rows):
             if taken[i]:
+                storage.check(m, v, v_max)
                 form, numbers = numbers_of(tuple(mask is not False for mask in masks))
                 stepped[i] = (g, *_leaf.step(form, (p, m, v, v_max), g, numbers, dithers_of(count, i, m, v)))
         _, new_params, mu, nu, nu_max = _trees.unflatten(structure, stepped, 5)
@@ -131,7 +134,13 @@ class Fused(Chain):
 def _why_not_of(name: str, x: Any) -> str | None:
     """Why the kernel cannot take an array, if it cannot."""
     if isinstance(x, QuantizedArray):
-        return f"its {name} is quantised"
+        return (
+            None
+            if _TILE % x.block_size == 0
+            else (
+                f"its {name} is quantised in blocks of {x.block_size}, and the kernel steps {_TILE} numbers at a time"
+            )
+        )
     dtype = _trees.dtype_of(x).name
     return None if dtype in _DTYPES else f"its {name} is {dtype}, and the kernel steps {', '.join(_DTYPES)}"
 

@@ -1,5 +1,6 @@
 """The step of one array by the compiled kernel, under all that JAX does to functions."""
 
+import math
 from collections.abc import Sequence
 from functools import cache, partial, reduce
 from typing import Any, NamedTuple
@@ -12,8 +13,9 @@ from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from adamjax import _across
+from adamjax import _across, _codes
 from adamjax._adam import Scalars, adam_step
+from adamjax._codes import QuantizedArray
 from adamjax._moments import step_leaf
 from adamjax._stochastic import Dither
 from adamjax.kernels import _build
@@ -46,21 +48,44 @@ class Numbers(NamedTuple):
     decay: Any
 
 
-Leaf = tuple[Array, Array, Array, Array | None]  # p, m, v, v_max
+Moment = Array | QuantizedArray
+Leaf = tuple[Array, Moment, Moment, Moment | None]  # p, m, v, v_max
 Dithers = tuple[Dither | None, Dither | None]
+
+
+class Call(NamedTuple):
+    """What is compiled in for one leaf.
+
+    Fields:
+      form: Which of the steps it is.
+      shape: That of the parameter; of the whole, where a device has a part.
+      bits, block: Of the codes of m, v and v_max; 0 where they are floats.
+    """
+
+    form: Form
+    shape: tuple[int, ...]
+    bits: tuple[int, int, int]
+    block: tuple[int, int, int]
+
+    @property
+    def unit(self) -> int:
+        """How many numbers of a row belong together."""
+        return math.lcm(*(max(block, 8 // bits) for bits, block in zip(self.bits, self.block, strict=True) if bits))
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _step(form: Form, leaf: Leaf, g: Array, numbers: Numbers, dithers: Dithers) -> Leaf:
     """The parameter and its moments after one step: those of `plain_step`, but for the last digits."""
-    p, m, v, v_max = leaf
-    arrays = [x for x in (p, g, m, v, v_max) if x is not None]
-    zero = jnp.uint32(0)
-    places = _row([x for d in dithers for x in (d or (zero, zero))], 4 + p.ndim)
+    p, *moments = leaf
+    coded = [(x.bits, x.block_size) if isinstance(x, QuantizedArray) else (0, 0) for x in moments]
+    call = Call(form, p.shape, *zip(*coded, strict=True))
+    arrays = jax.tree.leaves((p, g, *moments))
+    # Both moments share the hashes: `_stochastic.Dither.other`.
+    dither = next((d for d in dithers if d is not None), Dither(jnp.uint32(0), jnp.uint32(0)))
+    places = _row([dither.seed, dither.turn], 2 + p.ndim)
     scalars = [lax.bitcast_convert_type(jnp.asarray(x, jnp.float32), jnp.uint32) for x in _scalars(form, numbers)]
     row = lax.bitcast_convert_type(_row(scalars, len(scalars)), jnp.float32)
-    new = iter(_batched(form, p.shape)(row, places, *arrays))
-    return next(new), next(new), next(new), None if v_max is None else next(new)
+    return jax.tree.unflatten(jax.tree.structure(leaf), _batched(call)(row, places, *arrays))
 
 
 @_step.defjvp
@@ -97,69 +122,87 @@ def _scalars(form: Form, numbers: Numbers) -> tuple[Any, ...]:
     s = numbers.adam
     one, zero = jnp.float32(1), jnp.float32(0)
     of_m, of_g = (s.decay1.b / s.c1_next, s.decay1.a / s.c1) if form.nesterov else (one / s.c1, zero)
+    of_m, of_g = numbers.rate * of_m, numbers.rate * of_g
     by_c2, kept_by_c2 = (one, one / s.c2) if form.amsgrad == "corrected" else (one / s.c2, one)
     mean = (s.decay1.keep, s.decay1.a, s.decay1.undo, of_m, of_g)
     square = (s.decay2.keep, s.decay2.a, s.decay2.undo, by_c2, s.eps_root, s.eps)
-    rest = (numbers.sign, numbers.coupled, numbers.rate, numbers.decay, kept_by_c2)
+    rest = (numbers.sign, numbers.coupled, numbers.decay, kept_by_c2)
     return (*mean, *square, *rest)
 
 
 @cache
-def _batched(form: Form, whole: tuple[int, ...]) -> Any:
+def _batched(call: Call) -> Any:
     """The kernel for arrays of a shape; mapped by `jax.vmap`, for many at once, each with a row of scalars."""
 
     @custom_vmap
-    def call(scalars: Array, places: Array, *arrays: Array) -> list[Array]:
-        return _placed(form, whole, scalars, places, *arrays)
+    def step_all(scalars: Array, places: Array, *arrays: Array) -> list[Array]:
+        return _placed(call, scalars, places, *arrays)
 
-    @call.def_vmap
+    @step_all.def_vmap
     def _(size: int, is_mapped: list[bool], *operands: Array) -> tuple[list[Array], list[bool]]:
         mapped = [x if y else jnp.broadcast_to(x, (size, *x.shape)) for x, y in zip(operands, is_mapped, strict=True)]
-        new = call(*mapped)
+        new = step_all(*mapped)
         return new, [True] * len(new)
 
-    return call
+    return step_all
 
 
-def _placed(form: Form, whole: tuple[int, ...], scalars: Array, places: Array, *arrays: Array) -> list[Array]:
+def _placed(call: Call, scalars: Array, places: Array, *arrays: Array) -> list[Array]:
     """The kernel for arrays on many devices, each of which steps what it has."""
     axis_types = set(jax.typeof(arrays[0]).sharding.mesh.axis_types)
+    batch = arrays[0].ndim - len(call.shape)
     if AxisType.Manual in axis_types or jax.device_count() == 1:
-        return _call(form, arrays[0].shape[arrays[0].ndim - len(whole) :], scalars, places, *arrays)
+        return _run(call._replace(shape=arrays[0].shape[batch:]), scalars, places, *arrays)
     if AxisType.Explicit in axis_types:
-        spec = jax.typeof(arrays[0]).sharding.spec
-        row, count = _of_row(spec, arrays[0].ndim - len(whole)), len(arrays)
+        spec = _in_whole_blocks(call, jax.typeof(arrays[0]).sharding, arrays[0].shape)
+        row, count = _of_row(spec, batch), len(arrays)
         part = jax.shard_map(
-            partial(_part, form, whole, spec),
+            partial(_part, call, spec),
             in_specs=(row, row, *[spec] * count),
             out_specs=[spec] * (count - 1),
         )
         rows = [jax.sharding.reshard(x, row) for x in (scalars, places)]
-        return part(*rows, *[jax.sharding.reshard(x, spec) for x in arrays])
-    return _partitioned(form, whole, len(arrays), arrays[0].ndim)(scalars, places, *arrays)
+        new = part(*rows, *[jax.sharding.reshard(x, spec) for x in arrays])
+        return [_codes.sharded_like(x, like) for x, like in zip(new, _changed(arrays), strict=True)]
+    return _partitioned(call, tuple(x.shape for x in arrays))(scalars, places, *arrays)
 
 
 @cache
-def _partitioned(form: Form, whole: tuple[int, ...], count: int, ndim: int) -> Any:
+def _partitioned(call: Call, shapes: tuple[tuple[int, ...], ...]) -> Any:
     @custom_partitioning
-    def call(scalars: Array, places: Array, *arrays: Array) -> list[Array]:
-        return _call(form, whole, scalars, places, *arrays)
+    def step_all(scalars: Array, places: Array, *arrays: Array) -> list[Array]:
+        return _run(call, scalars, places, *arrays)
 
-    def partition(mesh: Any, shapes: Any, results: Any) -> Any:
+    ndim, count = len(shapes[0]), len(shapes)
+    batch = ndim - len(call.shape)
+
+    def partition(mesh: Any, _: Any, results: Any) -> Any:
         # As the first moment is: its parts are what a device keeps.
         of_m = results[1].sharding
-        row = NamedSharding(of_m.mesh, _of_row(of_m.spec, ndim - len(whole)))
-        return mesh, partial(_part, form, whole, of_m.spec), [of_m] * (count - 1), (row, row, *[of_m] * count)
+        spec = _in_whole_blocks(call, of_m, shapes[0])
+        row, array = NamedSharding(of_m.mesh, _of_row(spec, batch)), NamedSharding(of_m.mesh, spec)
+        return mesh, partial(_part, call, spec), [array] * (count - 1), (row, row, *[array] * count)
 
-    batch = [f"b{i}" for i in range(ndim - len(whole))]
-    array = " ".join([*batch, *(f"i{i}" for i in range(len(whole)))])
-    row, place = " ".join([*batch, "k"]), " ".join([*batch, "l"])
-    call.def_partition(
+    # Of codes and scales, the last axis is shorter than that of the parameter.
+    leading = [f"b{i}" for i in range(batch)] + [f"i{i}" for i in range(len(call.shape) - 1)]
+    names = [" ".join([*leading, f"n{shape[-1]}"] if call.shape else leading) for shape in shapes]
+    row, place = (" ".join([*leading[:batch], x]) for x in ("k", "l"))
+    step_all.def_partition(
         partition=partition,
-        sharding_rule=f"{row}, {place}, {', '.join([array] * count)} -> {', '.join([array] * (count - 1))}",
+        sharding_rule=f"{row}, {place}, {', '.join(names)} -> {', '.join(_changed(names))}",
         need_replication_factors=("k", "l"),
     )
-    return call
+    return step_all
+
+
+def _changed(arrays: Sequence[Any]) -> list[Any]:
+    """All but the gradient, which comes second."""
+    return [x for i, x in enumerate(arrays) if i != 1]
+
+
+def _in_whole_blocks(call: Call, sharding: NamedSharding, shape: tuple[int, ...]) -> PartitionSpec:
+    """How arrays are spread, with the last axis in one piece where devices would have parts of blocks."""
+    return (sharding if _codes.is_divisible(shape, sharding, call.unit) else _codes.whole(sharding)).spec
 
 
 def _of_row(spec: PartitionSpec, batch: int) -> PartitionSpec:
@@ -167,31 +210,32 @@ def _of_row(spec: PartitionSpec, batch: int) -> PartitionSpec:
     return PartitionSpec(*spec[:batch])
 
 
-def _part(form: Form, whole: tuple[int, ...], spec: PartitionSpec, scalars: Array, places: Array, *parts: Array) -> Any:
+def _part(call: Call, spec: PartitionSpec, scalars: Array, places: Array, *parts: Array) -> Any:
     """The kernel for what this device has of the arrays."""
-    ndim, batch = parts[0].ndim, parts[0].ndim - len(whole)
+    ndim, batch = parts[0].ndim, parts[0].ndim - len(call.shape)
     names, sizes = [*spec, *[None] * (ndim - len(spec))][batch:], parts[0].shape[batch:]
     indices = [jnp.zeros((), jnp.int32) if name is None else lax.axis_index(name) for name in names]
     offsets = jnp.stack([i.astype(jnp.uint32) * np.uint32(size) for i, size in zip(indices, sizes, strict=True)])
-    places = places.at[..., -len(whole) :].set(offsets)
-    return _call(form, whole, scalars, places, *parts)
+    places = places.at[..., -len(call.shape) :].set(offsets)
+    return _run(call, scalars, places, *parts)
 
 
-def _call(form: Form, whole: tuple[int, ...], scalars: Array, places: Array, *arrays: Array) -> list[Array]:
+def _run(call: Call, scalars: Array, places: Array, *arrays: Array) -> list[Array]:
     scalars, places, *same = _across.varying_alike(scalars, places, *arrays)
-    changed = [x for i, x in enumerate(same) if i != 1]
-    like = jax.eval_shape(lambda *arrays: list(arrays), *changed)
+    like = jax.eval_shape(lambda *arrays: list(arrays), *_changed(same))
     # In place: scalars and places come first, and of the arrays the second, the gradient, has no result.
-    aliases = {2: 0} | {i + 3: i for i in range(1, len(changed))}
+    aliases = {2: 0} | {i + 3: i for i in range(1, len(like))}
     kernel = jax.ffi.ffi_call(_build.target(), like, input_output_aliases=aliases)
     new = kernel(
         scalars,
         places,
         *same,
-        nesterov=form.nesterov,
-        maximum=form.amsgrad is not None,
-        coupled=form.coupled,
-        decays=form.decays,
-        whole=np.asarray(whole, np.int64),
+        nesterov=call.form.nesterov,
+        maximum=call.form.amsgrad is not None,
+        coupled=call.form.coupled,
+        decays=call.form.decays,
+        whole=np.asarray(call.shape, np.int64),
+        bits=np.asarray(call.bits, np.int64),
+        block=np.asarray(call.block, np.int64),
     )
     return list(new)

@@ -1,5 +1,5 @@
 // One Adam step of one array, in one pass over memory. The step is that of ../_adam.py, the formats are those of
-// ../storage.py and ../_stochastic.py; _leaf.py makes the operands.
+// ../storage.py, ../_stochastic.py and ../_codes.py; _leaf.py makes the operands.
 //
 // Arithmetic is in float32. Tiles of all arrays are brought into float32 in the cache, stepped there, and written back:
 // so a format is one loop that loads and one that stores, whatever the others are.
@@ -11,13 +11,19 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <limits>
 #include <memory>
 #include <mutex>
 #include <type_traits>
 #include <vector>
 
 #if defined(__SSE__)
-#include <xmmintrin.h>
+#include <immintrin.h>
+#endif
+#if defined(__linux__)
+#include <sys/mman.h>
+
+#include <unordered_set>
 #endif
 
 #include "xla/ffi/api/ffi.h"
@@ -26,28 +32,33 @@ namespace ffi = xla::ffi;
 
 namespace {
 
-constexpr int64_t kTile = 128;        // numbers of each array that are stepped at a time
-constexpr int64_t kAhead = 512;       // how many numbers before they are needed they are asked for
-constexpr int64_t kTask = 32 * 1024;  // numbers that a thread takes at a time
-constexpr int64_t kLine = 64;         // bytes that come at a time
+constexpr int64_t kTile = 256;         // numbers of each array that are stepped at a time: whole blocks of codes
+constexpr int64_t kAhead = 512;        // how many numbers before they are needed they are asked for
+constexpr int64_t kTask = 1024 * 1024; // numbers that a thread takes at a time, at most
+constexpr int64_t kLine = 64;          // bytes that come at a time
 
 // One row of the first operand.
 struct Scalars {
   float keep1, a1, undo1;      // m <- keep1 m + a1 (g - undo1 m)
-  float of_m, of_g;            // the mean that is divided: of_m m + of_g g, bias corrections included
+  float of_m, of_g;            // what is divided: of_m m + of_g g, with bias corrections and the learning rate
   float keep2, a2, undo2;      // v <- keep2 v + a2 (g^2 - undo2 v)
   float by_c2, eps_root, eps;  // what it is divided by: sqrt(v by_c2 + eps_root) + eps
   float sign, coupled;         // g <- sign g + coupled p
-  float rate, decay;           // p <- p + rate (m / v) + decay p
+  float decay;                 // p <- p + m / v + decay p
   float kept_by_c2;            // the maximum is taken of v times this, which is 1 unless it is taken of corrected ones
 };
 constexpr int64_t kScalars = sizeof(Scalars) / sizeof(float);
 
 // One row of the second operand, before the offsets.
-struct Dithers {
-  uint32_t seed1, turn1, seed2, turn2;
+struct Dither {
+  uint32_t seed, turn;
 };
-constexpr int64_t kDithers = sizeof(Dithers) / sizeof(uint32_t);
+constexpr int64_t kDither = sizeof(Dither) / sizeof(uint32_t);
+
+// `n` numbers of a row, from `column` on.
+struct Span {
+  int64_t row, column, n;
+};
 
 uint32_t Bits(float x) {
   uint32_t bits;
@@ -61,234 +72,468 @@ float Number(uint32_t bits) {
   return x;
 }
 
-struct BFloat16 {
-  static constexpr uint32_t kLowest = 8, kDigits = 7;  // see _stochastic.spacing
-  static constexpr bool kSaturates = false;
-  static constexpr float kLargest = 0;
-  uint16_t bits;
+struct Array;
 
-  operator float() const { return Number(uint32_t{bits} << 16); }
-  static BFloat16 Nearest(float x) {  // ties to even; what is no number stays none
-    uint32_t b = Bits(x);
-    uint32_t rounded = (b + 0x7FFF + ((b >> 16) & 1)) >> 16;
-    return {static_cast<uint16_t>(x == x ? rounded : (b >> 16) | 0x40)};
+// What is done with the numbers of a format. Of random rounding, the expected value is the number itself.
+struct Format {
+  void (*load)(const Array&, const Span&, float*);
+  void (*store_nearest)(const Array&, const Span&, const float*);
+  void (*store_mean)(const Array&, const Span&, const float*, const uint32_t*);
+  void (*store_square)(const Array&, const Span&, const float*, const uint32_t*);
+  void (*store_maximum)(const Array&, const Span&, const float*);
+};
+
+struct Array {
+  const Format* format = nullptr;  // none of float32, which is used where it is
+  int64_t bits = 32;               // of a number
+  const char* in = nullptr;
+  char* out = nullptr;
+  int64_t stride = 0;                // bytes of a row
+  const float* scales_in = nullptr;  // of codes, one for each block
+  float* scales_out = nullptr;
+  int64_t block = 0, blocks = 0;  // numbers of a block, and blocks of a row
+
+  int64_t At(const Span& s) const { return s.row * stride + Bytes(s.column); }
+  int64_t Bytes(int64_t n) const { return (n * bits + 7) / 8; }
+  const char* Ahead(const Span& s) const { return in + At(s) + Bytes(kAhead); }
+  int64_t Scale(const Span& s) const { return s.row * blocks + s.column / block; }
+
+  template <class T>
+  const T* In(const Span& s) const {
+    return reinterpret_cast<const T*>(in + At(s));
   }
+  template <class T>
+  T* Out(const Span& s) const {
+    return reinterpret_cast<T*>(out + At(s));
+  }
+
+  // The numbers as float32: in `buffer`, or where they are, which is also where they are to be left.
+  float* Bring(const Span& s, float* buffer) const {
+    if (format != nullptr) {
+      format->load(*this, s, buffer);
+      return buffer;
+    }
+    if (out != nullptr && out != in) std::memcpy(out + At(s), in + At(s), s.n * 4);
+    return reinterpret_cast<float*>((out != nullptr ? out : const_cast<char*>(in)) + At(s));
+  }
+};
+
+// Narrow floats: numbers of 16 bits, with `Wide`, `Nearest` (ties to even) and `Cut` (up or down by a random number).
+
+struct BFloat16 {
+  using Raw = uint16_t;
+  static float Wide(Raw x) { return Number(uint32_t{x} << 16); }
+  static Raw Nearest(float x) {  // what is no number stays none
+    uint32_t b = Bits(x);
+    return (x == x ? b + 0x7FFF + ((b >> 16) & 1) : b | 0x400000) >> 16;
+  }
+  static Raw Cut(float x, uint32_t random) {
+    uint32_t b = Bits(x);
+    return (x == x ? b + (random >> 16) : b | 0x400000) >> 16;
+  }
+  static float Saturated(float x) { return x; }
+  static Raw Positive(float, Raw rounded) { return rounded; }  // as it is: float32 has no subnormals here
 };
 
 #if defined(__FLT16_MAX__)
 struct Float16 {
-  static constexpr uint32_t kLowest = 113, kDigits = 10;
-  static constexpr bool kSaturates = true;
-  static constexpr float kLargest = 65504;
-  _Float16 x;
-
-  operator float() const { return x; }
-  static Float16 Nearest(float x) { return {static_cast<_Float16>(x)}; }
+  using Raw = _Float16;
+  static float Wide(Raw x) { return x; }
+  static Raw Nearest(float x) { return static_cast<Raw>(x); }
+  static Raw Cut(float x, uint32_t random) {
+    uint32_t exponent = (Bits(x) >> 23) & 0xFF;
+    exponent = (exponent < 113 ? 113 : exponent) - 10;  // of the distance between neighbours
+    float units = x * Number((254 - exponent) << 23), whole = std::floor(units);
+    float uniform = static_cast<float>(static_cast<int32_t>(random >> 9)) * 0x1p-23f;
+    return Nearest((whole + (uniform < units - whole ? 1.0f : 0.0f)) * Number(exponent << 23));
+  }
+  static float Saturated(float x) {
+    return std::fabs(x) <= 65504 || !(std::fabs(x) < INFINITY) ? x : std::copysign(65504.0f, x);
+  }
+  static Raw Positive(float x, Raw rounded) { return x > 0 && rounded < 0x1p-24f ? Raw(0x1p-24f) : rounded; }
 };
 #endif
 
-// Bring numbers into the cache as float32.
 template <class T>
-void Load(int64_t n, const void* from, float* __restrict__ to) {
-  const T* x = static_cast<const T*>(from);
-  for (int64_t i = 0; i < n; ++i) to[i] = x[i];
-}
-
-template <class T>
-void StoreNearest(int64_t n, const float* __restrict__ x, void* to) {
-  T* out = static_cast<T*>(to);
-  for (int64_t i = 0; i < n; ++i) out[i] = T::Nearest(x[i]);
+void Load(const Array& a, const Span& s, float* __restrict__ to) {
+  const auto* x = a.In<typename T::Raw>(s);
+  for (int64_t i = 0; i < s.n; ++i) to[i] = T::Wide(x[i]);
 }
 
 template <class T>
-float Saturated(float x) {
-  if (!T::kSaturates) return x;
-  return std::fabs(x) <= T::kLargest || !(std::fabs(x) < INFINITY) ? x : std::copysign(T::kLargest, x);
+void StoreNearest(const Array& a, const Span& s, const float* __restrict__ x) {
+  auto* out = a.Out<typename T::Raw>(s);
+  for (int64_t i = 0; i < s.n; ++i) out[i] = T::Nearest(x[i]);
 }
 
-// The smallest number instead of 0 where x is above 0.
 template <class T>
-float KeptPositive(float x, float rounded) {
-  const float smallest = Number((T::kLowest - T::kDigits) << 23);
-  return x > 0 && rounded < smallest ? smallest : rounded;
+void StoreMean(const Array& a, const Span& s, const float* __restrict__ x, const uint32_t* __restrict__ random) {
+  auto* out = a.Out<typename T::Raw>(s);
+  for (int64_t i = 0; i < s.n; ++i) out[i] = T::Cut(T::Saturated(x[i]), random[i]);
 }
 
-uint32_t Hash(uint32_t x) {
-  x = (x ^ (x >> 16)) * 0x7FEB352Du;
-  x = (x ^ (x >> 15)) * 0x846CA68Bu;
-  return x ^ (x >> 16);
-}
-
-// One of the two neighbours, on average the number itself. `first` is the index of the first number.
-template <class T, bool kPositive>
-void StoreByUnits(int64_t n, const float* __restrict__ x, void* to, uint32_t first, uint32_t seed, uint32_t turn) {
-  T* out = static_cast<T*>(to);
-  for (int64_t i = 0; i < n; ++i) {
-    float y = Saturated<T>(x[i]);
-    uint32_t exponent = (Bits(y) >> 23) & 0xFF;
-    exponent = (exponent < T::kLowest ? T::kLowest : exponent) - T::kDigits;
-    float spacing = Number(exponent << 23), by_spacing = Number((254 - exponent) << 23);
-    float units = y * by_spacing, whole = std::floor(units);
-    uint32_t random = Hash((first + static_cast<uint32_t>(i)) ^ seed) + turn;
-    float uniform = static_cast<float>(static_cast<int32_t>(random >> 8)) * 0x1p-24f;
-    float rounded = (whole + (uniform < units - whole ? 1.0f : 0.0f)) * spacing;
-    if (kPositive) rounded = KeptPositive<T>(x[i], rounded);
-    out[i] = T::Nearest(rounded);
+template <class T>
+void StoreSquare(const Array& a, const Span& s, const float* __restrict__ x, const uint32_t* __restrict__ random) {
+  auto* out = a.Out<typename T::Raw>(s);
+  for (int64_t i = 0; i < s.n; ++i) {
+    out[i] = T::Positive(x[i], T::Cut(T::Saturated(x[i]), random[i] << 9));
   }
 }
 
-// The same by the bits: what is cut off is added to the random number, and the carry rounds up.
-void StoreBits(int64_t n, const float* __restrict__ x, uint16_t* __restrict__ out, uint32_t first, uint32_t seed,
-               uint32_t turn) {
-  for (int64_t i = 0; i < n; ++i) {
-    uint32_t bits = Bits(x[i]);
-    uint32_t random = (Hash((first + static_cast<uint32_t>(i)) ^ seed) + turn) >> 16;
-    uint32_t up = random ^ (~static_cast<uint32_t>(static_cast<int32_t>(bits) >> 31) & 0xFFFF);
-    bool is_number = (bits & 0x7FFFFFFF) <= 0x7F800000;
-    out[i] = static_cast<uint16_t>((is_number ? bits + up : bits | 0x400000) >> 16);
-  }
-}
-
-// Whether bfloat16 is no longer finer there than it can be, so that the bits do not tell the neighbours.
-bool AnySmall(int64_t n, const float* x) {
-  uint32_t any = 0;
-  for (int64_t i = 0; i < n; ++i) any |= (Bits(x[i]) & 0x7FFFFFFF) - 1 < (BFloat16::kLowest << 23) - 1;
-  return any;
-}
-
-template <class T, bool kPositive>
-void StoreStochastically(int64_t n, const float* x, void* to, uint32_t first, uint32_t seed, uint32_t turn) {
-  if constexpr (std::is_same_v<T, BFloat16>) {
-    if (!AnySmall(n, x)) return StoreBits(n, x, static_cast<uint16_t*>(to), first, seed, turn);
-  }
-  StoreByUnits<T, kPositive>(n, x, to, first, seed, turn);
+template <class T>
+void StoreMaximum(const Array& a, const Span& s, const float* __restrict__ x) {
+  auto* out = a.Out<typename T::Raw>(s);
+  for (int64_t i = 0; i < s.n; ++i) out[i] = T::Positive(x[i], T::Nearest(T::Saturated(x[i])));
 }
 
 template <class T>
-void StoreGrowing(int64_t n, const float* __restrict__ x, void* to) {
-  T* out = static_cast<T*>(to);
-  for (int64_t i = 0; i < n; ++i) {
-    T rounded = T::Nearest(Saturated<T>(x[i]));
-    out[i] = T::Nearest(KeptPositive<T>(x[i], rounded));
-  }
+constexpr Format kFloat{Load<T>, StoreNearest<T>, StoreMean<T>, StoreSquare<T>, StoreMaximum<T>};
+
+// Vectors, for the loops that a compiler would not find by itself.
+
+constexpr int64_t kLanes = 16;
+typedef float Floats __attribute__((vector_size(4 * kLanes)));
+typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
+
+template <class V>
+V Lanes(const void* from) {
+  V x;
+  std::memcpy(&x, from, sizeof(V));
+  return x;
 }
 
-// What is done with the format of an array: without a loader, it is float32 and used where it is.
-struct Format {
-  int64_t bytes;
-  void (*load)(int64_t, const void*, float*);
-  void (*nearest)(int64_t, const float*, void*);
-  void (*signed_)(int64_t, const float*, void*, uint32_t, uint32_t, uint32_t);
-  void (*decaying)(int64_t, const float*, void*, uint32_t, uint32_t, uint32_t);
-  void (*growing)(int64_t, const float*, void*);
+template <class V>
+void Put(void* to, V x) {
+  std::memcpy(to, &x, sizeof(V));
+}
+
+template <class T>
+T Max(T x, T y) {
+  return x > y ? x : y;
+}
+
+float Root(float x) { return std::sqrt(x); }
+
+#if defined(__AVX512F__)
+Words Max(Words x, Words y) { return (Words)_mm512_max_epu32((__m512i)x, (__m512i)y); }
+Ints Max(Ints x, Ints y) { return (Ints)_mm512_max_epi32((__m512i)x, (__m512i)y); }
+uint32_t Largest(Words x) { return _mm512_reduce_max_epu32((__m512i)x); }
+Floats Root(Floats x) { return _mm512_sqrt_ps(x); }
+// To four digits.
+Floats AboutRoot(Floats x) {
+  x = _mm512_max_ps(x, 1e-30f + Floats{});
+  return x * _mm512_rsqrt14_ps(x);
+}
+Floats AboutFourthRoot(Floats x) { return _mm512_rsqrt14_ps(_mm512_rsqrt14_ps(x)); }
+Ints Widened(const int8_t* from) { return (Ints)_mm512_cvtepi8_epi32(Lanes<__m128i>(from)); }
+Ints Widened(const uint8_t* from) { return (Ints)_mm512_cvtepu8_epi32(Lanes<__m128i>(from)); }
+void PutNarrowed(int8_t* to, Ints x) { Put(to, _mm512_cvtsepi32_epi8((__m512i)x)); }
+void PutNarrowed(uint8_t* to, Ints x) { Put(to, _mm512_cvtusepi32_epi8((__m512i)x)); }
+#else
+Floats Root(Floats x) {
+  float each[kLanes];
+  Put(each, x);
+  for (float& y : each) y = std::sqrt(y);
+  return Lanes<Floats>(each);
+}
+Floats AboutRoot(Floats x) { return Root(x); }
+Floats AboutFourthRoot(Floats x) { return Root(Root(x)); }
+uint32_t Largest(Words x) {
+  uint32_t largest = 0;
+  for (int64_t i = 0; i < kLanes; ++i) largest = std::max(largest, x[i]);
+  return largest;
+}
+template <class T>
+Ints Widened(const T* from) {
+  int32_t each[kLanes];
+  for (int64_t i = 0; i < kLanes; ++i) each[i] = from[i];
+  return Lanes<Ints>(each);
+}
+template <class T>
+void PutNarrowed(T* to, Ints x) {
+  int32_t each[kLanes];
+  Put(each, x);
+  constexpr int32_t kLargest = std::numeric_limits<T>::max();
+  for (int64_t i = 0; i < kLanes; ++i) to[i] = static_cast<T>(std::min(each[i], kLargest));
+}
+#endif
+
+// By the global index; see ../_stochastic.py.
+Words Random(uint32_t first, const Dither& d) {
+  Words x = (Words{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} + first) ^ d.seed;
+  x *= 0x7FEB352Du;
+  return (x ^ (x >> 15)) * 0x846CA68Bu + d.turn;
+}
+
+// Codes: see ../_codes.py. An integer q stands for q**power units, of which there are levels**power to a scale.
+template <int kNumberBits, bool kIsSigned>
+struct Code {
+  static constexpr int kBits = kNumberBits;
+  static constexpr bool kSigned = kIsSigned;
+  static constexpr bool kSquare = kSigned;  // the power is 2, or else 4
+  static constexpr int kLevels = kBits == 8 ? (kSigned ? 127 : 255) : (kSigned ? 7 : 16);
+  static constexpr float kUnits = kSquare ? kLevels * kLevels : float{kLevels} * kLevels * kLevels * kLevels;
+  static constexpr float kLeast = 0x1p-126f * kUnits;  // a scale below would have a unit that is flushed to 0
+  static constexpr int kZero = kBits == 4 && !kSigned ? 1 : 0;
+  static constexpr int kShift = kBits == 8 ? 0 : (kSigned ? 8 : -1);  // of a q in its four bits
+
+  using Integer = std::conditional_t<kSigned, int8_t, uint8_t>;
+
+  static Floats Decode(const Integer* codes, float unit) {
+    Floats q = __builtin_convertvector(Widened(codes), Floats);
+    return (kSquare ? q * Magnitude(q) : (q * q) * (q * q)) * unit;
+  }
+
+  // Of what may be negative.
+  static Floats Magnitude(Floats x) { return !kSigned ? x : reinterpret_cast<Floats>(reinterpret_cast<Ints>(x) & 0x7FFFFFFF); }
+
+  // Of a block, by the bits of the largest magnitude: what is no number is larger than any.
+  static float Scale(uint32_t largest) {
+    float scale = Number(largest);
+    return scale > 0 ? std::max(scale, kLeast) : scale;
+  }
+
+  static float PerUnit(float scale) { return scale == 0 ? 0 : kUnits / scale; }
+
+  // One of the two codes around each number: the upper one where its part of the way there is above the chance, which
+  // is given plus 1. The roots need not be exact. A number so near to a code that they put it on the wrong side becomes
+  // that code always and not almost always; and the sign of their errors changes every 1e-4, so that nothing can settle.
+  static void Encode(Floats x, float per_unit, Floats chance, Integer* codes) {
+    Floats y = Magnitude(x) * per_unit;
+    Ints q = __builtin_convertvector(kSquare ? AboutRoot(y) : AboutFourthRoot(y), Ints);
+    Floats low = __builtin_convertvector(q, Floats), square = low * low;
+    Floats width = kSquare ? 2 * low + 1 : ((4 * low + 6) * low + 4) * low + 1;
+    q = y - (kSquare ? square : square * square) > chance * width - width ? q + 1 : q;
+    if constexpr (kSigned) {
+      PutNarrowed(codes, reinterpret_cast<Ints>(x) < 0 ? -q : q);
+    } else {  // what is above 0 stays so
+      PutNarrowed(codes, x > 0 ? Max(q, 1 + Ints{}) : kZero + Ints{});
+    }
+  }
+
+  // The random numbers are the mantissas.
+  static Floats Chance(Words random) {
+    return reinterpret_cast<Floats>((kSigned ? random >> 9 : random & 0x7FFFFF) | 0x3F800000);
+  }
 };
 
-template <class T>
-Format FormatOf() {
-  return {2, Load<T>, StoreNearest<T>, StoreStochastically<T, false>, StoreStochastically<T, true>, StoreGrowing<T>};
+// Two to a byte, the first one in the lower half.
+template <class C>
+void Unpack(int64_t n, const uint8_t* __restrict__ pairs, typename C::Integer* __restrict__ q) {
+  for (int64_t i = 0; i < n; ++i) q[i] = ((pairs[i / 2] >> (i % 2 * 4)) & 15) - C::kShift;
 }
 
-bool Find(ffi::DataType type, Format* found) {
-  if (type == ffi::F32) {
-    *found = {4, nullptr, nullptr, nullptr, nullptr, nullptr};
-  } else if (type == ffi::BF16) {
-    *found = FormatOf<BFloat16>();
-#if defined(__FLT16_MAX__)
-  } else if (type == ffi::F16) {
-    *found = FormatOf<Float16>();
-#endif
+template <class C>
+void Pack(int64_t n, typename C::Integer* __restrict__ q, uint8_t* __restrict__ pairs) {
+  if (n % 2 != 0) q[n] = -C::kShift;
+  for (int64_t i = 0; i < n; i += 2) pairs[i / 2] = (q[i] + C::kShift) | (q[i + 1] + C::kShift) << 4;
+}
+
+template <class C>
+void LoadCodes(const Array& a, const Span& s, float* to) {
+  typename C::Integer codes[kTile + kLanes];
+  if constexpr (C::kBits == 4) {
+    Unpack<C>(s.n, a.In<uint8_t>(s), codes);
   } else {
-    return false;
+    std::memcpy(codes, a.In<uint8_t>(s), s.n);
   }
-  return true;
+  const float* scales = a.scales_in + a.Scale(s);
+  for (int64_t begin = 0; begin < s.n; begin += a.block) {
+    float unit = *scales++ / C::kUnits;
+    for (int64_t i = begin; i < begin + a.block; i += kLanes) Put(to + i, C::Decode(codes + i, unit));
+  }
 }
 
-// The step of a tile, in float32. Of parameters that are narrower, the update is not added yet, but left in `u`.
+// Without random numbers, to nearest, with scales that are powers of two.
+template <class C, bool kRandom>
+void StoreCodes(const Array& a, const Span& s, const float* x, const uint32_t* random) {
+  typename C::Integer codes[kTile + kLanes];
+  float* scales = a.scales_out + a.Scale(s);
+  for (int64_t begin = 0; begin < s.n; begin += a.block) {
+    int64_t end = std::min(s.n, begin + a.block);
+    uint32_t largest = 0;
+    for (int64_t i = begin; i < end; ++i) largest = std::max(largest, Bits(x[i]) & 0x7FFFFFFF);
+    float scale = C::Scale(largest);
+    if (!kRandom && scale < INFINITY) scale = Number(std::min((Bits(scale) + 0x7FFFFF) >> 23, 254u) << 23);
+    *scales++ = scale;
+    for (int64_t i = begin; i < end; i += kLanes) {
+      Floats chance = kRandom ? C::Chance(Lanes<Words>(random + i)) : 1.5f + Floats{};
+      C::Encode(Lanes<Floats>(x + i), C::PerUnit(scale), chance, codes + i);
+    }
+  }
+  if constexpr (C::kBits == 4) {
+    Pack<C>(s.n, codes, a.Out<uint8_t>(s));
+  } else {
+    std::memcpy(a.Out<uint8_t>(s), codes, s.n);
+  }
+}
+
+template <class C>
+void StoreMaximumCodes(const Array& a, const Span& s, const float* x) {
+  StoreCodes<C, false>(a, s, x, nullptr);
+}
+
+template <int kBits>
+constexpr Format kMeans{LoadCodes<Code<kBits, true>>, nullptr, StoreCodes<Code<kBits, true>, true>, nullptr, nullptr};
+
+template <int kBits>
+constexpr Format kSquares{LoadCodes<Code<kBits, false>>, nullptr, nullptr, StoreCodes<Code<kBits, false>, true>,
+                          StoreMaximumCodes<Code<kBits, false>>};
+
+// What is asked of memory while a tile is stepped: of each array, what a later one will need.
+struct Ahead {
+  const char* next[4];
+  int64_t bytes[4];  // of as many numbers as are stepped before the next call
+
+  void Prefetch() {
+    for (int i = 0; i < 4; ++i) {
+      __builtin_prefetch(next[i]);
+      next[i] += bytes[i];
+    }
+  }
+};
+
+// What of a tile is in float32, and in the cache: `update` is where that of narrower parameters is left.
+struct Tile {
+  float *p, *m, *v, *top, *update;
+  const float* g;
+};
+
+// The formulas, for numbers or vectors of them.
 template <bool kNarrow, bool kNesterov, bool kMaximum, bool kCoupled, bool kDecays>
-void Step(int64_t n, const Scalars& s, float* __restrict__ p, const float* __restrict__ g, float* __restrict__ m,
-          float* __restrict__ v, float* __restrict__ top, float* __restrict__ u) {
-  for (int64_t i = 0; i < n; ++i) {
-    float x = s.sign * g[i];
-    if (kCoupled) x += s.coupled * p[i];
-    float mean = s.keep1 * m[i] + s.a1 * (x - s.undo1 * m[i]);
-    float square = s.keep2 * v[i] + s.a2 * (x * x - s.undo2 * v[i]);
-    float largest = square;
-    m[i] = mean;
-    v[i] = square;
-    if (kMaximum) {
+struct Form {
+  template <class T>
+  static T Gradient(const Scalars& s, T g, T p) {
+    return kCoupled ? s.sign * g + s.coupled * p : s.sign * g;
+  }
+
+  template <class T>
+  static T Mean(const Scalars& s, T m, T g) {
+    return s.keep1 * m + s.a1 * (g - s.undo1 * m);
+  }
+
+  template <class T>
+  static T Square(const Scalars& s, T v, T g) {
+    return s.keep2 * v + s.a2 * (g * g - s.undo2 * v);
+  }
+
+  template <class T>
+  static T Update(const Scalars& s, T g, T m, T largest, T p) {
+    T direction = s.of_m * m;
+    if (kNesterov) direction += s.of_g * g;
+    direction /= Root(largest * s.by_c2 + s.eps_root) + s.eps;
+    return kDecays ? direction + s.decay * p : direction;
+  }
+
+  template <class T>
+  static void StepAt(int64_t i, const Scalars& s, const Tile& tile) {
+    // All are loaded before one is stored: of arrays that lie alike in their pages, a store would hold up the loads.
+    T p = Lanes<T>(tile.p + i), m = Lanes<T>(tile.m + i), v = Lanes<T>(tile.v + i);
+    T g = Gradient(s, Lanes<T>(tile.g + i), p), mean = Mean(s, m, g), square = Square(s, v, g), largest = square;
+    Put(tile.m + i, mean);
+    Put(tile.v + i, square);
+    if constexpr (kMaximum) {
+      T top = Lanes<T>(tile.top + i);
       largest = square * s.kept_by_c2;
       // A number that is none stays none, as in jnp.maximum.
-      largest = top[i] > largest || top[i] != top[i] ? top[i] : largest;
-      top[i] = largest;
+      largest = (top > largest) | (top != top) ? top : largest;
+      Put(tile.top + i, largest);
     }
-    float direction = s.of_m * mean;
-    if (kNesterov) direction += s.of_g * x;
-    direction /= std::sqrt(largest * s.by_c2 + s.eps_root) + s.eps;
-    float update = s.rate * direction;
-    if (kDecays) update += s.decay * p[i];
-    if (kNarrow) {
-      u[i] = update;
-    } else {
-      p[i] += update;
+    T u = Update(s, g, mean, largest, p);
+    kNarrow ? Put(tile.update + i, u) : Put(tile.p + i, p + u);
+  }
+
+  // A step of numbers that are brought and stored by others.
+  static void Step(int64_t n, const Scalars& scalars, Ahead& ahead_, const Tile& tile_) {
+    const Scalars s = scalars;  // which no store changes, the compiler knows then
+    Ahead ahead = ahead_;
+    const Tile tile = tile_;
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) {
+      ahead.Prefetch();
+      StepAt<Floats>(i, s, tile);
+    }
+    for (; i < n; ++i) StepAt<float>(i, s, tile);
+  }
+
+  // A step of moments that are both codes of 8 bits in the same blocks, which are full vectors. In one loop there is
+  // work for all parts of a processor: while it divides for one vector, it encodes another.
+  static void StepCodes(const Span& span, const Scalars& scalars, Ahead& ahead_, const Tile& tile_, const Array& m, const Array& v,
+                        const Dither& dither, uint32_t first) {
+    const Scalars s = scalars;
+    Ahead ahead = ahead_;
+    const Tile tile = tile_;
+    const Dither d = dither;
+    const int64_t n = span.n;
+    using M = Code<8, true>;
+    using V = Code<8, false>;
+    const int8_t* m_in = m.In<int8_t>(span);
+    const uint8_t* v_in = v.In<uint8_t>(span);
+    int8_t* m_out = m.Out<int8_t>(span);
+    uint8_t* v_out = v.Out<uint8_t>(span);
+    int64_t block = m.block, scale = m.Scale(span);
+    float m_per_unit[kTile / kLanes], v_per_unit[kTile / kLanes];
+    auto gradient = [=](int64_t i) { return Gradient(s, Lanes<Floats>(tile.g + i), Lanes<Floats>(tile.p + i)); };
+    for (int64_t begin = 0, b = 0; begin < n; begin += block, ++b) {
+      float m_unit = m.scales_in[scale + b] / M::kUnits, v_unit = v.scales_in[scale + b] / V::kUnits;
+      Words m_largest{}, v_largest{};
+      for (int64_t i = begin; i < std::min(n, begin + block); i += kLanes) {
+        ahead.Prefetch();
+        Floats g = gradient(i);
+        Floats mean = Mean(s, M::Decode(m_in + i, m_unit), g), square = Square(s, V::Decode(v_in + i, v_unit), g);
+        m_largest = Max(m_largest, reinterpret_cast<Words>(M::Magnitude(mean)));
+        v_largest = Max(v_largest, reinterpret_cast<Words>(V::Magnitude(square)));
+        Put(tile.m + i, mean);
+        Put(tile.v + i, square);
+      }
+      float m_scale = M::Scale(Largest(m_largest)), v_scale = V::Scale(Largest(v_largest));
+      m_per_unit[b] = M::PerUnit(m_scale);
+      v_per_unit[b] = V::PerUnit(v_scale);
+      m.scales_out[scale + b] = m_scale;
+      v.scales_out[scale + b] = v_scale;
+    }
+    for (int64_t begin = 0, b = 0; begin < n; begin += block, ++b) {
+      for (int64_t i = begin; i < std::min(n, begin + block); i += kLanes) {
+        Floats mean = Lanes<Floats>(tile.m + i), square = Lanes<Floats>(tile.v + i), p = Lanes<Floats>(tile.p + i);
+        Floats u = Update(s, kNesterov ? gradient(i) : mean, mean, square, p);
+        Words random = Random(first + static_cast<uint32_t>(i), d);
+        M::Encode(mean, m_per_unit[b], M::Chance(random), m_out + i);
+        V::Encode(square, v_per_unit[b], V::Chance(random), v_out + i);
+        kNarrow ? Put(tile.update + i, u) : Put(tile.p + i, p + u);
+      }
     }
   }
-}
+};
 
-using Stepper = void (*)(int64_t, const Scalars&, float*, const float*, float*, float*, float*, float*);
+struct Steps {
+  decltype(&Form<0, 0, 0, 0, 0>::Step) plain;
+  decltype(&Form<0, 0, 0, 0, 0>::StepCodes) codes;
+};
 
 template <bool... chosen>
-Stepper Choose() {
-  return Step<chosen...>;
+Steps Choose() {
+  return {Form<chosen...>::Step, Form<chosen...>::StepCodes};
 }
 
 template <bool... chosen, class... Rest>
-Stepper Choose(bool next, Rest... rest) {
+Steps Choose(bool next, Rest... rest) {
   return next ? Choose<chosen..., true>(rest...) : Choose<chosen..., false>(rest...);
 }
-
-void Add(int64_t n, float* __restrict__ p, const float* __restrict__ u) {
-  for (int64_t i = 0; i < n; ++i) p[i] += u[i];
-}
-
-struct Array {
-  Format format;
-  const char* in = nullptr;
-  char* out = nullptr;
-
-  // The tile at `at` as float32: in `buffer`, or where it is, which is also where it is to be left.
-  float* Bring(int64_t at, int64_t n, float* buffer) const {
-    if (format.load != nullptr) {
-      format.load(n, in + at * format.bytes, buffer);
-      return buffer;
-    }
-    if (out != nullptr && out != in) std::memcpy(out + at * 4, in + at * 4, n * 4);
-    return reinterpret_cast<float*>(out != nullptr ? out : const_cast<char*>(in)) + at;
-  }
-
-  void Prefetch(int64_t at, int64_t n) const {
-    const char* from = in + at * format.bytes;
-    for (int64_t i = 0; i < n * format.bytes; i += kLine) {
-      out == nullptr ? __builtin_prefetch(from + i, 0) : __builtin_prefetch(from + i, 1);
-    }
-  }
-};
 
 // Where numbers are in the whole array, of which a device may have a part: their random numbers depend on it.
 struct Place {
   std::vector<int64_t> shape, whole;
   const uint32_t* offsets;
-  bool is_one_run;
 
-  // The index of a number, and how many come that follow it there.
-  uint32_t Index(int64_t at, int64_t* run) const {
-    if (is_one_run) {
-      *run = INT64_MAX;
-      return static_cast<uint32_t>(at);
-    }
+  // The index in the whole of the first number of a span of the part.
+  uint32_t Index(int64_t row, int64_t column) const {
     uint32_t index = 0, unit = 1;
-    *run = shape.back() - at % shape.back();
-    for (size_t axis = shape.size(); axis-- > 0; at /= shape[axis]) {
-      index += unit * (offsets[axis] + static_cast<uint32_t>(at % shape[axis]));
+    for (size_t axis = shape.size(); axis-- > 0;) {
+      bool is_last = axis + 1 == shape.size();
+      int64_t at = is_last ? column : row % shape[axis];
+      if (!is_last) row /= shape[axis];
+      index += unit * (offsets[axis] + static_cast<uint32_t>(at));
       unit *= static_cast<uint32_t>(whole[axis]);
     }
     return index;
@@ -332,98 +577,190 @@ void Parallel(ffi::ThreadPool& pool, int64_t count, const std::function<void(int
   progress->finished.wait(lock, [&] { return progress->done.load() == count; });
 }
 
+// Where Linux has large pages only for who asks, as by default, memory that others allocated is in small ones, and a
+// step over more than the processor has entries for is half as fast. So it is moved to large ones: once, which takes as
+// long as some tens of steps, and only memory that is written in place, which stays where it is for as long as a run.
+void MoveToLargePages([[maybe_unused]] const char* begin, [[maybe_unused]] int64_t bytes) {
+#if defined(__linux__)
+  constexpr uintptr_t kLarge = uintptr_t{1} << 21;
+  constexpr int kCollapse = 25;  // MADV_COLLAPSE, from Linux 6.1 on
+  uintptr_t from = (reinterpret_cast<uintptr_t>(begin) + kLarge - 1) / kLarge * kLarge;
+  uintptr_t to = reinterpret_cast<uintptr_t>(begin + bytes) / kLarge * kLarge;
+  if (from >= to) return;
+  static std::mutex mutex;
+  static std::unordered_set<uintptr_t> moved;
+  std::lock_guard<std::mutex> lock(mutex);
+  if (moved.size() >= 4096 || !moved.insert(from).second) return;
+  madvise(reinterpret_cast<void*>(from), to - from, MADV_HUGEPAGE);
+  madvise(reinterpret_cast<void*>(from), to - from, kCollapse);  // what is refused stays as it is
+#endif
+}
+
 struct Job {
-  Stepper step;
+  Steps steps;
   Array p, g, m, v, top;
-  bool maximum;
+  bool maximum, rounds;
+  bool both_codes;        // of 8 bits, in the same blocks
+  int64_t rows, columns;  // of one array of a batch
+  bool is_whole;          // so that a number's index is that of its place in memory
   Place place;
 
-  void Run(int64_t begin, int64_t end, const Scalars& s, const Dithers& d) const {
-    alignas(64) float buffers[6][kTile];
-    for (int64_t n, at = begin; at < end; at += n) {
-      int64_t run;
-      uint32_t index = place.Index(at, &run);
-      n = std::min({kTile, end - at, run});
-      for (const Array* x : {&p, &g, &m, &v}) x->Prefetch(at + kAhead, n);
-      float* ps = p.Bring(at, n, buffers[0]);
-      float* ms = m.Bring(at, n, buffers[2]);
-      float* vs = v.Bring(at, n, buffers[3]);
-      float* tops = maximum ? top.Bring(at, n, buffers[4]) : nullptr;
-      step(n, s, ps, g.Bring(at, n, buffers[1]), ms, vs, tops, buffers[5]);
-      if (p.format.nearest != nullptr) {  // the update is rounded before it is added
-        alignas(64) char rounded[kTile * 2];
-        p.format.nearest(n, buffers[5], rounded);
-        p.format.load(n, rounded, buffers[5]);
-        Add(n, ps, buffers[5]);
-        p.format.nearest(n, ps, p.out + at * p.format.bytes);
-      }
-      if (m.format.signed_ != nullptr) {
-        m.format.signed_(n, ms, m.out + at * m.format.bytes, index, d.seed1, d.turn1);
-      }
-      if (v.format.decaying != nullptr) {
-        v.format.decaying(n, vs, v.out + at * v.format.bytes, index, d.seed2, d.turn2);
-      }
-      if (maximum && top.format.growing != nullptr) top.format.growing(n, tops, top.out + at * top.format.bytes);
+  void Run(const Span& span, int64_t first_row, const Scalars& s, const Dither& d) const {
+    constexpr int64_t kBuffer = kTile + kLanes;  // what is past the end of a span is read, and not used
+    alignas(64) float buffers[6][kBuffer];
+    Ahead ahead{{p.Ahead(span), g.Ahead(span), m.Ahead(span), v.Ahead(span)},
+                {p.Bytes(kLanes), g.Bytes(kLanes), m.Bytes(kLanes), v.Bytes(kLanes)}};
+    for (const Array* x : {&m, &v}) {
+      if (x->block > 0) __builtin_prefetch(x->scales_in + x->Scale(span) + kLanes);
     }
+    int64_t row = span.row - first_row;
+    uint32_t first = is_whole ? static_cast<uint32_t>(row * columns + span.column) : place.Index(row, span.column);
+    Tile tile{p.Bring(span, buffers[0]), buffers[2], buffers[3], nullptr, buffers[5], g.Bring(span, buffers[1])};
+    if (both_codes && span.n % kLanes == 0) {
+      steps.codes(span, s, ahead, tile, m, v, d, first);
+    } else {
+      tile.m = m.Bring(span, buffers[2]);
+      tile.v = v.Bring(span, buffers[3]);
+      if (maximum) tile.top = top.Bring(span, buffers[4]);
+      steps.plain(span.n, s, ahead, tile);
+      if (rounds) {
+        alignas(64) uint32_t random[kBuffer];
+        for (int64_t i = 0; i < span.n; i += kLanes) Put(random + i, Random(first + static_cast<uint32_t>(i), d));
+        if (m.format != nullptr) m.format->store_mean(m, span, tile.m, random);
+        if (v.format != nullptr) v.format->store_square(v, span, tile.v, random);
+      }
+      if (maximum && top.format != nullptr) top.format->store_maximum(top, span, tile.top);
+    }
+    if (p.format != nullptr) AddRounded(span, tile);
+  }
+
+  // To narrow parameters, the update is added after it was rounded itself.
+  void AddRounded(const Span& span, const Tile& tile) const {
+    char rounded[kTile * 2];
+    Array update = p;
+    update.in = update.out = rounded;
+    Span here{0, 0, span.n};
+    p.format->store_nearest(update, here, tile.update);
+    p.format->load(update, here, tile.update);
+    for (int64_t i = 0; i < span.n; ++i) tile.p[i] += tile.update[i];
+    p.format->store_nearest(p, span, tile.p);
   }
 };
 
+// Takes operands, and the results that are like them, in their order.
+class Operands {
+ public:
+  Operands(ffi::RemainingArgs arrays, ffi::RemainingRets results) : arrays_(arrays), results_(results) {}
+
+  // Why they are not as they should be, or nothing.
+  const char* wrong = nullptr;
+
+  // An array of `size` numbers; with a `block`, of as many codes, of some bits, and scales.
+  Array Take(bool is_changed, int64_t size, int64_t row, int64_t block, int64_t bits) {
+    Array array;
+    int64_t count = size;
+    if (block > 0) count = size / row * ((row * bits + 7) / 8);
+    ffi::DataType type = Next(is_changed, count, &array.in, &array.out);
+    if (wrong != nullptr) return array;
+    if (block == 0) {
+      if (type == ffi::BF16) array.format = &kFloat<BFloat16>;
+#if defined(__FLT16_MAX__)
+      if (type == ffi::F16) array.format = &kFloat<Float16>;
+#endif
+      if (array.format != nullptr) array.bits = 16;
+      if (type != ffi::F32 && array.format == nullptr) wrong = "adamjax: unknown dtype";
+    } else {
+      array.bits = bits;
+      array.block = block;
+      array.blocks = (row + block - 1) / block;
+      const char* scales_in;
+      char* scales_out;
+      if (Next(true, size / row * array.blocks, &scales_in, &scales_out) != ffi::F32) wrong = "adamjax: wrong scales";
+      array.scales_in = reinterpret_cast<const float*>(scales_in);
+      array.scales_out = reinterpret_cast<float*>(scales_out);
+      if (kTile % block != 0) wrong = "adamjax: blocks of this size do not fill a tile";
+    }
+    return array;
+  }
+
+ private:
+  ffi::DataType Next(bool is_changed, int64_t count, const char** in, char** out) {
+    auto array = arrays_.get<ffi::AnyBuffer>(next_in_++);
+    if (!array.has_value() || static_cast<int64_t>(array->element_count()) != count) {
+      wrong = "adamjax: an array is missing, or of the wrong size";
+      return ffi::DataType::INVALID;
+    }
+    *in = static_cast<const char*>(array->untyped_data());
+    if (!is_changed) return array->element_type();
+    auto result = results_.get<ffi::AnyBuffer>(next_out_++);
+    if (!result.has_value() || (*result)->element_type() != array->element_type() ||
+        (*result)->element_count() != array->element_count()) {
+      wrong = "adamjax: a result is not like its argument";
+      return ffi::DataType::INVALID;
+    }
+    *out = static_cast<char*>((*result)->untyped_data());
+    return array->element_type();
+  }
+
+  ffi::RemainingArgs arrays_;
+  ffi::RemainingRets results_;
+  size_t next_in_ = 0, next_out_ = 0;
+};
+
+// `bits` and `block`: of codes of the first moment, the second, and its maximum; 0 of floats.
 ffi::Error Impl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> scalars, ffi::Buffer<ffi::U32> dithers,
                 ffi::RemainingArgs arrays, ffi::RemainingRets results, bool nesterov, bool maximum, bool coupled, bool decays,
-                ffi::Span<const int64_t> whole) {
-  size_t count = maximum ? 5 : 4;
-  if (arrays.size() != count || results.size() != count - 1) {
-    return ffi::Error::InvalidArgument("adamjax: wrong number of arrays");
-  }
-  Job job;
-  job.maximum = maximum;
-  Array* const places[] = {&job.p, &job.g, &job.m, &job.v, &job.top};
-  int64_t size = -1;
-  for (size_t i = 0, o = 0; i < count; ++i) {
-    auto in = arrays.get<ffi::AnyBuffer>(i);
-    if (!in.has_value()) return ffi::Error::InvalidArgument("adamjax: an array is missing");
-    if (!Find(in->element_type(), &places[i]->format)) return ffi::Error::InvalidArgument("adamjax: unknown dtype");
-    if (size >= 0 && static_cast<int64_t>(in->element_count()) != size) {
-      return ffi::Error::InvalidArgument("adamjax: arrays of different sizes");
-    }
-    size = in->element_count();
-    places[i]->in = static_cast<const char*>(in->untyped_data());
-    if (i == 1) continue;
-    auto out = results.get<ffi::AnyBuffer>(o++);
-    if (!out.has_value() || (*out)->element_type() != in->element_type() ||
-        static_cast<int64_t>((*out)->element_count()) != size) {
-      return ffi::Error::InvalidArgument("adamjax: a result is not like its argument");
-    }
-    places[i]->out = static_cast<char*>((*out)->untyped_data());
-  }
-  job.step = Choose<>(job.p.format.nearest != nullptr, nesterov, maximum, coupled, decays);
-  int64_t axes = whole.size(), width = kDithers + axes;
+                ffi::Span<const int64_t> whole, ffi::Span<const int64_t> bits, ffi::Span<const int64_t> block) {
+  auto parameters = arrays.get<ffi::AnyBuffer>(0);
+  if (!parameters.has_value()) return ffi::Error::InvalidArgument("adamjax: no parameters");
+  int64_t axes = whole.size(), width = kDither + axes, size = parameters->element_count();
   int64_t batch = scalars.element_count() / kScalars;
   if (static_cast<int64_t>(scalars.element_count()) != batch * kScalars ||
       static_cast<int64_t>(dithers.element_count()) != batch * width || batch == 0 || size % batch != 0) {
     return ffi::Error::InvalidArgument("adamjax: scalars of the wrong shape");
   }
-  auto shape = arrays.get<ffi::AnyBuffer>(0)->dimensions();
+  Job job;
+  auto shape = parameters->dimensions();
   job.place.shape.assign(shape.end() - axes, shape.end());
   job.place.whole.assign(whole.begin(), whole.end());
-  bool rounds = job.m.format.signed_ != nullptr || job.v.format.decaying != nullptr;
-  job.place.is_one_run = !rounds || job.place.shape == job.place.whole;
-  int64_t row = size / batch, tasks = (row + kTask - 1) / kTask;
+  job.is_whole = job.place.shape == job.place.whole;
+  bool has_codes = block[0] + block[1] + block[2] > 0;
+  job.columns = job.is_whole && !has_codes ? size / batch : shape.back();
+  job.rows = size / batch / job.columns;
+  Operands operands(arrays, results);
+  job.maximum = maximum;
+  job.p = operands.Take(true, size, job.columns, 0, 0);
+  job.g = operands.Take(false, size, job.columns, 0, 0);
+  Array* const moments[] = {&job.m, &job.v, &job.top};
+  const Format* const codes[][2] = {{&kMeans<8>, &kMeans<4>}, {&kSquares<8>, &kSquares<4>}, {&kSquares<8>, &kSquares<4>}};
+  for (int i = 0; i < (maximum ? 3 : 2); ++i) {
+    *moments[i] = operands.Take(true, size, job.columns, block[i], bits[i]);
+    if (block[i] > 0) moments[i]->format = codes[i][bits[i] == 8 ? 0 : 1];
+  }
+  if (operands.wrong != nullptr) return ffi::Error::InvalidArgument(operands.wrong);
+  for (Array* x : {&job.p, &job.g, &job.m, &job.v, &job.top}) x->stride = x->Bytes(job.columns);
+  job.rounds = job.m.format != nullptr || job.v.format != nullptr;
+  job.both_codes = block[0] > 0 && block[0] == block[1] && block[0] % kLanes == 0 && bits[0] == 8 && bits[1] == 8 && !maximum;
+  job.steps = Choose<>(job.p.format != nullptr, nesterov, maximum, coupled, decays);
+
+  for (const Array* x : {&job.p, &job.m, &job.v, &job.top}) MoveToLargePages(x->out, x->stride * job.rows * batch);
+
+  int64_t of_row = (job.columns + kTile - 1) / kTile, tiles = batch * job.rows * of_row;
+  int64_t of_task = std::max<int64_t>(1, std::min(kTask / kTile, tiles / (4 * pool.num_threads())));
   const float* all_scalars = scalars.typed_data();
   const uint32_t* all_dithers = dithers.typed_data();
-  Parallel(pool, batch * tasks, [&](int64_t task) {
-    int64_t b = task / tasks, begin = task % tasks * kTask;
-    Scalars s;
-    Dithers d;
-    std::memcpy(&s, all_scalars + b * kScalars, sizeof(s));
-    std::memcpy(&d, all_dithers + b * width, sizeof(d));
+  Parallel(pool, (tiles + of_task - 1) / of_task, [&](int64_t task) {
     Job mine = job;
-    mine.place.offsets = all_dithers + b * width + kDithers;
-    for (Array* x : {&mine.p, &mine.g, &mine.m, &mine.v, &mine.top}) {
-      x->in += b * row * x->format.bytes;
-      if (x->out != nullptr) x->out += b * row * x->format.bytes;
+    for (int64_t tile = task * of_task; tile < std::min(tiles, (task + 1) * of_task); ++tile) {
+      int64_t row = tile / of_row, column = tile % of_row * kTile, b = row / job.rows;
+      const uint32_t* dither = all_dithers + b * width;
+      Scalars s;
+      Dither d;
+      std::memcpy(&s, all_scalars + b * kScalars, sizeof(s));
+      std::memcpy(&d, dither, sizeof(d));
+      mine.place.offsets = dither + kDither;
+      mine.Run({row, column, std::min(kTile, job.columns - column)}, b * job.rows, s, d);
     }
-    mine.Run(begin, std::min(row, begin + kTask), s, d);
   });
   return ffi::Error::Success();
 }
@@ -441,4 +778,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(AdamjaxStep, Impl,
                                   .Attr<bool>("maximum")
                                   .Attr<bool>("coupled")
                                   .Attr<bool>("decays")
-                                  .Attr<ffi::Span<const int64_t>>("whole"));
+                                  .Attr<ffi::Span<const int64_t>>("whole")
+                                  .Attr<ffi::Span<const int64_t>>("bits")
+                                  .Attr<ffi::Span<const int64_t>>("block"));
