@@ -72,7 +72,7 @@ def to_nearest(x: Array, dtype: np.dtype) -> Array:
 def stochastically(x: Array, dither: Dither, dtype: np.dtype) -> Array:
     """The float32 `x` as one of its two neighbours in the narrow `dtype`, as float32: on average `x`."""
     if dtype == jnp.bfloat16:
-        # Its bits are the upper half of float32's: a random number, added to the lower one, carries as often as is right.
+        # The bits are the upper half of those of float32: a random number that is added to the others carries rightly.
         bits = lax.bitcast_convert_type(x, jnp.uint32) + (_random(x, dither) >> 16)
         up_or_down = lax.bitcast_convert_type(bits & np.uint32(0xFFFF0000), jnp.float32)
         return jnp.where(jnp.isnan(x), x, up_or_down)
