@@ -16,6 +16,7 @@ GUIDES = sorted((DOCS / "guides").glob("*.md"))
 
 
 @pytest.mark.usefixtures("lenient")
+@pytest.mark.filterwarnings("ignore:fused='auto' leaves")  # where there is no compiler
 @pytest.mark.parametrize("guide", GUIDES, ids=lambda path: path.stem)
 def test_guide(guide, tmp_path, monkeypatch):
     """The blocks of a page are one program."""
