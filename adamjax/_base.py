@@ -21,7 +21,7 @@ class Transformation(Value):
     Its fields are its hyperparameters and the leaves of a pytree: it can be passed to a jitted
     function (changing a hyperparameter then compiles nothing), stacked by `jax.vmap`,
     differentiated, compared, hashed and pickled. It unpacks into `init, update` and goes wherever
-    optax takes a `GradientTransformation`.
+    optax takes a transformation.
     """
 
     # Whether the updates are made for the values that the parameters are to have: not to be rounded.

@@ -216,8 +216,8 @@ def clip_by_global_norm(max_norm: Any, *, axis_name: str | tuple[str, ...] | Non
       max_norm: At least 0.
       axis_name: Where `update` runs inside `jax.shard_map` or `jax.pmap` on shards of the gradients:
         the mapped axis (or axes) over which they are sharded. Without it each shard would be
-        clipped by its own norm. Under `shard_map` a leaf that is replicated over the axis is
-        recognised and counted once; under `pmap`, or with `check_vma=False`, every leaf is taken for
+        clipped by its own norm. Under `jax.shard_map` a leaf that is replicated over the axis is
+        recognised and counted once; under `jax.pmap`, or with `check_vma=False`, every leaf is taken for
         a shard. Gradients that are whole, and sharded arrays under `jax.jit`, need no axis.
 
     Returns:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from adamjax import _checks
+from adamjax._plateau import PlateauState as PlateauState
 from adamjax._plateau import reduce_on_plateau as reduce_on_plateau
 from adamjax._value import Value, is_static_callable, static_field, value
 

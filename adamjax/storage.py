@@ -55,6 +55,7 @@ class Quantized(Value):
 
     @property
     def bits(self) -> int:
+        """Bits of a code."""
         return int(self.name.removeprefix("int"))
 
     def takes(self, p: Any, path: str, *, signed: bool) -> bool:

@@ -182,6 +182,7 @@ HELD = ["AdamState", "ScheduleState", "rounding.RoundingState", "storage.Quantiz
 HELD += ["tuning.Best", "tuning.Confirmed", "tuning.Report", "tuning.Sweep", "tuning.Trial"]
 HELD += ["training.Report", "training.Keys", "checkpoint.Checkpoint", "kernels.Kernel"]
 HELD += ["diagnostics.AdamStats", "diagnostics.LeafStats", "diagnostics.Finding"]
+HELD += ["schedules.PlateauState", "sharding.Zero1State", "interop.torch.NAdamState"]
 HELD += ["safety.SkipState", "safety.LossScaleState", "safety.LeafCounts"]
 BASES = ["Transformation", "schedules.Schedule", "rounding.Rounding", "tuning.Problem"]
 INNER = [f"storage.{name}" for name in ("moment_format", "empty", "revive", "check", "is_rounded", "load")]

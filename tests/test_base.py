@@ -68,8 +68,20 @@ def test_chains_nest():
         lambda opt: optax.flatten(opt),
         lambda opt: optax.contrib.schedule_free(opt, 0.1),
         lambda opt: optax.contrib.sam(opt, optax.sgd(0.05)),
+        optax.contrib.mechanize,
     ],
-    ids=["chain", "named_chain", "multi_steps", "masked", "partition", "if_finite", "flatten", "schedule_free", "sam"],
+    ids=[
+        "chain",
+        "named_chain",
+        "multi_steps",
+        "masked",
+        "partition",
+        "if_finite",
+        "flatten",
+        "schedule_free",
+        "sam",
+        "mechanize",
+    ],
 )
 def test_ours_inside_optax(around):
     """Each of optax's combinators does with ours what it does with its own."""

@@ -31,9 +31,13 @@ class ScaleByTorchRAdam(ScaleByRAdam):
 
 
 class NAdamState(NamedTuple):
-    """State of torch's NAdam: that of Adam, and the product of the rates of the first moment so far.
+    """State of torch's NAdam, for one parameter.
 
-    `mu_product` is float32 as in torch, whatever the parameters.
+    Fields:
+      count: int32 scalar, the number of its steps.
+      mu: First moment.
+      nu: Second moment.
+      mu_product: The product of the rates of the first moment so far; float32 as in torch, whatever the parameter.
     """
 
     count: Array  # type: ignore[assignment]  # tuple.count, which nobody counts with

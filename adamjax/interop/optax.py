@@ -21,18 +21,18 @@ def import_state(opt: Any, params: PyTree, state: PyTree) -> PyTree:
 
     Args:
       opt: `adamjax.adam`, `adamw`, `amsgrad(variant="corrected")` (or "paper", if optax was told not to correct
-        biases), `nadam`, `nadamw`, `radam`, `adamax` or `adamaxw`; alone, in a chain, or in optax's
-        `MultiSteps` or `inject_hyperparams`.
+        biases), `nadam`, `nadamw`, `radam`, `adamax` or `adamaxw`; alone, in a chain, or in
+        `optax.MultiSteps` or `optax.inject_hyperparams`.
       params: The parameters, or `jax.ShapeDtypeStruct`s.
-      state: The state of the same optimizer of optax; alone, in a chain, or in `MultiSteps` or
-        `inject_hyperparams`, whether or not `opt` is.
+      state: The state of the same optimizer of optax; alone, in a chain, or in `optax.MultiSteps`
+        or `optax.inject_hyperparams`, whether or not `opt` is.
 
     Returns:
       A state like `opt.init(params)`.
 
     Raises:
       ValueError, TypeError: The two do not fit: no state of Adam in `state`, or several; one with `nu_max` and one
-        without; another tree or shape; gradients that `MultiSteps` has accumulated and `opt` has no
+        without; another tree or shape; gradients that `optax.MultiSteps` has accumulated and `opt` has no
         place for. The message says where.
     """
     as_transformation(opt, "argument opt of import_state")
@@ -82,7 +82,7 @@ def export_state(opt: Any, state: PyTree) -> PyTree:
 
 
 def wrap(opt: Any) -> Any:
-    """`opt` as optax's own `GradientTransformationExtraArgs`.
+    """`opt` as an `optax.GradientTransformationExtraArgs`, optax's own type.
 
     optax's `chain` passes extra arguments of `update`, such as `value=`, only to what is of that type.
 

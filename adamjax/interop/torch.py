@@ -21,6 +21,7 @@ from adamjax._variants import scale_by_adamax
 from adamjax.interop._per_parameter import PerParameter
 from adamjax.interop._torch_state import export_state as export_state
 from adamjax.interop._torch_state import import_state as import_state
+from adamjax.interop._torch_variants import NAdamState as NAdamState
 from adamjax.interop._torch_variants import ScaleByTorchNAdam, ScaleByTorchRAdam
 
 

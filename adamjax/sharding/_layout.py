@@ -38,8 +38,8 @@ def state_sharding(
       zero_axis: The axis of the mesh, or axes, that the state is spread over; as a rule, that of the data.
 
     Returns:
-      A tree of `NamedSharding`s with the structure of `opt.init(params)`: for `init_sharded`, as `in_shardings` and
-      `out_shardings`, or to restore a checkpoint to.
+      A tree of `jax.sharding.NamedSharding`s with the structure of `opt.init(params)`: for `init_sharded`,
+      as `in_shardings` and `out_shardings`, or to restore a checkpoint to.
 
     Raises:
       TypeError, ValueError: A parameter is on no mesh, or on another one (the message has its path); the mesh has
@@ -67,7 +67,7 @@ def init_sharded(opt: Any, params: PyTree, sharding: PyTree) -> PyTree:
       opt: A transformation, ours or optax's.
       params: The parameters: arrays, also inside of `jax.jit`, or `jax.ShapeDtypeStruct`s, which give a state of
         those.
-      sharding: A tree of `NamedSharding`s with the structure of the state, as `state_sharding` makes it.
+      sharding: A tree of `jax.sharding.NamedSharding`s with the structure of the state, as `state_sharding` makes it.
 
     Returns:
       The state.

@@ -196,9 +196,9 @@ def zero1(opt: Any, *, mesh: Mesh | AbstractMesh | None = None, axis: str | Name
       opt: A transformation, ours or optax's.
       mesh: The mesh that the parameters are on. None: the one that they say.
       axis: The axis of the mesh, or axes, that the state is spread over; as a rule, that of the data.
-      specs: The `PartitionSpec`s of the parameters, or of subtrees of them. Needed only where `init` itself is
-        compiled, the parameters are sharded, and the axes of the mesh in Auto mode, in which a compiled function
-        does not see that. None: what the parameters say; replicated where they cannot.
+      specs: The `jax.sharding.PartitionSpec`s of the parameters, or of subtrees of them. Needed only where
+        `init` itself is compiled, the parameters are sharded, and the axes of the mesh in Auto mode,
+        in which a compiled function does not see that. None: what the parameters say; replicated where they cannot.
 
     Returns:
       A transformation with state `Zero1State`, that of `opt` and what the parameters said at `init` of how they are

@@ -75,6 +75,7 @@ class Confirmed:
 
     @property
     def mean(self) -> float:
+        """The mean over the seeds."""
         return float(np.mean(self.values))
 
     @property

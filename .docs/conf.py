@@ -1,0 +1,59 @@
+"""The documentation site: `sphinx-build -W --keep-going .docs build/docs`."""
+
+import importlib.util
+import shutil
+import sys
+from importlib.metadata import version as version_of
+from pathlib import Path
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent
+sys.path[:0] = [str(HERE), str(ROOT)]
+
+project = "adamjax"
+release = version = version_of("adamjax")
+copyright = "The adamjax authors, Apache-2.0"
+
+extensions = [
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.mathjax",
+    "sphinx_copybutton",
+    "myst_nb",
+    "extensions",
+]
+
+# The notebooks stand at the top of the repository, with their outputs; pages lie below this folder.
+shutil.copytree(ROOT / "notebooks", HERE / "notebooks", dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*"))
+nb_execution_mode = "off"
+nb_merge_streams = True
+myst_enable_extensions = ["dollarmath"]
+
+autodoc_typehints = "none"
+autodoc_preserve_defaults = True
+autodoc_member_order = "bysource"
+napoleon_numpy_docstring = False
+napoleon_custom_sections = [("Fields", "params_style"), ("References", "notes_style")]
+
+# A name in single backticks is a link where it names something of ours; see extensions.py.
+default_role = "py:obj"
+nitpicky = True
+
+# Nothing is fetched when a page is looked at: MathJax is one file among the others.
+_mathjax = Path(importlib.util.find_spec("sphinx-mathjax-offline").origin).parent / "static" / "mathjax"
+html_static_path = ["static", str(_mathjax / "tex-svg.js")]
+mathjax_path = "tex-svg.js"
+
+html_theme = "furo"
+html_title = f"adamjax {version}"
+html_css_files = ["style.css"]
+html_favicon = "static/favicon.svg"
+html_copy_source = False
+html_show_sphinx = False
+html_theme_options = {
+    "light_css_variables": {"color-brand-primary": "#14539a", "color-brand-content": "#14539a"},
+    "dark_css_variables": {"color-brand-primary": "#7db7ff", "color-brand-content": "#7db7ff"},
+}
+copybutton_prompt_text = r">>> |\.\.\. |\$ "
+copybutton_prompt_is_regexp = True
+copybutton_exclude = ".linenos, .gp, .go"

@@ -1,0 +1,120 @@
+"""What the site needs beyond Sphinx: names that become links, docstrings that say more than reST, and `--help`."""
+
+import contextlib
+import inspect
+import io
+import os
+import re
+from functools import cache
+from importlib import import_module
+from typing import Any
+
+from docutils import nodes
+from docutils.parsers.rst import Directive
+from sphinx.application import Sphinx
+from sphinx.util import logging
+from sphinx.util.nodes import make_refnode
+
+log = logging.getLogger(__name__)
+
+# What docstrings name in backticks and is neither ours nor an argument: names of other libraries, and files.
+OTHERS = re.compile(
+    r"(jax|jnp|np|torch|optax|flax|equinox|optuna)\.[\w.]+|\w+\.(json|jsonl|html|png)"
+    r"|(in|out)_shardings|jax_enable_x64|bias_correction_[mn]u|load_state_dict"
+)
+
+
+def resolve(app: Sphinx, env: Any, node: Any, contnode: Any) -> Any:
+    """A name in single backticks: a link where it is ours, code where it is an argument, a field or no name.
+
+    Where it is none of these, it stays unresolved, which is an error of the build.
+    """
+    if node.get("refdomain") != "py" or node["reftype"] != "obj":
+        return None
+    target, objects = node["reftarget"], env.get_domain("py").objects
+    found = [name for name in (f"adamjax.{target}", target) if name in objects]
+    found = found or [name for name, at in objects.items() if name.endswith(f".{target}") and not at.aliased]
+    words = _words(tuple(objects))
+    if len(found) == 1 and target not in words:
+        at = objects[found[0]]
+        return make_refnode(app.builder, node["refdoc"], at.docname, at.node_id, contnode, found[0])
+    is_name = re.fullmatch(r"[A-Za-z_][\w.]*", target) and not OTHERS.fullmatch(target)
+    return None if is_name and not found and target.split(".")[0] not in words else contnode
+
+
+@cache
+def _words(objects: tuple[str, ...]) -> set[str]:
+    """Names of the arguments and fields of all that is documented."""
+    found: set[str] = set()
+    for obj in map(_find, objects):
+        with contextlib.suppress(TypeError, ValueError):
+            found |= inspect.signature(obj).parameters.keys()
+        found |= set(getattr(obj, "__annotations__", ()))
+    return found
+
+
+def _find(name: str) -> Any:
+    parts = name.split(".")
+    for i in range(len(parts), 0, -1):
+        with contextlib.suppress(ImportError):
+            obj = import_module(".".join(parts[:i]))
+            for part in parts[i:]:
+                obj = getattr(obj, part, None)
+            return obj
+
+
+def mend(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """Docstrings are Google's style with a little of Markdown in it; this is run after napoleon."""
+    if not any(lines):
+        log.warning("%s has no docstring", name)
+    # "What it is: more of it." is a sentence, and not a type with its description.
+    for field, label in ((":returns: ", ":rtype: "), ("", ":type: ")):
+        for i in [i for i, line in enumerate(lines) if line.startswith(label)][::-1]:
+            kind = lines.pop(i).removeprefix(label)
+            at = next(j for j, line in enumerate(lines) if line.startswith(field))
+            lines[at] = f"{field}{kind}: {lines[at].removeprefix(field)}"
+    paragraphs, verbatim = "\n".join(lines).split("\n\n"), False
+    for i, paragraph in enumerate(paragraphs):
+        first = paragraph.lstrip("\n")
+        verbatim = first.startswith((">>>", ".. ")) or (verbatim and first.startswith("    "))
+        if not verbatim:
+            paragraphs[i] = _table(paragraph) if first.lstrip().startswith("|") else _inline(paragraph)
+    lines[:] = "\n\n".join(paragraphs).split("\n")
+
+
+def _inline(text: str) -> str:
+    """Bars are bars, and `names`s a plural."""
+    parts = re.split(r"(`[^`]+`)", text)
+    parts[::2] = [re.sub(r"^(?=[a-z])", r"\\ ", part) if i else part for i, part in enumerate(parts[::2])]
+    return "".join(part.replace("|", r"\|") if i % 2 == 0 else part for i, part in enumerate(parts))
+
+
+def _table(text: str) -> str:
+    """One of Markdown's as one of reST's."""
+    rows = [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in text.splitlines()]
+    head, _, *body = rows
+    cells = [
+        "\n".join(("   * - " if j == 0 else "     - ") + cell for j, cell in enumerate(row)) for row in (head, *body)
+    ]
+    return "\n".join([".. list-table::", "   :header-rows: 1", "", *cells])
+
+
+class CommandHelp(Directive):
+    """What `adamjax COMMAND --help` prints."""
+
+    required_arguments = 1
+
+    def run(self) -> list[nodes.Node]:
+        from adamjax.cli import main
+
+        os.environ["COLUMNS"] = "88"
+        with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):
+            main([self.arguments[0], "--help"])
+        return [nodes.literal_block(text=out.getvalue(), language="text")]
+
+
+def setup(app: Sphinx) -> dict[str, bool]:
+    app.connect("missing-reference", resolve)
+    app.connect("autodoc-process-docstring", mend)
+    app.add_directive("command-help", CommandHelp)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
