@@ -20,11 +20,6 @@
 #if defined(__SSE__)
 #include <immintrin.h>
 #endif
-#if defined(__linux__)
-#include <sys/mman.h>
-
-#include <unordered_set>
-#endif
 
 #include "xla/ffi/api/ffi.h"
 
@@ -32,10 +27,9 @@ namespace ffi = xla::ffi;
 
 namespace {
 
-constexpr int64_t kTile = 256;         // numbers of each array that are stepped at a time: whole blocks of codes
-constexpr int64_t kAhead = 512;        // how many numbers before they are needed they are asked for
-constexpr int64_t kTask = 1024 * 1024; // numbers that a thread takes at a time, at most
-constexpr int64_t kLine = 64;          // bytes that come at a time
+constexpr int64_t kTile = 256;   // numbers of each array that are stepped at a time: whole blocks of codes
+constexpr int64_t kAhead = 512;  // how many numbers before they are needed they are asked for
+constexpr int64_t kLeast = 64;   // tiles that a thread takes at a time, at least
 
 // One row of the first operand.
 struct Scalars {
@@ -558,42 +552,31 @@ struct Progress {
   std::condition_variable finished;
 };
 
-// Call `task` with 0, ..., count - 1 from XLA's threads and this one. It waits for nothing that has not begun: that
-// might wait for this thread.
-void Parallel(ffi::ThreadPool& pool, int64_t count, const std::function<void(int64_t)>& task) {
+// Call `task` with all of 0, ..., count - 1, in runs [begin, end), from XLA's threads and this one. The runs are long at
+// first, since memory likes them so, and become shorter, so that all threads end together. It waits for nothing that has
+// not begun: that might wait for this thread.
+void Parallel(ffi::ThreadPool& pool, int64_t count, const std::function<void(int64_t, int64_t)>& task) {
   auto progress = std::make_shared<Progress>();
-  std::function<void()> work = [progress, count, task] {
+  const int64_t threads = pool.num_threads();
+  std::function<void()> work = [=] {
     Flushing flushing;
     int64_t mine = 0;
-    for (int64_t i; (i = progress->next.fetch_add(1)) < count; ++mine) task(i);
+    for (int64_t begin = progress->next.load(), end; begin < count;) {
+      end = std::min(count, begin + std::max(kLeast, (count - begin) / (2 * threads)));
+      if (!progress->next.compare_exchange_weak(begin, end)) continue;
+      task(begin, end);
+      mine += end - begin;
+      begin = progress->next.load();
+    }
     if (mine > 0 && progress->done.fetch_add(mine) + mine == count) {
       std::lock_guard<std::mutex> lock(progress->mutex);
       progress->finished.notify_all();
     }
   };
-  for (int64_t i = 1; i < std::min<int64_t>(pool.num_threads(), count); ++i) pool.Schedule(std::function<void()>(work));
+  for (int64_t i = 1; i < std::min(threads, (count + kLeast - 1) / kLeast); ++i) pool.Schedule(std::function<void()>(work));
   work();
   std::unique_lock<std::mutex> lock(progress->mutex);
   progress->finished.wait(lock, [&] { return progress->done.load() == count; });
-}
-
-// Where Linux has large pages only for who asks, as by default, memory that others allocated is in small ones, and a
-// step over more than the processor has entries for is half as fast. So it is moved to large ones: once, which takes as
-// long as some tens of steps, and only memory that is written in place, which stays where it is for as long as a run.
-void MoveToLargePages([[maybe_unused]] const char* begin, [[maybe_unused]] int64_t bytes) {
-#if defined(__linux__)
-  constexpr uintptr_t kLarge = uintptr_t{1} << 21;
-  constexpr int kCollapse = 25;  // MADV_COLLAPSE, from Linux 6.1 on
-  uintptr_t from = (reinterpret_cast<uintptr_t>(begin) + kLarge - 1) / kLarge * kLarge;
-  uintptr_t to = reinterpret_cast<uintptr_t>(begin + bytes) / kLarge * kLarge;
-  if (from >= to) return;
-  static std::mutex mutex;
-  static std::unordered_set<uintptr_t> moved;
-  std::lock_guard<std::mutex> lock(mutex);
-  if (moved.size() >= 4096 || !moved.insert(from).second) return;
-  madvise(reinterpret_cast<void*>(from), to - from, MADV_HUGEPAGE);
-  madvise(reinterpret_cast<void*>(from), to - from, kCollapse);  // what is refused stays as it is
-#endif
 }
 
 struct Job {
@@ -743,22 +726,22 @@ ffi::Error Impl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> scalars, ffi::Buffer
   job.both_codes = block[0] > 0 && block[0] == block[1] && block[0] % kLanes == 0 && bits[0] == 8 && bits[1] == 8 && !maximum;
   job.steps = Choose<>(job.p.format != nullptr, nesterov, maximum, coupled, decays);
 
-  for (const Array* x : {&job.p, &job.m, &job.v, &job.top}) MoveToLargePages(x->out, x->stride * job.rows * batch);
-
   int64_t of_row = (job.columns + kTile - 1) / kTile, tiles = batch * job.rows * of_row;
-  int64_t of_task = std::max<int64_t>(1, std::min(kTask / kTile, tiles / (4 * pool.num_threads())));
   const float* all_scalars = scalars.typed_data();
   const uint32_t* all_dithers = dithers.typed_data();
-  Parallel(pool, (tiles + of_task - 1) / of_task, [&](int64_t task) {
+  Parallel(pool, tiles, [&](int64_t begin, int64_t end) {
     Job mine = job;
-    for (int64_t tile = task * of_task; tile < std::min(tiles, (task + 1) * of_task); ++tile) {
+    Scalars s;
+    Dither d;
+    for (int64_t tile = begin, last = -1; tile < end; ++tile) {
       int64_t row = tile / of_row, column = tile % of_row * kTile, b = row / job.rows;
-      const uint32_t* dither = all_dithers + b * width;
-      Scalars s;
-      Dither d;
-      std::memcpy(&s, all_scalars + b * kScalars, sizeof(s));
-      std::memcpy(&d, dither, sizeof(d));
-      mine.place.offsets = dither + kDither;
+      if (b != last) {
+        const uint32_t* dither = all_dithers + b * width;
+        std::memcpy(&s, all_scalars + b * kScalars, sizeof(s));
+        std::memcpy(&d, dither, sizeof(d));
+        mine.place.offsets = dither + kDither;
+        last = b;
+      }
       mine.Run({row, column, std::min(kTile, job.columns - column)}, b * job.rows, s, d);
     }
   });
