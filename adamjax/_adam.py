@@ -8,7 +8,7 @@ import numpy as np
 from jax import Array
 
 from adamjax import _checks
-from adamjax._moments import Moments, Step
+from adamjax._moments import Keep, Moments, Step
 from adamjax._numerics import Decay, abs2, correction, decay, divide, mix, sqrt
 from adamjax._value import static_field, value
 
@@ -33,24 +33,28 @@ class Scalars(NamedTuple):
     eps_root: Any
 
 
-def adam_step(g: Array, m: Array, v: Array, v_max: Any, s: Scalars, nesterov: bool, amsgrad: str | None) -> Step:
+def adam_step(
+    g: Array, m: Array, v: Array, v_max: Any, s: Scalars, keep: Keep, nesterov: bool, amsgrad: str | None
+) -> Step:
     """One step of one array (Kingma & Ba, 2015, Algorithm 1): the direction and the new moments."""
-    m, m_hat = first_moment(g, m, s, nesterov)
-    v, v_max, v_hat = second_moment(g, v, v_max, s, amsgrad)
+    m, m_hat = first_moment(g, m, s, keep, nesterov)
+    v, v_max, v_hat = second_moment(g, v, v_max, s, keep, amsgrad)
     return divide(m_hat, sqrt(v_hat + s.eps_root) + s.eps), m, v, v_max
 
 
-def first_moment(g: Array, m: Array, s: Any, nesterov: bool) -> tuple[Array, Array]:
-    m = mix(m, g, s.decay1)
+def first_moment(g: Array, m: Array, s: Any, keep: Keep, nesterov: bool) -> tuple[Array, Array]:
+    m = keep.mu(mix(m, g, s.decay1))
     if nesterov:  # Dozat (2016), with a constant b1
         return m, s.decay1.b * m / s.c1_next + s.decay1.a * g / s.c1
     return m, m / s.c1
 
 
-def second_moment(g: Array, v: Array, v_max: Any, s: Scalars, amsgrad: str | None) -> tuple[Array, Any, Array]:
-    v = mix(v, abs2(g), s.decay2)
+def second_moment(
+    g: Array, v: Array, v_max: Any, s: Scalars, keep: Keep, amsgrad: str | None
+) -> tuple[Array, Any, Array]:
+    v = keep.nu(mix(v, abs2(g), s.decay2))
     if amsgrad is not None:
-        v_max = jnp.maximum(v_max, v / s.c2 if amsgrad == "corrected" else v)
+        v_max = keep.nu_max(jnp.maximum(v_max, v / s.c2 if amsgrad == "corrected" else v))
     return v, v_max, corrected(v, v_max, s.c2, amsgrad)
 
 

@@ -47,6 +47,14 @@ def find(state: PyTree) -> list[tuple[tuple[Any, ...], Any]]:
     return [(path, x) for path, x in jax.tree.leaves_with_path(state, is_leaf=holds_moments) if holds_moments(x)]
 
 
+class Keep(NamedTuple):
+    """What a step goes on with of each of its new moments: see `storage.settle_signed`."""
+
+    mu: Callable[[Array], Array]
+    nu: Callable[[Array], Array]
+    nu_max: Callable[[Array], Array]
+
+
 class Moments(Transformation):
     """Base of the transformations that keep two moments per parameter.
 
@@ -62,7 +70,7 @@ class Moments(Transformation):
         return False
 
     def _rule(self) -> tuple[Callable[..., Step], tuple[Any, ...]]:
-        """The step of one array, called as `rule(g, m, v, v_max, scalars, *options)`."""
+        """The step of one array, called as `rule(g, m, v, v_max, scalars, keep, *options)`."""
         raise NotImplementedError
 
     def _scalars(self, t: Array) -> Any:
@@ -145,13 +153,18 @@ def step_leaf(
     g = g.astype(dtype)
     m, v = storage.load(m, dtype, g), storage.load(v, real, g)
     v_max = None if v_max is None else storage.load(v_max, real, g)
+    keep = Keep(
+        lambda x: storage.settle_signed(x, stored[0], dithers[0]),
+        lambda x: storage.settle_decaying(x, stored[1], dithers[1]),
+        lambda x: storage.settle_growing(x, stored[2]),
+    )
     # Real scalars times complex arrays are meant, even where promotion is strict.
     with jax.numpy_dtype_promotion("standard") if dtype != real else contextlib.nullcontext():
-        direction, m, v, v_max = rule(g, m, v, v_max, scalars, *options)
+        direction, m, v, v_max = rule(g, m, v, v_max, scalars, keep, *options)
     kept = (
-        storage.store_signed(m, stored[0], dithers[0]),
-        storage.store_decaying(v, stored[1], dithers[1]),
-        None if v_max is None else storage.store_growing(v_max, stored[2]),
+        storage.store(m, stored[0], dithers[0]),
+        storage.store(v, stored[1], dithers[1]),
+        None if v_max is None else storage.store(v_max, stored[2], None),
     )
     chex.assert_trees_all_equal_shapes_and_dtypes(kept, stored)
     return direction, *kept

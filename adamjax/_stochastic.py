@@ -64,8 +64,8 @@ def to_nearest(x: Array, dtype: np.dtype) -> Array:
     By the spacing of the narrow numbers around `x` and not by way of a conversion to them: XLA
     takes a conversion to bfloat16 and back for nothing, and leaves it out.
     """
-    step = spacing(x, dtype)
-    return jnp.round(x / step) * step
+    step, per_unit = _steps(x, dtype)
+    return jnp.round(x * per_unit) * step
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
@@ -76,8 +76,8 @@ def stochastically(x: Array, dither: Dither, dtype: np.dtype) -> Array:
         bits = lax.bitcast_convert_type(x, jnp.uint32) + (_random(x, dither) >> 16)
         up_or_down = lax.bitcast_convert_type(bits & np.uint32(0xFFFF0000), jnp.float32)
         return jnp.where(jnp.isnan(x), x, up_or_down)
-    step = spacing(x, dtype)
-    units = x / step
+    step, per_unit = _steps(x, dtype)
+    units = x * per_unit
     whole = jnp.floor(units)
     up = uniform(x, dither) < units - whole
     return (whole + up.astype(jnp.float32)) * step
@@ -90,10 +90,17 @@ def _straight_through(dtype: np.dtype, primals: Any, tangents: Any) -> tuple[Arr
 
 def spacing(x: Array, dtype: np.dtype) -> Array:
     """The distance between neighbours in the narrow `dtype` around the float32 `x`: a power of two."""
-    info = jnp.finfo(dtype)
+    return _steps(x, dtype)[0]
+
+
+def _steps(x: Array, dtype: np.dtype) -> tuple[Array, Array]:
+    """The same, and 1 over it."""
     exponent = (lax.bitcast_convert_type(x, jnp.uint32) >> 23) & np.uint32(0xFF)
-    exponent = jnp.maximum(exponent, np.uint32(_lowest_exponent(dtype)))
-    return lax.bitcast_convert_type((exponent - np.uint32(info.nmant)) << 23, jnp.float32)
+    exponent = jnp.maximum(exponent, np.uint32(_lowest_exponent(dtype))) - np.uint32(jnp.finfo(dtype).nmant)
+    # Of infinities and NaN, 255 less the digits; so neither is out of range.
+    bits = exponent << 23, (np.uint32(254) - exponent) << 23
+    step, per_unit = (lax.bitcast_convert_type(x, jnp.float32) for x in bits)
+    return step, per_unit
 
 
 def spacing_at_zero(dtype: np.dtype) -> float:

@@ -9,7 +9,7 @@ from jax import Array
 
 from adamjax import _checks
 from adamjax._adam import Parts, Scalars, adam_parts, adam_scalars, epsilon, first_moment, second_moment
-from adamjax._moments import Moments, Step
+from adamjax._moments import Keep, Moments, Step
 from adamjax._numerics import Decay, correction, decay, divide, log, sqrt
 from adamjax._value import static_field, value
 
@@ -20,10 +20,10 @@ class RAdamScalars(NamedTuple):
     rectifier: Array
 
 
-def radam_step(g: Array, m: Array, v: Array, v_max: None, s: RAdamScalars, nesterov: bool) -> Step:
+def radam_step(g: Array, m: Array, v: Array, v_max: None, s: RAdamScalars, keep: Keep, nesterov: bool) -> Step:
     """One step of one array (Liu et al., 2020, Algorithm 2)."""
-    m, m_hat = first_moment(g, m, s.adam, nesterov)
-    v, _, v_hat = second_moment(g, v, None, s.adam, None)
+    m, m_hat = first_moment(g, m, s.adam, keep, nesterov)
+    v, _, v_hat = second_moment(g, v, None, s.adam, keep, None)
     adaptive = s.rectifier * divide(m_hat, sqrt(v_hat + s.adam.eps_root) + s.adam.eps)
     return jnp.where(s.tractable, adaptive, m_hat), m, v, None
 
@@ -57,10 +57,10 @@ class AdamaxScalars(NamedTuple):
     eps: Any
 
 
-def adamax_step(g: Array, m: Array, v: Array, v_max: None, s: AdamaxScalars) -> Step:
+def adamax_step(g: Array, m: Array, v: Array, v_max: None, s: AdamaxScalars, keep: Keep) -> Step:
     """One step of one array (Kingma & Ba, 2015, Algorithm 2); `v` is the infinity norm."""
-    m, m_hat = first_moment(g, m, s, nesterov=False)
-    v = jnp.maximum(s.b2 * v, jnp.abs(g) + s.eps)
+    m, m_hat = first_moment(g, m, s, keep, nesterov=False)
+    v = keep.nu(jnp.maximum(s.b2 * v, jnp.abs(g) + s.eps))
     return divide(m_hat, v), m, v, None
 
 

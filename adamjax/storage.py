@@ -1,10 +1,11 @@
 """How a moment is kept between steps: in which dtype or code, and how it is rounded to it.
 
 The arithmetic of a step is in float32 or wider whatever the storage. A moment narrower than that
-is rounded once, after the step has used it, and stochastically: it is right on average. Rounding
-to nearest would hold it where it is as soon as a step changes it by less than half the spacing of
-what can be stored. For bfloat16 and b2 = 0.999 that is always; and in 8 bits, the first moment
-of a parameter whose gradient has become zero would stay, while the second one decays under it.
+is rounded once, and stochastically: it is right on average. To half precision it is rounded before the
+step uses it, to codes after that. Rounding to nearest would hold it where it is as soon as a step
+changes it by less than half the spacing of what can be stored. For bfloat16 and b2 = 0.999 that is
+always; and in 8 bits, the first moment of a parameter whose gradient has become zero would stay,
+while the second one decays under it.
 Only a running maximum is rounded to nearest: it has no decay that this could freeze.
 """
 
@@ -210,28 +211,34 @@ def load(stored: Any, dtype: np.dtype, like: Array) -> Array:
     return stored.astype(dtype)
 
 
-def store_signed(x: Array, like: Any, dither: Dither | None) -> Any:
-    """Round a first moment stochastically to the format that `like` is stored in.
+def settle_signed(x: Array, like: Any, dither: Dither | None) -> Array:
+    """What a new first moment is from now on: rounded stochastically, if `like` is stored in a narrow dtype.
 
-    It takes a `dither` where `is_rounded`. How the array is sharded does not matter.
+    The step goes on with that: a moment that it needed both before and after rounding would be computed
+    twice, from old ones that had to be copied. Rounding to codes is too coarse for it, and `store` does that
+    afterwards. It takes a `dither` where `is_rounded`. How the array is sharded does not matter.
     """
+    return _as_stored(_rounded(x, like, dither), x, like)
+
+
+def settle_decaying(x: Array, like: Any, dither: Dither | None) -> Array:
+    """A second moment likewise; what is not 0 stays above 0."""
+    return _as_stored(_keep_positive(x, _rounded(x, like, dither), like), x, like)
+
+
+def settle_growing(x: Array, like: Any) -> Array:
+    """A running maximum likewise, but to nearest; what is not 0 stays above 0."""
+    if _is_wide(like):
+        return x
+    nearest = _stochastic.to_nearest(_saturate(x, like.dtype).astype(jnp.float32), like.dtype)
+    return _as_stored(_keep_positive(x, nearest, like), x, like)
+
+
+def store(x: Array, like: Any, dither: Dither | None) -> Any:
+    """A moment that is settled, as `like` is stored: in codes by a `dither`, or to nearest without one."""
     if isinstance(like, QuantizedArray):
-        return _quantize(x, like, dither)
-    return _rounded(x, like.dtype, dither)
-
-
-def store_decaying(x: Array, like: Any, dither: Dither | None) -> Any:
-    """Round a second moment likewise; what is not 0 stays above 0."""
-    if isinstance(like, QuantizedArray):
-        return _quantize(x, like, dither)
-    return _keep_positive(x, _rounded(x, like.dtype, dither))
-
-
-def store_growing(x: Array, like: Any) -> Any:
-    """Round a running maximum to nearest; what is not 0 stays above 0."""
-    if isinstance(like, QuantizedArray):
-        return _quantize(x, like, None)
-    return _keep_positive(x, _saturate(x, like.dtype).astype(like.dtype))
+        return _codes.encode(x.astype(jnp.float32), like.bits, like.signed, like.block_size, dither)
+    return x.astype(like.dtype)
 
 
 def spacing(stored: Any) -> Array | None:
@@ -318,14 +325,19 @@ def state_bytes(opt: Any, params: PyTree) -> int:
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(init, params)))
 
 
-def _quantize(x: Array, like: QuantizedArray, dither: Dither | None) -> QuantizedArray:
-    return _codes.encode(x.astype(jnp.float32), like.bits, like.signed, like.block_size, dither)
+def _is_wide(stored: Any) -> bool:
+    return isinstance(stored, QuantizedArray) or not _stochastic.is_narrow(stored.dtype)
 
 
-def _rounded(x: Array, dtype: np.dtype, dither: Dither | None) -> Array:
-    if dither is None:
-        return x.astype(dtype)
-    return _stochastic.stochastically(_saturate(x, dtype).astype(jnp.float32), dither, dtype).astype(dtype)
+def _rounded(x: Array, like: Any, dither: Dither | None) -> Array:
+    if _is_wide(like) or dither is None:
+        return x
+    return _stochastic.stochastically(_saturate(x, like.dtype).astype(jnp.float32), dither, like.dtype)
+
+
+def _as_stored(rounded: Array, x: Array, like: Any) -> Array:
+    """`rounded` to what `like` can hold, by way of its dtype: so XLA sees that the step reads what it has stored."""
+    return x if _is_wide(like) else rounded.astype(like.dtype).astype(x.dtype)
 
 
 def _saturate(x: Array, dtype: np.dtype) -> Array:
@@ -336,9 +348,9 @@ def _saturate(x: Array, dtype: np.dtype) -> Array:
     return jnp.where(jnp.isfinite(x), jnp.clip(x, -largest, largest), x)
 
 
-def _keep_positive(x: Array, rounded: Array) -> Array:
+def _keep_positive(x: Array, rounded: Array, like: Any) -> Array:
     """The smallest number instead of 0 where `x` is not 0: its root is a divisor."""
-    if not _stochastic.is_narrow(rounded.dtype):
+    if _is_wide(like):
         return rounded
-    smallest = jnp.asarray(_stochastic.spacing_at_zero(rounded.dtype), rounded.dtype)
+    smallest = jnp.float32(_stochastic.spacing_at_zero(like.dtype))
     return jnp.where((x > 0) & (rounded < smallest), smallest, rounded)

@@ -12,7 +12,7 @@ from jax import Array
 from adamjax import _checks, _trees
 from adamjax._adam import Parts, epsilon
 from adamjax._base import Extra, Transformation
-from adamjax._moments import AdamState, Moments, Step
+from adamjax._moments import AdamState, Keep, Moments, Step
 from adamjax._numerics import Decay, abs2, correction, decay, divide, mix, sqrt
 from adamjax._trees import PyTree
 from adamjax._value import value
@@ -58,9 +58,9 @@ class NAdamScalars(NamedTuple):
     of_m: Array
 
 
-def torch_nadam_step(g: Array, m: Array, v: Array, v_max: None, s: NAdamScalars) -> Step:
+def torch_nadam_step(g: Array, m: Array, v: Array, v_max: None, s: NAdamScalars, keep: Keep) -> Step:
     """One step of one array (Dozat, 2016, with his schedule of the momentum)."""
-    m, v = mix(m, g, s.decay1), mix(v, abs2(g), s.decay2)
+    m, v = keep.mu(mix(m, g, s.decay1)), keep.nu(mix(v, abs2(g), s.decay2))
     return divide(s.of_g * g + s.of_m * m, sqrt(v / s.c2) + s.eps), m, v, None
 
 

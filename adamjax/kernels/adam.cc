@@ -101,6 +101,16 @@ struct Array {
     return reinterpret_cast<T*>(out + At(s));
   }
 
+  bool IsNarrow() const { return format != nullptr && block == 0; }  // but no codes
+
+  // Narrow numbers as they were stored.
+  void Settle(const Span& s, float* numbers) const {
+    if (!IsNarrow()) return;
+    Array stored = *this;
+    stored.in = out;
+    format->load(stored, s, numbers);
+  }
+
   // The numbers as float32: in `buffer`, or where they are, which is also where they are to be left.
   float* Bring(const Span& s, float* buffer) const {
     if (format != nullptr) {
@@ -121,10 +131,12 @@ struct BFloat16 {
     uint32_t b = Bits(x);
     return (x == x ? b + 0x7FFF + ((b >> 16) & 1) : b | 0x400000) >> 16;
   }
-  static Raw Cut(float x, uint32_t random) {
-    uint32_t b = Bits(x);
-    return (x == x ? b + (random >> 16) : b | 0x400000) >> 16;
+  // The bits, of which the upper half is the number: of one, or of a vector of them.
+  template <class T, class W>
+  static W CutBits(T x, W bits, W random) {
+    return x == x ? bits + (random >> 16) : bits | 0x400000;
   }
+  static Raw Cut(float x, uint32_t random) { return CutBits(x, Bits(x), random) >> 16; }
   static float Saturated(float x) { return x; }
   static Raw Positive(float, Raw rounded) { return rounded; }  // as it is: float32 has no subnormals here
 };
@@ -224,6 +236,8 @@ Ints Widened(const int8_t* from) { return (Ints)_mm512_cvtepi8_epi32(Lanes<__m12
 Ints Widened(const uint8_t* from) { return (Ints)_mm512_cvtepu8_epi32(Lanes<__m128i>(from)); }
 void PutNarrowed(int8_t* to, Ints x) { Put(to, _mm512_cvtsepi32_epi8((__m512i)x)); }
 void PutNarrowed(uint8_t* to, Ints x) { Put(to, _mm512_cvtusepi32_epi8((__m512i)x)); }
+Words WidenedHalves(const uint16_t* from) { return (Words)_mm512_cvtepu16_epi32(Lanes<__m256i>(from)); }
+void PutHalves(uint16_t* to, Words x) { Put(to, _mm512_cvtepi32_epi16((__m512i)x)); }
 #else
 Floats Root(Floats x) {
   float each[kLanes];
@@ -250,6 +264,16 @@ void PutNarrowed(T* to, Ints x) {
   Put(each, x);
   constexpr int32_t kLargest = std::numeric_limits<T>::max();
   for (int64_t i = 0; i < kLanes; ++i) to[i] = static_cast<T>(std::min(each[i], kLargest));
+}
+Words WidenedHalves(const uint16_t* from) {
+  uint32_t each[kLanes];
+  for (int64_t i = 0; i < kLanes; ++i) each[i] = from[i];
+  return Lanes<Words>(each);
+}
+void PutHalves(uint16_t* to, Words x) {
+  uint32_t each[kLanes];
+  Put(each, x);
+  for (int64_t i = 0; i < kLanes; ++i) to[i] = static_cast<uint16_t>(each[i]);
 }
 #endif
 
@@ -421,34 +445,73 @@ struct Form {
   }
 
   template <class T>
-  static void StepAt(int64_t i, const Scalars& s, const Tile& tile) {
-    // All are loaded before one is stored: of arrays that lie alike in their pages, a store would hold up the loads.
-    T p = Lanes<T>(tile.p + i), m = Lanes<T>(tile.m + i), v = Lanes<T>(tile.v + i);
-    T g = Gradient(s, Lanes<T>(tile.g + i), p), mean = Mean(s, m, g), square = Square(s, v, g), largest = square;
-    Put(tile.m + i, mean);
-    Put(tile.v + i, square);
-    if constexpr (kMaximum) {
-      T top = Lanes<T>(tile.top + i);
-      largest = square * s.kept_by_c2;
-      // A number that is none stays none, as in jnp.maximum.
-      largest = (top > largest) | (top != top) ? top : largest;
-      Put(tile.top + i, largest);
-    }
-    T u = Update(s, g, mean, largest, p);
-    kNarrow ? Put(tile.update + i, u) : Put(tile.p + i, p + u);
+  static T Maximum(const Scalars& s, T top, T square) {
+    T corrected = square * s.kept_by_c2;
+    // A number that is none stays none, as in jnp.maximum.
+    return (top > corrected) | (top != top) ? top : corrected;
   }
 
-  // A step of numbers that are brought and stored by others.
+  // A step of numbers that are brought and stored by others, or a part of it.
+  enum Part { kAll, kMoments, kTop, kUpdate };
+
+  template <Part part, class T>
+  static void At(int64_t i, const Scalars& s, const Tile& tile) {
+    // All are loaded before one is stored: of arrays that lie alike in their pages, a store would hold up the loads.
+    T p = Lanes<T>(tile.p + i), g = Gradient(s, Lanes<T>(tile.g + i), p);
+    T m = Lanes<T>(tile.m + i), v = Lanes<T>(tile.v + i), largest = kMaximum ? Lanes<T>(tile.top + i) : v;
+    if constexpr (part == kAll || part == kMoments) {
+      m = Mean(s, m, g);
+      v = Square(s, v, g);
+      Put(tile.m + i, m);
+      Put(tile.v + i, v);
+    }
+    if constexpr (part == kAll || part == kTop) {
+      largest = kMaximum ? Maximum(s, largest, v) : v;
+      if (kMaximum) Put(tile.top + i, largest);
+    }
+    if constexpr (part == kAll || part == kUpdate) {
+      T u = Update(s, g, m, largest, p);
+      kNarrow ? Put(tile.update + i, u) : Put(tile.p + i, p + u);
+    }
+  }
+
+  template <Part part>
   static void Step(int64_t n, const Scalars& scalars, Ahead& ahead_, const Tile& tile_) {
     const Scalars s = scalars;  // which no store changes, the compiler knows then
     Ahead ahead = ahead_;
     const Tile tile = tile_;
     int64_t i = 0;
     for (; i + kLanes <= n; i += kLanes) {
-      ahead.Prefetch();
-      StepAt<Floats>(i, s, tile);
+      if (part == kAll || part == kMoments) ahead.Prefetch();
+      At<part, Floats>(i, s, tile);
     }
-    for (; i < n; ++i) StepAt<float>(i, s, tile);
+    for (; i < n; ++i) At<part, float>(i, s, tile);
+  }
+
+  // A step of moments that are both bfloat16, of full vectors: all in one loop.
+  static void StepBFloat16(const Span& span, const Scalars& scalars, Ahead& ahead_, const Tile& tile_, const Array& m,
+                           const Array& v, const Dither& dither, uint32_t first) {
+    const Scalars s = scalars;
+    Ahead ahead = ahead_;
+    const Tile tile = tile_;
+    const Dither d = dither;
+    const int64_t n = span.n;
+    const uint16_t *m_in = m.In<uint16_t>(span), *v_in = v.In<uint16_t>(span);
+    uint16_t *m_out = m.Out<uint16_t>(span), *v_out = v.Out<uint16_t>(span);
+    auto wide = [](Words bits) { return reinterpret_cast<Floats>(bits); };
+    for (int64_t i = 0; i < n; i += kLanes) {
+      ahead.Prefetch();
+      Floats p = Lanes<Floats>(tile.p + i), g = Gradient(s, Lanes<Floats>(tile.g + i), p);
+      Floats mean = Mean(s, wide(WidenedHalves(m_in + i) << 16), g);
+      Floats square = Square(s, wide(WidenedHalves(v_in + i) << 16), g);
+      Words random = Random(first + static_cast<uint32_t>(i), d);
+      Words m_bits = BFloat16::CutBits(mean, reinterpret_cast<Words>(mean), random);
+      Words v_bits = BFloat16::CutBits(square, reinterpret_cast<Words>(square), random << 9);
+      Floats u = Update(s, g, wide(m_bits & 0xFFFF0000), wide(v_bits & 0xFFFF0000), p);
+      PutHalves(m_out + i, m_bits >> 16);
+      PutHalves(v_out + i, v_bits >> 16);
+      kNarrow ? Put(tile.update + i, u) : Put(tile.p + i, p + u);
+    }
   }
 
   // A step of moments that are both codes of 8 bits in the same blocks, which are full vectors. In one loop there is
@@ -501,13 +564,18 @@ struct Form {
 };
 
 struct Steps {
-  decltype(&Form<0, 0, 0, 0, 0>::Step) plain;
-  decltype(&Form<0, 0, 0, 0, 0>::StepCodes) codes;
+  using OfNumbers = void (*)(int64_t, const Scalars&, Ahead&, const Tile&);
+  OfNumbers all, moments, top, update;
+  using OfVectors = void (*)(const Span&, const Scalars&, Ahead&, const Tile&, const Array&, const Array&, const Dither&,
+                             uint32_t);
+  OfVectors codes, bfloat16;
 };
 
 template <bool... chosen>
 Steps Choose() {
-  return {Form<chosen...>::Step, Form<chosen...>::StepCodes};
+  using F = Form<chosen...>;
+  return {F::template Step<F::kAll>, F::template Step<F::kMoments>, F::template Step<F::kTop>,
+          F::template Step<F::kUpdate>, F::StepCodes, F::StepBFloat16};
 }
 
 template <bool... chosen, class... Rest>
@@ -581,9 +649,9 @@ void Parallel(ffi::ThreadPool& pool, int64_t count, const std::function<void(int
 
 struct Job {
   Steps steps;
+  Steps::OfVectors of_vectors = nullptr;  // of steps, if the moments are such that one of them does it all
   Array p, g, m, v, top;
   bool maximum, rounds;
-  bool both_codes;        // of 8 bits, in the same blocks
   int64_t rows, columns;  // of one array of a batch
   bool is_whole;          // so that a number's index is that of its place in memory
   Place place;
@@ -599,20 +667,30 @@ struct Job {
     int64_t row = span.row - first_row;
     uint32_t first = is_whole ? static_cast<uint32_t>(row * columns + span.column) : place.Index(row, span.column);
     Tile tile{p.Bring(span, buffers[0]), buffers[2], buffers[3], nullptr, buffers[5], g.Bring(span, buffers[1])};
-    if (both_codes && span.n % kLanes == 0) {
-      steps.codes(span, s, ahead, tile, m, v, d, first);
+    if (of_vectors != nullptr && span.n % kLanes == 0) {
+      of_vectors(span, s, ahead, tile, m, v, d, first);
     } else {
       tile.m = m.Bring(span, buffers[2]);
       tile.v = v.Bring(span, buffers[3]);
       if (maximum) tile.top = top.Bring(span, buffers[4]);
-      steps.plain(span.n, s, ahead, tile);
+      bool settles = m.IsNarrow() || v.IsNarrow() || top.IsNarrow();
+      (settles ? steps.moments : steps.all)(span.n, s, ahead, tile);
       if (rounds) {
         alignas(64) uint32_t random[kBuffer];
         for (int64_t i = 0; i < span.n; i += kLanes) Put(random + i, Random(first + static_cast<uint32_t>(i), d));
         if (m.format != nullptr) m.format->store_mean(m, span, tile.m, random);
         if (v.format != nullptr) v.format->store_square(v, span, tile.v, random);
       }
+      if (settles) {  // the step goes on with what is stored of narrow floats; see ../storage.py
+        m.Settle(span, tile.m);
+        v.Settle(span, tile.v);
+        if (maximum) steps.top(span.n, s, ahead, tile);
+      }
       if (maximum && top.format != nullptr) top.format->store_maximum(top, span, tile.top);
+      if (settles) {
+        top.Settle(span, tile.top);
+        steps.update(span.n, s, ahead, tile);
+      }
     }
     if (p.format != nullptr) AddRounded(span, tile);
   }
@@ -723,8 +801,11 @@ ffi::Error Impl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> scalars, ffi::Buffer
   if (operands.wrong != nullptr) return ffi::Error::InvalidArgument(operands.wrong);
   for (Array* x : {&job.p, &job.g, &job.m, &job.v, &job.top}) x->stride = x->Bytes(job.columns);
   job.rounds = job.m.format != nullptr || job.v.format != nullptr;
-  job.both_codes = block[0] > 0 && block[0] == block[1] && block[0] % kLanes == 0 && bits[0] == 8 && bits[1] == 8 && !maximum;
   job.steps = Choose<>(job.p.format != nullptr, nesterov, maximum, coupled, decays);
+  if (!maximum && block[0] > 0 && block[0] == block[1] && block[0] % kLanes == 0 && bits[0] == 8 && bits[1] == 8) {
+    job.of_vectors = job.steps.codes;
+  }
+  if (!maximum && job.m.format == &kFloat<BFloat16> && job.v.format == &kFloat<BFloat16>) job.of_vectors = job.steps.bfloat16;
 
   int64_t of_row = (job.columns + kTile - 1) / kTile, tiles = batch * job.rows * of_row;
   const float* all_scalars = scalars.typed_data();
