@@ -1,7 +1,7 @@
 """The step of one array by the compiled kernel, under all that JAX does to functions."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache, partial, reduce
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from adamjax import _across, _codes
 from adamjax._adam import Scalars, adam_step
 from adamjax._codes import QuantizedArray
-from adamjax._moments import step_leaf
+from adamjax._moments import Step, step_leaf
 from adamjax._stochastic import Dither
 from adamjax.kernels import _build
 
@@ -100,11 +100,20 @@ step = jax.jit(_step, static_argnums=0)
 def plain_step(form: Form, leaf: Leaf, g: Array, numbers: Numbers, dithers: Dithers) -> Leaf:
     """The same by XLA."""
     p, m, v, v_max = leaf
+    options = (form.nesterov, form.amsgrad)
+
+    def of_moments(g: Array) -> Step:
+        return step_leaf(g, m, v, v_max, numbers.adam, dithers, rule=adam_step, options=options)
+
+    return around(form, p, g, numbers, of_moments)
+
+
+def around(form: Form, p: Array, g: Array, numbers: Numbers, of_moments: Callable[[Array], Step]) -> Leaf:
+    """A whole step, of which `of_moments` is the part that the moments have."""
     wide, g = p.astype(jnp.float32), numbers.sign * g.astype(jnp.float32)
     if form.coupled:
         g = g + numbers.coupled * wide
-    options = (form.nesterov, form.amsgrad)
-    direction, m, v, v_max = step_leaf(g, m, v, v_max, numbers.adam, dithers, rule=adam_step, options=options)
+    direction, m, v, v_max = of_moments(g)
     update = numbers.rate * direction + (numbers.decay * wide if form.decays else 0)
     return (wide + update.astype(p.dtype).astype(jnp.float32)).astype(p.dtype), m, v, v_max
 
