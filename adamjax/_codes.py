@@ -30,6 +30,7 @@ class Code(NamedTuple):
     power: int
     least: int = 0  # what a number greater than 0 may become
     zero: int = 0  # what 0 becomes
+    offset: int = 0  # what is added to q where it is stored
 
     @property
     def units(self) -> float:
@@ -48,14 +49,33 @@ class Code(NamedTuple):
         """The largest q that stands for `y` units or less; off by one where y is that of a q, or nearly."""
         return jnp.floor(jnp.sqrt(y) if self.power == 2 else jnp.sqrt(jnp.sqrt(y)))
 
+    def value(self, q: Array, unit: Array) -> Array:
+        """The number that q stands for, with its sign."""
+        return jnp.copysign(self.magnitude(jnp.abs(q)), q) * unit
+
+    def scale(self, largest: Array, *, grows: bool) -> Array:
+        """The scale of a block whose largest magnitude is this; a power of two for arrays that only grow."""
+        # A unit below the smallest normal number would be flushed to 0.
+        least = np.float32(jnp.finfo(jnp.float32).tiny * self.units)
+        s = jnp.where(largest > 0, jnp.maximum(largest, least), largest)
+        return jnp.where(jnp.isfinite(s), _power_of_two_above(s), s) if grows else s
+
+    def rounded(self, x: Array, s: Array, threshold: Any) -> Array:
+        """The q of `x`, with its sign: the one above if `x` is further than that part of the way to it."""
+        y = jnp.where(s == 0, 0.0, jnp.abs(x) * (self.units / jnp.where(s == 0, 1.0, s)))
+        q = self.below(y)
+        up = y - self.magnitude(q) > self.width(q) * threshold
+        q = jnp.clip(q + up.astype(jnp.float32), float(self.least), float(self.levels))
+        return jnp.copysign(jnp.where(x == 0, float(self.zero), q), x)
+
 
 # A first moment that decodes to 0 is a step of 0; a second one that does would be a division by 0.
 # The sixteen codes of a second moment in 4 bits have no 0 to spare: 0 becomes s / 65536.
 _CODES = {
     (8, True): Code(127, 2),
     (8, False): Code(255, 4, least=1),
-    (4, True): Code(7, 2),
-    (4, False): Code(16, 4, least=1, zero=1),
+    (4, True): Code(7, 2, offset=8),
+    (4, False): Code(16, 4, least=1, zero=1, offset=-1),
 }
 
 
@@ -124,25 +144,25 @@ class QuantizedArray:
     def decode(self) -> Array:
         """The array in float32."""
         q = self._integers()
-        y = jnp.copysign(self._code.magnitude(jnp.abs(q)), q)
-        return y * self._units_like(y)
+        return self.code.value(q, self._units_like(q))
 
     def spacing(self) -> Array:
         """How far apart the numbers around each are, in float32: the mean of both sides."""
         q = jnp.abs(self._integers())
         below = jnp.maximum(q - 1, 0.0)
-        y = (self._code.magnitude(q + 1) - self._code.magnitude(below)) / (q + 1 - below)
+        y = (self.code.magnitude(q + 1) - self.code.magnitude(below)) / (q + 1 - below)
         return y * self._units_like(y)
 
     @property
-    def _code(self) -> Code:
+    def code(self) -> Code:
         return _CODES[self.bits, self.signed]
 
     def _units_like(self, y: Array) -> Array:
-        return _spread(self.scales / self._code.units, self.block_size, y)
+        return _spread(self.scales / self.code.units, self.block_size, y)
 
     def _integers(self) -> Array:
-        return _unpack(self.codes, self.size, self.signed) if self.bits == 4 else self.codes.astype(jnp.float32)
+        stored = _unpack(self.codes, self.size) if self.bits == 4 else self.codes
+        return stored.astype(jnp.float32) - self.code.offset
 
 
 def _flatten(x: QuantizedArray) -> tuple[tuple[Any, Any], tuple[int, bool, int, int]]:
@@ -174,22 +194,10 @@ def encode(x: Array, bits: int, signed: bool, block_size: int, dither: Dither | 
     each step would move all numbers of its block, and rounding to nearest would not move them back.
     """
     code, size = _CODES[bits, signed], x.shape[-1]
-    # By their bits: of a block, what is no number is the largest, and all of it is none from then on. (A maximum of
-    # floats is free to leave it out, and a conversion to integers would make it 0.)
-    magnitudes = jax.lax.bitcast_convert_type(jnp.abs(x), jnp.int32)
-    scales = jax.lax.bitcast_convert_type(jnp.max(_runs(magnitudes, block_size), axis=-1), jnp.float32)
-    # A unit below the smallest normal number would be flushed to 0.
-    least = np.float32(jnp.finfo(jnp.float32).tiny * code.units)
-    scales = jnp.where(scales > 0, jnp.maximum(scales, least), scales)
-    if dither is None:
-        scales = jnp.where(jnp.isfinite(scales), _power_of_two_above(scales), scales)
-    s = _spread(scales, block_size, x)
-    y = jnp.where(s == 0, 0.0, jnp.abs(x) * (code.units / jnp.where(s == 0, 1.0, s)))
-    q = code.below(y)
-    up = y - code.magnitude(q) > code.width(q) * (0.5 if dither is None else _stochastic.uniform(x, dither))
-    q = jnp.clip(q + up.astype(jnp.float32), float(code.least), float(code.levels))
-    q = jnp.copysign(jnp.where(x == 0, float(code.zero), q), x)
-    codes = _pack(q, signed) if bits == 4 else q.astype(jnp.int8 if signed else jnp.uint8)
+    scales = code.scale(largest(_runs(x, block_size)), grows=dither is None)
+    threshold = 0.5 if dither is None else _stochastic.uniform(_stochastic.index_of(x), dither)
+    stored = code.rounded(x, _spread(scales, block_size, x), threshold) + code.offset
+    codes = _pack(stored.astype(jnp.uint8)) if bits == 4 else stored.astype(jnp.int8 if signed else jnp.uint8)
     return QuantizedArray(codes, scales, bits, signed, block_size, size)
 
 
@@ -199,6 +207,16 @@ def _refuse(*_: Any) -> Any:
         "a derivative would have to pass through moments that are stored as integers, and cannot: "
         "differentiate with moments in float32 (mu_dtype=None, nu_dtype=None)"
     )
+
+
+def largest(x: Array) -> Array:
+    """The largest magnitude along the last axis: NaN if there is one.
+
+    By the bits, of which NaN has the largest. A maximum of floats is free to leave it out; it would then be
+    a code, and 0 from the next step on.
+    """
+    bits = jax.lax.bitcast_convert_type(jnp.abs(x), jnp.int32)
+    return jax.lax.bitcast_convert_type(jnp.max(bits, axis=-1), jnp.float32)
 
 
 def abstract(x: jax.ShapeDtypeStruct, bits: int, signed: bool, block_size: int) -> QuantizedArray:
@@ -256,16 +274,14 @@ def _spread(scales: Array, block_size: int, like: Array) -> Array:
     return _join(jnp.broadcast_to(scales[..., None], (*scales.shape, block_size)), like)
 
 
-# The nibble of a signed q is q + 8, that of an unsigned one q - 1.
-def _pack(q: Array, signed: bool) -> Array:
-    pairs = _runs((q + 8 if signed else q - 1).astype(jnp.uint8), 2)
+def _pack(nibbles: Array) -> Array:
+    pairs = _runs(nibbles, 2)
     return pairs[..., 0] | (pairs[..., 1] << 4)
 
 
-def _unpack(codes: Array, size: int, signed: bool) -> Array:
+def _unpack(codes: Array, size: int) -> Array:
     pairs = jnp.stack([codes & np.uint8(15), codes >> 4], axis=-1)
-    nibbles = pairs.reshape(*codes.shape[:-1], 2 * codes.shape[-1])[..., :size].astype(jnp.float32)
-    return nibbles - 8 if signed else nibbles + 1
+    return pairs.reshape(*codes.shape[:-1], 2 * codes.shape[-1])[..., :size]
 
 
 def _power_of_two_above(x: Array) -> Array:

@@ -44,17 +44,22 @@ def dither(count: Array, number: int, seed: Any = 0) -> Dither:
     return Dither(_hash(jnp.uint32(number) ^ jnp.uint32(seed)), count.astype(jnp.uint32) * _MOVE)
 
 
-def uniform(like: Array, dither: Dither) -> Array:
+def uniform(index: Array, dither: Dither) -> Array:
     """Numbers in [0, 1), in float32, by the global index alone."""
-    return (_random(like, dither) >> 9).astype(jnp.float32) * np.float32(2**-23)
+    return (_random(index, dither) >> 9).astype(jnp.float32) * np.float32(2**-23)
 
 
-def _random(like: Array, dither: Dither) -> Array:
-    """The same as uint32 integers, of which the upper 23 bits are random."""
+def index_of(like: Array) -> Array:
+    """The global index of each element of an array, row by row; modulo 2**32."""
     # Starting from zeros_like, the index takes the sharding of `like`.
     index = jnp.zeros_like(like, dtype=jnp.uint32)
     for axis, size in enumerate(like.shape):
         index = index * np.uint32(size) + lax.broadcasted_iota(jnp.uint32, like.shape, axis)
+    return index
+
+
+def _random(index: Array, dither: Dither) -> Array:
+    """The same as uint32 integers, of which the upper 23 bits are random."""
     return (_hash(index ^ dither.seed) + dither.turn) << dither.skip
 
 
@@ -71,15 +76,16 @@ def to_nearest(x: Array, dtype: np.dtype) -> Array:
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
 def stochastically(x: Array, dither: Dither, dtype: np.dtype) -> Array:
     """The float32 `x` as one of its two neighbours in the narrow `dtype`, as float32: on average `x`."""
+    index = index_of(x)
     if dtype == jnp.bfloat16:
         # The bits are the upper half of those of float32: a random number that is added to the others carries rightly.
-        bits = lax.bitcast_convert_type(x, jnp.uint32) + (_random(x, dither) >> 16)
+        bits = lax.bitcast_convert_type(x, jnp.uint32) + (_random(index, dither) >> 16)
         up_or_down = lax.bitcast_convert_type(bits & np.uint32(0xFFFF0000), jnp.float32)
         return jnp.where(jnp.isnan(x), x, up_or_down)
     step, per_unit = _steps(x, dtype)
     units = x * per_unit
     whole = jnp.floor(units)
-    up = uniform(x, dither) < units - whole
+    up = uniform(index, dither) < units - whole
     return (whole + up.astype(jnp.float32)) * step
 
 
