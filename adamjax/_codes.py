@@ -51,7 +51,7 @@ class Code(NamedTuple):
 
     def value(self, q: Array, unit: Array) -> Array:
         """The number that q stands for, with its sign."""
-        return jnp.copysign(self.magnitude(jnp.abs(q)), q) * unit
+        return (q * jnp.abs(q) if self.power == 2 else self.magnitude(q)) * unit
 
     def scale(self, largest: Array, *, grows: bool) -> Array:
         """The scale of a block whose largest magnitude is this; a power of two for arrays that only grow."""
@@ -60,13 +60,19 @@ class Code(NamedTuple):
         s = jnp.where(largest > 0, jnp.maximum(largest, least), largest)
         return jnp.where(jnp.isfinite(s), _power_of_two_above(s), s) if grows else s
 
-    def rounded(self, x: Array, s: Array, threshold: Any) -> Array:
+    def per_number(self, s: Array) -> Array:
+        """How many units the number 1 is, where the scale is s; where that is 0, all numbers are."""
+        return jnp.where(s == 0, 0.0, self.units / jnp.where(s == 0, 1.0, s))
+
+    def rounded(self, x: Array, per_number: Array, threshold: Any) -> Array:
         """The q of `x`, with its sign: the one above if `x` is further than that part of the way to it."""
-        y = jnp.where(s == 0, 0.0, jnp.abs(x) * (self.units / jnp.where(s == 0, 1.0, s)))
+        y = jnp.abs(x) * per_number
         q = self.below(y)
         up = y - self.magnitude(q) > self.width(q) * threshold
         q = jnp.clip(q + up.astype(jnp.float32), float(self.least), float(self.levels))
-        return jnp.copysign(jnp.where(x == 0, float(self.zero), q), x)
+        if self.zero != self.least:
+            q = jnp.where(x == 0, float(self.zero), q)
+        return jnp.where(x < 0, -q, q) if self.power == 2 else q
 
 
 # A first moment that decodes to 0 is a step of 0; a second one that does would be a division by 0.
@@ -196,7 +202,8 @@ def encode(x: Array, bits: int, signed: bool, block_size: int, dither: Dither | 
     code, size = _CODES[bits, signed], x.shape[-1]
     scales = code.scale(largest(_runs(x, block_size)), grows=dither is None)
     threshold = 0.5 if dither is None else _stochastic.uniform(_stochastic.index_of(x), dither)
-    stored = code.rounded(x, _spread(scales, block_size, x), threshold) + code.offset
+    per_number = _spread(code.per_number(scales), block_size, x)
+    stored = code.rounded(x, per_number, threshold) + code.offset
     codes = _pack(stored.astype(jnp.uint8)) if bits == 4 else stored.astype(jnp.int8 if signed else jnp.uint8)
     return QuantizedArray(codes, scales, bits, signed, block_size, size)
 

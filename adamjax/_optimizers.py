@@ -41,7 +41,7 @@ def adam(
         the Python number 0, `update` needs `params`.
       mask: Which leaves `weight_decay` applies to; see `add_decayed_weights`.
       maximize: Ascend instead of descend. The weight decay still pulls towards 0.
-      fused: True: `step` is one pass over memory, by a compiled kernel, where XLA makes several of it on a CPU; or
+      fused: True: `step` is one pass over memory, by a compiled kernel, where XLA makes several of it; or
         a ValueError says what cannot be. "auto": where it can be; else, after a warning, by XLA. See `kernels.Fused`.
 
     Returns:

@@ -22,6 +22,7 @@ FLOORS = [
     ["_adam"],
     ["_variants", "_transforms", "kernels._build"],
     ["kernels._leaf"],
+    ["kernels._cpu", "kernels._gpu"],
     ["kernels._fused"],
     ["kernels"],
     ["_optimizers"],
@@ -56,7 +57,7 @@ FLOORS = [
 ]
 ROOT = Path(adamjax.__file__).parent
 FLOOR = {name: i for i, floor in enumerate(FLOORS) for name in floor}
-CORE = {name for floor in FLOORS[:15] for name in floor}
+CORE = {name for floor in FLOORS[:16] for name in floor}
 
 
 def modules():

@@ -94,7 +94,9 @@ def test_wide_moments_are_not_rounded():
 
 
 def numbers(t, leaf, shape=(300, 300)):
-    return np.asarray(_stochastic.uniform(_stochastic.index_of(jnp.zeros(shape)), _stochastic.dither(jnp.int32(t), leaf)), np.float64)
+    return np.asarray(
+        _stochastic.uniform(_stochastic.index_of(jnp.zeros(shape)), _stochastic.dither(jnp.int32(t), leaf)), np.float64
+    )
 
 
 def test_random_numbers_are_uniform_and_independent():

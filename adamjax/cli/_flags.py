@@ -39,7 +39,7 @@ HYPERPARAMETERS: Flags = {
     "amsgrad": {"choices": AMSGRAD, "help": "divide by the largest second moment so far"},
     "variant": {"choices": AMSGRAD, "help": "amsgrad: which form of it"},
     "maximize": {"action": argparse.BooleanOptionalAction, "help": "ascend instead of descend"},
-    "fused": {"action": argparse.BooleanOptionalAction, "help": "step in one pass over memory, on a CPU"},
+    "fused": {"action": argparse.BooleanOptionalAction, "help": "step in one pass over memory"},
 }
 
 # The same for the schedules.

@@ -1,4 +1,4 @@
-"""Steps in one pass over memory, by a kernel that is compiled for this machine when it is first needed."""
+"""Steps in one pass over memory, by kernels: on a CPU one that is compiled for it when it is first needed."""
 
 from adamjax.kernels._build import Kernel as Kernel
 from adamjax.kernels._build import build as build

@@ -14,28 +14,31 @@ from adamjax._moments import AdamState, dithers_of
 from adamjax._transforms import Objective, ScaleByLearningRate, mask_tree
 from adamjax._trees import PyTree
 from adamjax._value import static_field, value
-from adamjax.kernels import _build, _leaf
-from adamjax.storage import QuantizedArray
+from adamjax.kernels import _cpu, _leaf
+from adamjax.kernels._leaf import Form, Numbers
 
 # Of arrays with fewer elements, XLA's step is as fast: a call has its price.
 CROSSOVER = 16384
 
-# As in adam.cc.
-_TILE = 256
-_DTYPES = ("float32", "bfloat16", "float16")
-
 
 @value
 class Fused(Chain):
-    """The chain of `adam` or one of its kin, with a `step` that is one pass over memory on a CPU.
+    """The chain of `adam` or one of its kin, with a `step` that is one pass over memory, on a CPU or a GPU.
 
     `init`, `update` and the state are those of the chain; the numbers of `step`, too, but for the last digits.
-    The kernel is C++: it is compiled for this machine when it is first needed, which takes a few
-    seconds and a C++ compiler, and kept (`adamjax kernels status`). It goes wherever a step does: under `jax.jit`
-    (donate parameters and state, and nothing is copied), `jax.lax.scan`, `jax.vmap` over states or
-    hyperparameters, with arrays on many devices, each of which steps its part, and inside `jax.shard_map`.
-    Derivatives are those of XLA's step. What it steps are parameters of 16384 elements and more; XLA steps smaller
-    ones as fast. Parameters, gradients and moments may be float32, bfloat16 or float16, and moments quantised.
+    It goes wherever a step does: under `jax.jit` (donate parameters and state, and nothing is copied),
+    `jax.lax.scan`, `jax.vmap` over states or hyperparameters, with arrays on many devices, each of which steps its
+    part, and inside `jax.shard_map`. Derivatives are those of XLA's step. What a kernel steps are parameters of
+    16384 elements and more; XLA steps smaller ones as fast. Which kernel it is, `jax.default_backend()` says.
+
+    On a CPU it is C++, compiled for this machine when it is first needed, which takes a few seconds and a C++
+    compiler, and kept (`adamjax kernels status`). Parameters, gradients and moments may be float32, bfloat16 or
+    float16, and moments quantised.
+
+    On a GPU it is Pallas, for quantised moments: where they are floats, XLA's step is one pass as it is, and is taken.
+    It needs jax 0.11 and a Hopper or later. Parameters and gradients may be float32 or bfloat16; a moment beside a
+    quantised one is quantised or float32; blocks have a multiple of 64 numbers, and the last axis a multiple of
+    those. Inside `jax.shard_map`, `check_vma` must be False.
 
     A function with such a step in it can be exported by `jax.export` only if its check for custom calls is
     disabled, and then runs only where the same kernel is loaded.
@@ -62,7 +65,7 @@ class Fused(Chain):
         kept = (moments.mu, moments.nu, moments.nu_max)
         structure, rows = _trees.flatten(grads, params, *kept, *self._masks(params))
         paths = [path for path, _ in jax.tree.leaves_with_path(grads, is_leaf=_trees.is_none)]
-        taken = [self._takes(path, *row[:4]) for path, row in zip(paths, rows, strict=True)]
+        taken = [self._takes(path, row[0], row[1:5]) for path, row in zip(paths, rows, strict=True)]
         # XLA steps the others, for which these are frozen, and all counts.
         others = [None if t else row[0] for t, row in zip(taken, rows, strict=True)]
         new_params, new_state = super().step(jax.tree.unflatten(structure, others), state, params, **extra)
@@ -75,7 +78,8 @@ class Fused(Chain):
             if taken[i]:
                 storage.check(m, v, v_max)
                 form, numbers = numbers_of(tuple(mask is not False for mask in masks))
-                stepped[i] = (g, *_leaf.step(form, (p, m, v, v_max), g, numbers, dithers_of(count, i, m, v)))
+                dithers = dithers_of(count, i, m, v)
+                stepped[i] = (g, *_leaf.step(_engine().KERNEL, form, (p, m, v, v_max), g, numbers, dithers))
         _, new_params, mu, nu, nu_max = _trees.unflatten(structure, stepped, 5)
         return new_params, (AdamState(count, mu, nu, None if moments.nu_max is None else nu_max), *new_state[1:])
 
@@ -90,7 +94,7 @@ class Fused(Chain):
         masks = [getattr(transform, "mask", None) for transform in self.transforms]
         return [None if mask is None else mask_tree(mask, params) for mask in masks]
 
-    def _numbers(self, state: PyTree, count: Array, takes: tuple[bool, ...]) -> tuple[_leaf.Form, _leaf.Numbers]:
+    def _numbers(self, state: PyTree, count: Array, takes: tuple[bool, ...]) -> tuple[Form, Numbers]:
         """The form and the numbers of this step, for the parameters that these members take."""
         scalar = partial(_checks.scalar, dtype=jnp.dtype(jnp.float32))
         first = self.transforms[0]
@@ -110,17 +114,19 @@ class Fused(Chain):
                 rate, decay = rate * by, decay * by
             elif takes_it:
                 decay, decays = decay + factor * scalar("weight_decay", number), True
-        form = _leaf.Form(self._adam.nesterov, self._adam.amsgrad, is_coupled, decays)
+        form = Form(self._adam.nesterov, self._adam.amsgrad, is_coupled, decays)
         numbers = (self._adam._scalars(count.astype(jnp.float32)), jnp.float32(sign), coupled, rate, decay)
-        return form, _leaf.Numbers(*numbers)
+        return form, Numbers(*numbers)
 
-    def _takes(self, path: Any, g: Any, p: Any, m: Any, v: Any) -> bool:
+    def _takes(self, path: Any, g: Any, leaf: Any) -> bool:
         """Whether the kernel steps a parameter, or XLA does."""
-        if g is None or p.size < CROSSOVER:
+        if g is None or leaf[0].size < CROSSOVER:
             return False
-        named = (("parameter", p), ("gradient", g), ("first moment", m), ("second moment", v))
-        why = next((said for name, x in named if (said := _why_not_of(name, x)) is not None), None) or _why_not()
-        if why is None:
+        if (engine := _engine()) is None:
+            why = f"on {jax.default_backend()} there is no kernel"
+        elif not engine.gains(leaf):
+            return False
+        elif (why := engine.why_not(leaf, g)) is None:
             return True
         if self.mode is True:
             raise ValueError(
@@ -131,30 +137,13 @@ class Fused(Chain):
         return False
 
 
-def _why_not_of(name: str, x: Any) -> str | None:
-    """Why the kernel cannot take an array, if it cannot."""
-    if isinstance(x, QuantizedArray):
-        return (
-            None
-            if _TILE % x.block_size == 0
-            else (
-                f"its {name} is quantised in blocks of {x.block_size}, and the kernel steps {_TILE} numbers at a time"
-            )
-        )
-    dtype = _trees.dtype_of(x).name
-    return None if dtype in _DTYPES else f"its {name} is {dtype}, and the kernel steps {', '.join(_DTYPES)}"
+def _engine() -> Any:
+    """The module that has the kernel of this platform, if one has."""
+    if (backend := jax.default_backend()) == "gpu":
+        from adamjax.kernels import _gpu  # and with it Pallas, which takes its time to import
 
-
-@cache
-def _why_not() -> str | None:
-    """Why there is no kernel here at all, if there is none."""
-    if (backend := jax.default_backend()) != "cpu":
-        return f"on {backend} there is no kernel, and XLA's step is one pass over memory as it is"
-    try:
-        _build.target()
-    except RuntimeError as error:
-        return str(error)
-    return None
+        return _gpu
+    return _cpu if backend == "cpu" else None
 
 
 @cache

@@ -1,4 +1,4 @@
-"""The step of one array by the compiled kernel, under all that JAX does to functions."""
+"""The step of one parameter by a kernel, under all that JAX does to functions."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -18,7 +18,6 @@ from adamjax._adam import Scalars, adam_step
 from adamjax._codes import QuantizedArray
 from adamjax._moments import Step, step_leaf
 from adamjax._stochastic import Dither
-from adamjax.kernels import _build
 
 
 class Form(NamedTuple):
@@ -59,42 +58,61 @@ class Call(NamedTuple):
     Fields:
       form: Which of the steps it is.
       shape: That of the parameter; of the whole, where a device has a part.
-      bits, block: Of the codes of m, v and v_max; 0 where they are floats.
+      structure: That of the leaf, which has the formats of the moments.
     """
 
     form: Form
     shape: tuple[int, ...]
-    bits: tuple[int, int, int]
-    block: tuple[int, int, int]
+    structure: Any
+
+    @property
+    def formats(self) -> list[tuple[int, int]]:
+        """The bits and the block size of each moment's codes; 0 where it is of floats, or is not kept."""
+        _, *moments = jax.tree.unflatten(self.structure, range(self.structure.num_leaves))
+        return [(x.bits, x.block_size) if isinstance(x, QuantizedArray) else (0, 0) for x in moments]
 
     @property
     def unit(self) -> int:
         """How many numbers of a row belong together."""
-        return math.lcm(*(max(block, 8 // bits) for bits, block in zip(self.bits, self.block, strict=True) if bits))
+        return math.lcm(*(max(block, 8 // bits) for bits, block in self.formats if bits))
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _step(form: Form, leaf: Leaf, g: Array, numbers: Numbers, dithers: Dithers) -> Leaf:
+class Kernel(NamedTuple):
+    """A kernel, by what calls it.
+
+    Fields:
+      scalars: What it takes of the form and the numbers of a step: float32 scalars.
+      run: Its results for a `Call` and arrays that are on one device: those scalars, side by side; uint32
+        integers (seed and turn of the dither, the index of the part in the whole along each axis); parameter,
+        gradient, and all arrays of the moments. Where these are of many leaves, all have the same leading axes
+        more. Results are all but the gradient, which come in place of their operands.
+    """
+
+    scalars: Callable[[Form, Numbers], Sequence[Any]]
+    run: Callable[..., Sequence[Array]]
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _step(kernel: Kernel, form: Form, leaf: Leaf, g: Array, numbers: Numbers, dithers: Dithers) -> Leaf:
     """The parameter and its moments after one step: those of `plain_step`, but for the last digits."""
     p, *moments = leaf
-    coded = [(x.bits, x.block_size) if isinstance(x, QuantizedArray) else (0, 0) for x in moments]
-    call = Call(form, p.shape, *zip(*coded, strict=True))
-    arrays = jax.tree.leaves((p, g, *moments))
+    call = Call(form, p.shape, jax.tree.structure(leaf))
     # Both moments share the hashes: `_stochastic.Dither.other`.
     dither = next((d for d in dithers if d is not None), Dither(jnp.uint32(0), jnp.uint32(0)))
     places = _row([dither.seed, dither.turn], 2 + p.ndim)
-    scalars = [lax.bitcast_convert_type(jnp.asarray(x, jnp.float32), jnp.uint32) for x in _scalars(form, numbers)]
+    scalars = [lax.bitcast_convert_type(jnp.asarray(x, jnp.float32), jnp.uint32) for x in kernel.scalars(form, numbers)]
     row = lax.bitcast_convert_type(_row(scalars, len(scalars)), jnp.float32)
-    return jax.tree.unflatten(jax.tree.structure(leaf), _batched(call)(row, places, *arrays))
+    new = _batched(kernel, call)(row, places, p, g, *jax.tree.leaves(moments))
+    return jax.tree.unflatten(call.structure, new)
 
 
 @_step.defjvp
-def _step_jvp(form: Form, primals: Any, tangents: Any) -> Any:
+def _step_jvp(kernel: Kernel, form: Form, primals: Any, tangents: Any) -> Any:
     return jax.jvp(partial(plain_step, form), primals, tangents)
 
 
 # A compiled function of its own: traced once per distinct leaf.
-step = jax.jit(_step, static_argnums=0)
+step = jax.jit(_step, static_argnums=(0, 1))
 
 
 def plain_step(form: Form, leaf: Leaf, g: Array, numbers: Numbers, dithers: Dithers) -> Leaf:
@@ -126,26 +144,13 @@ def _row(numbers: Sequence[Array], length: int) -> Array:
     return reduce(jnp.add, [x * np.eye(1, length, i, np.uint32)[0] for i, x in enumerate(numbers)])
 
 
-def _scalars(form: Form, numbers: Numbers) -> tuple[Any, ...]:
-    """The first operand of the kernel; see `Scalars` there."""
-    s = numbers.adam
-    one, zero = jnp.float32(1), jnp.float32(0)
-    of_m, of_g = (s.decay1.b / s.c1_next, s.decay1.a / s.c1) if form.nesterov else (one / s.c1, zero)
-    of_m, of_g = numbers.rate * of_m, numbers.rate * of_g
-    by_c2, kept_by_c2 = (one, one / s.c2) if form.amsgrad == "corrected" else (one / s.c2, one)
-    mean = (s.decay1.keep, s.decay1.a, s.decay1.undo, of_m, of_g)
-    square = (s.decay2.keep, s.decay2.a, s.decay2.undo, by_c2, s.eps_root, s.eps)
-    rest = (numbers.sign, numbers.coupled, numbers.decay, kept_by_c2)
-    return (*mean, *square, *rest)
-
-
 @cache
-def _batched(call: Call) -> Any:
+def _batched(kernel: Kernel, call: Call) -> Any:
     """The kernel for arrays of a shape; mapped by `jax.vmap`, for many at once, each with a row of scalars."""
 
     @custom_vmap
     def step_all(scalars: Array, places: Array, *arrays: Array) -> list[Array]:
-        return _placed(call, scalars, places, *arrays)
+        return _placed(kernel, call, scalars, places, *arrays)
 
     @step_all.def_vmap
     def _(size: int, is_mapped: list[bool], *operands: Array) -> tuple[list[Array], list[bool]]:
@@ -156,31 +161,32 @@ def _batched(call: Call) -> Any:
     return step_all
 
 
-def _placed(call: Call, scalars: Array, places: Array, *arrays: Array) -> list[Array]:
+def _placed(kernel: Kernel, call: Call, scalars: Array, places: Array, *arrays: Array) -> list[Array]:
     """The kernel for arrays on many devices, each of which steps what it has."""
     axis_types = set(jax.typeof(arrays[0]).sharding.mesh.axis_types)
     batch = arrays[0].ndim - len(call.shape)
-    if AxisType.Manual in axis_types or jax.device_count() == 1:
-        return _run(call._replace(shape=arrays[0].shape[batch:]), scalars, places, *arrays)
+    if AxisType.Manual in axis_types or (AxisType.Explicit not in axis_types and jax.device_count() == 1):
+        return _run(kernel, call._replace(shape=arrays[0].shape[batch:]), scalars, places, *arrays)
     if AxisType.Explicit in axis_types:
         spec = _in_whole_blocks(call, jax.typeof(arrays[0]).sharding, arrays[0].shape)
         row, count = _of_row(spec, batch), len(arrays)
         part = jax.shard_map(
-            partial(_part, call, spec),
+            partial(_part, kernel, call, spec),
             in_specs=(row, row, *[spec] * count),
             out_specs=[spec] * (count - 1),
+            check_vma=False,  # as in `_gpu.why_not`
         )
         rows = [jax.sharding.reshard(x, row) for x in (scalars, places)]
         new = part(*rows, *[jax.sharding.reshard(x, spec) for x in arrays])
-        return [_codes.sharded_like(x, like) for x, like in zip(new, _changed(arrays), strict=True)]
-    return _partitioned(call, tuple(x.shape for x in arrays))(scalars, places, *arrays)
+        return [_codes.sharded_like(x, like) for x, like in zip(new, changed(arrays), strict=True)]
+    return _partitioned(kernel, call, tuple(x.shape for x in arrays))(scalars, places, *arrays)
 
 
 @cache
-def _partitioned(call: Call, shapes: tuple[tuple[int, ...], ...]) -> Any:
+def _partitioned(kernel: Kernel, call: Call, shapes: tuple[tuple[int, ...], ...]) -> Any:
     @custom_partitioning
     def step_all(scalars: Array, places: Array, *arrays: Array) -> list[Array]:
-        return _run(call, scalars, places, *arrays)
+        return _run(kernel, call, scalars, places, *arrays)
 
     ndim, count = len(shapes[0]), len(shapes)
     batch = ndim - len(call.shape)
@@ -190,7 +196,7 @@ def _partitioned(call: Call, shapes: tuple[tuple[int, ...], ...]) -> Any:
         of_m = results[1].sharding
         spec = _in_whole_blocks(call, of_m, shapes[0])
         row, array = NamedSharding(of_m.mesh, _of_row(spec, batch)), NamedSharding(of_m.mesh, spec)
-        return mesh, partial(_part, call, spec), [array] * (count - 1), (row, row, *[array] * count)
+        return mesh, partial(_part, kernel, call, spec), [array] * (count - 1), (row, row, *[array] * count)
 
     # Of codes and scales, the last axis is shorter than that of the parameter.
     leading = [f"b{i}" for i in range(batch)] + [f"i{i}" for i in range(len(call.shape) - 1)]
@@ -198,13 +204,13 @@ def _partitioned(call: Call, shapes: tuple[tuple[int, ...], ...]) -> Any:
     row, place = (" ".join([*leading[:batch], x]) for x in ("k", "l"))
     step_all.def_partition(
         partition=partition,
-        sharding_rule=f"{row}, {place}, {', '.join(names)} -> {', '.join(_changed(names))}",
+        sharding_rule=f"{row}, {place}, {', '.join(names)} -> {', '.join(changed(names))}",
         need_replication_factors=("k", "l"),
     )
     return step_all
 
 
-def _changed(arrays: Sequence[Any]) -> list[Any]:
+def changed(arrays: Sequence[Any]) -> list[Any]:
     """All but the gradient, which comes second."""
     return [x for i, x in enumerate(arrays) if i != 1]
 
@@ -219,32 +225,15 @@ def _of_row(spec: PartitionSpec, batch: int) -> PartitionSpec:
     return PartitionSpec(*spec[:batch])
 
 
-def _part(call: Call, spec: PartitionSpec, scalars: Array, places: Array, *parts: Array) -> Any:
+def _part(kernel: Kernel, call: Call, spec: PartitionSpec, scalars: Array, places: Array, *parts: Array) -> list[Array]:
     """The kernel for what this device has of the arrays."""
     ndim, batch = parts[0].ndim, parts[0].ndim - len(call.shape)
     names, sizes = [*spec, *[None] * (ndim - len(spec))][batch:], parts[0].shape[batch:]
     indices = [jnp.zeros((), jnp.int32) if name is None else lax.axis_index(name) for name in names]
     offsets = jnp.stack([i.astype(jnp.uint32) * np.uint32(size) for i, size in zip(indices, sizes, strict=True)])
     places = places.at[..., -len(call.shape) :].set(offsets)
-    return _run(call, scalars, places, *parts)
+    return _run(kernel, call, scalars, places, *parts)
 
 
-def _run(call: Call, scalars: Array, places: Array, *arrays: Array) -> list[Array]:
-    scalars, places, *same = _across.varying_alike(scalars, places, *arrays)
-    like = jax.eval_shape(lambda *arrays: list(arrays), *_changed(same))
-    # In place: scalars and places come first, and of the arrays the second, the gradient, has no result.
-    aliases = {2: 0} | {i + 3: i for i in range(1, len(like))}
-    kernel = jax.ffi.ffi_call(_build.target(), like, input_output_aliases=aliases)
-    new = kernel(
-        scalars,
-        places,
-        *same,
-        nesterov=call.form.nesterov,
-        maximum=call.form.amsgrad is not None,
-        coupled=call.form.coupled,
-        decays=call.form.decays,
-        whole=np.asarray(call.shape, np.int64),
-        bits=np.asarray(call.bits, np.int64),
-        block=np.asarray(call.block, np.int64),
-    )
-    return list(new)
+def _run(kernel: Kernel, call: Call, *operands: Array) -> list[Array]:
+    return list(kernel.run(call, *_across.varying_alike(*operands)))

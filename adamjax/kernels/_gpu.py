@@ -1,0 +1,358 @@
+"""The Pallas kernel: steps with quantised moments in one pass over the memory of a GPU.
+
+Where moments are floats XLA makes one loop of a step. The scales of quantised ones stand between two:
+one that finds the largest new moment of each block, and one that rounds by it. The kernel has a block
+in registers all the while.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cache, partial, reduce
+from typing import Any, NamedTuple
+
+import jax
+import jax.extend.core
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu
+from jax.extend.core import primitives
+
+from adamjax import _stochastic, _trees
+from adamjax._adam import Scalars, adam_step
+from adamjax._codes import Code, QuantizedArray, largest
+from adamjax._moments import Keep, Step
+from adamjax._numerics import Decay
+from adamjax._stochastic import Dither
+from adamjax.kernels._leaf import Call, Form, Kernel, Leaf, Numbers, around
+
+# Of what is used, some is newer than the oldest jax that the rest works with.
+plgpu: Any = mosaic_gpu
+
+# Neither codes nor float32 are rounded before the step goes on with them.
+_KEEP = Keep(*[lambda x: x] * 3)
+
+# To a program, of four warps: of 4, 8 and 16, on an H200, with these it is fastest.
+_ROWS, _WARPS = 8, 4
+
+
+def gains(leaf: Leaf) -> bool:
+    """Whether the step of a parameter is faster by the kernel than by XLA."""
+    return any(isinstance(x, QuantizedArray) for x in leaf)
+
+
+def why_not(leaf: Leaf, g: Array) -> str | None:
+    """Why the kernel cannot step a parameter whose moments are quantised, if it cannot."""
+    p, *moments = leaf
+    for name, array in (("parameter", p), ("gradient", g)):
+        if (dtype := _trees.dtype_of(array).name) not in ("float32", "bfloat16"):
+            return f"its {name} is {dtype}, and the kernel steps float32, bfloat16"
+    for x in moments:
+        if x is not None and x.dtype != jnp.float32:
+            return f"one of its moments is quantised and the other {x.dtype}, and the kernel steps float32 beside codes"
+    sizes = sorted({x.block_size for x in moments if isinstance(x, QuantizedArray)})
+    if sizes[0] % 64:
+        return f"its moments are quantised in blocks of {sizes[0]}, and the kernel steps multiples of 64"
+    if sizes[-1] % sizes[0]:
+        return f"the blocks of its moments, of {sizes[0]} and of {sizes[-1]} numbers, do not begin together"
+    if p.shape[-1] % sizes[-1]:
+        return f"its last axis, {p.shape[-1]}, is no multiple of the {sizes[-1]} numbers in a block"
+    if p.size >= 2**31:
+        return f"it has {p.size} elements, and the kernel counts to 2**31"
+    # Where shard_map tracks what varies from device to device, it does so of Pallas's references, and they must not.
+    if any(jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves((leaf, g))):
+        return "its parts vary inside of jax.shard_map, and the kernel needs check_vma=False there"
+    return _missing()
+
+
+@cache
+def _missing() -> str | None:
+    """Why there is no kernel at all, if there is none."""
+    if jax.__version_info__ < (0, 11):
+        return f"the kernel needs jax 0.11, and this is {jax.__version__}: pip install --upgrade jax"
+    # "9.0" of Hopper; "gfx942" and the like of those that are not NVIDIA's.
+    found = getattr(jax.devices()[0], "compute_capability", "9.0")
+    if found.startswith("gfx") or float(found) < 9:
+        return f"the kernel is for NVIDIA's Hopper and later, and this GPU is {jax.devices()[0].device_kind} ({found})"
+    return None
+
+
+class _Rows(NamedTuple):
+    """How arrays are cut into rows: as the blocks of their moments are.
+
+    Fields:
+      unit: The numbers in a block.
+      span: How many of these blocks the larger ones of the other moment have, and a row.
+      pairs: Whether numbers of one of the moments stand two to a byte.
+    """
+
+    unit: int
+    span: int
+    pairs: bool
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of a row."""
+        inner = (self.unit // 2, 2) if self.pairs else (self.unit,)
+        return (self.span, *inner) if self.span > 1 else inner
+
+    def shapes_of(self, stored: Any) -> list[tuple[int, ...]]:
+        """What each array of a moment has in a row."""
+        if not isinstance(stored, QuantizedArray):
+            return [self.shape]
+        codes = self.shape[:-1] if stored.bits == 4 else self.shape
+        return [codes, (self.span,) if self.span > 1 and stored.block_size == self.unit else ()]
+
+    def cut(self, stored: Any, many: int) -> Any:
+        """A moment or a parameter as rows: [many, rows, *shape]."""
+        arrays, structure = jax.tree.flatten(stored)
+        shapes = self.shapes_of(stored) if arrays else []
+        cut = [x.reshape(many, -1, *shape) for x, shape in zip(arrays, shapes, strict=True)]
+        return jax.tree.unflatten(structure, cut)
+
+
+def _rows_of(call: Call) -> _Rows:
+    coded = [(bits, block) for bits, block in call.formats if bits]
+    sizes = [block for _, block in coded]
+    return _Rows(min(sizes), max(sizes) // min(sizes), any(bits == 4 for bits, _ in coded))
+
+
+def _scalars(form: Form, numbers: Numbers) -> Sequence[Any]:
+    return jax.tree.leaves(numbers)
+
+
+def _numbers(scalars: Sequence[Any]) -> Numbers:
+    decays = [Decay(*scalars[i : i + 5]) for i in (0, 5)]
+    return Numbers(Scalars(*decays, *scalars[10:15]), *scalars[15:])
+
+
+def _run(call: Call, scalars: Array, places: Array, *arrays: Array, interpret: bool = False) -> list[Array]:
+    """The step of as many parameters as the scalars have leading axes for."""
+    batch = scalars.ndim - 1
+    many, part = math.prod(scalars.shape[:batch]), arrays[0].shape[batch:]
+    rows = _rows_of(call)
+    p, g, *moments = arrays
+    leaf = tuple(rows.cut(x, many) for x in jax.tree.unflatten(call.structure, (p, *moments)))
+    g = rows.cut(g, many)
+    scalars = scalars.reshape(many, -1)
+    places = _places(call.shape, places.reshape(many, -1))
+    step = partial(_step_rows, call.form, rows, _axes(part, call.shape, math.prod(rows.shape)))
+
+    count = g.shape[1]
+    whole = count - count % _ROWS
+    new = _programs(step, rows, whole // _ROWS, scalars, places, g, leaf, interpret) if whole else leaf
+    if count > whole:
+        # What fills no program, from where the kernel has left it as it was.
+        rest = jax.tree.map(lambda x: x[:, whole:], (g, new))
+        of_one = jax.vmap(lambda scalars, places, rest: step(list(scalars), list(places), np.uint32(whole), *rest))
+        last = of_one(scalars, places, rest)
+        # Else XLA would compute them as it writes them, and into copies.
+        last = lax.optimization_barrier(last)
+        new = jax.tree.map(lambda x, y: lax.dynamic_update_slice_in_dim(x, y, whole, 1), new, last)
+    like = [x for i, x in enumerate(arrays) if i != 1]
+    return [x.reshape(y.shape) for x, y in zip(jax.tree.leaves(new), like, strict=True)]
+
+
+def _places(shape: tuple[int, ...], places: Array) -> Array:
+    """The seed, the turn and the index of the first number in the whole, of each of many."""
+    strides = [np.uint32(math.prod(shape[axis + 1 :]) % 2**32) for axis in range(len(shape))]
+    first = reduce(jnp.add, [places[:, 2 + axis] * stride for axis, stride in enumerate(strides)])
+    return jnp.stack([places[:, 0], places[:, 1], first], axis=-1)
+
+
+def _axes(part: Sequence[int], whole: Sequence[int], size: int) -> list[tuple[int, int]]:
+    """How many rows of `size` lie along each axis of a part, and how far apart in the whole; the innermost first.
+
+    Axes that follow each other without a gap are one.
+    """
+    axes: list[tuple[int, int]] = [(part[-1] // size, size)]
+    stride = 1
+    for i in reversed(range(len(part) - 1)):
+        stride *= whole[i + 1]
+        count, apart = axes[-1]
+        if count * apart == stride:
+            axes[-1] = (count * part[i], apart)
+        else:
+            axes.append((part[i], stride))
+    return [(count, apart % 2**32) for count, apart in axes]
+
+
+def _index(shape: tuple[int, ...], axes: list[tuple[int, int]], start: Any) -> Array:
+    """The index of each number in rows of blocks, of which the first is row `start`."""
+    row = start.astype(jnp.uint32) + lax.broadcasted_iota(jnp.uint32, shape, 0)
+    index = jnp.zeros(shape, jnp.uint32)
+    for count, apart in axes[:-1]:
+        index = index + lax.rem(row, jnp.full(shape, np.uint32(count))) * np.uint32(apart)
+        row = lax.div(row, jnp.full(shape, np.uint32(count)))
+    index = index + row * np.uint32(axes[-1][1])
+    for axis in range(1, len(shape)):
+        size = math.prod(shape[axis + 1 :])
+        index = index + lax.broadcasted_iota(jnp.uint32, shape, axis) * np.uint32(size)
+    return index
+
+
+def _step_rows(
+    form: Form, rows: _Rows, axes: Any, scalars: list[Any], places: Any, start: Any, g: Array, leaf: Leaf
+) -> Leaf:
+    """The step of rows of one parameter, of which the first is row `start`."""
+    seed, turn, first = places
+    dither, numbers = Dither(seed, turn), _numbers(scalars)
+    index = first + _index(g.shape, axes, start)
+    p, *old = leaf
+
+    def of_moments(g: Array) -> Step:
+        m, v, v_max = (_load(x, g.shape) for x in old)
+        direction, m, v, v_max = adam_step(g, m, v, v_max, numbers.adam, _KEEP, form.nesterov, form.amsgrad)
+        dithers = (dither, dither.other(), None)
+        m, v, v_max = (_store(x, like, d, index) for x, like, d in zip((m, v, v_max), old, dithers, strict=True))
+        return direction, m, v, v_max
+
+    return around(form, p, g, numbers, of_moments)
+
+
+def _load(stored: Any, shape: tuple[int, ...]) -> Any:
+    if not isinstance(stored, QuantizedArray):
+        return stored
+    q = stored.codes.astype(jnp.int32)
+    if stored.bits == 4:
+        q = (_spread(q, shape) >> _shift(shape, q.dtype)) & 15
+    q = q.astype(jnp.float32) - stored.code.offset
+    return stored.code.value(q, _spread(stored.scales / stored.code.units, shape))
+
+
+def _store(x: Array, like: Any, dither: Dither | None, index: Array) -> Any:
+    if not isinstance(like, QuantizedArray):
+        return x
+    code = _Code(*like.code)
+    top = x
+    for _ in range(x.ndim - like.scales.ndim):
+        top = largest(top)
+    scales = code.scale(top, grows=dither is None)
+    threshold = 0.5 if dither is None else _stochastic.uniform(index, dither)
+    q = code.rounded(x, _spread(code.per_number(scales), x.shape), threshold) + code.offset
+    q = lax.bitcast_convert_type(q + _WHOLE, jnp.uint32)
+    if like.bits == 4:
+        q = jnp.sum((q & np.uint32(15)) << _shift(x.shape, q.dtype), axis=-1, dtype=jnp.uint32)
+    return replace(like, codes=q.astype(like.codes.dtype), scales=scales)
+
+
+# In float32, the numbers around this one are 1 apart, and their last bits count from 0: adding it rounds, and what
+# is rounded stands in the last bits, as a complement if it is negative. Mosaic has no other way.
+_WHOLE = np.float32(3 * 2**22)
+
+
+class _Code(Code):
+    """Codes by what is quick on a GPU."""
+
+    def below(self, y: Array) -> Array:
+        # The roots of numbers that have many digits to spare; the logarithm of 0 is -inf, and rounds to 0.
+        root = jnp.exp2(jnp.log2(y) * (1 / self.power))
+        below = lax.optimization_barrier(root - 0.5)
+        return lax.optimization_barrier(below + _WHOLE) - _WHOLE
+
+
+def _spread(x: Array, shape: tuple[int, ...]) -> Array:
+    return lax.broadcast_in_dim(x, shape, tuple(range(x.ndim)))
+
+
+def _shift(shape: tuple[int, ...], dtype: Any) -> Array:
+    """Where in its byte each number of a pair stands."""
+    return lax.broadcasted_iota(dtype, shape, len(shape) - 1) * np.asarray(4, dtype)
+
+
+def _programs(
+    step: Callable[..., Leaf],
+    rows: _Rows,
+    count: int,
+    scalars: Array,
+    places: Array,
+    g: Array,
+    leaf: Leaf,
+    interpret: bool,
+) -> Leaf:
+    """The kernel itself, in so many programs for each of many parameters, in place of their arrays."""
+    arrays, structure = jax.tree.flatten(leaf)
+    layouts = [layout for x in (g, *leaf) if x is not None for layout in _layouts(rows, x)]
+
+    def read(ref: Any, layout: Any) -> Array:
+        return ref[...] if interpret else plgpu.load(ref, layout=layout, optimized=False)
+
+    def write(ref: Any, x: Array) -> None:
+        # jax 0.12 has a function to say how, and before there is one way.
+        if interpret or not hasattr(plgpu, "store"):
+            ref[...] = x
+        else:
+            plgpu.store(ref, x, optimized=False)
+
+    def program(scalars: Any, places: Any, *refs: Any) -> None:
+        which, start = lax.axis_index("many"), lax.axis_index("program") * _ROWS
+        of_one = [[table[which, i] for i in range(table.shape[1])] for table in (scalars, places)]
+        refs = tuple(ref.at[which, pl.ds(start, _ROWS)] for ref in refs)
+        g, *old = (read(ref, layout) for ref, layout in zip(refs, layouts, strict=True))
+        new = _lowered(step, *of_one, start, g, jax.tree.unflatten(structure, old))
+        for ref, x in zip(refs[1:], jax.tree.leaves(new), strict=True):
+            write(ref, x)
+
+    @pl.run_state
+    def in_place(kept: Any) -> None:
+        pl.kernel(
+            program,
+            out_type=(),
+            mesh=plgpu.Mesh(grid=(g.shape[0], count), grid_names=("many", "program")),
+            compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
+            interpret=plgpu.InterpretGPUParams() if interpret else False,
+            name="adam_step",
+        )(scalars, places, g, *kept)
+
+    return jax.tree.unflatten(structure, in_place(arrays))
+
+
+def _layouts(rows: _Rows, stored: Any) -> list[Any]:
+    """How arrays lie in registers: a row to each warp, so that its lanes find the largest of a block."""
+    span = (rows.span,) if rows.span > 1 else ()
+    if rows.pairs:
+        vector, tiles = 2, [(_WARPS, *span, 32, 2)]
+    else:
+        vector = 4 if rows.unit % 128 == 0 else 2
+        tiles = [(_WARPS, *span, 32 * vector), (vector,)]
+    whole = plgpu.Layout.TILED(plgpu.Tiling(tuple(tiles)), warp_dims=(-3 - len(span),), lane_dims=(-2,), vector_dim=-1)
+    ndim = len(rows.shape)
+    return [
+        whole.reduce(tuple(range(1 + len(shape), 1 + ndim))) if len(shape) < ndim else whole
+        for shape in rows.shapes_of(stored)
+    ]
+
+
+def _lowered(function: Callable[..., Any], *args: Any) -> Any:
+    """`function(*args)`, without what Mosaic does not have: rules for derivatives, and a few primitives."""
+    closed, shape = jax.make_jaxpr(function, return_shape=True)(*args)
+    found = _evaluate(closed.jaxpr, closed.consts, jax.tree.leaves(args))
+    return jax.tree.unflatten(jax.tree.structure(shape), found)
+
+
+def _evaluate(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
+    values: dict[Any, Any] = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True))
+    for eqn in jaxpr.eqns:
+        operands = [x.val if isinstance(x, jax.extend.core.Literal) else values[x] for x in eqn.invars]
+        inner = eqn.params.get("call_jaxpr", eqn.params.get("jaxpr"))
+        if inner is not None:
+            found = _evaluate(inner.jaxpr, inner.consts, operands)
+        elif eqn.primitive in _OTHERWISE:
+            found = [_OTHERWISE[eqn.primitive](*operands)]
+        else:
+            found = eqn.primitive.bind(*operands, **eqn.params)
+            found = found if eqn.primitive.multiple_results else [found]
+        values.update(zip(eqn.outvars, found, strict=True))
+    return [x.val if isinstance(x, jax.extend.core.Literal) else values[x] for x in jaxpr.outvars]
+
+
+_OTHERWISE: dict[Any, Callable[..., Array]] = {
+    primitives.is_finite_p: lambda x: jnp.abs(x) < jnp.inf,
+    # By a scalar, of which one reciprocal is enough.
+    primitives.div_p: lambda x, d: x * (1 / d) if jnp.ndim(d) == 0 else lax.div(x, d),
+}
+
+KERNEL = Kernel(_scalars, _run)
+INTERPRETED = Kernel(_scalars, partial(_run, interpret=True))

@@ -1,0 +1,84 @@
+"""Whether a step by a kernel is the plain one, but for the last digits."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from helpers import assert_equal
+from tolerances import FUSED, FUSED_ROUNDED
+
+from adamjax.storage import QuantizedArray
+
+
+def units(x, dtype):
+    """The distance between neighbours around the numbers of an array, in a dtype."""
+    info = jnp.finfo(dtype)
+    return np.maximum(np.abs(np.asarray(x, np.float64)), float(info.tiny)) * float(info.eps)
+
+
+def assert_near(found, expected, terms, name):
+    """Within so many units in the last place; what is stored narrowly, equal but for a few."""
+    if isinstance(found, QuantizedArray):
+        starts = np.arange(0, found.size, found.block_size)
+        assert_near(found.scales, expected.scales, np.maximum.reduceat(terms, starts, axis=-1), name)
+        apart = np.abs(np.asarray(found._integers() - expected._integers()))
+        assert np.mean(apart > 0) <= FUSED_ROUNDED, name
+        assert np.max(apart) <= 1, name
+        return
+    assert found.dtype == expected.dtype
+    a, b = np.asarray(found, np.float64), np.asarray(expected, np.float64)
+    np.testing.assert_array_equal(np.isnan(a), np.isnan(b), err_msg=name)
+    apart = np.where((a == b) | np.isnan(a), 0, np.abs(a - b)) / units(terms, found.dtype)
+    if found.dtype == jnp.float32:
+        assert np.max(apart) <= FUSED, name
+    else:
+        assert np.mean(apart > 0) <= FUSED_ROUNDED, name
+        assert np.max(apart) <= 1, name
+
+
+def halves_of(step, name):
+    """The moments of a parameter that are floats narrower than float32."""
+    _, (state, *_) = step
+    moments = [x[name] for x in state[1:] if x is not None]
+    return [np.asarray(x) for x in moments if x.dtype.itemsize == 2] or [np.zeros(moments[0].shape)]
+
+
+def wide(moment):
+    return np.asarray(moment.decode() if isinstance(moment, QuantizedArray) else moment, np.float64)
+
+
+def assert_same_step(fused, plain, grads, state, params, rate, coupled=0.0):
+    """And what comes of the plain one, by a learning rate, which may add `coupled` times parameters to gradients."""
+    found, expected = jax.jit(fused.step)(grads, state, params), jax.jit(plain.step)(grads, state, params)
+    assert_near_steps(found, expected, grads, state, params, rate, coupled)
+    return expected
+
+
+def assert_near_steps(found, expected, grads, state, params, rate, coupled=0.0):
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    before, after = state[0], expected[1][0]
+    for name, g in grads.items():
+        p, m, v = params[name], wide(before.mu[name]), wide(before.nu[name])
+        if g is None:
+            assert_equal((found[0][name], found[1][0].mu[name]), (p, m))
+            continue
+        g = np.abs(np.asarray(g, np.float64)) + coupled * np.abs(np.asarray(p, np.float64))
+        # A direction is a sum whose terms cancel: they may be that much longer. Where a first moment was rounded up, or
+        # a second one down, longer still.
+        longer = 10.0
+        if any(isinstance(x[name], QuantizedArray) for x in (before.mu, before.nu)):
+            longer = np.maximum(longer, (np.abs(m) + g) / np.sqrt(v + 1e-3 * g * g + 1e-30))
+        # Where one is rounded the other way, by its last digit, the step goes on with that.
+        same = np.logical_and.reduce(
+            [a == b for a, b in zip(halves_of(found, name), halves_of(expected, name), strict=True)]
+        )
+        terms = np.broadcast_to(np.abs(np.asarray(p, np.float64)) + longer * rate, g.shape)
+        got, want = np.asarray(found[0][name]), np.asarray(expected[0][name])
+        assert_near(got[same], want[same], terms[same], name)
+        assert_near(found[1][0].mu[name], after.mu[name], np.abs(m) + g, f"mu {name}")
+        largest = v + g * g
+        assert_near(found[1][0].nu[name], after.nu[name], largest, f"nu {name}")
+        if after.nu_max is not None:
+            largest = np.maximum(largest, wide(before.nu_max[name]))
+            assert_near(found[1][0].nu_max[name], after.nu_max[name], 1e3 * largest, f"nu_max {name}")
+    assert_equal(found[1][0].count, after.count)
+    assert_equal(found[1][1:], expected[1][1:])
