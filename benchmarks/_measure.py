@@ -1,14 +1,22 @@
 """Interleaved timing: what is compared runs in turns, in one process, and ratios are what is reported."""
 
 import ctypes
+import math
+import os
 import subprocess
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
+Run = Callable[[], object]
+Seconds = dict[str, np.ndarray]  # float[rounds] of each
+
+# Of each parameter, in float32: read g, p, m, v and write p, m, v.
+TRIAD_BYTES = 28
 TRIAD = """
 #include <stddef.h>
 void triad(const float *g, float *p, float *m, float *v, ptrdiff_t n) {
@@ -18,27 +26,62 @@ void triad(const float *g, float *p, float *m, float *v, ptrdiff_t n) {
 """
 
 
-def interleaved(runs: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
-    """Median seconds of each, over `rounds` in which each runs once, after one that warms up."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds + 1):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - start)
-    return {name: float(np.median(times[1:])) for name, times in seconds.items()}
+class Ratio(NamedTuple):
+    """Of two times, round by round: the median and the quartiles."""
+
+    median: float
+    low: float
+    high: float
 
 
-def triad(size: int) -> Callable[[], None]:
-    """The memory limit of a step in float32: read g, p, m, v and write p, m, v, in one pass of C.
+def interleaved(runs: dict[str, Run], rounds: int, *, at_least: float = 0.02) -> Seconds:
+    """The seconds of each in each of `rounds`, after one that warms up.
 
-    Needs a C compiler with OpenMP.
+    In a round each has its turn, in an order that changes: nothing follows always the same. What takes less than
+    `at_least` seconds is repeated in its turn until that has passed, after a first time that does not count: the caches
+    are then its own, and threads that another left spinning sleep.
     """
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    order = np.random.default_rng(0)
+    for _ in range(rounds + 1):
+        for name in order.permutation(list(runs)):
+            seconds[name].append(_turn(runs[name], at_least))
+    return {name: np.array(times[1:]) for name, times in seconds.items()}
+
+
+def _turn(run: Run, at_least: float) -> float:
+    first = _seconds(run, 1)
+    return first if first >= at_least else _seconds(run, math.ceil(at_least / max(first, 1e-6)))
+
+
+def _seconds(run: Run, times: int) -> float:
+    start = time.perf_counter()
+    for _ in range(times):
+        run()
+    return (time.perf_counter() - start) / times
+
+
+def ratio(of: np.ndarray, to: np.ndarray) -> Ratio:
+    """Of the seconds of two that were interleaved."""
+    median, low, high = np.quantile(of / to, (0.5, 0.25, 0.75)).tolist()
+    return Ratio(median, low, high)
+
+
+def cores() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def triad(size: int) -> Run | None:
+    """The memory limit of a step of so many parameters in float32, in one pass of C; None without such a compiler."""
     with tempfile.TemporaryDirectory() as folder:
         source, library = Path(folder) / "triad.c", Path(folder) / "triad.so"
         source.write_text(TRIAD)
         command = ["cc", "-O3", "-march=native", "-fopenmp", "-ffast-math", "-shared", "-fPIC"]
-        subprocess.run([*command, str(source), "-o", str(library)], check=True)
+        try:
+            subprocess.run([*command, str(source), "-o", str(library)], check=True)
+        except (OSError, subprocess.CalledProcessError):
+            return None
         function = ctypes.CDLL(str(library)).triad
     # Written once: pages of zeros that nobody wrote are all the same one, and come from the cache.
     arrays = [np.full(size, 0.1, np.float32) for _ in range(4)]

@@ -1,0 +1,94 @@
+"""Time until a step can run, by the number of leaves:  python -m benchmarks.bench_trace [--quick]
+
+Seconds of tracing a step of AdamW, of lowering it, of compiling it, and of all three, with nothing in JAX's caches, as
+ratios to optax's: the medians of three turns, of one where there are 3000 leaves. Leaves have about 4096 elements, of
+four shapes; in the last column each has its own, so that nothing is gained by tracing once per distinct leaf. Leaves
+that are fused have 16384 elements.
+"""
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks._measure import Seconds
+from benchmarks._report import Curves, Table, command, show
+from benchmarks._steps import FUSED, OPTAX, PLAIN, Make, advance
+
+STAGES = ("trace", "lower", "compile", "all three")
+# (the optimizer, the first axis of its leaves)
+ROWS: dict[str, tuple[Make, int]] = {
+    "adamjax": (PLAIN["adamjax"], 64),
+    "adamjax fused": (FUSED["adamjax fused"], 256),
+    "optax": (OPTAX["optax"], 64),
+}
+
+
+def tables(quick: bool) -> Iterator[Table]:
+    counts, unlike = ((3, 10), 10) if quick else ((10, 30, 100, 300, 1000, 3000), 300)
+    for make, axis in ROWS.values():
+        stages(make, axis, 2, 2)  # the first of all is slow, whosever it is
+    seconds: dict[str, Seconds] = {
+        str(count): in_turns(count, 4, 1 if quick or count > 1000 else 3) for count in counts
+    }
+    seconds[f"{unlike}, all unlike"] = in_turns(unlike, unlike, 1 if quick else 3)
+    yield table(seconds)
+
+
+def in_turns(count: int, shapes: int, rounds: int) -> Seconds:
+    """Seconds of each row and stage."""
+    found = [
+        {f"{row}, {stage}": x for row, how in ROWS.items() for stage, x in stages(*how, count, shapes).items()}
+        for _ in range(rounds)
+    ]
+    return {name: np.array([turn[name] for turn in found]) for name in found[0]}
+
+
+def stages(make: Make, axis: int, count: int, shapes: int) -> dict[str, float]:
+    """Seconds of each stage, of a step of so many leaves of so many shapes."""
+    params = [jax.ShapeDtypeStruct((axis, 64 + i % shapes), jnp.float32) for i in range(count)]
+    opt = make()
+    state = jax.eval_shape(opt.init, params)
+    jax.clear_caches()
+    times = [time.perf_counter()]
+    traced = jax.jit(advance(opt), donate_argnums=(1, 2)).trace(params, params, state)
+    times.append(time.perf_counter())
+    lowered = traced.lower()
+    times.append(time.perf_counter())
+    lowered.compile()
+    times.append(time.perf_counter())
+    return dict(zip(STAGES, [*np.diff(times).tolist(), times[-1] - times[0]], strict=True))
+
+
+def table(seconds: dict[str, Seconds]) -> Table:
+    """Of the seconds by case, row and stage: each over optax's of the same case."""
+    medians = {case: {name: float(np.median(x)) for name, x in of.items()} for case, of in seconds.items()}
+    ours = [row for row in ROWS if row != "optax"]
+    rows: list[list[Any]] = [
+        [f"{row}, {stage}", *(of[f"{row}, {stage}"] / of[f"optax, {stage}"] for of in medians.values())]
+        for row in ours
+        for stage in STAGES
+    ]
+    counted = {float(case): of for case, of in medians.items() if case.isdigit()}
+    first = min(counted)
+    unit = counted[first]["optax, all three"]
+    lines = {
+        f"{row}, {stage}": {count: of[f"{row}, {stage}"] / unit for count, of in counted.items()}
+        for row in ROWS
+        for stage in ("trace", "compile")
+    }
+    return Table(
+        "trace",
+        "Time until a step can run, by the number of leaves",
+        ["/ optax, leaves", *seconds],
+        rows,
+        {f"{name}, {case}": x for case, of in seconds.items() for name, x in of.items()},
+        Curves("leaves", f"time / all that optax needs for {first:g} leaves", lines),
+    )
+
+
+if __name__ == "__main__":
+    show(tables(command(__doc__).parse_args().quick))
