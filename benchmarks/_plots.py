@@ -9,7 +9,7 @@ from adamjax._extras import require
 from benchmarks._measure import Ratio
 from benchmarks._report import Bars, Curves, Table
 
-# By how a name begins.
+# By how a name begins, the longer ones first.
 COLOURS = {
     "adamjax fused": "#1d4f80",
     "adamjax packed": "#2ca02c",
@@ -27,8 +27,9 @@ def draw(table: Table, path: Path) -> None:
         figure = figure_module.Figure((8, 1.3 + 0.32 * len(table.rows)), layout="constrained")
         bars(figure.subplots(), table, table.picture)
     elif isinstance(table.picture, Curves):
-        figure = figure_module.Figure((8, 5), layout="constrained")
+        figure = figure_module.Figure((9, 4.5), layout="constrained")
         curves(figure.subplots(), table.picture)
+        figure.legend(loc="outside right upper", fontsize="small")
     figure.suptitle(table.title, fontsize="medium")
     figure.savefig(path, dpi=130)
 
@@ -41,7 +42,8 @@ def bars(axis: Any, table: Table, picture: Bars) -> None:
     medians = [ratio.median for _, ratio, _ in shown]
     end = 1.15 * min(max(medians), 2.5 * float(np.median(medians)))
     for i, (label, (median, low, high), limit) in enumerate(shown):
-        axis.barh(i, median, color=colour(label, "0.5"), height=0.7)
+        colour = next((colour for start, colour in COLOURS.items() if label.startswith(start)), "0.5")
+        axis.barh(i, median, color=colour, height=0.7)
         if median < end:
             axis.plot([low, high], [i, i], color="black", linewidth=1)
         text = f"{median:.2f}" + (" →" if median >= end else "")
@@ -57,20 +59,15 @@ def bars(axis: Any, table: Table, picture: Bars) -> None:
 
 def curves(axis: Any, picture: Curves) -> None:
     """A colour for what a name begins with, a style for how it goes on."""
-    names = [name.partition(", ") for name in picture.lines]
+    names = [name.partition(": ") for name in picture.lines]
     heads, tails = list(dict.fromkeys(n[0] for n in names)), list(dict.fromkeys(n[2] for n in names))
     for (name, points), (head, _, tail) in zip(picture.lines.items(), names, strict=True):
         style = STYLES[tails.index(tail) % len(STYLES)]
-        chosen = colour(head, f"C{heads.index(head)}")
-        axis.plot(list(points), list(points.values()), style, color=chosen, marker="o", markersize=4, label=name)
+        colour = COLOURS.get(head, f"C{4 + heads.index(head)}")
+        axis.plot(list(points), list(points.values()), style, color=colour, marker="o", markersize=4, label=name)
     ticks = list(dict.fromkeys(x for points in picture.lines.values() for x in points))
     axis.set(xlabel=picture.x, ylabel=picture.y, xscale="log", yscale="log")
     axis.set_xticks(ticks, [f"{x:g}" for x in ticks])
     axis.minorticks_off()
     axis.grid(alpha=0.3)
-    axis.legend(fontsize="small")
     axis.spines[["top", "right"]].set_visible(False)
-
-
-def colour(name: str, otherwise: str) -> str:
-    return next((of for start, of in COLOURS.items() if name.startswith(start)), otherwise)

@@ -74,7 +74,7 @@ def worst(direction: Direction, b2: float, steps: Sequence[int]) -> float:
 def tables(quick: bool) -> Iterator[Table]:
     directions: dict[str, Direction] = {
         "adamjax": of_jax(adamjax.scale_by_adam),
-        "adamjax, traced": of_jax(adamjax.scale_by_adam, traced=True),
+        "adamjax: traced": of_jax(adamjax.scale_by_adam, traced=True),
         "optax": of_jax(optax.scale_by_adam),
     }
     if importlib.util.find_spec("torch"):

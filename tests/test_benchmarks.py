@@ -123,14 +123,15 @@ def test_without_a_triad_steps_are_compared_with_optax():
 def test_the_table_of_stages():
     def of(unit):
         rows = {"adamjax": 0.5, "adamjax fused": 0.25, "optax": 1.0}
-        return {f"{row}, {stage}": np.array([x * unit]) for row, x in rows.items() for stage in bench_trace.STAGES}
+        return {f"{row}: {stage}": np.array([x * unit]) for row, x in rows.items() for stage in bench_trace.STAGES}
 
     found = bench_trace.table({"10": of(1.0), "100": of(8.0), "5, all unlike": of(3.0)})
     assert found.columns[1:] == ["10", "100", "5, all unlike"]
-    assert found.rows[0] == ["adamjax, trace", 0.5, 0.5, 0.5]
+    assert found.rows[0] == ["adamjax: trace", 0.5, 0.5, 0.5]
+    assert found.rows[-1][1:] == [None] * 3  # not measured
     # Drawn are times, in units of one; not the case that is not of the series.
-    assert found.picture.lines["optax, compile"] == {10: 1, 100: 8}
-    assert found.picture.lines["adamjax fused, compile"] == {10: 0.25, 100: 2}
+    assert found.picture.lines["optax: compile"] == {10: 1, 100: 8}
+    assert found.picture.lines["adamjax fused: compile"] == {10: 0.25, 100: 2}
 
 
 def test_the_leaves_of_a_transformer():
