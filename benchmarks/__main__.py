@@ -2,7 +2,7 @@
 
 Each runs in a process of its own, one after another, on the CPU. The folder gets `report.md`, with what was found, the
 machine it was found on, and pictures; and `results.json`, with all that was timed. A name is that of a module: `step`
-is `benchmarks/bench_step.py`. Without names, those run that take a minute or so, with `--all` also those that take up
+is `benchmarks/bench_step.py`. Without names, those run that take a minute or two, with `--all` also those that take up
 to an hour.
 """
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from adamjax._extras import require
 from benchmarks._measure import Ratio
-from benchmarks._report import Bars, Curves, Table
+from benchmarks._report import Bars, Curves, Table, shown
 
 # By how a name begins, the longer ones first.
 COLOURS = {
@@ -38,23 +38,23 @@ def bars(axis: Any, table: Table, picture: Bars) -> None:
     """One for each row that has a figure, the first on top; those far longer than most are cut."""
     limits = table.column(picture.limit) if picture.limit else [None] * len(table.rows)
     figures = zip(table.column(table.columns[0]), table.column(picture.column), limits, strict=True)
-    shown: list[tuple[str, Ratio, float | None]] = [row for row in figures if row[1] is not None]
-    medians = [ratio.median for _, ratio, _ in shown]
+    rows: list[tuple[str, Ratio, float | None]] = [row for row in figures if row[1] is not None]
+    medians = [ratio.median for _, ratio, _ in rows]
     end = 1.15 * min(max(medians), 2.5 * float(np.median(medians)))
-    for i, (label, (median, low, high), limit) in enumerate(shown):
+    for i, (label, (median, low, high), limit) in enumerate(rows):
         colour = next((colour for start, colour in COLOURS.items() if label.startswith(start)), "0.5")
         axis.barh(i, median, color=colour, height=0.7)
         if median < end:
             axis.plot([low, high], [i, i], color="black", linewidth=1)
-        text = f"{median:.2f}" + (" →" if median >= end else "")
+        text = shown(median) + (" →" if median >= end else "")
         axis.text(min(max(median, high), end) + 0.01 * end, i, text, va="center", fontsize="small", clip_on=False)
         if limit is not None:
             axis.plot([limit, limit], [i - 0.42, i + 0.42], color="black", linewidth=2, label="" if i else "limit")
-    axis.set_yticks(range(len(shown)), [label for label, _, _ in shown])
-    axis.set(xlabel=picture.column, xlim=(0, end), ylim=(len(shown) - 0.4, -0.6))
+    axis.set_yticks(range(len(rows)), [label for label, _, _ in rows])
+    axis.set(xlabel=picture.column, xlim=(0, end), ylim=(len(rows) - 0.4, -0.6))
     axis.spines[["top", "right"]].set_visible(False)
     if picture.limit:
-        axis.legend(loc="lower right")
+        axis.legend(loc="lower right", bbox_to_anchor=(1, 1), frameon=False)
 
 
 def curves(axis: Any, picture: Curves) -> None:

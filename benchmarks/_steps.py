@@ -40,7 +40,6 @@ FORMATS = {
     "": (None, None),
     ", bfloat16 moments": (BFLOAT16, BFLOAT16),
     ", int8 moments": (INT8, INT8),
-    ", int4 mu, int8 nu": (INT4, INT8),
     ", int4 moments": (INT4, INT4),
 }
 PLAIN: dict[str, Make] = {f"adamjax{name}": partial(adamw, mu, nu) for name, (mu, nu) in FORMATS.items()}
@@ -48,6 +47,8 @@ FUSED: dict[str, Make] = {f"adamjax fused{name}": partial(adamw, mu, nu, True) f
 OPTAX: dict[str, Make] = {"optax": lambda: optax.adamw(LR, weight_decay=DECAY)}
 # Each format beside itself, fused.
 EVERY = {name: make for pair in zip(PLAIN.items(), FUSED.items(), strict=True) for name, make in pair} | OPTAX
+# For many leaves. Not moments that are rounded: XLA would compile their kernels for each leaf anew, for minutes.
+MANY = {"adamjax": PLAIN["adamjax"]} | OPTAX
 
 # And for bfloat16 parameters.
 OF_BFLOAT16: dict[str, Make] = {

@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks._machine import memory
 from benchmarks._measure import Seconds, interleaved, ratio, triad
 from benchmarks._report import Bars, Table, command, show
-from benchmarks._steps import EVERY, OF_BFLOAT16, OPTAX, PLAIN, Make, Shapes, Step, gradients, of_jax, of_torch
+from benchmarks._steps import EVERY, MANY, OF_BFLOAT16, OPTAX, Make, Shapes, Step, gradients, of_jax, of_torch
 
 # What all rows together keep of a parameter, temporary arrays included.
 BYTES_HELD = 170
@@ -29,11 +29,9 @@ def tables(quick: bool) -> Iterator[Table]:
     yield measured("bfloat16", title, large, OF_BFLOAT16 | OPTAX, rounds, dtype="bfloat16")
     title = f"A transformer's {elements(mixed) / 1e6:.3g} million float32 parameters in {len(mixed)} leaves"
     yield measured("mixed", title, mixed, {n: make for n, make in EVERY.items() if "int4" not in n}, rounds)
-    # Rounded moments, whose kernels XLA compiles for each leaf anew, would take minutes to compile.
     for name, shape in (("many", (64, 64)), ("tiny", (64,))):
-        makes = {"adamjax": PLAIN["adamjax"]} | OPTAX
         title = f"{count} float32 leaves of {math.prod(shape)}"
-        yield measured(name, title, [shape] * count, makes, rounds, to="optax")
+        yield measured(name, title, [shape] * count, MANY, rounds, to="optax")
 
 
 def measured(
