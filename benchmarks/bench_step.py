@@ -58,7 +58,8 @@ def measured(
 def table(name: str, title: str, steps: dict[str, Step | None], seconds: Seconds) -> Table:
     """A row for each step; `seconds` lacks those that there are not."""
     to, *others = [peer for peer in ("triad", "optax", "torch fused") if peer in seconds]
-    columns = ["", f"step / {to}", "limit", *(f"/ {peer}" for peer in others)]
+    limited = to == "triad"
+    columns = ["", f"step / {to}", *["limit"] * limited, *(f"/ {peer}" for peer in others)]
     rows: list[list[Any]] = []
     for label, step in steps.items():
         if step is None:
@@ -66,10 +67,8 @@ def table(name: str, title: str, steps: dict[str, Step | None], seconds: Seconds
         else:
             of = seconds[label]
             medians = [ratio(of, seconds[peer]).median for peer in others]
-            rows.append([label, ratio(of, seconds[to]), step.limit, *medians])
-    if to != "triad":
-        columns, rows = columns[:2] + columns[3:], [row[:2] + row[3:] for row in rows]
-    return Table(name, title, columns, rows, seconds, Bars(columns[1], "limit" if to == "triad" else None))
+            rows.append([label, ratio(of, seconds[to]), *[step.limit] * limited, *medians])
+    return Table(name, title, columns, rows, seconds, Bars(columns[1], "limit" if limited else None))
 
 
 def fitting() -> int:

@@ -17,7 +17,7 @@ import numpy as np
 
 from benchmarks._measure import Seconds
 from benchmarks._report import Curves, Table, command, show
-from benchmarks._steps import FUSED, OPTAX, PLAIN, Make, advance
+from benchmarks._steps import FUSED, OPTAX, PLAIN, Make, advance, is_refused
 
 STAGES = ("trace", "lower", "compile", "all three")
 
@@ -28,6 +28,9 @@ class Row(NamedTuple):
     make: Make
     most: int = 3000
     axis: int = 64
+
+    def leaves(self, count: int, shapes: int) -> list[jax.ShapeDtypeStruct]:
+        return [jax.ShapeDtypeStruct((self.axis, 64 + i % shapes), jnp.float32) for i in range(count)]
 
 
 ROWS = {
@@ -41,21 +44,20 @@ ROWS = {
 
 def tables(quick: bool) -> Iterator[Table]:
     counts, unlike = ((3, 10), 10) if quick else ((10, 30, 100, 300, 1000, 3000), 100)
-    for row in ROWS.values():
+    rows = {name: row for name, row in ROWS.items() if not is_refused(row.make(), row.leaves(1, 1))}
+    for row in rows.values():
         stages(row, 2, 2)  # the first of all is slow, whosever it is
-    seconds: dict[str, Seconds] = {
-        str(count): in_turns(count, 4, 1 if quick or count > 1000 else 3) for count in counts
-    }
-    seconds[f"{unlike}, all unlike"] = in_turns(unlike, unlike, 1)
+    seconds = {str(count): in_turns(rows, count, 4, 1 if quick or count > 1000 else 3) for count in counts}
+    seconds[f"{unlike}, all unlike"] = in_turns(rows, unlike, unlike, 1)
     yield table(seconds)
 
 
-def in_turns(count: int, shapes: int, rounds: int) -> Seconds:
+def in_turns(rows: dict[str, Row], count: int, shapes: int, rounds: int) -> Seconds:
     """Seconds of each row and stage."""
     found = [
         {
             f"{name}: {stage}": x
-            for name, row in ROWS.items()
+            for name, row in rows.items()
             if count <= row.most
             for stage, x in stages(row, count, shapes).items()
         }
@@ -66,8 +68,7 @@ def in_turns(count: int, shapes: int, rounds: int) -> Seconds:
 
 def stages(row: Row, count: int, shapes: int) -> dict[str, float]:
     """Seconds of each stage, of a step of so many leaves of so many shapes."""
-    params = [jax.ShapeDtypeStruct((row.axis, 64 + i % shapes), jnp.float32) for i in range(count)]
-    opt = row.make()
+    params, opt = row.leaves(count, shapes), row.make()
     state = jax.eval_shape(opt.init, params)
     jax.clear_caches()
     times = [time.perf_counter()]
@@ -96,11 +97,8 @@ def table(seconds: dict[str, Seconds]) -> Table:
     counted = {float(case): of for case, of in medians.items() if case.isdigit()}
     first = min(counted)
     unit = counted[first]["optax: all three"]
-    lines = {
-        (name := f"{row}: {stage}"): {count: of[name] / unit for count, of in counted.items() if name in of}
-        for row in ROWS
-        for stage in ("trace", "compile")
-    }
+    drawn = [f"{row}: {stage}" for row in ROWS for stage in ("trace", "compile") if f"{row}: {stage}" in counted[first]]
+    lines = {name: {count: of[name] / unit for count, of in counted.items() if name in of} for name in drawn}
     return Table(
         "trace",
         "Time until a step can run, by the number of leaves",
