@@ -35,7 +35,7 @@ class Ratio(NamedTuple):
 
 
 def interleaved(runs: dict[str, Run], rounds: int, *, at_least: float = 0.02) -> Seconds:
-    """The seconds of each in each of `rounds`, after one that warms up.
+    """The seconds of each in each of `rounds`, after one that warms up; without rounds, those of that one.
 
     In a round each has its turn, in an order that changes: nothing follows always the same. What takes less than
     `at_least` seconds is repeated in its turn until that has passed, after a first time that does not count: the caches
@@ -46,7 +46,7 @@ def interleaved(runs: dict[str, Run], rounds: int, *, at_least: float = 0.02) ->
     for _ in range(rounds + 1):
         for name in order.permutation(list(runs)):
             seconds[name].append(_turn(runs[name], at_least))
-    return {name: np.array(times[1:]) for name, times in seconds.items()}
+    return {name: np.array(times[1:] or times) for name, times in seconds.items()}
 
 
 def _turn(run: Run, at_least: float) -> float:

@@ -36,7 +36,7 @@ COLUMNS = ["", "state, bytes a parameter", "temporaries, %", "in place, %", "pea
 def tables(quick: bool) -> Iterator[Table]:
     # Large enough that what is freed goes back to the system, and is seen there.
     large: Shapes = [(64 if quick else 8192, 4096)] * 2
-    many: Shapes = [(64, 64)] * (20 if quick else 300)
+    many: Shapes = [(64, 64)] * (5 if quick else 300)
     size = f"{2 * large[0][0] / 256:.3g} M"
     yield measured("memory", f"A step of {size} float32 parameters in 2 leaves", large, EVERY)
     title = f"A step of {size} bfloat16 parameters in 2 leaves"

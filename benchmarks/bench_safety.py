@@ -67,8 +67,8 @@ def measuring(params: Tree, grads: Tree) -> Run:
 
 
 def tables(quick: bool) -> Iterator[Table]:
-    width, rounds = (256, 2) if quick else (2048, 41)
-    count = 20 if quick else 1000
+    width, rounds = (256, 0) if quick else (2048, 41)
+    count = 5 if quick else 1000
     large, large_grads = [jnp.ones((width, width))] * 4, [jnp.full((width, width), 0.1)] * 4
     many, many_grads = [jnp.ones((64, 64))] * count, [jnp.full((64, 64), 0.1)] * count
 

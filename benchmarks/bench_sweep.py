@@ -106,7 +106,7 @@ def tables(quick: bool) -> Iterator[Table]:
     def run(name: str) -> None:
         results[name] = sweeps[name]()
 
-    seconds = interleaved({name: partial(run, name) for name in sweeps}, 1 if quick else 3)
+    seconds = interleaved({name: partial(run, name) for name in sweeps}, 0 if quick else 3)
     seconds |= {name: x * len(settings) / len(few) for name, x in seconds.items() if not name.startswith("adamjax")}
     first = "adamjax, auto"
     yield Table(

@@ -43,7 +43,7 @@ ROWS = {
 
 
 def tables(quick: bool) -> Iterator[Table]:
-    counts, unlike = ((3, 10), 10) if quick else ((10, 30, 100, 300, 1000, 3000), 100)
+    counts, unlike = ((2, 5), 5) if quick else ((10, 30, 100, 300, 1000, 3000), 100)
     rows = {name: row for name, row in ROWS.items() if not is_refused(row.make(), row.leaves(1, 1))}
     for row in rows.values():
         stages(row, 2, 2)  # the first of all is slow, whosever it is

@@ -34,6 +34,7 @@ def test_seconds_are_those_of_the_rounds_after_the_first(clock):
     seconds = _measure.interleaved({"varies": lambda: clock(next(times)), "same": lambda: clock(0.5)}, 2)
     np.testing.assert_array_equal(seconds["varies"], [1, 2])
     np.testing.assert_array_equal(seconds["same"], [0.5, 0.5])
+    assert _measure.interleaved({"": lambda: clock(3)}, 0)[""] == [3]
 
 
 def test_all_have_a_turn_in_each_round_in_changing_order(clock):
