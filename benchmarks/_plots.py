@@ -12,7 +12,6 @@ from benchmarks._report import Bars, Curves, Table, shown
 # By how a name begins, the longer ones first.
 COLOURS = {
     "adamjax fused": "#1d4f80",
-    "adamjax packed": "#2ca02c",
     "adamjax": "#4c8fc7",
     "optax": "#f0983c",
     "torch": "#c0504d",

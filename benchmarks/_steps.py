@@ -12,7 +12,7 @@ import adamjax
 from benchmarks._measure import TRIAD_BYTES, Run, cores
 
 LR, DECAY = 1e-3, 1e-2
-BFLOAT16, INT8, INT4 = jnp.bfloat16, adamjax.quantized("int8"), adamjax.quantized("int4")
+INT8, INT4 = adamjax.quantized("int8"), adamjax.quantized("int4")
 
 Shapes = Sequence[tuple[int, ...]]
 Make = Callable[[], Any]  # of an optimizer
@@ -38,7 +38,8 @@ def adamw(mu: Any = None, nu: Any = None, fused: bool = False) -> Any:
 # What there is for float32 parameters.
 FORMATS = {
     "": (None, None),
-    ", bfloat16 moments": (BFLOAT16, BFLOAT16),
+    ", bfloat16 moments": (jnp.bfloat16, jnp.bfloat16),
+    ", float16 moments": (jnp.float16, jnp.float16),
     ", int8 moments": (INT8, INT8),
     ", int4 moments": (INT4, INT4),
 }

@@ -1,6 +1,7 @@
 """Benchmarks: what they make of what they measure."""
 
 import dataclasses
+import inspect
 import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -51,6 +52,24 @@ def test_all_have_a_turn_in_each_round_in_changing_order(clock):
     assert len(set(rounds)) > 1
 
 
+def test_before_each_turn_threads_have_time_to_stop_spinning(clock, monkeypatch):
+    order = []
+    monkeypatch.setattr(_measure.time, "sleep", order.append)
+    _measure.interleaved({"": lambda: (order.append("run"), clock(1))}, 1)
+    assert order == [_measure.PAUSE, "run"] * 2
+
+
+def test_the_triad_goes_over_all_of_the_memory_of_numpy_and_of_jax():
+    runs = _measure.triads(5)
+    if not runs:
+        pytest.skip("no C compiler with OpenMP")
+    assert set(runs) == {"triad", "triad in JAX's memory"}
+    for run in runs.values():
+        run()
+        g, *others = map(np.asarray, inspect.getclosurevars(run).nonlocals["arrays"])
+        assert [np.rint(x / g).tolist() for x in others] == [[times] * 5 for times in (5, 2, 2)]
+
+
 def test_what_is_short_is_repeated_after_a_first_time_that_does_not_count(clock):
     calls = []
 
@@ -74,6 +93,7 @@ def test_a_ratio_is_taken_round_by_round():
     [
         ("adamjax", 28),
         ("adamjax, bfloat16 moments", 20),
+        ("adamjax, float16 moments", 20),
         ("adamjax, int8 moments", 12 + 4 * (1 + 4 / 128)),  # a float32 scale for 128
         ("adamjax, int4 moments", 12 + 4 * (1 / 2 + 4 / 64)),
     ],
@@ -100,16 +120,17 @@ def test_other_errors_are_not_taken_for_a_refusal():
 def test_the_table_of_steps():
     seconds = {
         "triad": np.array([1.0, 2.0]),
+        "triad in JAX's memory": np.array([1.25, 2.5]),
         "ours": np.array([1.5, 2.0]),
         "optax": np.array([2.0, 4.0]),
     }
     steps = {name: _steps.Step(lambda: None, 0.75) for name in ("ours", "optax")}
     found = bench_step.table("name", "Title", {**steps, "refused": None}, seconds)
-    assert found.columns == ["", "step / triad", "limit", "/ optax"]
+    assert found.columns == ["", "step / triad", "limit", "/ triad in JAX's memory", "/ optax"]
     assert found.rows == [
-        ["ours", Ratio(1.25, 1.125, 1.375), 0.75, 0.625],
-        ["optax", Ratio(2, 2, 2), 0.75, 1],
-        ["refused", None, None, None],
+        ["ours", Ratio(1.25, 1.125, 1.375), 0.75, 1, 0.625],
+        ["optax", Ratio(2, 2, 2), 0.75, 1.6, 1],
+        ["refused", None, None, None, None],
     ]
 
 
