@@ -4,7 +4,8 @@ The largest relative error of the direction, over b1 in {0.9, 0.99} and steps 1 
 Moments and gradients are random and positive, so that nothing cancels that need not.
 """
 
-from collections.abc import Callable
+import importlib.util
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ import numpy as np
 import optax
 
 import adamjax
+from benchmarks._report import Curves, Table, command, show
 
 B1 = (0.9, 0.99)
 B2 = (0.95, 0.999, 0.9999, 0.999999)
@@ -55,11 +57,11 @@ def of_torch(g: np.ndarray, m: np.ndarray, v: np.ndarray, t: int, b1: float, b2:
     return -p.detach().numpy()
 
 
-def worst(direction: Direction, b2: float) -> float:
+def worst(direction: Direction, b2: float, steps: Sequence[int]) -> float:
     rng = np.random.default_rng(0)
     error = 0.0
     for b1 in B1:
-        for t in STEPS:
+        for t in steps:
             g, m, v = (np.exp(rng.normal(size=2000)).astype(np.float32) for _ in range(3))
             m *= np.float32(-np.expm1((t - 1) * np.log(b1)))
             v *= np.float32(-np.expm1((t - 1) * np.log(b2)))
@@ -69,22 +71,28 @@ def worst(direction: Direction, b2: float) -> float:
     return error
 
 
-def main() -> None:
+def tables(quick: bool) -> Iterator[Table]:
     directions: dict[str, Direction] = {
         "adamjax": of_jax(adamjax.scale_by_adam),
-        "adamjax, traced": of_jax(adamjax.scale_by_adam, traced=True),
+        "adamjax: traced": of_jax(adamjax.scale_by_adam, traced=True),
         "optax": of_jax(optax.scale_by_adam),
     }
-    try:
-        import torch  # noqa: F401
-
+    if importlib.util.find_spec("torch"):
         directions["torch"] = of_torch
-    except ImportError:
-        pass
-    print("largest relative error of a step   " + "".join(f"b2={b2:<10}" for b2 in B2))
-    for name, direction in directions.items():
-        print(f"  {name:32} " + "".join(f"{worst(direction, b2):<13.1e}" for b2 in B2))
+    errors = {
+        name: {b2: worst(direction, b2, STEPS[::4] if quick else STEPS) for b2 in B2}
+        for name, direction in directions.items()
+    }
+    yield Table(
+        "accuracy",
+        "Largest relative error of a step, by b2",
+        ["b2", *map(str, B2)],
+        [[name, *(f"{error:.1e}" for error in of.values())] for name, of in errors.items()],
+        picture=Curves(
+            "1 - b2", "error of a step", {name: {1 - b2: x for b2, x in of.items()} for name, of in errors.items()}
+        ),
+    )
 
 
 if __name__ == "__main__":
-    main()
+    show(tables(command(__doc__).parse_args().quick))

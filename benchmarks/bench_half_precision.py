@@ -10,7 +10,7 @@
 
 import contextlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -21,6 +21,7 @@ import optax
 import adamjax
 from adamjax import problems
 from adamjax.training import keys_of
+from benchmarks._report import Table, command, show
 
 STEPS = 1000
 GRADIENTS = (0.0, 1e-6, 1e-5, 1e-4, 1e-3, 1.0, 300.0)
@@ -111,12 +112,16 @@ def first_steps(library: str, eps: float) -> list[float]:
     return [float(x) for x in np.abs(np.asarray(stepped, np.float64))]
 
 
-def trained(library: str, eps: float, steps: int = 200) -> str:
-    """The validation loss after training in float16, or when it was over."""
+@jax.jit
+def gradient(params: Any, step: Any) -> Any:
     keys = keys_of(0)
-    params = jax.tree.map(lambda p: p.astype(jnp.float16), PROBLEM.init(keys.init))
+    return jax.grad(PROBLEM.loss)(params, PROBLEM.batch(step, keys.data), keys.loss)
+
+
+def trained(library: str, eps: float, steps: int) -> str:
+    """The validation loss after training in float16, or when it was over."""
+    params = jax.tree.map(lambda p: p.astype(jnp.float16), PROBLEM.init(keys_of(0).init))
     advance = LIBRARIES[library](3e-3, eps, params)
-    gradient = jax.jit(lambda params, t: jax.grad(PROBLEM.loss)(params, PROBLEM.batch(t, keys.data), keys.loss))
     for t in range(steps):
         params = advance(gradient(params, np.int32(t)))
         if not all(bool(jnp.all(jnp.isfinite(x))) for x in jax.tree.leaves(params)):
@@ -125,22 +130,28 @@ def trained(library: str, eps: float, steps: int = 200) -> str:
     return f"{float(PROBLEM.evaluate(wide)['loss']):.3f}"
 
 
-def main() -> None:
-    print("nu of bfloat16 parameters after 1000 gradients of 1")
-    for name, moment in second_moments().items():
-        print(f"  {name:28} {moment:.3f}")
+def tables(quick: bool) -> Iterator[Table]:
+    moments = [[name, f"{moment:.3f}"] for name, moment in second_moments().items()]
+    yield Table("nu", "`nu` of bfloat16 parameters after 1000 gradients of 1", ["", "nu"], moments)
     libraries = [name for name in LIBRARIES if name != "torch" or importlib.util.find_spec("torch")]
-    print("first step of a float16 parameter over the learning rate, by gradient")
-    print(" " * 37, *(f"{g:>9g}" for g in GRADIENTS))
-    for eps in EPSILONS[::2]:
-        for library in libraries:
-            shown = (f"{x:>9.3g}" for x in first_steps(library, eps))
-            print(f"  {library:24} eps={eps:<6g}", *shown)
-    print("validation loss after 200 steps in float16, or the step that ended it, by eps")
-    print(" " * 26, *(f"{eps:>9g}" for eps in EPSILONS))
-    for library in libraries:
-        print(f"  {library:24}", *(f"{trained(library, eps):>9}" for eps in EPSILONS))
+    yield Table(
+        "first-step",
+        "First step of a float16 parameter over the learning rate, by gradient",
+        ["gradient", *(f"{g:g}" for g in GRADIENTS)],
+        [
+            [f"{library}, eps={eps:g}", *(f"{x:.3g}" for x in first_steps(library, eps))]
+            for eps in EPSILONS[::2]
+            for library in libraries
+        ],
+    )
+    steps, epsilons = (20, EPSILONS[:1]) if quick else (200, EPSILONS)
+    yield Table(
+        "float16",
+        f"Validation loss after {steps} steps in float16, or the step that ended it, by eps",
+        ["eps", *(f"{eps:g}" for eps in epsilons)],
+        [[library, *(trained(library, eps, steps) for eps in epsilons)] for library in libraries],
+    )
 
 
 if __name__ == "__main__":
-    main()
+    show(tables(command(__doc__).parse_args().quick))

@@ -1,7 +1,7 @@
 """What low precision does to training:  python -m benchmarks.bench_low_precision [--quick] [--help]
 
 Each row trains with another storage of the moments or of the parameters, from the same seeds and on the same data
-as the first, plain float32. The figures are changes of the mean validation loss in percent; after +-, the standard
+as the first, plain float32. The figures are changes of the mean validation loss in percent; after ±, the standard
 error of that mean over the seeds. The last column counts the runs that ended no better than they began.
 
 Problems: the transformer of `adamjax.problems.characters`, in batches of 16, for 400 steps at its best learning rate,
@@ -10,9 +10,9 @@ for 600. The learning rate falls to 0 by a cosine: the noise of the last steps w
 are evaluated in float32. Takes about 45 minutes on two cores.
 """
 
-import argparse
 import dataclasses
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -24,6 +24,7 @@ import adamjax
 from adamjax import problems
 from adamjax.training import keys_of, train_step
 from benchmarks._reference_codes import REFERENCES, Stored
+from benchmarks._report import Table, command, show
 
 INT8, INT4 = adamjax.quantized("int8"), adamjax.quantized("int4")
 
@@ -86,13 +87,8 @@ def losses(problem: Any, opt: Any, dtype: str, steps: int, seeds: int) -> tuple[
     return np.asarray(before, np.float64), np.asarray(after, np.float64)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--quick", action="store_true", help="few steps of one problem")
-    parser.add_argument("--only", default="", help="the rows whose name has this, beside the first")
-    parser.add_argument("--case", default="", help="the columns whose name has this")
-    parser.add_argument("--seeds", type=int, help="how many, for all columns")
-    given = parser.parse_args()
+def tables(quick: bool, only: str = "", case: str = "", seeds: int | None = None) -> Iterator[Table]:
+    """Of the rows whose name has `only`, beside the first, the cases that have `case`, and so many seeds for all."""
     text, digits = problems.characters(batch_size=16), MislabelledDigits()
     cases = {
         "transformer, 400 steps": (text, 1e-2, 400, 5),
@@ -100,26 +96,32 @@ def main() -> None:
         "2000 steps": (text, 1e-2, 2000, 3),
         "digits, 600 steps": (digits, 1e-2, 600, 20),
     }
-    if given.quick:
+    if quick:
         cases = {"digits, 100 steps": (digits, 1e-2, 100, 3)}
-    cases = {name: case for name, case in cases.items() if given.case in name}
-    print("change of the validation loss, %".ljust(36), *(f"{name:>24}" for name in cases), "  diverged")
+    cases = {name: how for name, how in cases.items() if case in name}
     baseline: dict[str, np.ndarray] = {}
+    rows: list[list[Any]] = []
     for row, (make, dtype) in ROWS.items():
-        if baseline and given.only not in row:
+        if baseline and only not in row:
             continue
-        line, diverged = row.ljust(36), 0
-        for name, (problem, lr, steps, seeds) in cases.items():
+        cells, diverged = [], 0
+        for name, (problem, lr, steps, seeds_of_case) in cases.items():
             schedule = adamjax.schedules.warmup_cosine(lr, warmup_steps=20, total_steps=steps)
-            before, after = losses(problem, make(schedule), dtype, steps, given.seeds or seeds)
+            before, after = losses(problem, make(schedule), dtype, steps, seeds or seeds_of_case)
             diverged += int(np.sum(~(after < before)))
             reference = baseline.setdefault(name, after)
             change = 100 * (after - reference) / reference.mean()
             error = change.std(ddof=1) / np.sqrt(len(change))
-            shown = f"{reference.mean():.4f} nats" if row == "float32" else f"{change.mean():+.2f} +- {error:.2f}"
-            line += f" {shown:>24}"
-        print(line, f"  {diverged}", flush=True)
+            cells.append(f"{reference.mean():.4f} nats" if row == "float32" else f"{change.mean():+.2f} ± {error:.2f}")
+        rows.append([row, *cells, diverged])
+        print(*rows[-1], sep=" | ", file=sys.stderr, flush=True)
+    yield Table("low-precision", "Change of the validation loss, %", ["", *cases, "diverged"], rows)
 
 
 if __name__ == "__main__":
-    main()
+    parser = command(__doc__)
+    parser.add_argument("--only", default="", help="the rows whose name has this, beside the first")
+    parser.add_argument("--case", default="", help="the columns whose name has this")
+    parser.add_argument("--seeds", type=int, help="how many, for all columns")
+    given = parser.parse_args()
+    show(tables(given.quick, given.only, given.case, given.seeds))

@@ -4,35 +4,42 @@ For each mode, method and seed: the learning rate suggested, and the validation 
 reaches with it, kept constant, from the same seed.
 """
 
+from collections.abc import Iterator
+from typing import Any
+
 import numpy as np
 
 import adamjax
 from adamjax.tuning import lr_range_test, sweep
 from adamjax.tuning._range_test import METHODS
+from benchmarks._report import Table, command, show
 
 SEEDS = range(5)
 POINTS = {"300 steps": 2, "500 steps": 4}  # of five
 REQUIRED = 0.96
 
 
-def main() -> None:
+def tables(quick: bool) -> Iterator[Table]:
     problem = adamjax.problems.digits()
-    print(f"{'mode':10}{'method':12}{'seed':6}{'lr':10}" + "".join(f"{name:11}" for name in POINTS))
-    worst: dict[tuple[str, str], float] = {}
+    rows: list[list[Any]] = []
+    worst: dict[str, float] = {}
     for mode, methods in METHODS.items():
-        for seed in SEEDS:
+        for seed in SEEDS[:1] if quick else SEEDS:
             found = lr_range_test(problem, mode=mode, seed=seed)
             rates = [found.suggestion(method) for method in methods]
             settings = [{"learning_rate": lr} for lr in rates]
             trained = sweep(problem, settings, steps=500, seeds=[seed], points=5)
             for method, lr, accuracy in zip(methods, rates, trained.metrics["accuracy"][:, 0], strict=True):
-                reached = [float(accuracy[point]) for point in POINTS.values()]
-                worst[mode, method] = min(worst.get((mode, method), np.inf), *reached)
-                print(f"{mode:10}{method:12}{seed:<6}{lr:<10.2e}" + "".join(f"{x:<11.3f}" for x in reached))
-    for (mode, method), accuracy in worst.items():
-        verdict = "ok" if accuracy >= REQUIRED else f"BELOW {REQUIRED}"
-        print(f"worst of {mode} {method}: {accuracy:.3f} {verdict}")
+                name, reached = f"{mode}, {method}", [float(accuracy[point]) for point in POINTS.values()]
+                worst[name] = min(worst.get(name, np.inf), *reached)
+                rows.append([name, seed, f"{lr:.2e}", *(f"{x:.3f}" for x in reached)])
+    title = "Validation accuracy at the suggested learning rate"
+    yield Table("range-test", title, ["", "seed", "learning rate", *POINTS], rows)
+    verdicts = [[name, f"{x:.3f}", "ok" if x >= REQUIRED else f"BELOW {REQUIRED}"] for name, x in worst.items()]
+    yield Table(
+        "range-test-worst", f"The worst of these, of which {REQUIRED} is required", ["", "accuracy", ""], verdicts
+    )
 
 
 if __name__ == "__main__":
-    main()
+    show(tables(command(__doc__).parse_args().quick))

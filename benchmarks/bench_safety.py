@@ -5,8 +5,7 @@ and of whole training steps of a multilayer perceptron. "noise" is the plain ste
 `measure` takes comes on top of a step, when it is called. All buffers are donated and, with `step`, aliased.
 """
 
-import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -14,7 +13,8 @@ import jax.numpy as jnp
 
 import adamjax
 from adamjax.diagnostics import measure
-from benchmarks._measure import interleaved
+from benchmarks._measure import Run, Seconds, interleaved, ratio
+from benchmarks._report import Table, command, show
 
 PLAIN = adamjax.adamw(1e-3)
 VARIANTS = {
@@ -50,7 +50,7 @@ def training(opt: Any, params: Tree, state: Tree, batch: tuple[jax.Array, jax.Ar
     return opt.step(jax.grad(loss)(params), state, params)
 
 
-def runner(step: Callable[..., Any], opt: Any, params: Tree, data: Tree) -> Callable[[], None]:
+def runner(step: Callable[..., Any], opt: Any, params: Tree, data: Tree) -> Run:
     jitted = jax.jit(lambda params, state, data: step(opt, params, state, data), donate_argnums=(0, 1))
     held = [jax.tree.map(jnp.copy, params), opt.init(params)]
 
@@ -60,46 +60,40 @@ def runner(step: Callable[..., Any], opt: Any, params: Tree, data: Tree) -> Call
     return run
 
 
-def measuring(params: Tree, grads: Tree) -> Callable[[], None]:
+def measuring(params: Tree, grads: Tree) -> Run:
     updates, state = PLAIN.update(grads, PLAIN.init(params), params)
     jitted = jax.jit(lambda *trees: measure(*trees, opt=PLAIN))
     return lambda: jax.block_until_ready(jitted(grads, updates, state, params))
 
 
-def report(title: str, runs: dict[str, Callable[[], None]], rounds: int) -> None:
-    seconds = interleaved(runs, rounds)
-    ratios = ", ".join(f"{name} {x / seconds['plain']:.3f}" for name, x in seconds.items() if name != "plain")
-    print(f"{title}: {ratios}", flush=True)
+def tables(quick: bool) -> Iterator[Table]:
+    width, rounds = (256, 0) if quick else (2048, 41)
+    count = 5 if quick else 1000
+    large, large_grads = [jnp.ones((width, width))] * 4, [jnp.full((width, width), 0.1)] * 4
+    many, many_grads = [jnp.ones((64, 64))] * count, [jnp.full((64, 64), 0.1)] * count
 
+    def cases() -> Iterator[tuple[str, dict[str, Run]]]:
+        for layer, batch in ((width // 2, 512), (width // 4, 64)):
+            kernels = list(jax.random.normal(jax.random.key(0), (3, layer, layer)) / layer**0.5)
+            data = jnp.ones((batch, layer)), jnp.zeros((batch, layer))
+            runs = {name: runner(training, opt, kernels, data) for name, opt in VARIANTS.items()}
+            yield f"training, 3 layers of {layer} x {layer}, batches of {batch}", runs
+        runs = {name: runner(alone, opt, large, large_grads) for name, opt in VARIANTS.items()}
+        yield f"`step`, 4 leaves of {width} x {width}", runs | {"measure": measuring(large, large_grads)}
+        runs = {name: runner(alone, opt, many, many_grads) for name, opt in VARIANTS.items()}
+        yield f"`step`, {count} leaves of 64 x 64", runs
+        runs = {name: runner(through_updates, opt, large, large_grads) for name, opt in VARIANTS.items()}
+        yield f"`update` and `apply_updates`, 4 leaves of {width} x {width}", runs
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="small sizes, few rounds")
-    quick = parser.parse_args().quick
-    width, rounds = (256, 5) if quick else (2048, 41)
-
-    params = [jnp.ones((width, width))] * 4
-    grads = [jnp.full((width, width), 0.1)] * 4
-    for title, step in {"step": alone, "update and apply_updates": through_updates}.items():
-        runs = {name: runner(step, opt, params, grads) for name, opt in VARIANTS.items()}
-        if step is alone:
-            runs["measure"] = measuring(params, grads)
-        report(f"{title}, 4 leaves of {width} x {width}", runs, rounds)
-
-    count = 20 if quick else 1000
-    params, grads = [jnp.ones((64, 64))] * count, [jnp.full((64, 64), 0.1)] * count
-    report(
-        f"step, {count} leaves of 64 x 64",
-        {name: runner(alone, opt, params, grads) for name, opt in VARIANTS.items()},
-        rounds,
-    )
-
-    for layer, batch in ((width // 4, 64), (width // 2, 512)):
-        kernels = list(jax.random.normal(jax.random.key(0), (3, layer, layer)) / layer**0.5)
-        data = jnp.ones((batch, layer)), jnp.zeros((batch, layer))
-        runs = {name: runner(training, opt, kernels, data) for name, opt in VARIANTS.items()}
-        report(f"training, 3 layers of {layer} x {layer}, batches of {batch}", runs, rounds)
+    columns = ["noise", "skip_nonfinite", "dynamic_loss_scale", "measure"]
+    rows: list[list[Any]] = []
+    raw: Seconds = {}
+    for title, runs in cases():
+        seconds = interleaved(runs, rounds)
+        rows.append([title, *(ratio(seconds[c], seconds["plain"]) if c in seconds else None for c in columns)])
+        raw |= {f"{title}, {name}": x for name, x in seconds.items()}
+    yield Table("safety", "Time with / without", ["", *columns], rows, raw)
 
 
 if __name__ == "__main__":
-    main()
+    show(tables(command(__doc__).parse_args().quick))

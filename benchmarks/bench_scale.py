@@ -21,10 +21,10 @@ axis have a power of two, or spread over a part of the mesh (`zero1(opt, axis="d
 `describe` says what stays whole.
 """
 
-import argparse
 import math
 import re
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -35,7 +35,8 @@ from jax.sharding import PartitionSpec as P
 
 import adamjax
 from adamjax import sharding
-from benchmarks._measure import interleaved
+from benchmarks._measure import Seconds, interleaved, ratio
+from benchmarks._report import Curves, Table, command, show
 
 COLLECTIVES = ("all-reduce", "reduce-scatter", "all-gather", "all-to-all", "collective-permute")
 _OPERATION = re.compile(rf"= (.*?) ({'|'.join(COLLECTIVES)})(?:-start)?\(")
@@ -104,21 +105,31 @@ def collectives(text: str) -> str:
     return ", ".join(f"{counts[name]} {name} {sizes[name] / 1e6:.3g} MB" for name in COLLECTIVES if counts[name])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="What ZeRO-1 saves and costs.")
-    parser.add_argument("--quick", action="store_true", help="small arrays: what there is, not how long it takes")
-    width, rounds = (128, 3) if parser.parse_args().quick else (1024, 15)
+def tables(quick: bool) -> Iterator[Table]:
+    width, rounds = (128, 0) if quick else (1024, 15)
     jax.config.update("jax_num_cpu_devices", 8)
-    print(f"{4 * width * width / 1e6:.3g} million float32 parameters, {4 * 4 * width * width / 1e6:.3g} MB")
-    print(f"{'devices':>7}  {'':12}  {'state, MB':>9}  {'time':>5}  collectives of a step")
+    rows: list[list[Any]] = []
+    lines: dict[str, dict[float, float]] = {}
+    raw: Seconds = {}
     for count in (1, 2, 4, 8):
         mesh = jax.make_mesh((count,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:count])
         runs = {make.__name__: Run(make, mesh, width) for make in (replicated, zero1, zero1_mapped)}
         seconds = interleaved({name: run.__call__ for name, run in runs.items()}, rounds)
+        raw |= {f"{name}, {count} devices": x for name, x in seconds.items()}
         for name, run in runs.items():
-            ratio = seconds[name] / seconds["replicated"]
-            print(f"{count:7}  {name:12}  {run.bytes / 1e6:9.4g}  {ratio:5.2f}  {collectives(run.text)}", flush=True)
+            of = ratio(seconds[name], seconds["replicated"])
+            rows.append([count, name, run.bytes / 1e6, of, collectives(run.text)])
+            lines.setdefault(name, {})[count] = of.median
+    size = 4 * width * width
+    yield Table(
+        "scale",
+        f"Training steps of {size / 1e6:.3g} million float32 parameters, {4 * size / 1e6:.3g} MB, on virtual devices",
+        ["devices", "", "state a device, MB", "time / replicated", "collectives of a step"],
+        rows,
+        raw,
+        Curves("devices", "time of a training step / replicated", lines),
+    )
 
 
 if __name__ == "__main__":
-    main()
+    show(tables(command(__doc__).parse_args().quick))

@@ -1,112 +1,92 @@
 """Time of an AdamW step against optax, torch and the memory:  python -m benchmarks.bench_step [--quick]
 
-Large leaves: seconds of one jitted, donated step, as multiples of the triad (one pass over the same
-bytes in C). Many leaves: seconds of tracing and lowering, and of compiling, as multiples of optax's.
+Seconds of one jitted, donated step, as ratios. Large leaves: to the triad, which moves the 28 bytes a parameter that a
+step in float32 must, in one pass of C; the limit is what a format must move of these. NumPy's arrays, over which
+the triad goes, lie in huge pages where Linux has them, JAX's do not: the second ratio is to a triad over arrays of
+JAX's. Many and tiny leaves: to optax. Ratios are taken round by round: the median and, in brackets, the quartiles.
 """
 
-import argparse
-import time
-from collections.abc import Callable
+import math
+from collections.abc import Iterator
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-import optax
+from benchmarks._machine import memory
+from benchmarks._measure import Seconds, interleaved, ratio, triads
+from benchmarks._report import Bars, Table, command, show
+from benchmarks._steps import EVERY, MANY, OF_BFLOAT16, OPTAX, Make, Shapes, Step, gradients, of_jax, of_torch
 
-import adamjax
-from benchmarks._measure import interleaved, triad
-
-LR, DECAY = 1e-3, 1e-2
+# What all rows together keep of a parameter, temporary arrays included.
+BYTES_HELD = 190
 
 
-def jax_step(opt: Any, sizes: list[int]) -> Callable[[], None]:
-    def advance(grads: Any, params: Any, state: Any) -> tuple[Any, Any]:
-        if isinstance(opt, adamjax.Transformation):
-            return opt.step(grads, state, params)
-        updates, state = opt.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
-
-    step = jax.jit(advance, donate_argnums=(1, 2))
-    grads = [jnp.full(n, 0.1, jnp.float32) for n in sizes]
-    params = [jnp.ones(n, jnp.float32) for n in sizes]
-    held = [params, opt.init(params)]
-
-    def run() -> None:
-        held[:] = jax.block_until_ready(step(grads, *held))
-
-    return run
+def tables(quick: bool) -> Iterator[Table]:
+    rounds = 0 if quick else 9
+    millions = 1 if quick else fitting()
+    large = [(millions * 256, 1024)] * 4
+    mixed = transformer(1, 64, 512) if quick else transformer(8, 512, 16384)
+    count = 5 if quick else 1000
+    yield measured("large", f"{millions} M float32 parameters in 4 leaves", large, EVERY, rounds)
+    title = f"{millions} M bfloat16 parameters in 4 leaves; the moments of optax and torch are bfloat16, too"
+    yield measured("bfloat16", title, large, OF_BFLOAT16 | OPTAX, rounds, dtype="bfloat16")
+    title = f"A transformer's {elements(mixed) / 1e6:.3g} million float32 parameters in {len(mixed)} leaves"
+    yield measured("mixed", title, mixed, {n: make for n, make in EVERY.items() if "int4" not in n}, rounds)
+    for name, shape in (("many", (64, 64)), ("tiny", (64,))):
+        title = f"{count} float32 leaves of {math.prod(shape)}"
+        yield measured(name, title, [shape] * count, MANY, rounds, to="optax")
 
 
-def torch_step(sizes: list[int], **options: Any) -> Callable[[], None] | None:
-    try:
-        import torch
-    except ImportError:
-        return None
-    params = [torch.nn.Parameter(torch.ones(n)) for n in sizes]
-    for p in params:
-        p.grad = torch.full_like(p, 0.1)
-    opt = torch.optim.AdamW(params, LR, weight_decay=DECAY, **options)
-    return lambda: opt.step()
+def measured(
+    name: str,
+    title: str,
+    shapes: Shapes,
+    makes: dict[str, Make],
+    rounds: int,
+    *,
+    dtype: str = "float32",
+    to: str = "triad",
+) -> Table:
+    """The steps of these optimizers and of torch, of leaves of these shapes, above all over those of `to`."""
+    grads = gradients(shapes, dtype)
+    steps = {label: of_jax(make, grads) for label, make in makes.items()}
+    steps |= {f"torch {how}": of_torch(how, grads) for how in ("fused", "foreach")}
+    runs = {label: step.run for label, step in steps.items() if step is not None}
+    if to == "triad":
+        runs |= triads(elements(shapes))
+    return table(name, title, steps, interleaved(runs, rounds))
 
 
-def large_leaves(millions: int, rounds: int) -> None:
-    sizes = [millions * 2**20 // 4] * 4
-    bfloat16: Any = {"mu_dtype": "bfloat16", "nu_dtype": "bfloat16"}
-    candidates = {
-        "triad": triad(sum(sizes)),
-        "adamjax": jax_step(adamjax.adamw(LR, weight_decay=DECAY), sizes),
-        "adamjax fused": jax_step(adamjax.adamw(LR, weight_decay=DECAY, fused=True), sizes),
-        "the same with moments in bfloat16": jax_step(
-            adamjax.adamw(LR, weight_decay=DECAY, fused=True, **bfloat16), sizes
-        ),
-        "optax": jax_step(optax.adamw(LR, weight_decay=DECAY), sizes),
-        "torch fused": torch_step(sizes, fused=True),
-        "torch foreach": torch_step(sizes, foreach=True),
-    }
-    seconds = interleaved({name: run for name, run in candidates.items() if run is not None}, rounds)
-    print(f"{millions} M float32 parameters in 4 leaves, {rounds} rounds: step / triad")
-    for name, time_ in seconds.items():
-        print(f"  {name:33} {time_ / seconds['triad']:.2f}")
+def table(name: str, title: str, steps: dict[str, Step | None], seconds: Seconds) -> Table:
+    """A row for each step; `seconds` lacks those that there are not."""
+    to, *others = [peer for peer in ("triad", "triad in JAX's memory", "optax", "torch fused") if peer in seconds]
+    limited = to == "triad"
+    columns = ["", f"step / {to}", *["limit"] * limited, *(f"/ {peer}" for peer in others)]
+    rows: list[list[Any]] = []
+    for label, step in steps.items():
+        if step is None:
+            rows.append([label, *[None] * (len(columns) - 1)])
+        else:
+            of = seconds[label]
+            medians = [ratio(of, seconds[peer]).median for peer in others]
+            rows.append([label, ratio(of, seconds[to]), *[step.limit] * limited, *medians])
+    return Table(name, title, columns, rows, seconds, Bars(columns[1], "limit" if limited else None))
 
 
-def many_leaves(count: int, rounds: int) -> None:
-    # Four distinct shapes: what is traced once per distinct leaf must not be traced a thousand times.
-    params = [jnp.ones(64 + i % 4, jnp.float32) for i in range(count)]
-    stages: dict[str, dict[str, list[float]]] = {}
-    for _ in range(rounds):
-        for name, opt, apply in (
-            ("adamjax", adamjax.adamw(LR), adamjax.apply_updates),
-            ("optax", optax.adamw(LR), optax.apply_updates),
-        ):
-
-            def step(grads: Any, params: Any, state: Any, opt: Any = opt, apply: Any = apply) -> tuple[Any, Any]:
-                updates, state = opt.update(grads, state, params)
-                return apply(params, updates), state
-
-            state = opt.init(params)
-            jax.clear_caches()
-            start = time.perf_counter()
-            lowered = jax.jit(step).lower(params, params, state)
-            middle = time.perf_counter()
-            lowered.compile()
-            end = time.perf_counter()
-            times = stages.setdefault(name, {"trace and lower": [], "compile": []})
-            times["trace and lower"].append(middle - start)
-            times["compile"].append(end - middle)
-    print(f"{count} leaves of 4 shapes, {rounds} rounds: adamjax / optax")
-    for stage in ("trace and lower", "compile"):
-        ours, theirs = (np.median(stages[name][stage]) for name in ("adamjax", "optax"))
-        print(f"  {stage:16} {ours / theirs:.2f}")
+def fitting() -> int:
+    """64 millions, or what the memory of the machine has room for."""
+    return next((m for m in (64, 32, 16) if m * 2**20 * BYTES_HELD < 0.6 * memory()), 8)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="small sizes: to see that it runs")
-    quick = parser.parse_args().quick
-    large_leaves(1 if quick else 64, 3 if quick else 15)
-    many_leaves(20 if quick else 1000, 1 if quick else 3)
+def elements(shapes: Shapes) -> int:
+    return sum(map(math.prod, shapes))
+
+
+def transformer(layers: int, width: int, tokens: int) -> list[tuple[int, ...]]:
+    """The leaves of a decoder like GPT-2's."""
+    norm: list[tuple[int, ...]] = [(width,), (width,)]
+    attention = [(width, 3 * width), (3 * width,), (width, width), (width,)]
+    perceptron = [(width, 4 * width), (4 * width,), (4 * width, width), (width,)]
+    return [(tokens, width), *(norm + attention + norm + perceptron) * layers, *norm]
 
 
 if __name__ == "__main__":
-    main()
+    show(tables(command(__doc__).parse_args().quick))

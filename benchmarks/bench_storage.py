@@ -7,7 +7,7 @@ that of all directions. Of leaves with two axes, embeddings included; the refere
 elements in float32.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -19,6 +19,7 @@ from adamjax import _codes, problems, storage
 from adamjax._stochastic import Dither, dither
 from adamjax.training import keys_of
 from benchmarks._reference_codes import REFERENCES, Reference
+from benchmarks._report import Table, command, show
 
 STEPS, FROM = 300, 100
 
@@ -108,13 +109,15 @@ def errors(grads: list[jax.Array], trips: tuple[Trip, Trip]) -> tuple[float, flo
     return float(np.median(error / np.abs(exact))), float(np.linalg.norm(error) / np.linalg.norm(exact))
 
 
-def main() -> None:
+def tables(quick: bool) -> Iterator[Table]:
     grads = recorded_gradients()
-    print(f"{'':36} {'median':>8} {'norm':>8}")
-    for name, trips in ROWS.items():
-        median, norm = errors(grads, trips)
-        print(f"{name:36} {median:8.3f} {norm:8.3f}", flush=True)
+    yield Table(
+        "storage",
+        "How far stored moments lead from the direction in float32",
+        ["", "median of the relative errors", "norm of the errors"],
+        [[name, *(f"{error:.3f}" for error in errors(grads, trips))] for name, trips in ROWS.items()],
+    )
 
 
 if __name__ == "__main__":
-    main()
+    show(tables(command(__doc__).parse_args().quick))

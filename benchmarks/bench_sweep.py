@@ -6,10 +6,9 @@ and its best number of threads, one setting after another; optax, rebuilt and co
 setting, as changing a hyperparameter does. Of torch and optax an eighth of the settings is timed.
 """
 
-import argparse
-import contextlib
-import os
-from collections.abc import Callable
+import importlib.util
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import jax
@@ -19,23 +18,25 @@ import optax
 from adamjax.problems import digits
 from adamjax.training import keys_of
 from adamjax.tuning import Log, Space, sweep
-from benchmarks._measure import interleaved
+from benchmarks._measure import cores, interleaved, ratio
+from benchmarks._report import Bars, Table, command, show
 
 SPACE = Space(learning_rate=Log(1e-4, 1e-1), one_minus_b1=Log(0.01, 0.3), weight_decay=Log(1e-5, 1e-1))
 PROBLEM = digits()
 
+Settings = list[dict[str, float]]
+Sweep = Callable[[], tuple[str, float]]  # how it ran, and the lowest validation loss
 
-def ours(settings: list[dict[str, float]], steps: int, execution: str) -> Callable[[], None]:
-    def run() -> None:
-        best[execution] = float(np.nanmin(sweep(PROBLEM, settings, steps=steps, execution=execution).last))
+
+def ours(settings: Settings, steps: int, execution: str) -> Sweep:
+    def run() -> tuple[str, float]:
+        found = sweep(PROBLEM, settings, steps=steps, execution=execution)
+        return found.execution, float(np.nanmin(found.last))
 
     return run
 
 
-best: dict[str, float] = {}
-
-
-def with_optax(settings: list[dict[str, float]], steps: int) -> Callable[[], None]:
+def with_optax(settings: Settings, steps: int) -> Sweep:
     keys = keys_of(0)
 
     def train(opt: Any) -> Any:
@@ -52,13 +53,10 @@ def with_optax(settings: list[dict[str, float]], steps: int) -> Callable[[], Non
 
         return run(PROBLEM.init(keys.init))
 
-    def run() -> None:
-        best["optax"] = min(float(train(optax.adamw(**setting))) for setting in settings)
-
-    return run
+    return lambda: ("compiled again for each", min(float(train(optax.adamw(**setting))) for setting in settings))
 
 
-def with_torch(settings: list[dict[str, float]], steps: int, threads: int) -> Callable[[], None]:
+def with_torch(settings: Settings, steps: int, threads: int) -> Sweep:
     import torch
 
     (images, labels), validation = PROBLEM._train, PROBLEM._validation
@@ -84,38 +82,42 @@ def with_torch(settings: list[dict[str, float]], steps: int, threads: int) -> Ca
             images, labels = validation
             return loss(model(torch.tensor(images)), torch.tensor(labels, dtype=torch.long)).item()
 
-    def run() -> None:
+    def run() -> tuple[str, float]:
         torch.set_num_threads(threads)
-        best["torch"] = min(train(setting) for setting in settings)
+        return "one after another", min(train(setting) for setting in settings)
 
     return run
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="small sizes: to see that it runs")
-    quick = parser.parse_args().quick
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    jax.config.update("jax_num_cpu_devices", cores)
+def tables(quick: bool) -> Iterator[Table]:
+    jax.config.update("jax_num_cpu_devices", cores())
     settings, steps = SPACE.points(8 if quick else 64), 10 if quick else 300
     few = settings[::8]
-    candidates = {
+    sweeps = {
         "adamjax, auto": ours(settings, steps, "auto"),
-        "adamjax, one device, one after another": ours(settings, steps, "map"),
+        "adamjax, one device": ours(settings, steps, "map"),
         "optax": with_optax(few, steps),
     }
-    with contextlib.suppress(ImportError):
-        for threads in range(1, cores + 1):
-            candidates[f"torch, {threads} threads"] = with_torch(few, steps, threads)
-    seconds = interleaved(candidates, 1 if quick else 5)
+    if importlib.util.find_spec("torch"):
+        threads = sorted({1, 2, 4, cores()} & set(range(1, cores() + 1)))
+        sweeps |= {f"torch, {n} thread{'s' * (n > 1)}": with_torch(few, steps, n) for n in threads}
+    results: dict[str, tuple[str, float]] = {}
+
+    def run(name: str) -> None:
+        results[name] = sweeps[name]()
+
+    seconds = interleaved({name: partial(run, name) for name in sweeps}, 0 if quick else 3)
     seconds |= {name: x * len(settings) / len(few) for name, x in seconds.items() if not name.startswith("adamjax")}
-    reference = seconds["adamjax, auto"]
-    print(f"{len(settings)} settings x {steps} steps on {cores} devices; seconds, and as multiples of the first")
-    print(f"(which is {sweep(PROBLEM, settings, steps=steps).execution}):")
-    for name, x in seconds.items():
-        print(f"  {name:40} {x:7.2f} {x / reference:7.2f}")
-    print("lowest validation loss: " + ", ".join(f"{name} {x:.4f}" for name, x in best.items()))
+    first = "adamjax, auto"
+    yield Table(
+        "sweep",
+        f"{len(settings)} settings x {steps} steps on {cores()} devices",
+        ["", f"time / {first}", "run", "lowest validation loss"],
+        [[name, ratio(x, seconds[first]), results[name][0], f"{results[name][1]:.4f}"] for name, x in seconds.items()],
+        seconds,
+        Bars(f"time / {first}"),
+    )
 
 
 if __name__ == "__main__":
-    main()
+    show(tables(command(__doc__).parse_args().quick))

@@ -6,7 +6,7 @@ that is chosen, over three fresh seeds, as a multiple of that of the defaults: s
 what luck the search had.
 """
 
-import argparse
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,7 @@ from adamjax._optimizers import adamw
 from adamjax.problems import digits
 from adamjax.tuning import tune
 from adamjax.tuning._question import space_of
+from benchmarks._report import Table, command, show
 
 PROBLEM = digits()
 # With a space of one's own, no range test says where to look: all start alike.
@@ -28,13 +29,8 @@ SEARCHES: dict[str, dict[str, Any]] = {
 }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="small sizes: to see that it runs")
-    parser.add_argument("--trials", type=int, default=64)
-    arguments = parser.parse_args()
-    quick = arguments.quick
-    run = partial(tune, PROBLEM, trials=6 if quick else arguments.trials, steps=20 if quick else 300)
+def tables(quick: bool, trials: int = 64) -> Iterator[Table]:
+    run = partial(tune, PROBLEM, trials=6 if quick else trials, steps=20 if quick else 300)
     ratios: dict[str, list[float]] = {name: [] for name in SEARCHES}
     # Far apart, so that no search sees the seeds by which another is confirmed.
     for seed in range(0, 100 if quick else 500, 100):
@@ -42,10 +38,16 @@ def main() -> None:
             report = run(seed=seed, confirm=(5, 3), **how)
             means = {repr(c.setting): c.mean for c in report.confirmed}
             ratios[name].append(means[repr(report.best.arguments)] / means[repr(report.defaults)])
-    print("validation loss of the chosen setting / of the defaults: median, worst of the searches")
-    for name, found in ratios.items():
-        print(f"  {name:28} {np.median(found):6.3f} {max(found):6.3f}")
+    yield Table(
+        "tune",
+        "Validation loss of the chosen setting / of the defaults",
+        ["", "median", "worst of the searches"],
+        [[name, float(np.median(found)), max(found)] for name, found in ratios.items()],
+    )
 
 
 if __name__ == "__main__":
-    main()
+    parser = command(__doc__)
+    parser.add_argument("--trials", type=int, default=64)
+    given = parser.parse_args()
+    show(tables(given.quick, given.trials))

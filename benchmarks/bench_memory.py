@@ -1,0 +1,114 @@
+"""Bytes that a step of AdamW keeps, and takes meanwhile:  python -m benchmarks.bench_memory [--quick]
+
+Of one jitted step with donated buffers, by what XLA says of the compiled program: the state, in bytes a parameter; the
+temporary arrays, in percent of the bytes of the parameters; how much of parameters and state is stepped in place. And
+by what the system says of the process (Linux): how far its peak during a step is above what it held before, in percent
+of the bytes of the parameters.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from benchmarks._measure import Run
+from benchmarks._report import Table, command, show
+from benchmarks._steps import (
+    EVERY,
+    MANY,
+    OF_BFLOAT16,
+    OPTAX,
+    Make,
+    Shapes,
+    advance,
+    gradients,
+    is_refused,
+    nbytes,
+    of_torch,
+    parameters,
+)
+
+COLUMNS = ["", "state, bytes a parameter", "temporaries, %", "in place, %", "peak of the process, %"]
+
+
+def tables(quick: bool) -> Iterator[Table]:
+    # Large enough that what is freed goes back to the system, and is seen there.
+    large: Shapes = [(64 if quick else 8192, 4096)] * 2
+    many: Shapes = [(64, 64)] * (5 if quick else 300)
+    size = f"{2 * large[0][0] / 256:.3g} M"
+    yield measured("memory", f"A step of {size} float32 parameters in 2 leaves", large, EVERY)
+    title = f"A step of {size} bfloat16 parameters in 2 leaves"
+    yield measured("memory-bfloat16", title, large, OF_BFLOAT16 | OPTAX, dtype="bfloat16")
+    # Without torch: what it frees of small arrays, the process keeps, and no peak is seen.
+    title = f"A step of {len(many)} float32 leaves of 4096"
+    yield measured("memory-many", title, many, MANY, torch=())
+
+
+def measured(
+    name: str,
+    title: str,
+    shapes: Shapes,
+    makes: dict[str, Make],
+    *,
+    dtype: str = "float32",
+    torch: Sequence[str] = ("fused", "foreach"),
+) -> Table:
+    grads = gradients(shapes, dtype)
+    rows = [[label, *of_jax(make, grads)] for label, make in makes.items()]
+    rows += [[f"torch {how}", *with_torch(how, grads)] for how in torch]
+    return Table(name, title, COLUMNS, rows)
+
+
+def of_jax(make: Make, grads: list[jax.Array]) -> list[Any]:
+    opt = make()
+    if is_refused(opt, grads):
+        return [None] * 4
+    params = parameters(grads)
+    state = jax.block_until_ready(opt.init(params))
+    kept, size, elements = nbytes(state), nbytes(params), sum(p.size for p in params)
+    compiled: Any = jax.jit(advance(opt), donate_argnums=(1, 2)).lower(grads, params, state).compile()
+    said = compiled.memory_analysis()
+    held = [params, state]
+    del params, state
+
+    def run() -> None:
+        held[:] = jax.block_until_ready(compiled(grads, *held))
+
+    in_place = percent(said.alias_size_in_bytes, kept + size)
+    return [kept / elements, percent(said.temp_size_in_bytes, size), in_place, percent(peak(run), size)]
+
+
+def with_torch(how: str, grads: list[jax.Array]) -> list[Any]:
+    step = of_torch(how, grads)
+    if step is None:
+        return [None] * 4
+    step.run()  # makes the state
+    size = nbytes(grads)
+    return [2 * size / sum(g.size for g in grads), None, None, percent(peak(step.run), size)]
+
+
+def peak(run: Run) -> int | None:
+    """By how many bytes the process was larger while `run` ran than before; None where the system does not say."""
+    time.sleep(0.1)  # what is still being freed is not to count
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is now
+    except OSError:
+        return None
+    before = _peak_until_now()
+    run()
+    return _peak_until_now() - before
+
+
+def _peak_until_now() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+
+
+def percent(part: int | None, whole: int) -> float | None:
+    return None if part is None else 100 * part / whole
+
+
+if __name__ == "__main__":
+    show(tables(command(__doc__).parse_args().quick))
