@@ -1,9 +1,9 @@
 """Run benchmarks, and keep what they find:  python -m benchmarks [NAME ...] [--all] [--quick] [--out FOLDER]
 
-Each runs in a process of its own, one after another, on the CPU. The folder gets `report.md`, with what was found, the
-machine it was found on, and pictures; and `results.json`, with all that was timed. A name is that of a module: `step`
-is `benchmarks/bench_step.py`. Without names, those run that take a minute or two, with `--all` also those that take up
-to an hour.
+Each runs in a process of its own, one after another. The folder gets `report.md`, with what was found, the machine it
+was found on, and pictures; and `results.json`, with all that was timed. A name is that of a module: `step` is
+`benchmarks/bench_step.py`. Without names, those run that take a minute or two, with `--all` also those that take up to
+an hour. All are on the CPU but for `gpu`, which runs only if it is named.
 """
 
 import argparse
@@ -26,6 +26,7 @@ from benchmarks._report import Table, command, measured
 
 SHORT = ["step", "trace", "memory", "sweep", "scale", "safety", "accuracy", "half_precision"]
 LONG = ["storage", "tune", "range_test", "low_precision"]
+NAMED = ["gpu"]
 
 
 def main() -> int:
@@ -53,13 +54,13 @@ def main() -> int:
 
 def arguments() -> argparse.Namespace:
     parser = command(__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(SHORT + LONG)}")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(SHORT + LONG + NAMED)}")
     parser.add_argument("--all", action="store_true", help=f"also {', '.join(LONG)}")
     parser.add_argument("--out", type=Path, help="the folder; else the next free runs/benchmarks-N")
     given = parser.parse_args()
     for name in given.names:
-        if name not in SHORT + LONG:
-            parser.error(f"there is no benchmark {name}: choose among {', '.join(SHORT + LONG)}")
+        if name not in SHORT + LONG + NAMED:
+            parser.error(f"there is no benchmark {name}: choose among {', '.join(SHORT + LONG + NAMED)}")
     return given
 
 

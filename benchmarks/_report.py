@@ -85,8 +85,9 @@ def command(doc: str | None) -> argparse.ArgumentParser:
 
 
 def measured(name: str, quick: bool) -> tuple[str, list[Table]]:
-    """What a benchmark says of itself, and what it finds on the CPU: to be called once in a process."""
-    jax.config.update("jax_platforms", "cpu")
+    """What a benchmark says of itself, and what it finds, on the CPU if it is not that of a GPU: once in a process."""
+    if name != "gpu":
+        jax.config.update("jax_platforms", "cpu")
     module = importlib.import_module(f"benchmarks.bench_{name}")
     return module.__doc__ or "", show(module.tables(quick))
 

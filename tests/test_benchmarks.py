@@ -242,4 +242,4 @@ def test_an_unknown_name_is_refused_with_those_that_there_are(monkeypatch, capsy
 
 def test_every_benchmark_has_a_name():
     modules = Path(runner.__file__).parent.glob("bench_*.py")
-    assert {module.stem.removeprefix("bench_") for module in modules} == {*runner.SHORT, *runner.LONG}
+    assert {module.stem.removeprefix("bench_") for module in modules} == {*runner.SHORT, *runner.LONG, *runner.NAMED}
