@@ -46,7 +46,7 @@ def dither(count: Array, number: int, seed: Any = 0) -> Dither:
 
 def uniform(index: Array, dither: Dither) -> Array:
     """Numbers in [0, 1), in float32, by the global index alone."""
-    return (_random(index, dither) >> 9).astype(jnp.float32) * np.float32(2**-23)
+    return _fraction(_random(index, dither))
 
 
 def index_of(like: Array) -> Array:
@@ -63,30 +63,34 @@ def _random(index: Array, dither: Dither) -> Array:
     return (_hash(index ^ dither.seed) + dither.turn) << dither.skip
 
 
+def _fraction(random: Array) -> Array:
+    return (random >> 9).astype(jnp.float32) * np.float32(2**-23)
+
+
 def to_nearest(x: Array, dtype: np.dtype) -> Array:
     """The float32 `x` rounded to what the narrow `dtype` can hold, as float32; ties to even.
 
     By the spacing of the narrow numbers around `x` and not by way of a conversion to them: XLA
     takes a conversion to bfloat16 and back for nothing, and leaves it out.
     """
-    step, per_unit = _steps(x, dtype)
-    return jnp.round(x * per_unit) * step
+    step = spacing(x, dtype)
+    return jnp.round(x / step) * step
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
 def stochastically(x: Array, dither: Dither, dtype: np.dtype) -> Array:
     """The float32 `x` as one of its two neighbours in the narrow `dtype`, as float32: on average `x`."""
-    index = index_of(x)
-    if dtype == jnp.bfloat16:
-        # The bits are the upper half of those of float32: a random number that is added to the others carries rightly.
-        bits = lax.bitcast_convert_type(x, jnp.uint32) + (_random(index, dither) >> 16)
-        up_or_down = lax.bitcast_convert_type(bits & np.uint32(0xFFFF0000), jnp.float32)
-        return jnp.where(jnp.isnan(x), x, up_or_down)
-    step, per_unit = _steps(x, dtype)
-    units = x * per_unit
-    whole = jnp.floor(units)
-    up = uniform(index, dither) < units - whole
-    return (whole + up.astype(jnp.float32)) * step
+    info, random = jnp.finfo(dtype), _random(index_of(x), dither)
+    # A random number that is added to the bits which are to be cut carries rightly.
+    cut = 23 - info.nmant
+    bits = lax.bitcast_convert_type(x, jnp.uint32) + (random >> np.uint32(32 - cut))
+    rounded = lax.bitcast_convert_type(bits & np.uint32(2**32 - 2**cut), jnp.float32)
+    if info.tiny > jnp.finfo(jnp.float32).tiny:
+        # Below the smallest normal number neighbours are no closer.
+        smallest = spacing_at_zero(dtype)
+        subnormal = jnp.floor(x * np.float32(1 / smallest) + _fraction(random)) * np.float32(smallest)
+        rounded = jnp.where(jnp.abs(x) < np.float32(info.tiny), subnormal, rounded)
+    return jnp.where(jnp.isnan(x), x, rounded)
 
 
 @stochastically.defjvp
@@ -96,17 +100,10 @@ def _straight_through(dtype: np.dtype, primals: Any, tangents: Any) -> tuple[Arr
 
 def spacing(x: Array, dtype: np.dtype) -> Array:
     """The distance between neighbours in the narrow `dtype` around the float32 `x`: a power of two."""
-    return _steps(x, dtype)[0]
-
-
-def _steps(x: Array, dtype: np.dtype) -> tuple[Array, Array]:
-    """The same, and 1 over it."""
+    info = jnp.finfo(dtype)
     exponent = (lax.bitcast_convert_type(x, jnp.uint32) >> 23) & np.uint32(0xFF)
-    exponent = jnp.maximum(exponent, np.uint32(_lowest_exponent(dtype))) - np.uint32(jnp.finfo(dtype).nmant)
-    # Of infinities and NaN, 255 less the digits; so neither is out of range.
-    bits = exponent << 23, (np.uint32(254) - exponent) << 23
-    step, per_unit = (lax.bitcast_convert_type(x, jnp.float32) for x in bits)
-    return step, per_unit
+    exponent = jnp.maximum(exponent, np.uint32(_lowest_exponent(dtype)))
+    return lax.bitcast_convert_type((exponent - np.uint32(info.nmant)) << 23, jnp.float32)
 
 
 def spacing_at_zero(dtype: np.dtype) -> float:

@@ -122,74 +122,97 @@ struct Array {
   }
 };
 
-// Narrow floats: numbers of 16 bits, with `Wide`, `Nearest` (ties to even) and `Cut` (up or down by a random number).
+// Narrow floats: numbers of 16 bits. `Nearest` (ties to even) and `Cut` (up or down by a random number) are float32 still,
+// and of such as `Narrow` can store.
 
 struct BFloat16 {
   using Raw = uint16_t;
-  static float Wide(Raw x) { return Number(uint32_t{x} << 16); }
-  static Raw Nearest(float x) {  // what is no number stays none
+  static void Widen(int64_t n, const Raw* __restrict__ x, float* __restrict__ to) {
+    for (int64_t i = 0; i < n; ++i) to[i] = Number(uint32_t{x[i]} << 16);
+  }
+  static void Narrow(int64_t n, const float* __restrict__ x, Raw* __restrict__ to) {
+    for (int64_t i = 0; i < n; ++i) to[i] = Bits(x[i]) >> 16;
+  }
+  static float Nearest(float x) {  // what is no number stays none
     uint32_t b = Bits(x);
-    return (x == x ? b + 0x7FFF + ((b >> 16) & 1) : b | 0x400000) >> 16;
+    return Number(x == x ? b + 0x7FFF + ((b >> 16) & 1) : b | 0x400000);
   }
   // The bits, of which the upper half is the number: of one, or of a vector of them.
   template <class T, class W>
   static W CutBits(T x, W bits, W random) {
     return x == x ? bits + (random >> 16) : bits | 0x400000;
   }
-  static Raw Cut(float x, uint32_t random) { return CutBits(x, Bits(x), random) >> 16; }
+  static float Cut(float x, uint32_t random) { return Number(CutBits(x, Bits(x), random)); }
   static float Saturated(float x) { return x; }
-  static Raw Positive(float, Raw rounded) { return rounded; }  // as it is: float32 has no subnormals here
+  static float Positive(float, float rounded) { return rounded; }  // as it is: float32 has no subnormals here
 };
 
 #if defined(__FLT16_MAX__)
 struct Float16 {
   using Raw = _Float16;
-  static float Wide(Raw x) { return x; }
-  static Raw Nearest(float x) { return static_cast<Raw>(x); }
-  static Raw Cut(float x, uint32_t random) {
-    uint32_t exponent = (Bits(x) >> 23) & 0xFF;
-    exponent = (exponent < 113 ? 113 : exponent) - 10;  // of the distance between neighbours
-    float units = x * Number((254 - exponent) << 23), whole = std::floor(units);
+  static void Widen(int64_t n, const Raw* __restrict__ x, float* __restrict__ to) {
+    int64_t i = 0;
+#if defined(__F16C__)  // which GCC does not take by itself
+    for (; i + 8 <= n; i += 8) {
+      _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x + i))));
+    }
+#endif
+    for (; i < n; ++i) to[i] = x[i];
+  }
+  static void Narrow(int64_t n, const float* __restrict__ x, Raw* __restrict__ to) {
+    int64_t i = 0;
+#if defined(__F16C__)
+    for (; i + 8 <= n; i += 8) {
+      __m128i halves = _mm256_cvtps_ph(_mm256_loadu_ps(x + i), _MM_FROUND_TO_NEAREST_INT);
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), halves);
+    }
+#endif
+    for (; i < n; ++i) to[i] = static_cast<Raw>(x[i]);
+  }
+  static float Nearest(float x) { return x; }
+  static float Cut(float x, uint32_t random) {
     float uniform = static_cast<float>(static_cast<int32_t>(random >> 9)) * 0x1p-23f;
-    return Nearest((whole + (uniform < units - whole ? 1.0f : 0.0f)) * Number(exponent << 23));
+    float subnormal = std::floor(x * 0x1p24f + uniform) * 0x1p-24f;
+    float normal = Number((Bits(x) + (random >> 19)) & 0xFFFFE000);
+    return x != x ? x : std::fabs(x) < 0x1p-14f ? subnormal : normal;
   }
   static float Saturated(float x) {
     return std::fabs(x) <= 65504 || !(std::fabs(x) < INFINITY) ? x : std::copysign(65504.0f, x);
   }
-  static Raw Positive(float x, Raw rounded) { return x > 0 && rounded < 0x1p-24f ? Raw(0x1p-24f) : rounded; }
+  static float Positive(float x, float rounded) { return x > 0 && rounded < 0x1p-24f ? 0x1p-24f : rounded; }
 };
 #endif
 
 template <class T>
-void Load(const Array& a, const Span& s, float* __restrict__ to) {
-  const auto* x = a.In<typename T::Raw>(s);
-  for (int64_t i = 0; i < s.n; ++i) to[i] = T::Wide(x[i]);
+void Load(const Array& a, const Span& s, float* to) {
+  T::Widen(s.n, a.In<typename T::Raw>(s), to);
+}
+
+template <class T, class F>
+void Store(const Array& a, const Span& s, F rounded) {
+  alignas(64) float each[kTile];
+  for (int64_t i = 0; i < s.n; ++i) each[i] = rounded(i);
+  T::Narrow(s.n, each, a.Out<typename T::Raw>(s));
 }
 
 template <class T>
-void StoreNearest(const Array& a, const Span& s, const float* __restrict__ x) {
-  auto* out = a.Out<typename T::Raw>(s);
-  for (int64_t i = 0; i < s.n; ++i) out[i] = T::Nearest(x[i]);
+void StoreNearest(const Array& a, const Span& s, const float* x) {
+  Store<T>(a, s, [=](int64_t i) { return T::Nearest(x[i]); });
 }
 
 template <class T>
-void StoreMean(const Array& a, const Span& s, const float* __restrict__ x, const uint32_t* __restrict__ random) {
-  auto* out = a.Out<typename T::Raw>(s);
-  for (int64_t i = 0; i < s.n; ++i) out[i] = T::Cut(T::Saturated(x[i]), random[i]);
+void StoreMean(const Array& a, const Span& s, const float* x, const uint32_t* random) {
+  Store<T>(a, s, [=](int64_t i) { return T::Cut(T::Saturated(x[i]), random[i]); });
 }
 
 template <class T>
-void StoreSquare(const Array& a, const Span& s, const float* __restrict__ x, const uint32_t* __restrict__ random) {
-  auto* out = a.Out<typename T::Raw>(s);
-  for (int64_t i = 0; i < s.n; ++i) {
-    out[i] = T::Positive(x[i], T::Cut(T::Saturated(x[i]), random[i] << 9));
-  }
+void StoreSquare(const Array& a, const Span& s, const float* x, const uint32_t* random) {
+  Store<T>(a, s, [=](int64_t i) { return T::Positive(x[i], T::Cut(T::Saturated(x[i]), random[i] << 9)); });
 }
 
 template <class T>
-void StoreMaximum(const Array& a, const Span& s, const float* __restrict__ x) {
-  auto* out = a.Out<typename T::Raw>(s);
-  for (int64_t i = 0; i < s.n; ++i) out[i] = T::Positive(x[i], T::Nearest(T::Saturated(x[i])));
+void StoreMaximum(const Array& a, const Span& s, const float* x) {
+  Store<T>(a, s, [=](int64_t i) { return T::Positive(x[i], T::Nearest(T::Saturated(x[i]))); });
 }
 
 template <class T>
