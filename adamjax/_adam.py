@@ -27,7 +27,7 @@ class Scalars(NamedTuple):
     decay1: Decay
     decay2: Decay
     c1: Any  # 1 - b1**t
-    c1_next: Any  # 1 - b1**(t + 1)
+    c1_next: Any  # 1 - b1**(t + 1), where it is looked ahead
     c2: Any  # 1 - b2**t
     eps: Any
     eps_root: Any
@@ -71,9 +71,10 @@ def adam_parts(m: Array, v: Array, v_max: Any, s: Scalars, amsgrad: str | None) 
 
 
 def adam_scalars(opt: Any, t: Array, amsgrad: str | None = None) -> Scalars:
-    """The scalars of step `t`, in its dtype, for an `opt` that has Adam's hyperparameters."""
+    """The scalars of step `t`, in its dtype, for an `opt` that has Adam's hyperparameters and `nesterov`."""
     decay1, decay2 = decay("b1", opt.b1, t.dtype), decay("b2", opt.b2, t.dtype)
-    c1, c1_next, c2 = correction(t, decay1), correction(t + 1, decay1), correction(t, decay2)
+    c1, c2 = correction(t, decay1), correction(t, decay2)
+    c1_next = correction(t + 1, decay1) if opt.nesterov else None
     if amsgrad == "paper":
         c1 = c1_next = c2 = jnp.ones_like(t)
     eps_root = _checks.scalar("eps_root", opt.eps_root, t.dtype)
@@ -82,7 +83,8 @@ def adam_scalars(opt: Any, t: Array, amsgrad: str | None = None) -> Scalars:
 
 def epsilon(eps: Any, dtype: np.dtype) -> Any:
     """Not less than the root of the smallest number: where gradients have no squares, 0 / 0 is 0."""
-    return jnp.maximum(_checks.scalar("eps", eps, dtype), float(jnp.finfo(dtype).tiny) ** 0.5)
+    least, eps = float(jnp.finfo(dtype).tiny) ** 0.5, _checks.scalar("eps", eps, dtype)
+    return np.maximum(eps, np.asarray(least, dtype)) if isinstance(eps, np.ndarray) else jnp.maximum(eps, least)
 
 
 @value

@@ -7,8 +7,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import Array
 
 from adamjax import _checks, _trees
+from adamjax._leafwise import Doing, Plan, carry_out
 from adamjax._trees import PyTree
 from adamjax._value import Value, name_of, static_field, value
 
@@ -102,6 +105,21 @@ class Transformation(Value):
         raise NotImplementedError
 
 
+class Leafwise(Transformation):
+    """Base of the transformations that treat each leaf by itself.
+
+    Those that follow each other in a chain are carried out together; see `_leafwise`.
+    """
+
+    def _plan(self, updates: PyTree, state: PyTree, params: PyTree | None) -> Plan:
+        """What a step does; of the `updates` only structure and shapes are those that it will be given."""
+        raise NotImplementedError
+
+    def _update(self, updates: PyTree, state: PyTree, params: PyTree | None, extra: Extra) -> tuple[PyTree, PyTree]:
+        updates, (state,) = carry_out([self._plan(updates, state, params)], updates, params)
+        return updates, state
+
+
 class Wrapper(Transformation):
     """Base of the transformations around another one: unless they say otherwise, they land and hold where it does."""
 
@@ -166,23 +184,44 @@ class Chain(Transformation):
         return tuple(t._init(params) for t in self.transforms)
 
     def _update(self, updates: PyTree, state: PyTree, params: PyTree | None, extra: Extra) -> tuple[PyTree, PyTree]:
+        updates, plans, state = self._run(updates, state, params, extra)
+        updates, last = carry_out(plans, updates, params)
+        return updates, (*state, *last)
+
+    def _run(
+        self, grads: PyTree, state: PyTree, params: PyTree | None, extra: Extra
+    ) -> tuple[PyTree, list[Plan], tuple[PyTree, ...]]:
+        """The updates, what the last members are still to do to each leaf of them, and the new states of the others."""
         _checks.members(state, len(self.transforms), "a chain")
-        grads, new_state = updates, []
+        updates = grads
+        states: list[PyTree] = []
+        plans: list[Plan] = []
         for transform, part in zip(self.transforms, state, strict=True):
+            if isinstance(transform, Leafwise):
+                plans.append(transform._plan(updates, part, params))
+                continue
+            if plans:
+                updates, done = carry_out(plans, updates, params)
+                plans, states = [], [*states, *done]
             if isinstance(transform, Foreign) and updates is not grads:
                 # Others keep their state in the dtype of what they are given: hand them that of
                 # the parameters, not our wider intermediate one.
                 updates = _round(updates, grads, params)
             updates, part = transform._update(updates, part, params, extra)
-            new_state.append(part)
-        return updates, tuple(new_state)
+            states.append(part)
+        return updates, plans, tuple(states)
 
     def step(self, grads: PyTree, state: PyTree, params: PyTree, **extra: Any) -> tuple[PyTree, PyTree]:
         """One whole step, the last member's own; see `Transformation.step`."""
-        if not self.transforms or type(self.transforms[-1]).step is Transformation.step:
-            return super().step(grads, state, params, **extra)
         _checks.given(params, grads, "step", "step(grads, state, params)")
+        own = self.transforms and type(self.transforms[-1]).step is not Transformation.step
+        if self.lands and not own:
+            return super().step(grads, state, params, **extra)
         _checks.updates(grads, params)
+        if not own:
+            updates, plans, states = self._run(grads, state, params, extra)
+            params, (*last, _) = carry_out([*plans, Plan(_land_at, tuple)], updates, params, where_none=params)
+            return params, (*states, *last)
         _checks.members(state, len(self.transforms), "a chain")
         before = Chain(self.transforms[:-1])
         updates, first = before._update(grads, state[:-1], params, extra)
@@ -250,20 +289,33 @@ def apply_updates(params: PyTree, updates: PyTree) -> PyTree:
 
 
 @partial(jax.jit, inline=True)
-def _add(p: jax.Array, u: jax.Array) -> jax.Array:
+def _add(p: Array, u: Array) -> Array:
     dtype = _trees.compute_dtype(p.dtype, u.dtype)
     return (p.astype(dtype) + u.astype(dtype)).astype(p.dtype)
+
+
+def _land_at(place: int, dtype: np.dtype, p: Any, kept: tuple[Any, ...]) -> Doing:
+    return Doing(_land, None, dtype)
+
+
+def _land(u: Array, p: Array, kept: Any, numbers: None) -> tuple[Array, Any]:
+    """The parameter that comes of an update: rounded to its dtype and added."""
+    return _add(p, u.astype(_rounded_dtype(u.dtype, p.dtype))), kept
 
 
 def _round(updates: PyTree, grads: PyTree, params: PyTree | None) -> PyTree:
     """Round to the dtypes of the parameters, or of the gradients where those are not given."""
 
     def round_to(u: Any, x: Any) -> Any:
-        dtype = _trees.dtype_of(x)
-        # A complex parameter may have a real gradient, but no real update.
-        return _trees.cast(u, _trees.compute_dtype(dtype, jnp.dtype(jnp.complex64)) if jnp.iscomplexobj(u) else dtype)
+        return _trees.cast(u, _rounded_dtype(_trees.dtype_of(u), _trees.dtype_of(x)))
 
     return _trees.map_leaves(round_to, updates, grads if params is None else params)
+
+
+def _rounded_dtype(update: np.dtype, target: np.dtype) -> np.dtype:
+    # A complex parameter may have a real gradient, but no real update.
+    is_complex = jnp.issubdtype(update, jnp.complexfloating)
+    return _trees.compute_dtype(target, jnp.dtype(jnp.complex64)) if is_complex else target
 
 
 def _fill(updates: PyTree, params: PyTree, *, wide: bool) -> PyTree:

@@ -2,16 +2,19 @@
 
 import contextlib
 from collections.abc import Callable
-from functools import cache, partial
+from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 import chex
 import jax
 import jax.export
+import numpy as np
 from jax import Array
 
 from adamjax import _checks, _trees, storage
-from adamjax._base import Extra, Transformation
+from adamjax._base import Leafwise
+from adamjax._leafwise import Doing, Plan, fixed
 from adamjax._stochastic import Dither, dither
 from adamjax._trees import PyTree
 
@@ -55,7 +58,7 @@ class Keep(NamedTuple):
     nu_max: Callable[[Array], Array]
 
 
-class Moments(Transformation):
+class Moments(Leafwise):
     """Base of the transformations that keep two moments per parameter.
 
     A member has the fields `mu_dtype` and `nu_dtype`, and says what the step of one array is.
@@ -107,33 +110,46 @@ class Moments(Transformation):
             )
         return state
 
-    def _update(self, updates: PyTree, state: PyTree, params: PyTree | None, extra: Extra) -> tuple[PyTree, AdamState]:
+    def _plan(self, updates: PyTree, state: PyTree, params: PyTree | None) -> Plan:
         state = self.checked(updates, state)
         count = _trees.increment(state.count)
-        rule, options = self._rule()
-        scalars = cache(lambda dtype: self._scalars(count.astype(dtype)))
-        structure, rows = _trees.flatten(updates, state.mu, state.nu, state.nu_max)
-        steps: list[tuple[Any, ...]] = []
-        for i, (g, m, v, v_max) in enumerate(rows):
-            if g is None:
-                steps.append((None, m, v, v_max))
-                continue
-            storage.check(m, v, v_max)
-            dtype = _trees.real_dtype(_trees.compute_dtype(_trees.dtype_of(g), m.dtype, v.dtype))
-            dithers = dithers_of(count, i, m, v)
-            steps.append(step_leaf(g, m, v, v_max, scalars(dtype), dithers, rule=rule, options=options))
-        direction, mu, nu, nu_max = _trees.unflatten(structure, steps, 4)
-        return direction, AdamState(count, mu, nu, nu_max if self.keeps_maximum else None)
+        step = _LeafStep(*self._rule())
+        scalars = cache(lambda dtype: fixed(self._scalars(count.astype(dtype)), count))
+
+        def at(place: int, dtype: np.dtype, p: Any, kept: tuple[Any, ...]) -> Doing:
+            m, v, _ = kept
+            storage.check(*kept)
+            dtype = _trees.compute_dtype(dtype, m.dtype, v.dtype)
+            return Doing(step, (scalars(_trees.real_dtype(dtype)), dithers_of(count, place, m, v)), dtype)
+
+        def after(mu: PyTree, nu: PyTree, nu_max: PyTree) -> AdamState:
+            return AdamState(count, mu, nu, nu_max if self.keeps_maximum else None)
+
+        return Plan(at, after, (state.mu, state.nu, state.nu_max))
+
+
+@dataclass(frozen=True)
+class _LeafStep:
+    """`step_leaf` by a rule, for a `Plan`."""
+
+    rule: Callable[..., Step]
+    options: tuple[Any, ...]
+
+    def __call__(self, u: Array, p: Any, kept: tuple[Any, ...], numbers: tuple[Any, Any]) -> tuple[Any, Any]:
+        m, v, v_max = kept
+        direction, *new = step_leaf(u, m, v, v_max, *numbers, rule=self.rule, options=self.options)
+        return direction, tuple(new)
 
 
 def dithers_of(count: Array, number: int, m: Any, v: Any) -> tuple[Dither | None, Dither | None]:
     """By what the moments of parameter `number` are rounded at step `count`; None where they are not."""
+    first, second = map(storage.is_rounded, (m, v))
+    if not (first or second):
+        return None, None
     both = dither(count, number)
-    return both if storage.is_rounded(m) else None, both.other() if storage.is_rounded(v) else None
+    return both if first else None, both.other() if second else None
 
 
-# A compiled function of its own: a tree of a thousand leaves is traced once per distinct leaf.
-@partial(jax.jit, static_argnames=("rule", "options"))
 def step_leaf(
     g: Array,
     m: Any,

@@ -2,16 +2,18 @@
 
 import math
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache
 from typing import Any, NamedTuple
 
 import jax
 import jax.export
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from adamjax import _across, _checks, _trees
-from adamjax._base import Extra, Transformation, chain
+from adamjax._base import Extra, Leafwise, Transformation, chain
+from adamjax._leafwise import Doing, Plan, carry_out, fixed
 from adamjax._numerics import scale, sqrt
 from adamjax._trees import PyTree
 from adamjax._value import static_field, value
@@ -36,7 +38,7 @@ def number_or_schedule(name: str, x: Any, low: float = 0.0) -> Any:
     return as_schedule(x) if callable(x) else _checks.number(name, x, low=low)
 
 
-class Scheduled(Transformation):
+class Scheduled(Leafwise):
     """Base of the transformations by one hyperparameter that may be a schedule.
 
     The state is then a `ScheduleState`, else empty.
@@ -71,11 +73,16 @@ class ScaleByLearningRate(Scheduled):
     def _hyperparameter(self) -> Any:
         return self.learning_rate
 
-    def _update(self, updates: PyTree, state: PyTree, params: PyTree | None, extra: Extra) -> tuple[PyTree, PyTree]:
+    def _plan(self, updates: PyTree, state: PyTree, params: PyTree | None) -> Plan:
         rate, state = self._advance(state)
         sign = -1 if self.flip_sign else 1
-        factor = cache(lambda dtype: sign * _checks.scalar("learning_rate", rate, dtype))
-        return _trees.map_leaves(lambda u: scale(u, factor(_compute_dtype(u))), updates), state
+        factor = cache(lambda dtype: fixed(sign * _checks.scalar("learning_rate", rate, dtype), updates))
+
+        def at(place: int, dtype: np.dtype, p: Any, kept: tuple[Any, ...]) -> Doing:
+            dtype = _trees.compute_dtype(dtype)
+            return Doing(_scale, factor(dtype), dtype)
+
+        return Plan(at, lambda: state)
 
 
 def scale_by_learning_rate(learning_rate: Any, *, flip_sign: bool = True) -> Transformation:
@@ -115,11 +122,11 @@ class AddDecayedWeights(Scheduled):
     def _hyperparameter(self) -> Any:
         return self.weight_decay
 
-    def _update(self, updates: PyTree, state: PyTree, params: PyTree | None, extra: Extra) -> tuple[PyTree, PyTree]:
+    def _plan(self, updates: PyTree, state: PyTree, params: PyTree | None) -> Plan:
         _checks.given(params, updates, type(self).__name__)
         weight_decay, state = self._advance(state)
         sign = -1 if self.flip_sign else 1
-        return _add_weights(updates, params, weight_decay, self.mask, sign), state
+        return Plan(_adding_weights(updates, params, weight_decay, self.mask, sign), lambda: state)
 
 
 def add_decayed_weights(weight_decay: Any = 0.0, mask: Any = None) -> AddDecayedWeights:
@@ -173,8 +180,7 @@ class Objective(Transformation):
         return self.inner._init(params)
 
     def _update(self, updates: PyTree, state: PyTree, params: PyTree | None, extra: Extra) -> tuple[PyTree, PyTree]:
-        if self.maximize:
-            updates = _trees.map_leaves(jnp.negative, updates)
+        plans = [Plan(_negate_at, tuple)] if self.maximize else []
         # optax.inject_hyperparams makes arrays of all numbers: a 0 among them needs no parameters.
         if not (params is None and _is_zero(self.weight_decay)):
             _checks.given(params, updates, "coupled weight decay")
@@ -182,7 +188,12 @@ class Objective(Transformation):
             if callable(weight_decay):
                 _checks.counted(state, "coupled weight decay")
                 weight_decay = weight_decay(state.count)
-            updates = _add_weights(updates, params, weight_decay, self.mask, 1)
+            plans.append(Plan(_adding_weights(updates, params, weight_decay, self.mask, 1), tuple))
+        if isinstance(self.inner, Leafwise):
+            plans.append(self.inner._plan(updates, state, params))
+            updates, states = carry_out(plans, updates, params)
+            return updates, states[-1]
+        updates, _ = carry_out(plans, updates, params)
         return self.inner._update(updates, state, params, extra)
 
 
@@ -241,21 +252,34 @@ def _compute_dtype(x: Any) -> Any:
     return _trees.compute_dtype(_trees.dtype_of(x))
 
 
-@partial(jax.jit, inline=True)
-def _add_scaled(u: Array, p: Array, factor: Array) -> Array:
-    return u.astype(factor.dtype) + factor * p.astype(factor.dtype)
+def _scale(u: Array, p: Any, kept: Any, factor: Array) -> tuple[Array, Any]:
+    return scale(u, factor), kept
 
 
-def _add_weights(updates: PyTree, params: PyTree, weight_decay: Any, mask: Any, sign: int) -> PyTree:
+def _add_scaled(u: Array, p: Array, kept: Any, factor: Array) -> tuple[Array, Any]:
+    return u.astype(factor.dtype) + factor * p.astype(factor.dtype), kept
+
+
+def _negate_at(place: int, dtype: np.dtype, p: Any, kept: tuple[Any, ...]) -> Doing:
+    return Doing(_negate, None, dtype)
+
+
+def _negate(u: Array, p: Any, kept: Any, numbers: None) -> tuple[Array, Any]:
+    return -u, kept
+
+
+def _adding_weights(updates: PyTree, params: PyTree, weight_decay: Any, mask: Any, sign: int) -> Any:
     """Add `sign * weight_decay * params` where the mask is True."""
-    factor = cache(lambda dtype: sign * _checks.scalar("weight_decay", weight_decay, dtype))
+    factor = cache(lambda dtype: fixed(sign * _checks.scalar("weight_decay", weight_decay, dtype), updates))
+    _, rows = _trees.flatten(updates, None if mask is None else mask_tree(mask, params))
 
-    def add(u: Any, p: Any, decays: bool | None) -> Any:
-        if decays is False:
-            return u
-        return _add_scaled(u, p, factor(_trees.compute_dtype(_trees.dtype_of(u), _trees.dtype_of(p))))
+    def at(place: int, dtype: np.dtype, p: Any, kept: tuple[Any, ...]) -> Doing | None:
+        if rows[place][1] is False:
+            return None
+        dtype = _trees.compute_dtype(dtype, _trees.dtype_of(p))
+        return Doing(_add_scaled, factor(dtype), dtype)
 
-    return _trees.map_leaves(add, updates, params, None if mask is None else mask_tree(mask, params))
+    return at
 
 
 class TreeMask:

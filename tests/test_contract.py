@@ -354,6 +354,17 @@ def test_a_thousand_leaves_trace_once_per_distinct_leaf(monkeypatch):
     assert len(calls) == 4
 
 
+def test_a_leaf_is_one_call_of_a_compiled_function():
+    """With its arrays and the two bias corrections: the hyperparameters are part of the function."""
+    opt = adamjax.adamw(LR, weight_decay=0.1)
+    params = [jnp.ones((2 + i % 4,)) for i in range(100)]
+    jaxpr = jax.make_jaxpr(opt.step)(params, opt.init(params), params).jaxpr
+    calls = [eqn for eqn in jaxpr.eqns if eqn.params.get("name") == "_one_leaf"]
+    assert len(calls) == 100
+    assert len(jaxpr.eqns) < 150
+    assert {len(eqn.invars) for eqn in calls} == {6}
+
+
 @pytest.mark.parametrize("kind", [*KINDS, *STORED_KINDS])
 def test_states_survive_export(kind):
     """The step as StableHLO, with its state as an argument, written to bytes and read back."""
