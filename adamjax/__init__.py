@@ -26,6 +26,7 @@ from adamjax._optimizers import amsgrad as amsgrad
 from adamjax._optimizers import nadam as nadam
 from adamjax._optimizers import nadamw as nadamw
 from adamjax._optimizers import radam as radam
+from adamjax._packed import packed as packed
 from adamjax._transforms import ScheduleState as ScheduleState
 from adamjax._transforms import add_decayed_weights as add_decayed_weights
 from adamjax._transforms import clip_by_global_norm as clip_by_global_norm

@@ -50,8 +50,8 @@ def sharded_over(x: Array, axis_name: AxisName) -> tuple[str, ...]:
         return ()
     axes = {axis_name} if isinstance(axis_name, str) else set(axis_name)
     # Where shard_map tracks what varies over an axis, the axis index does; elsewhere nothing does.
-    tracked = any(_varying(jax.lax.axis_index(axis)) for axis in axes)
-    return tuple(sorted(axes & _varying(x) if tracked else axes))
+    tracked = any(varying_over(jax.lax.axis_index(axis)) for axis in axes)
+    return tuple(sorted(axes & varying_over(x) if tracked else axes))
 
 
 def varying_like(x: Array, like: Any) -> Array:
@@ -62,14 +62,15 @@ def varying_like(x: Array, like: Any) -> Array:
 
 def varying_alike(*arrays: Array) -> list[Array]:
     """`arrays`, each marked as what may differ over the axes that any of them may differ over."""
-    axes: frozenset[str] = frozenset().union(*map(_varying, arrays))
+    axes: frozenset[str] = frozenset().union(*map(varying_over, arrays))
     return [_vary(x, axes) for x in arrays]
 
 
 def _vary(x: Array, axes: frozenset[str]) -> Array:
-    new = tuple(sorted(axes - _varying(x)))
+    new = tuple(sorted(axes - varying_over(x)))
     return jax.lax.pcast(x, new, to="varying") if new else x
 
 
-def _varying(x: Any) -> frozenset[str]:
+def varying_over(x: Any) -> frozenset[str]:
+    """The mapped axes over which `x` may differ, where JAX tracks that."""
     return jax.typeof(x).manual_axis_type.varying

@@ -200,6 +200,17 @@ def alike(found: PyTree, expected: PyTree, name: str) -> None:
             raise ValueError(f"{_at(name, path)} is {_describe(x)}, expected {_describe(like)}; {_remedy(name)}")
 
 
+def groups(found: Any, sizes: list[int], name: str) -> None:
+    """Check that the groups of the part `name` of a state are arrays of these sizes."""
+    if not isinstance(found, tuple) or len(found) != len(sizes):
+        raise TypeError(f"{name}.groups is {_describe(found)}, expected {len(sizes)} arrays; {_remedy(name)}")
+    for k, (x, size) in enumerate(zip(found, sizes, strict=True)):
+        if not (_is_inexact(x) and _shape(x) == (size,)):
+            raise TypeError(
+                f"{name}.groups[{k}] is {_describe(x)}, expected a float array of shape {(size,)}; {_remedy(name)}"
+            )
+
+
 def arrays(found: PyTree, name: str) -> None:
     """Check that the leaves of the part `name` of a state are arrays or numbers."""
     for path, x in jax.tree.leaves_with_path(found):

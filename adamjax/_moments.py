@@ -15,6 +15,7 @@ from jax import Array
 from adamjax import _checks, _trees, storage
 from adamjax._base import Leafwise
 from adamjax._leafwise import Doing, Plan, fixed
+from adamjax._packing import unpacked
 from adamjax._stochastic import Dither, dither
 from adamjax._trees import PyTree
 
@@ -42,12 +43,13 @@ jax.export.register_namedtuple_serialization(AdamState, serialized_name="adamjax
 
 
 def find(state: PyTree) -> list[tuple[tuple[Any, ...], Any]]:
-    """All nodes of a state that hold moments, ours or optax's, each with its path."""
+    """All nodes of a state that hold moments, ours or optax's, each with its path; none of their trees is packed."""
 
     def holds_moments(x: Any) -> bool:
         return {"count", "mu", "nu"} <= set(getattr(x, "_fields", ()))
 
-    return [(path, x) for path, x in jax.tree.leaves_with_path(state, is_leaf=holds_moments) if holds_moments(x)]
+    nodes = jax.tree.leaves_with_path(state, is_leaf=holds_moments)
+    return [(path, type(x)(*map(unpacked, x))) for path, x in nodes if holds_moments(x)]
 
 
 class Keep(NamedTuple):

@@ -22,6 +22,7 @@ from jax import Array
 from adamjax import _checks, _codes, _stochastic, _trees
 from adamjax._base import as_transformation
 from adamjax._codes import QuantizedArray as QuantizedArray
+from adamjax._packing import PackedTree as PackedTree
 from adamjax._stochastic import Dither
 from adamjax._trees import PyTree
 from adamjax._value import Value, name_of, static_field, value

@@ -84,6 +84,7 @@ CALLS = {
     "kahan": Call({"opt": OPT}),
     "master_weights": Call({"opt": OPT}),
     "stochastic_rounding": Call({"opt": OPT}),
+    "packed": Call({"opt": OPT}),
     "quantized": Call({"format": "int8"}, ("block_size", "keep")),
     "rounding.Kahan": Call({"inner": OPT}),
     "rounding.MasterWeights": Call({"inner": OPT}),
@@ -179,6 +180,7 @@ METHODS = {
 
 # Not called with arguments of users: what they get and look at, or derive from, and the insides of steps and runs.
 HELD = ["AdamState", "ScheduleState", "rounding.RoundingState", "storage.QuantizedArray", "storage.Precision"]
+HELD += ["storage.PackedTree"]
 HELD += ["tuning.Best", "tuning.Confirmed", "tuning.Report", "tuning.Sweep", "tuning.Trial"]
 HELD += ["training.Report", "training.Keys", "checkpoint.Checkpoint", "kernels.Kernel"]
 HELD += ["diagnostics.AdamStats", "diagnostics.LeafStats", "diagnostics.Finding"]

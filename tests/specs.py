@@ -137,6 +137,8 @@ STORED = {
     "amsgrad int8": _stored(adamjax.amsgrad, "int8"),
     "adam int4": _stored(adamjax.adam, "int4"),
     "torch's nadam": Spec(lambda: interop.torch.nadam(LR, weight_decay=0.1), {}, True),
+    "packed": Spec(lambda: adamjax.packed(adamjax.adamw(LR, weight_decay=0.1), below=10), {}, True),
+    "packed amsgrad bfloat16": Spec(lambda: adamjax.packed(_stored(adamjax.amsgrad, "bfloat16").make(), below=10), {}),
     "skip_nonfinite": Spec(lambda: adamjax.skip_nonfinite(adamjax.adamw(LR), max_consecutive=3), {}, True),
     "dynamic_loss_scale": Spec(lambda: adamjax.dynamic_loss_scale(adamjax.adam(LR)), {}),
     **{

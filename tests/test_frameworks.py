@@ -28,6 +28,7 @@ OURS = [
     adamjax.chain(optax.clip_by_global_norm(1.0), adamjax.radam(1e-2)),
     adamjax.amsgrad(1e-2, mu_dtype=INT8, nu_dtype=INT8),
     adamjax.skip_nonfinite(adamjax.adamw(1e-2, mu_dtype=INT8)),
+    adamjax.packed(adamjax.adamw(1e-2), below=32),
 ]
 
 pytestmark = pytest.mark.usefixtures("lenient")
@@ -98,7 +99,7 @@ def train_equinox(tx):
 
 
 @pytest.mark.parametrize("train", [train_linen, train_nnx, train_equinox])
-@pytest.mark.parametrize("tx", OURS, ids=["adamw", "schedule", "array", "chain", "int8", "skip"])
+@pytest.mark.parametrize("tx", OURS, ids=["adamw", "schedule", "array", "chain", "int8", "skip", "packed"])
 def test_training(train, tx):
     losses = train(tx)
     assert np.all(np.isfinite(losses))

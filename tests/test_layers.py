@@ -13,7 +13,7 @@ FLOORS = [
     ["_trees", "_extras", "_stochastic"],
     ["_checks"],
     ["_value", "_numerics", "_codes", "_leafwise"],
-    ["_across"],
+    ["_across", "_packing"],
     ["_base"],
     ["storage"],
     ["_plateau", "_moments", "_groups", "rounding"],
@@ -21,6 +21,7 @@ FLOORS = [
     ["schedules"],
     ["_adam"],
     ["_variants", "_transforms", "kernels._build"],
+    ["_packed"],
     ["kernels._leaf"],
     ["kernels._cpu", "kernels._gpu"],
     ["kernels._fused"],
@@ -57,7 +58,7 @@ FLOORS = [
 ]
 ROOT = Path(adamjax.__file__).parent
 FLOOR = {name: i for i, floor in enumerate(FLOORS) for name in floor}
-CORE = {name for floor in FLOORS[:16] for name in floor}
+CORE = {name for floor in FLOORS[:17] for name in floor}
 
 
 def modules():

@@ -11,6 +11,8 @@ from adamjax._adam import ScaleByAdam
 from adamjax._base import Chain, as_transformation
 from adamjax._extras import require
 from adamjax._moments import AdamState, Moments
+from adamjax._packed import Packed
+from adamjax._packing import packed_like, unpacked
 from adamjax._transforms import AddDecayedWeights, ScaleByLearningRate, ScheduleState
 from adamjax._trees import PyTree
 from adamjax.storage import QuantizedArray
@@ -65,10 +67,10 @@ def export_state(opt: Any, state: PyTree) -> PyTree:
         raise TypeError(f"{opt!r} is not one of adamjax's optimizers, such as adamjax.adamw")
     _checks.members(state, len(opt.transforms), "opt")
     exported = []
-    for transform, part in zip(opt.transforms, state, strict=True):
+    for transform, part in zip(map(_within, opt.transforms), state, strict=True):
         if isinstance(transform, Moments) and getattr(transform, "amsgrad", None) != "torch":
             _checks.state(part, AdamState, type(transform).__name__)
-            count, mu, nu, nu_max = part
+            count, mu, nu, nu_max = map(unpacked, part)
             if any(map(_is_quantized, jax.tree.leaves((mu, nu), is_leaf=_is_quantized))):
                 raise TypeError("moments that are quantised cannot be exported: optax has no such storage")
             adam = optax.ScaleByAdamState(count, mu, nu)
@@ -104,10 +106,15 @@ def _is_quantized(x: Any) -> bool:
     return isinstance(x, QuantizedArray)
 
 
+def _within(opt: Any) -> Any:
+    """The same, not packed."""
+    return opt.inner if isinstance(opt, Packed) else opt
+
+
 def _moments(opt: Any) -> Iterator[Moments]:
     """What keeps moments in `opt`, as far as it can be seen from here."""
-    if isinstance(opt, Moments):
-        yield opt
+    if isinstance(_within(opt), Moments):
+        yield _within(opt)
     for inner in getattr(opt, "transforms", ()):
         yield from _moments(inner)
 
@@ -146,7 +153,10 @@ def _adam(template: AdamState, theirs: Any, where: str) -> AdamState:
     if (template.nu_max is None) != (not hasattr(found, "nu_max")):
         raise ValueError(f"{where}{path} is {'with' if hasattr(found, 'nu_max') else 'without'} nu_max, and opt is not")
     mu, nu, nu_max = (
-        _like(getattr(template, name), getattr(found, name, None), f"{where}{path}.{name}")
+        packed_like(
+            getattr(template, name),
+            _like(unpacked(getattr(template, name)), getattr(found, name, None), f"{where}{path}.{name}"),
+        )
         for name in ("mu", "nu", "nu_max")
     )
     return AdamState(jnp.asarray(found.count), mu, nu, nu_max)

@@ -14,6 +14,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 from adamjax import _checks, _trees
 from adamjax._base import as_transformation
+from adamjax._packing import PackedTree
 from adamjax._trees import PyTree
 from adamjax.storage import QuantizedArray
 
@@ -173,8 +174,11 @@ def plan(opt: Any, params: PyTree, mesh: Any, names: Names) -> Plan:
     """The plan for `params`, `jax.ShapeDtypeStruct`s with `NamedSharding`s on `mesh`, spread over the axes `names`."""
     like = opt.init(params)
     owners = _owners(like, params)
-    units = _units(owners)
-    spread = {path: _spread(p, names, units.get(path, 1)) for path, p in jax.tree.leaves_with_path(params)}
+    units, packed = _units(owners), _packed(like)
+    spread = {
+        path: (p.sharding, "packed") if path in packed else _spread(p, names, units.get(path, 1))
+        for path, p in jax.tree.leaves_with_path(params)
+    }
     slices = jax.tree.map_with_path(lambda path, p: spread[path][0], params)
     state = opt.init(jax.tree.map(lambda p, s: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=s), params, slices))
     shardings, whole = [], []
@@ -193,10 +197,12 @@ def plan(opt: Any, params: PyTree, mesh: Any, names: Names) -> Plan:
 
 def divided(opt: Any, params: PyTree, count: int) -> PyTree:
     """For each leaf of `params`, whole arrays, the axis that its state is divided along by `count`; -1 if none is."""
-    units = _units(_owners(opt.init(_bare(params)), params))
+    like = opt.init(_bare(params))
+    units, packed = _units(_owners(like, params)), _packed(like)
 
     def axis(path: Key, p: Any) -> int:
-        found = first_divisible(p.shape, [1] * p.ndim, count, units.get(path, 1)) if count > 1 else None
+        divides = count > 1 and path not in packed
+        found = first_divisible(p.shape, [1] * p.ndim, count, units.get(path, 1)) if divides else None
         return -1 if found is None else found
 
     return jax.tree.map_with_path(axis, params)
@@ -213,6 +219,12 @@ def _units(owners: list[tuple[Key | None, Any]]) -> dict[Key, int]:
         if owner is not None and isinstance(x, QuantizedArray):
             units[owner] = math.lcm(units.get(owner, 1), x.block_size, 8 // x.bits)
     return units
+
+
+def _packed(state: PyTree) -> set[Key]:
+    """The paths of parameters whose moments are in groups, which are whole on each device."""
+    trees = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, PackedTree))
+    return {path for tree in trees if isinstance(tree, PackedTree) for path in tree.paths}
 
 
 def _plan_of(opt: Any, params: PyTree, mesh: Any, zero_axis: Any, who: str) -> Plan:

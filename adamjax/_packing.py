@@ -1,0 +1,224 @@
+"""Trees whose small leaves are put together in a few flat arrays."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from adamjax import _trees
+from adamjax._codes import QuantizedArray
+from adamjax._trees import PyTree
+
+# For each group, its leaves: number in the tree (absent ones count), and shape.
+Layout = tuple[tuple[tuple[int, tuple[int, ...]], ...], ...]
+
+# Leaves to a group. The more, the fewer arrays; but of groups that are alike, a compiler compiles only one.
+_GROUP = 16
+
+
+@dataclass(frozen=True, eq=False)
+class PackedTree:
+    """A tree of arrays, the small ones of which are in groups.
+
+    Fields:
+      rest: The tree, with None in place of those.
+      groups: Arrays of one axis: the leaves of a group behind each other.
+      layout: Which they are.
+    """
+
+    rest: PyTree
+    groups: tuple[Any, ...]
+    layout: Layout
+
+    def unpack(self) -> PyTree:
+        """The tree as it would be without groups."""
+        pairs = zip(self.groups, self.shapes, strict=True)
+        return self._filled([[None] * len(shapes) if x is None else split(x, shapes) for x, shapes in pairs])
+
+    def pack(self, tree: PyTree) -> "PackedTree":
+        """Another tree of arrays of these shapes, laid out in the same way."""
+        rest, groups = taken_apart(tree, self.layout)
+        return replace(self, rest=rest, groups=tuple(map(join, groups)))
+
+    def like(self) -> PyTree:
+        """The tree, with only shape and dtype of each leaf in a group."""
+        pairs = zip(self.groups, self.shapes, strict=True)
+        return self._filled([[jax.ShapeDtypeStruct(shape, x.dtype) for shape in shapes] for x, shapes in pairs])
+
+    def __repr__(self) -> str:
+        packed, others = sum(map(len, self.layout)), len(jax.tree.leaves(self.rest))
+        return f"PackedTree({packed} leaves in {len(self.layout)} groups, {others} by themselves)"
+
+    @property
+    def paths(self) -> list[tuple[Any, ...]]:
+        """Of the leaves in groups."""
+        paths = [path for path, _ in jax.tree.leaves_with_path(self.rest, is_leaf=_is_leaf)]
+        return [paths[number] for places in self.layout for number, _ in places]
+
+    @property
+    def shapes(self) -> tuple[tuple[tuple[int, ...], ...], ...]:
+        """Those of the leaves, for each group."""
+        return tuple(tuple(shape for _, shape in places) for places in self.layout)
+
+    def _filled(self, groups: Sequence[Sequence[Any]]) -> PyTree:
+        leaves, structure = _leaves(self.rest)
+        for places, parts in zip(self.layout, groups, strict=True):
+            for (number, _), x in zip(places, parts, strict=True):
+                leaves[number] = x
+        return structure.unflatten(leaves)
+
+
+def _is_leaf(x: Any) -> bool:
+    """What stands for one parameter in a tree of moments, even if it is nothing, or several arrays."""
+    return x is None or isinstance(x, QuantizedArray)
+
+
+def _leaves(tree: PyTree) -> tuple[list[Any], Any]:
+    return jax.tree.flatten(tree, is_leaf=_is_leaf)
+
+
+def taken_apart(tree: PyTree, layout: Layout) -> tuple[PyTree, list[list[Any]]]:
+    """A tree without the leaves of groups, and those."""
+    leaves, structure = _leaves(tree)
+    groups = [[leaves[number] for number, _ in places] for places in layout]
+    for number in (number for places in layout for number, _ in places):
+        leaves[number] = None
+    return structure.unflatten(leaves), groups
+
+
+def _flatten(x: PackedTree) -> tuple[tuple[Any, Any], Layout]:
+    return (x.rest, x.groups), x.layout
+
+
+def _flatten_with_keys(x: PackedTree) -> Any:
+    children, layout = _flatten(x)
+    return tuple(zip(map(jax.tree_util.GetAttrKey, ("rest", "groups")), children, strict=True)), layout
+
+
+def _unflatten(layout: Layout, children: Any) -> PackedTree:
+    rest, groups = children
+    return PackedTree(rest, groups, layout)
+
+
+jax.tree_util.register_pytree_with_keys(PackedTree, _flatten_with_keys, _unflatten, _flatten)
+jax.export.register_pytree_node_serialization(
+    PackedTree,
+    serialized_name="adamjax.PackedTree",
+    serialize_auxdata=lambda layout: json.dumps(layout).encode(),
+    deserialize_auxdata=lambda found: tuple(
+        tuple((number, tuple(shape)) for number, shape in places) for places in json.loads(bytes(found))
+    ),
+)
+
+
+def layout_of(small: Sequence[tuple[int, tuple[int, ...], Any]]) -> Layout:
+    """Groups of leaves, given by number, shape and a key that those of one group share.
+
+    Leaves of one shape fill as many groups as they can: what is compiled for one of these serves all.
+    """
+    by_key: dict[Any, dict[tuple[int, ...], list[int]]] = {}
+    for number, shape, key in small:
+        by_key.setdefault(key, {}).setdefault(shape, []).append(number)
+    layout: list[tuple[tuple[int, tuple[int, ...]], ...]] = []
+    for by_shape in by_key.values():
+        left: list[tuple[int, tuple[int, ...]]] = []
+        for shape, numbers in by_shape.items():
+            full = len(numbers) - len(numbers) % _GROUP
+            layout += _groups([(number, shape) for number in numbers[:full]])
+            left += [(number, shape) for number in numbers[full:]]
+        layout += _groups(left)
+    return tuple(layout)
+
+
+def sizes_of(layout: Layout) -> list[int]:
+    """How many numbers each group has."""
+    return [sum(math.prod(shape) for _, shape in places) for places in layout]
+
+
+def _groups(places: list[Any]) -> list[tuple[Any, ...]]:
+    return [tuple(places[i : i + _GROUP]) for i in range(0, len(places), _GROUP)]
+
+
+def join(leaves: Sequence[Any]) -> Array:
+    """The numbers of all `leaves` behind each other, in one dtype that has them all."""
+    dtypes = {_trees.dtype_of(x) for x in leaves}
+    return _join(list(leaves), dtypes.pop() if len(dtypes) == 1 else _trees.compute_dtype(*dtypes))
+
+
+@partial(jax.jit, static_argnums=1)
+def _join(leaves: list[Array], dtype: np.dtype) -> Array:
+    return pinned(jnp.concatenate([_whole(x.astype(dtype)).reshape(-1) for x in leaves]))
+
+
+@partial(jax.jit, static_argnums=1)
+def split(x: Array, shapes: tuple[tuple[int, ...], ...]) -> list[Array]:
+    """The leaves that a group is made of; there may be axes in front, of a population."""
+    x = pinned(x)
+    ends = np.cumsum([math.prod(shape) for shape in shapes]).tolist()
+    return [
+        x[..., begin:end].reshape(*x.shape[:-1], *shape)
+        for begin, end, shape in zip([0, *ends], ends, shapes, strict=False)
+    ]
+
+
+@partial(jax.jit, static_argnums=(2, 3))
+def restored(new: Array, old: Array, shapes: tuple[tuple[int, ...], ...], frozen: tuple[bool, ...]) -> Array:
+    """The group `new`, with those leaves that are frozen from `old`."""
+    parts = zip(split(new, shapes), split(old, shapes), frozen, strict=True)
+    return jnp.concatenate([(b if keep else a).reshape(-1) for a, b, keep in parts])
+
+
+def _whole(x: Array) -> Array:
+    """All of `x` on each device, where that is part of its type."""
+    if not _is_typed(x):
+        return x
+    return jax.sharding.reshard(x, NamedSharding(jax.typeof(x).sharding.mesh, PartitionSpec(*[None] * x.ndim)))
+
+
+def pinned(x: Array) -> Array:
+    """The same, where it is not part of its type: the compiler would put it where most of the leaves are."""
+    mesh = jax.typeof(x).sharding.mesh
+    if mesh.empty or set(mesh.axis_types) != {AxisType.Auto}:
+        return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec()))
+
+
+def sharded_like(x: Array, like: Any) -> Array:
+    """The opposite: `x` where `like` is."""
+    return jax.sharding.reshard(x, jax.typeof(like).sharding) if _is_typed(like) else x
+
+
+def _is_typed(x: Any) -> bool:
+    sharding = jax.typeof(x).sharding
+    return AxisType.Explicit in sharding.mesh.axis_types and any(sharding.spec)
+
+
+def rest_of(tree: PyTree) -> PyTree:
+    """A tree without what is in groups."""
+    return tree.rest if isinstance(tree, PackedTree) else tree
+
+
+def replaced(tree: PyTree, rest: PyTree, groups: dict[int, Any]) -> PyTree:
+    """The opposite: `tree` with that in place of its rest, and with these groups, by number."""
+    if not isinstance(tree, PackedTree):
+        return None if tree is None else rest
+    return replace(tree, rest=rest, groups=tuple(groups.get(k, x) for k, x in enumerate(tree.groups)))
+
+
+def unpacked(tree: PyTree) -> PyTree:
+    """`tree`, without groups."""
+    return tree.unpack() if isinstance(tree, PackedTree) else tree
+
+
+def packed_like(like: PyTree, tree: PyTree) -> PyTree:
+    """`tree`, in groups where `like` is."""
+    return like.pack(tree) if isinstance(like, PackedTree) else tree

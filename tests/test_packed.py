@@ -1,0 +1,423 @@
+"""Packed moments: the numbers of the optimizer inside, in fewer arrays, wherever JAX and other parts take it."""
+
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers import assert_close, assert_equal, by_step, make_mesh
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from specs import FORMATS, LR, ROUNDED, SPECS
+from tolerances import RECOMPILED
+
+import adamjax
+from adamjax import checkpoint, interop, schedules, sharding
+from adamjax.storage import PackedTree, QuantizedArray
+
+BELOW = 100
+# More of one shape than a group takes; with some that stay as they are, and one of no elements.
+SHAPES = {"layers": [(6, 5)] * 20, "biases": [(4,)] * 3, "scale": (), "empty": (0, 2), "large": (12, 10)}
+MODES = [AxisType.Auto, AxisType.Explicit]
+
+
+def numbers(seed=0, dtype="float32", shapes=SHAPES):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda shape: jnp.asarray(rng.normal(size=shape), dtype), shapes, is_leaf=lambda x: isinstance(x, tuple)
+    )
+
+
+def unpacked(state):
+    return jax.tree.map(
+        lambda x: x.unpack() if isinstance(x, PackedTree) else x, state, is_leaf=lambda x: isinstance(x, PackedTree)
+    )
+
+
+def assert_same_run(packed, plain, params=None, grads=(1, 2, 3), tolerance=RECOMPILED):
+    """Parameters, and all of the state but for how it is laid out, after some steps."""
+    params = numbers() if params is None else params
+    found, expected = (params, packed.init(params)), (params, plain.init(params))
+    assert_equal(unpacked(found[1]), expected[1])
+    steps = [jax.jit(by_step(opt)) for opt in (packed, plain)]
+    for g in grads:
+        g = numbers(g) if isinstance(g, int) else g
+        found, expected = steps[0](*found, g), steps[1](*expected, g)
+    # One compile for each pattern of gradients that are None.
+    assert steps[0]._cache_size() == len({jax.tree.structure(numbers(g) if isinstance(g, int) else g) for g in grads})
+    assert_close((found[0], unpacked(found[1])), expected, tolerance)
+    return found
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_the_numbers_are_those_of_the_optimizer_inside(name):
+    opt = SPECS[name].make()
+    assert_same_run(adamjax.packed(opt, BELOW), opt)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "complex64"])
+def test_other_dtypes(dtype):
+    opt = adamjax.amsgrad(LR)
+    grads = [numbers(i, dtype) for i in range(3)]
+    assert_same_run(adamjax.packed(opt, BELOW), opt, numbers(0, dtype), grads)
+
+
+def test_a_group_has_one_dtype_and_groups_are_alike():
+    params = numbers(shapes=SHAPES | {"layers": [(6, 5)] * 35}) | {"half": numbers(0, "bfloat16", [(6, 5)] * 2)}
+    state = adamjax.packed(adamjax.adam(), BELOW).init(params)[0]
+    leaves = jax.tree.leaves(params)
+    assert [len(places) for places in state.mu.layout] == [16, 16, 8, 2]
+    for places in state.mu.layout:
+        assert all(leaves[number].shape == shape and leaves[number].size < BELOW for number, shape in places)
+        assert len({leaves[number].dtype for number, _ in places}) == 1
+    assert [x.shape for x in state.mu.groups] == [(480,), (480,), (103,), (60,)]
+    assert state.mu.shapes[0] == state.mu.shapes[1]  # and compiled once
+    assert jax.tree.leaves(state.mu.rest) == [state.mu.rest["large"]]
+    assert adamjax.packed(adamjax.adam(), 1).init(params)[0].mu.shapes == (((0, 2),),)
+
+
+def test_moments_of_groups_have_the_dtypes_of_others():
+    params = numbers(dtype="bfloat16")
+    for mu_dtype, nu_dtype in ((None, None), (jnp.bfloat16, None), (jnp.float16, jnp.bfloat16)):
+        opt = adamjax.amsgrad(mu_dtype=mu_dtype, nu_dtype=nu_dtype)
+        plain, packed = opt.init(params)[0], adamjax.packed(opt, BELOW).init(params)[0]
+        assert {x.dtype for x in packed.mu.groups} == {plain.mu["scale"].dtype}
+        assert {x.dtype for x in packed.nu.groups + packed.nu_max.groups} == {plain.nu["scale"].dtype}
+
+
+def test_gradients_of_several_dtypes():
+    opt, grads = adamjax.adamw(LR), numbers(1)
+    grads["layers"] = [g.astype("bfloat16" if i % 2 else "float16") for i, g in enumerate(grads["layers"])]
+    assert_same_run(adamjax.packed(opt, BELOW), opt, grads=[grads])
+
+
+def test_what_is_quantised_stays():
+    def keep(path):
+        return path == "layers/3"
+
+    int8 = adamjax.quantized("int8", block_size=8, min_size=30, keep=keep)
+    opt = adamjax.adam(LR, mu_dtype=int8)
+    found = adamjax.packed(opt, BELOW).init(numbers())[0].mu
+    assert {number for places in found.layout for number, _ in places} == {0, 1, 2, 3, 8, 25}
+    rest = jax.tree.leaves(found.rest, is_leaf=lambda x: isinstance(x, QuantizedArray))
+    assert sum(isinstance(x, QuantizedArray) for x in rest) == 20
+    assert_same_run(adamjax.packed(opt, BELOW), opt)
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "float16"])
+def test_half_precision_moments_are_right_on_average(name):
+    mu_dtype, nu_dtype = FORMATS[name]
+    opt = adamjax.packed(adamjax.adam(1.0, mu_dtype=mu_dtype, nu_dtype=nu_dtype))
+    params, grads = [jnp.zeros(500)] * 20, [jnp.full(500, 0.3)] * 20
+    _, (adam, _) = jax.lax.fori_loop(0, 100, lambda _, c: opt.step(grads, c[1], c[0]), (params, opt.init(params)))
+    nu = np.asarray(adam.nu.unpack(), np.float64)
+    np.testing.assert_allclose(np.mean(nu), 0.09 * (1 - 0.999**100), rtol=2e-3)
+    assert len(np.unique(nu[0])) > 1
+    assert not np.array_equal(nu[0], nu[1])
+
+
+FROZEN = {
+    "one": {"scale": None},
+    "some": {"layers": [None if i % 3 else g for i, g in enumerate(numbers(5)["layers"])], "large": None},
+    "a group": {"layers": [None if i < 16 else g for i, g in enumerate(numbers(5)["layers"])]},
+    "all": {"layers": [None] * 20, "biases": [None] * 3, "scale": None, "empty": None, "large": None},
+}
+
+
+@pytest.mark.parametrize("which", FROZEN)
+@pytest.mark.parametrize("moments", [None, jnp.bfloat16])
+def test_none_freezes(which, moments):
+    opt = adamjax.packed(adamjax.amsgrad(LR, mu_dtype=moments, nu_dtype=moments), BELOW)
+    params, grads = numbers(), numbers(1) | FROZEN[which]
+    params, state = jax.jit(by_step(opt))(params, opt.init(params), numbers(2))
+    new_params, new = jax.jit(by_step(opt))(params, state, grads)
+    flat, structure = jax.tree.flatten(grads, is_leaf=lambda x: x is None)
+    kept = zip(unpacked(state[0][1:]), unpacked(new[0][1:]), strict=True)
+    for before, after in ((params, new_params), *kept):
+        for g, a, b in zip(flat, structure.flatten_up_to(before), structure.flatten_up_to(after), strict=True):
+            if g is None:
+                assert_equal(b, a)
+            else:
+                assert g.size == 0 or not np.array_equal(a, b)
+    assert new[0].count == 2
+    if moments is None:
+        plain = adamjax.amsgrad(LR)
+        assert_same_run(opt, plain, params, [numbers(2), grads])
+
+
+def kernels_only(params):
+    return jax.tree.map(lambda p: p.ndim > 1, params)
+
+
+OPTIMIZERS = {
+    "mask": adamjax.adamw(LR, weight_decay=0.1, mask=kernels_only),
+    "coupled mask": adamjax.adam(LR, weight_decay=schedules.linear(0.1, 0.0, 9), mask=kernels_only, maximize=True),
+    "groups": adamjax.groups({"biases": {"weight_decay": 0.0}}, default=adamjax.adamw(LR, weight_decay=0.1)),
+    "clipped": adamjax.chain(adamjax.clip_by_global_norm(0.1), adamjax.adamw(LR)),
+    "optax around": adamjax.chain(optax.clip(0.1), adamjax.scale_by_adam(), optax.scale_by_learning_rate(LR)),
+    "plateau": adamjax.chain(adamjax.radam(LR), adamjax.scale_by_adam(), adamjax.scale_by_learning_rate(LR)),
+    "skip": adamjax.skip_nonfinite(adamjax.adamw(LR)),
+}
+
+
+@pytest.mark.usefixtures("lenient")
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_in_chains_groups_and_wrappers(name):
+    opt = OPTIMIZERS[name]
+    assert_same_run(adamjax.packed(opt, BELOW), opt)
+
+
+WRAPPERS = {
+    **ROUNDED,
+    "skip": adamjax.skip_nonfinite,
+    "loss scale": adamjax.dynamic_loss_scale,
+    "zero1": lambda opt: sharding.zero1(opt, axis="data"),
+    "chain": lambda opt: adamjax.chain(adamjax.clip_by_global_norm(1.0), opt),
+}
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_inside_and_around_is_the_same(name):
+    opt = WRAPPERS[name](adamjax.adamw(LR))
+    packed = adamjax.packed(opt, BELOW)
+    assert packed == WRAPPERS[name](adamjax.packed(adamjax.adamw(LR), BELOW)) != opt
+    if name != "zero1":
+        params = numbers(dtype="bfloat16")
+        found, _ = assert_same_run(packed, opt, params)
+        assert all(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(found))
+
+
+def test_where_jax_takes_it():
+    plain, opt, params = adamjax.adamw(LR), adamjax.packed(adamjax.adamw(LR), BELOW), numbers()
+    grads = numbers(1)
+
+    def scanned(opt):
+        return jax.lax.scan(lambda c, _: (opt.step(grads, c[1], c[0]), None), (params, opt.init(params)), length=3)[0]
+
+    found, expected = scanned(opt), scanned(plain)
+    assert_close((found[0], unpacked(found[1])), expected, RECOMPILED)
+
+    def population(pack):
+        opts = jax.vmap(lambda rate: pack(adamjax.adamw(rate)))(jnp.asarray([0.1, 0.01]))
+        return jax.vmap(lambda opt: opt.step(grads, opt.init(params), params))(opts)
+
+    found, expected = population(lambda opt: adamjax.packed(opt, BELOW)), population(lambda opt: opt)
+    assert_close((found[0], unpacked(found[1])), expected, RECOMPILED)
+
+    def after(pack, rate, params):
+        opt = pack(adamjax.adamw(rate))
+        new, _ = opt.step(grads, opt.init(params), params)
+        return sum(jnp.sum(x**2) for x in jax.tree.leaves(new))
+
+    slopes = [
+        jax.jit(jax.grad(lambda *x, pack=pack: after(pack, *x), argnums=(0, 1)))(0.1, params)
+        for pack in (lambda opt: adamjax.packed(opt, BELOW), lambda opt: opt)
+    ]
+    assert_close(*slopes, 4 * RECOMPILED)
+
+
+def test_an_abstract_state_is_like_a_real_one():
+    opt, params = adamjax.packed(adamjax.amsgrad(), BELOW), numbers()
+    shapes = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), params)
+    real, abstract = opt.init(params), opt.init(shapes)
+    assert jax.tree.structure(abstract) == jax.tree.structure(real) == jax.tree.structure(jax.jit(opt.init)(params))
+    assert [(x.shape, x.dtype) for x in jax.tree.leaves(abstract)] == [
+        (x.shape, x.dtype) for x in jax.tree.leaves(real)
+    ]
+    assert all(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(abstract))
+
+
+def test_all_buffers_are_used_again_and_little_more_is_needed():
+    opt = adamjax.packed(adamjax.adamw(LR))
+    params = [jnp.ones(4000) for _ in range(64)] + [jnp.ones((256, 256))]
+    state = opt.init(params)
+    memory = jax.jit(by_step(opt), donate_argnums=(0, 1)).lower(params, state, params).compile().memory_analysis()
+    assert memory.alias_size_in_bytes == sum(x.nbytes for x in jax.tree.leaves((params, state)))
+    small = 64 * 4000 * 4
+    assert memory.temp_size_in_bytes < 2.1 * small
+
+
+def test_traced_once_per_distinct_group_and_leaf(monkeypatch):
+    steps, leaves = [], []
+    adam_step, land = adamjax._adam.adam_step, adamjax._base._add
+    monkeypatch.setattr(adamjax._adam, "adam_step", lambda *a: steps.append(a) or adam_step(*a))
+    monkeypatch.setattr(adamjax._base, "_add", lambda *a: leaves.append(a) or land(*a))
+    opt = adamjax.packed(adamjax.adamw(LR))
+    params = [jnp.ones(50 + i % 4) for i in range(1000)]
+    jax.jit(opt.step).lower(params, opt.init(params), params)
+    assert len(steps) <= 4 + 3  # of one shape, and what is left of all
+    assert len(leaves) == 4
+
+
+def test_moments_go_in_and_out(lenient):
+    params, plain, packed = numbers(), adamjax.adam(LR), adamjax.packed(adamjax.adam(LR), BELOW)
+    params, (adam, _) = plain.step(numbers(1), plain.init(params), params)
+    start = packed.init(params)[0]
+    taken = adamjax.AdamState(adam.count, start.mu.pack(adam.mu), start.nu.pack(adam.nu))
+    assert_equal(unpacked(taken), adam)
+    expected = plain.step(numbers(2), (adam, ()), params)
+    found = packed.step(numbers(2), (taken, ()), params)
+    assert_close((found[0], unpacked(found[1])), expected, RECOMPILED)
+    theirs = optax.adam(LR)
+    _, state = theirs.update(numbers(1), theirs.init(params), params)
+    imported = interop.optax.import_state(packed, params, state)
+    assert_equal(interop.optax.export_state(packed, imported)[0], state[0])
+    assert_equal(optax.tree_utils.tree_get(imported, "mu").unpack(), state[0].mu)
+
+
+def test_tools_name_leaves():
+    opt, plain = adamjax.packed(adamjax.adamw(LR), BELOW), adamjax.adamw(LR)
+    shapes = {"layers": [(6, 5)] * 3, "biases": [(4,)] * 3, "large": (12, 10)}
+    params, grads = numbers(shapes=shapes), numbers(1, shapes=shapes)
+    updates, state = opt.update(grads, opt.init(params), params)
+    stats = adamjax.diagnostics.measure(grads, updates, state, params, opt=opt)
+    assert "layers/2" in stats.paths
+    expected = adamjax.diagnostics.measure(grads, *plain.update(grads, plain.init(params), params), params, opt=plain)
+    assert_close(stats, expected, RECOMPILED)
+    adamjax.check(state)
+    bad = grads | {"biases": [grads["biases"][0], grads["biases"][1] * jnp.inf, grads["biases"][2]]}
+    with pytest.raises(FloatingPointError, match="not finite at 0/mu/biases/1"):
+        adamjax.check(opt.update(bad, state, params)[1])
+
+
+def test_a_checkpoint(tmp_path):
+    pytest.importorskip("orbax.checkpoint")
+    opt, params = adamjax.packed(adamjax.adamw(LR), BELOW), numbers()
+    params, state = opt.step(numbers(1), opt.init(params), params)
+    checkpoint.save(tmp_path, opt, params, state, step=1)
+    assert_equal(checkpoint.restore(tmp_path, opt, params).state, state)
+    with pytest.raises(ValueError, match="is of another optimizer"):
+        checkpoint.restore(tmp_path, adamjax.adamw(LR), params)
+    with pytest.raises(ValueError, match="below"):
+        checkpoint.restore(tmp_path, adamjax.packed(adamjax.adamw(LR)), params)
+
+
+def place(tree, mesh, specs):
+    return jax.tree.map(lambda x, spec: jax.device_put(jnp.copy(x), NamedSharding(mesh, spec)), tree, specs)
+
+
+def specs_of(tree, of_large, of_others):
+    return jax.tree.map(lambda x: of_large if x.shape == SHAPES["large"] else of_others, tree)
+
+
+def test_counts_are_on_the_mesh_where_all_is_packed():
+    mesh, opt = make_mesh(AxisType.Auto), adamjax.packed(adamjax.adamw(schedules.cosine(LR, 9)))
+    params = jax.device_put({"a": jnp.ones(3)}, NamedSharding(mesh, P()))
+    state, step = opt.init(params), jax.jit(by_step(opt))
+    step(*step(params, state, params), params)
+    assert step._cache_size() == 1
+
+
+@pytest.mark.parametrize("kind", MODES)
+@pytest.mark.parametrize("spread", [False, True])
+def test_on_many_devices(kind, spread):
+    """Groups are whole on each; the parameters come back where they were, and nothing compiles twice."""
+    mesh = make_mesh(kind, (2, 2), ("data", "model"))
+    params = numbers(shapes={"small": [(6, 4)] * 20, "large": (12, 10)})
+    # As a compiled program names them: else a second one is compiled, packed or not.
+    end = [None] if kind == AxisType.Explicit else []
+    small = P("model", *end) if spread else P(*end, *end)
+    specs = {"small": [small] * 20, "large": P(None, "model")}
+    opt, plain = adamjax.packed(adamjax.adamw(LR), BELOW), adamjax.adamw(LR)
+    with jax.set_mesh(mesh):
+        placed = place(params, mesh, specs)
+        state, step = opt.init(placed), jax.jit(by_step(opt), donate_argnums=(0, 1))
+        where = [x.sharding for x in jax.tree.leaves((placed, state))]
+        grads = place(params, mesh, specs)
+        found = step(*step(placed, state, grads), grads)
+    assert step._cache_size() == 1
+    after = [x.sharding for x in jax.tree.leaves(found)]
+    assert [a.is_equivalent_to(b, x.ndim) for a, b, x in zip(after, where, jax.tree.leaves(found), strict=True)]
+    assert all(x.sharding.is_fully_replicated for x in found[1][0].mu.groups)
+    expected = by_step(plain)(*by_step(plain)(params, plain.init(params), params), params)
+    assert_close((found[0], unpacked(found[1])), expected, RECOMPILED)
+
+
+@pytest.mark.parametrize("kind", MODES)
+def test_with_zero1(kind):
+    mesh = make_mesh(kind, (2,))
+    params = numbers(shapes={"small": [(8, 4)] * 20, "large": (12, 10)})
+    plain = sharding.zero1(adamjax.adamw(LR), axis="data")
+    opt = adamjax.packed(plain, BELOW)
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(params, NamedSharding(mesh, P()))
+        found, expected = (jax.jit(by_step(o))(placed, o.init(placed), placed) for o in (opt, plain))
+    assert found[1].inner[0].mu.rest["large"].sharding.spec[0] == "data"
+    assert all(x.sharding.is_fully_replicated for x in found[1].inner[0].mu.groups)
+    assert_close((found[0], unpacked(found[1].inner)), (expected[0], expected[1].inner), RECOMPILED)
+    assert "packed" in sharding.describe(adamjax.kahan(opt.inner), jax.tree.map(lambda p: p.astype("bfloat16"), placed),
+                                         zero_axis="data")  # fmt: skip
+
+
+@pytest.mark.parametrize("rounded", [False, True])
+def test_inside_shard_map(rounded):
+    """By itself, and spread by zero1_mapped, whatever else is kept of small parameters."""
+    mesh = make_mesh(AxisType.Auto, (2,))
+    params = numbers(dtype="bfloat16" if rounded else "float32", shapes={"small": [(8, 4)] * 20, "large": (12, 10)})
+    plain = adamjax.kahan(adamjax.adamw(LR)) if rounded else adamjax.adamw(LR)
+    placed = jax.device_put(params, NamedSharding(mesh, P()))
+    expected = jax.jit(by_step(plain))(params, plain.init(params), params)
+    for opt in (adamjax.packed(plain, BELOW), sharding.zero1_mapped(adamjax.packed(plain, BELOW), axis="data")):
+        state = opt.init(placed)
+        specs = jax.tree.map(lambda x: x.sharding.spec, state)
+
+        def body(params, state, opt=opt):
+            return opt.step(params, state, params)
+
+        mapped = jax.shard_map(body, mesh=mesh, in_specs=(P(), specs), out_specs=(P(), specs))
+        found = jax.jit(mapped)(placed, state)
+        assert_close((found[0], unpacked(found[1])), expected, 2**-7 if rounded else RECOMPILED)
+
+
+INT = adamjax.quantized("int8")
+GOOD = adamjax.packed(adamjax.adam(), BELOW)
+SMALL = {"a": jnp.ones((4, 2)), "b": jnp.ones(4)}
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: adamjax.packed(adamjax.adam), TypeError, "argument opt of packed is"),
+        (lambda: adamjax.packed(optax.adam(1e-3)), TypeError, "found nothing to pack in .*optax's keep is not known"),
+        (lambda: adamjax.packed(interop.torch.adam()), TypeError, "adamjax.interop.torch are kept for each parameter"),
+        (lambda: adamjax.packed(adamjax.chain(GOOD, adamjax.adam())), ValueError, "is packed already"),
+        (lambda: adamjax.packed(adamjax.adam(), 0), ValueError, "Invalid below value: 0; below must be at least 1"),
+        (
+            lambda: adamjax.packed(adamjax.adam(), cast(Any, 1e4)),
+            TypeError,
+            "Invalid below value: 10000.0; below must be an int",
+        ),
+        (
+            lambda: GOOD.update(SMALL, adamjax.adam().init(SMALL)),
+            TypeError,
+            r"state\.mu of packed is dict, expected PackedTree: call init.*state\.mu\.pack\(moments\)",
+        ),
+        (lambda: adamjax.adam().update(SMALL, GOOD.init(SMALL)), ValueError, r"state\.mu, expected PackedTree"),
+        (
+            lambda: GOOD.update(SMALL | {"a": jnp.ones(2)}, GOOD.init(SMALL)),
+            ValueError,
+            r"the gradient for state\.mu\['a'\] has shape \(2,\), expected \(4, 2\)",
+        ),
+        (lambda: GOOD.update({"a": SMALL["a"]}, GOOD.init(SMALL)), ValueError, r"the gradients lack state\.mu\['b'\]"),
+        (
+            lambda: GOOD.update(SMALL, (GOOD.init(SMALL)[0]._replace(nu=GOOD.init([SMALL["b"]] * 3)[0].nu), ())),
+            ValueError,
+            r"state\.nu has other groups than state\.mu",
+        ),
+        (
+            lambda: jax.shard_map(
+                lambda p: GOOD.step(p, GOOD.init(p), p),
+                mesh=make_mesh(AxisType.Auto, (2,)),
+                in_specs=({"a": P("data"), "b": P()},),
+                out_specs=P(),
+            )(SMALL),
+            ValueError,
+            r"differ over other axes .*params\['b'\] over none and that for params\['a'\] over 'data'",
+        ),
+    ],
+)
+def test_what_is_refused(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
