@@ -24,6 +24,7 @@ FLOORS = [
     ["_packed"],
     ["kernels._leaf"],
     ["kernels._cpu", "kernels._gpu"],
+    ["kernels._group"],
     ["kernels._fused"],
     ["kernels"],
     ["_optimizers"],
@@ -58,7 +59,7 @@ FLOORS = [
 ]
 ROOT = Path(adamjax.__file__).parent
 FLOOR = {name: i for i, floor in enumerate(FLOORS) for name in floor}
-CORE = {name for floor in FLOORS[:17] for name in floor}
+CORE = {name for floor in FLOORS[:18] for name in floor}
 
 
 def modules():

@@ -1,5 +1,6 @@
 """Packed moments: the numbers of the optimizer inside, in fewer arrays, wherever JAX and other parts take it."""
 
+import shutil
 from typing import Any, cast
 
 import jax
@@ -11,10 +12,10 @@ from helpers import assert_close, assert_equal, by_step, make_mesh
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from specs import FORMATS, LR, ROUNDED, SPECS
-from tolerances import RECOMPILED
+from tolerances import FUSED, RECOMPILED
 
 import adamjax
-from adamjax import checkpoint, interop, schedules, sharding
+from adamjax import checkpoint, interop, kernels, schedules, sharding
 from adamjax.storage import PackedTree, QuantizedArray
 
 BELOW = 100
@@ -421,3 +422,130 @@ SMALL = {"a": jnp.ones((4, 2)), "b": jnp.ones(4)}
 def test_what_is_refused(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+COMPILER = pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler")
+# A group of 16 and one of what is left, larger than the crossover together; and a parameter that is, by itself.
+MANY = {"layers": [(40, 50)] * 18, "biases": [(7,), ()], "large": (130, 130)}
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+    """As if there were no others: groups are then stepped without being put together."""
+    jax.clear_caches()
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    yield
+    jax.clear_caches()
+
+
+def fused_pair(make=adamjax.adamw, **options):
+    return adamjax.packed(make(LR, fused=True, **options)), adamjax.packed(make(LR, **options))
+
+
+def assert_near(found, expected):
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert a.dtype == b.dtype
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        assert np.max(np.abs(a - b)) <= FUSED * float(jnp.finfo("float32").eps) * (np.max(np.abs(b)) + 1)
+
+
+@COMPILER
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"make": adamjax.amsgrad, "nesterov": True, "maximize": True},
+        {"mask": kernels_only},
+        {"make": adamjax.adam, "weight_decay": 0.1, "mask": kernels_only, "eps_root": 1e-4},
+        {"make": adamjax.amsgrad, "mu_dtype": jnp.bfloat16, "nu_dtype": jnp.bfloat16},
+    ],
+)
+def test_fused_groups(options, one_device):
+    fused, plain = fused_pair(**options)
+    params = numbers(shapes=MANY)
+    found = expected = params, plain.init(params)
+    assert_equal(fused.init(params), found[1])
+    steps = [jax.jit(by_step(opt)) for opt in (fused, plain)]
+    kernel = kernels.build().stem
+    text = steps[0].lower(*found, params).as_text()
+    assert text.count(f"{kernel}-group") == (2 if "mask" not in options else 1)  # calls of one function
+    for i in range(3):
+        g = numbers(i, shapes=MANY)
+        if i == 2:
+            g["layers"][17] = g["large"] = None
+        found, expected = steps[0](*found, g), steps[1](*expected, g)
+        assert_near(found[0], expected[0])
+        if "mu_dtype" in options:  # with the same random numbers
+            for a, b in zip(jax.tree.leaves(found[1]), jax.tree.leaves(expected[1]), strict=True):
+                assert np.mean(np.asarray(a) != np.asarray(b)) < 1e-3
+        else:
+            assert_near(found[1], expected[1])
+        found = expected
+
+
+@COMPILER
+def test_fused_groups_of_half_precision_in_place(one_device):
+    fused, plain = fused_pair()
+    params, grads = numbers(0, "bfloat16", MANY), numbers(1, "float16", MANY)
+    expected = jax.jit(by_step(plain))(params, plain.init(params), grads)
+    advance = jax.jit(by_step(fused), donate_argnums=(0, 1))
+    params, state = jax.tree.map(jnp.copy, (params, fused.init(params)))
+    memory = advance.lower(params, state, grads).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 5000
+    assert memory.alias_size_in_bytes == sum(x.nbytes for x in jax.tree.leaves((params, state)))
+    found = advance(params, state, grads)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert np.mean(np.asarray(a) != np.asarray(b)) < 1e-3 or a.dtype == jnp.float32
+    assert_near(found[1], expected[1])
+
+
+@COMPILER
+@pytest.mark.parametrize("devices", [1, 8])
+def test_fused_groups_where_jax_takes_them(devices, request):
+    if devices == 1:
+        request.getfixturevalue("one_device")
+    fused, plain = fused_pair()
+    params, grads = numbers(shapes=MANY), numbers(1, shapes=MANY)
+
+    def many(opt):
+        stacked = jax.tree.map(lambda x: jnp.stack([x, 2 * x]), params)
+        return jax.vmap(opt.step, in_axes=(None, 0, 0))(grads, jax.vmap(opt.init)(stacked), stacked)
+
+    def slopes(make, rate, params):
+        opt = make(rate)
+        new, _ = opt.step(grads, opt.init(params), params)
+        return sum(jnp.sum(x**2) for x in jax.tree.leaves(new))
+
+    assert_near(jax.jit(lambda: many(fused))(), jax.jit(lambda: many(plain))())
+    found, expected = (
+        jax.jit(jax.grad(lambda *x, kw=kw: slopes(lambda r: adamjax.packed(adamjax.adamw(r, **kw)), *x), (0, 1)))
+        for kw in ({"fused": True}, {})
+    )
+    assert_close(found(0.1, params), expected(0.1, params), 1e-4)
+    assert_near(fused.step(grads, fused.init(params), params), plain.step(grads, plain.init(params), params))
+
+
+@COMPILER
+def test_fused_groups_on_many_devices():
+    """By XLA, which brings parameters back where they were; in shard_map, each device by the kernel."""
+    fused, plain = fused_pair()
+    mesh, params = make_mesh(AxisType.Auto, (2,)), numbers(shapes=MANY)
+    expected = jax.jit(by_step(plain))(params, plain.init(params), params)
+    specs = jax.tree.map(lambda p: P("data") if p.ndim > 1 else P(), params)
+    placed = place(params, mesh, specs)
+    found = jax.jit(by_step(fused))(placed, fused.init(placed), placed)
+    for x, spec in zip(jax.tree.leaves(found[0]), jax.tree.leaves(specs), strict=True):
+        assert x.sharding.is_equivalent_to(NamedSharding(mesh, spec), x.ndim)
+    assert_near(jax.device_get(found), expected)
+    mapped = jax.jit(jax.shard_map(by_step(fused), mesh=mesh, in_specs=P(), out_specs=P()))
+    operands = params, fused.init(params), params
+    assert mapped.lower(*operands).as_text().count(f"{kernels.build().stem}-group") == 2
+    assert_near(jax.device_get(mapped(*operands)), expected)
+
+
+@COMPILER
+def test_fused_refuses_groups_that_it_cannot_step(one_device):
+    params = {"a": jnp.ones(3, jnp.complex64)}
+    opt = adamjax.packed(adamjax.adam(fused=True))
+    with pytest.raises(ValueError, match=r"fused=True cannot step params\['a'\]: its parameter is complex64"):
+        opt.step(params, opt.init(params), params)

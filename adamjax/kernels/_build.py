@@ -16,7 +16,8 @@ import jax
 import jaxlib
 
 SOURCE = Path(__file__).with_name("adam.cc")
-_HANDLER = "AdamjaxStep"
+# What is in it, by what it adds to the name of the library.
+_HANDLERS = {"": "AdamjaxStep", "-group": "AdamjaxGroup"}
 
 _FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared")
 _X86_FLAGS = ("-march=native", "-mprefer-vector-width=512")
@@ -75,13 +76,15 @@ def build() -> Path:
 
 @cache
 def target() -> str:
-    """The name by which XLA knows the kernel, once it is compiled and loaded.
+    """The name by which XLA knows the kernel, once it is compiled and loaded; with "-group", that for several arrays.
 
     Raises:
       RuntimeError: It cannot be compiled.
     """
     path = build()
-    jax.ffi.register_ffi_target(path.stem, jax.ffi.pycapsule(getattr(ctypes.CDLL(str(path)), _HANDLER)), platform="cpu")
+    library = ctypes.CDLL(str(path))
+    for suffix, name in _HANDLERS.items():
+        jax.ffi.register_ffi_target(path.stem + suffix, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
     return path.stem
 
 

@@ -7,14 +7,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import AxisType
 
 from adamjax import _checks, _trees, storage
 from adamjax._base import Chain
 from adamjax._moments import AdamState, dithers_of
+from adamjax._packed import Packed
+from adamjax._packing import PackedTree, replaced, rest_of
 from adamjax._transforms import Objective, ScaleByLearningRate, mask_tree
 from adamjax._trees import PyTree
 from adamjax._value import static_field, value
-from adamjax.kernels import _cpu, _leaf
+from adamjax.kernels import _cpu, _group, _leaf
 from adamjax.kernels._leaf import Form, Numbers
 
 # Of arrays with fewer elements, XLA's step is as fast: a call has its price.
@@ -33,7 +36,7 @@ class Fused(Chain):
 
     On a CPU it is C++, compiled for this machine when it is first needed, which takes a few seconds and a C++
     compiler, and kept (`adamjax kernels status`). Parameters, gradients and moments may be float32, bfloat16 or
-    float16, and moments quantised.
+    float16, and moments quantised. Groups of `adamjax.packed` it steps as well, if there is one device.
 
     On a GPU it is Pallas, for quantised moments: where they are floats, XLA's step is one pass as it is, and is taken.
     It needs jax 0.11 and a Hopper or later. Parameters and gradients may be float32 or bfloat16; a moment beside a
@@ -61,33 +64,67 @@ class Fused(Chain):
         _checks.given(params, grads, "step", "step(grads, state, params)")
         _checks.updates(grads, params)
         _checks.members(state, len(self.transforms), "a chain")
-        moments = self._adam.checked(grads, state[0])
-        kept = (moments.mu, moments.nu, moments.nu_max)
+        moments = self._moments.checked(grads, state[0])
+        kept = map(rest_of, (moments.mu, moments.nu, moments.nu_max))
         structure, rows = _trees.flatten(grads, params, *kept, *self._masks(params))
         paths = [path for path, _ in jax.tree.leaves_with_path(grads, is_leaf=_trees.is_none)]
-        taken = [self._takes(path, row[0], row[1:5]) for path, row in zip(paths, rows, strict=True)]
+        leaves = [i for i, row in enumerate(rows) if self._takes(paths[i], row[0], row[1:5])]
+        groups = self._groups(moments, rows, paths)
+        taken = {*leaves, *(i for members in groups.values() for i in members)}
         # XLA steps the others, for which these are frozen, and all counts.
-        others = [None if t else row[0] for t, row in zip(taken, rows, strict=True)]
+        others = [None if i in taken else row[0] for i, row in enumerate(rows)]
         new_params, new_state = super().step(jax.tree.unflatten(structure, others), state, params, **extra)
-        if not any(taken):
+        if not taken:
             return new_params, new_state
         count, *new = new_state[0]
         numbers_of = cache(partial(self._numbers, state, count))
-        _, stepped = _trees.flatten(grads, new_params, *new)
-        for i, (g, p, m, v, v_max, *masks) in enumerate(rows):
-            if taken[i]:
-                storage.check(m, v, v_max)
-                form, numbers = numbers_of(tuple(mask is not False for mask in masks))
-                dithers = dithers_of(count, i, m, v)
-                stepped[i] = (g, *_leaf.step(_engine().KERNEL, form, (p, m, v, v_max), g, numbers, dithers))
-        _, new_params, mu, nu, nu_max = _trees.unflatten(structure, stepped, 5)
-        return new_params, (AdamState(count, mu, nu, None if moments.nu_max is None else nu_max), *new_state[1:])
+        _, stepped = _trees.flatten(grads, new_params, *map(rest_of, new))
+        for i in leaves:
+            g, p, m, v, v_max, *masks = rows[i]
+            storage.check(m, v, v_max)
+            form, numbers = numbers_of(_takers(masks))
+            dithers = dithers_of(count, i, m, v)
+            stepped[i] = (g, *_leaf.step(_engine().KERNEL, form, (p, m, v, v_max), g, numbers, dithers))
+        of_groups: dict[int, _group.Moments] = {}
+        for k, members in groups.items():
+            form, numbers = numbers_of(_takers(rows[members[0]][5:]))
+            m, v, v_max = (None if tree is None else tree.groups[k] for tree in new)
+            dithers = dithers_of(count, len(rows) + k, m, v)
+            arrays = [rows[i][1] for i in members], (m, v, v_max), [rows[i][0] for i in members]
+            group, of_groups[k] = _group.step(form, *arrays, numbers, dithers)
+            for i, p in zip(members, group, strict=True):
+                stepped[i] = (rows[i][0], p, None, None, None)
+        _, new_params, *rests = _trees.unflatten(structure, stepped, 5)
+        trees = [
+            replaced(tree, rest, {k: kept[j] for k, kept in of_groups.items()})
+            for j, (tree, rest) in enumerate(zip(new, rests, strict=True))
+        ]
+        return new_params, (AdamState(count, *trees), *new_state[1:])
+
+    def _groups(self, moments: AdamState, rows: list[tuple[Any, ...]], paths: list[Any]) -> dict[int, list[int]]:
+        """The groups of small parameters that the kernel steps, with the numbers of those."""
+        found: dict[int, list[int]] = {}
+        if _engine() is not _cpu or not _is_on_one_device(rows):  # where a parameter is, XLA sees, and not this
+            return found
+        for k, places in enumerate(moments.mu.layout if isinstance(moments.mu, PackedTree) else ()):
+            members = [number for number, _ in places]
+            alike = len({_takers(rows[i][5:]) for i in members}) == 1
+            if alike and all(rows[i][0] is not None for i in members):
+                kept = moments.mu.groups[k], moments.nu.groups[k], None
+                if all(self._can(paths[i], _cpu.why_not((rows[i][1], *kept), rows[i][0])) for i in members):
+                    found[k] = members
+        return found
 
     @property
-    def _adam(self) -> Any:
+    def _moments(self) -> Any:
         """What keeps the moments, without the objective that it may be given."""
         first = self.transforms[0]
         return first.inner if isinstance(first, Objective) else first
+
+    @property
+    def _adam(self) -> Any:
+        """The same, not packed."""
+        return self._moments.inner if isinstance(self._moments, Packed) else self._moments
 
     def _masks(self, params: PyTree) -> list[PyTree]:
         """For each member, which parameters it takes; None for all."""
@@ -119,14 +156,17 @@ class Fused(Chain):
         return form, Numbers(*numbers)
 
     def _takes(self, path: Any, g: Any, leaf: Any) -> bool:
-        """Whether the kernel steps a parameter, or XLA does."""
-        if g is None or leaf[0].size < CROSSOVER:
+        """Whether the kernel steps a parameter by itself, or XLA does."""
+        p, m, *_ = leaf
+        if g is None or m is None or p.size < CROSSOVER:
             return False
         if (engine := _engine()) is None:
-            why = f"on {jax.default_backend()} there is no kernel"
-        elif not engine.gains(leaf):
-            return False
-        elif (why := engine.why_not(leaf, g)) is None:
+            return self._can(path, f"on {jax.default_backend()} there is no kernel")
+        return engine.gains(leaf) and self._can(path, engine.why_not(leaf, g))
+
+    def _can(self, path: Any, why: str | None) -> bool:
+        """Whether the kernel can step a parameter, by the reason `why` it cannot; an error where it has to."""
+        if why is None:
             return True
         if self.mode is True:
             raise ValueError(
@@ -135,6 +175,17 @@ class Fused(Chain):
             )
         _say_once(f"fused='auto' leaves params{jax.tree_util.keystr(path)} to XLA: {why}")
         return False
+
+
+def _is_on_one_device(rows: list[tuple[Any, ...]]) -> bool:
+    """Whether there is but one, or all that is seen here is what one device has."""
+    kinds = {kind for g, *_ in rows if g is not None for kind in jax.typeof(g).sharding.mesh.axis_types}
+    return AxisType.Manual in kinds or (AxisType.Explicit not in kinds and jax.device_count() == 1)
+
+
+def _takers(masks: list[Any] | tuple[Any, ...]) -> tuple[bool, ...]:
+    """Which members of the chain take a parameter."""
+    return tuple(mask is not False for mask in masks)
 
 
 def _engine() -> Any:

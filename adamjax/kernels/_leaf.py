@@ -97,13 +97,8 @@ def _step(kernel: Kernel, form: Form, leaf: Leaf, g: Array, numbers: Numbers, di
     """The parameter and its moments after one step: those of `plain_step`, but for the last digits."""
     p, *moments = leaf
     call = Call(form, p.shape, jax.tree.structure(leaf))
-    # Both moments share the hashes: `_stochastic.Dither.other`.
-    dither = next((d for d in dithers if d is not None), Dither(jnp.uint32(0), jnp.uint32(0)))
-    places = _row([dither.seed, dither.turn], 2 + p.ndim)
-    scalars = [lax.bitcast_convert_type(jnp.asarray(x, jnp.float32), jnp.uint32) for x in kernel.scalars(form, numbers)]
-    row = lax.bitcast_convert_type(_row(scalars, len(scalars)), jnp.float32)
-    new = _batched(kernel, call)(row, places, p, g, *jax.tree.leaves(moments))
-    return jax.tree.unflatten(call.structure, new)
+    operands = (*rows(kernel, form, numbers, dithers, p.ndim), p, g, *jax.tree.leaves(moments))
+    return jax.tree.unflatten(call.structure, batched(kernel, call)(*operands))
 
 
 @_step.defjvp
@@ -136,6 +131,15 @@ def around(form: Form, p: Array, g: Array, numbers: Numbers, of_moments: Callabl
     return (wide + update.astype(p.dtype).astype(jnp.float32)).astype(p.dtype), m, v, v_max
 
 
+def rows(kernel: Kernel, form: Form, numbers: Numbers, dithers: Dithers, ndim: int) -> tuple[Array, Array]:
+    """The first two operands of a kernel, for a parameter of `ndim` axes."""
+    # Both moments share the hashes: `_stochastic.Dither.other`.
+    dither = next((d for d in dithers if d is not None), Dither(jnp.uint32(0), jnp.uint32(0)))
+    places = _row([dither.seed, dither.turn], 2 + ndim)
+    scalars = [lax.bitcast_convert_type(jnp.asarray(x, jnp.float32), jnp.uint32) for x in kernel.scalars(form, numbers)]
+    return lax.bitcast_convert_type(_row(scalars, len(scalars)), jnp.float32), places
+
+
 def _row(numbers: Sequence[Array], length: int) -> Array:
     """The first numbers of a row of uint32.
 
@@ -145,7 +149,7 @@ def _row(numbers: Sequence[Array], length: int) -> Array:
 
 
 @cache
-def _batched(kernel: Kernel, call: Call) -> Any:
+def batched(kernel: Kernel, call: Call) -> Any:
     """The kernel for arrays of a shape; mapped by `jax.vmap`, for many at once, each with a row of scalars."""
 
     @custom_vmap

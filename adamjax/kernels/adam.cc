@@ -679,6 +679,16 @@ struct Job {
   bool is_whole;          // so that a number's index is that of its place in memory
   Place place;
 
+  // What follows of the arrays, once they are there.
+  void Complete(bool nesterov, bool coupled, bool decays) {
+    for (Array* x : {&p, &g, &m, &v, &top}) x->stride = x->Bytes(columns);
+    rounds = m.format != nullptr || v.format != nullptr;
+    steps = Choose<>(p.format != nullptr, nesterov, maximum, coupled, decays);
+    if (maximum) return;
+    if (m.block > 0 && m.block == v.block && m.block % kLanes == 0 && m.bits == 8 && v.bits == 8) of_vectors = steps.codes;
+    if (m.format == &kFloat<BFloat16> && v.format == &kFloat<BFloat16>) of_vectors = steps.bfloat16;
+  }
+
   void Run(const Span& span, int64_t first_row, const Scalars& s, const Dither& d) const {
     constexpr int64_t kBuffer = kTile + kLanes;  // what is past the end of a span is read, and not used
     alignas(64) float buffers[6][kBuffer];
@@ -822,13 +832,7 @@ ffi::Error Impl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> scalars, ffi::Buffer
     if (block[i] > 0) moments[i]->format = codes[i][bits[i] == 8 ? 0 : 1];
   }
   if (operands.wrong != nullptr) return ffi::Error::InvalidArgument(operands.wrong);
-  for (Array* x : {&job.p, &job.g, &job.m, &job.v, &job.top}) x->stride = x->Bytes(job.columns);
-  job.rounds = job.m.format != nullptr || job.v.format != nullptr;
-  job.steps = Choose<>(job.p.format != nullptr, nesterov, maximum, coupled, decays);
-  if (!maximum && block[0] > 0 && block[0] == block[1] && block[0] % kLanes == 0 && bits[0] == 8 && bits[1] == 8) {
-    job.of_vectors = job.steps.codes;
-  }
-  if (!maximum && job.m.format == &kFloat<BFloat16> && job.v.format == &kFloat<BFloat16>) job.of_vectors = job.steps.bfloat16;
+  job.Complete(nesterov, coupled, decays);
 
   int64_t of_row = (job.columns + kTile - 1) / kTile, tiles = batch * job.rows * of_row;
   const float* all_scalars = scalars.typed_data();
@@ -852,6 +856,66 @@ ffi::Error Impl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> scalars, ffi::Buffer
   return ffi::Error::Success();
 }
 
+// The same of several parameters, whose moments stand behind each other in one array of floats: all parameters come
+// first, then all gradients, and then the moments.
+ffi::Error Group(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> scalars, ffi::Buffer<ffi::U32> dither,
+                 ffi::RemainingArgs arrays, ffi::RemainingRets results, bool nesterov, bool maximum, bool coupled,
+                 bool decays) {
+  size_t moments = maximum ? 3 : 2;
+  if (arrays.size() < moments || scalars.element_count() != kScalars || dither.element_count() < kDither) {
+    return ffi::Error::InvalidArgument("adamjax: scalars of the wrong shape, or too few arrays");
+  }
+  Job whole;
+  whole.maximum = maximum;
+  whole.rows = 1;
+  whole.is_whole = false;
+  std::vector<Job> jobs((arrays.size() - moments) / 2, whole);
+  std::vector<uint32_t> starts;
+  Operands operands(arrays, results);
+  int64_t total = 0;
+  for (size_t i = 0; i < jobs.size(); ++i) {
+    auto parameter = arrays.get<ffi::AnyBuffer>(i);
+    if (!parameter.has_value()) return ffi::Error::InvalidArgument("adamjax: an array is missing");
+    jobs[i].columns = parameter->element_count();
+    jobs[i].p = operands.Take(true, jobs[i].columns, jobs[i].columns, 0, 0);
+    starts.push_back(static_cast<uint32_t>(total));
+    total += jobs[i].columns;
+  }
+  for (Job& job : jobs) job.g = operands.Take(false, job.columns, job.columns, 0, 0);
+  Array Job::*const kept[] = {&Job::m, &Job::v, &Job::top};
+  for (size_t i = 0; i < moments; ++i) whole.*kept[i] = operands.Take(true, total, total, 0, 0);
+  if (operands.wrong != nullptr) return ffi::Error::InvalidArgument(operands.wrong);
+
+  struct At {
+    size_t job;
+    int64_t column;
+  };
+  std::vector<At> tiles;
+  for (size_t i = 0; i < jobs.size(); ++i) {
+    Job& job = jobs[i];
+    for (size_t j = 0; j < moments; ++j) {
+      Array& x = job.*kept[j];
+      x = whole.*kept[j];
+      x.in += x.Bytes(starts[i]);
+      x.out += x.Bytes(starts[i]);
+    }
+    job.place = {{job.columns}, {total}, &starts[i]};
+    job.Complete(nesterov, coupled, decays);
+    for (int64_t column = 0; column < job.columns; column += kTile) tiles.push_back({i, column});
+  }
+  Scalars s;
+  Dither d;
+  std::memcpy(&s, scalars.typed_data(), sizeof(s));
+  std::memcpy(&d, dither.typed_data(), sizeof(d));
+  Parallel(pool, tiles.size(), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const Job& job = jobs[tiles[i].job];
+      job.Run({0, tiles[i].column, std::min(kTile, job.columns - tiles[i].column)}, 0, s, d);
+    }
+  });
+  return ffi::Error::Success();
+}
+
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(AdamjaxStep, Impl,
@@ -868,3 +932,15 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(AdamjaxStep, Impl,
                                   .Attr<ffi::Span<const int64_t>>("whole")
                                   .Attr<ffi::Span<const int64_t>>("bits")
                                   .Attr<ffi::Span<const int64_t>>("block"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(AdamjaxGroup, Group,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::U32>>()
+                                  .RemainingArgs()
+                                  .RemainingRets()
+                                  .Attr<bool>("nesterov")
+                                  .Attr<bool>("maximum")
+                                  .Attr<bool>("coupled")
+                                  .Attr<bool>("decays"));
