@@ -49,7 +49,11 @@ OPTAX: dict[str, Make] = {"optax": lambda: optax.adamw(LR, weight_decay=DECAY)}
 # Each format beside itself, fused.
 EVERY = {name: make for pair in zip(PLAIN.items(), FUSED.items(), strict=True) for name, make in pair} | OPTAX
 # For many leaves. Not moments that are rounded: XLA would compile their kernels for each leaf anew, for minutes.
-MANY = {"adamjax": PLAIN["adamjax"]} | OPTAX
+PACKED: dict[str, Make] = {
+    "adamjax packed": lambda: adamjax.packed(adamw()),
+    "adamjax packed, fused": lambda: adamjax.packed(adamw(fused=True)),
+}
+MANY = {"adamjax": PLAIN["adamjax"]} | PACKED | OPTAX
 
 # And for bfloat16 parameters.
 OF_BFLOAT16: dict[str, Make] = {

@@ -17,7 +17,7 @@ import numpy as np
 
 from benchmarks._measure import Seconds
 from benchmarks._report import Curves, Table, command, show
-from benchmarks._steps import FUSED, OPTAX, PLAIN, Make, advance, is_refused
+from benchmarks._steps import FUSED, OPTAX, PACKED, PLAIN, Make, advance, is_refused
 
 STAGES = ("trace", "lower", "compile", "all three")
 
@@ -36,6 +36,7 @@ class Row(NamedTuple):
 ROWS = {
     "adamjax": Row(PLAIN["adamjax"]),
     "adamjax fused": Row(FUSED["adamjax fused"], axis=256),
+    **{name: Row(make) for name, make in PACKED.items()},
     "adamjax, bfloat16 moments": Row(PLAIN["adamjax, bfloat16 moments"], most=30),
     "adamjax, int8 moments": Row(PLAIN["adamjax, int8 moments"], most=30),
     "optax": Row(OPTAX["optax"]),
