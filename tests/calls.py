@@ -62,7 +62,7 @@ RATES = np.geomspace(1e-4, 1.0, 50)
 RANGE = tuning.LrRange(RATES, 1 + np.log10(RATES / 0.1) ** 2)
 
 DTYPES = ("mu_dtype", "nu_dtype")
-KINDS_OF_TORCH = ("foreach", "fused", "capturable", "differentiable")  # which are not looked at
+KINDS_OF_TORCH = ("foreach", "fused", "capturable", "differentiable")  # `fused` may be None, others are not looked at
 CALLS = {
     "adam": Call(optional=("amsgrad", "mask", *DTYPES)),
     "adamax": Call(optional=DTYPES),

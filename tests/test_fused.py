@@ -10,11 +10,12 @@ import pytest
 from helpers import assert_close, assert_equal, by_step, make_mesh
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from same_step import assert_same_step, wide
+from same_step import assert_near_steps, assert_same_step, wide
 from tolerances import FUSED_ROUNDED, RECOMPILED
 
 import adamjax
 from adamjax import checkpoint, cli, kernels, schedules, sharding
+from adamjax.interop import torch as optim
 from adamjax.kernels import _build, _cpu, _fused
 
 pytestmark = pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler")
@@ -106,6 +107,49 @@ def test_schedules_and_masks(options):
 def test_coupled_decay_by_a_schedule_where_a_mask_says():
     decay = schedules.linear(0.1, 0.0, 9)
     three_steps(lambda **kw: adamjax.adam(LR, weight_decay=decay, mask=halves, **kw), coupled=0.1)
+
+
+def of_all(step):
+    """A step of a torch optimizer, with the moments in one state for all parameters."""
+    params, (own, *others) = step
+    columns = ({name: s[i] for name, s in own.items() if s is not None} for i in range(4))
+    count, mu, nu, nu_max = columns
+    return params, (adamjax.AdamState(count, mu, nu, None if nu_max["cube"] is None else nu_max), *others)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"lr": LR},
+        {"lr": schedules.cosine(LR, 9), "weight_decay": 0.1, "amsgrad": True},
+        {"lr": LR, "weight_decay": 0.1, "maximize": True, "decoupled_weight_decay": True},
+    ],
+)
+def test_torchs_whose_parameters_count_their_own_steps(options):
+    fused, plain = optim.adam(fused=True, **options), optim.adam(**options)
+    coupled = 0.0 if "decoupled_weight_decay" in options else options.get("weight_decay", 0.0)
+    params = numbers() | {"absent": None}
+    state = plain.init(params)
+    assert_equal(fused.init(params), state)
+    text = jax.jit(fused.step).lower(params, state, params).as_text()
+    assert text.count(f'custom_call @"{kernels.build().stem}"') == 2
+    for i in range(3):
+        grads = gradients(i) | {"absent": None} | ({"matrix": None, "short": None} if i == 1 else {})
+        found, expected = (jax.jit(opt.step)(grads, state, params) for opt in (fused, plain))
+        before = of_all((params, state))[1]
+        seen = {name: g for name, g in grads.items() if name != "absent"}
+        assert_near_steps(of_all(found), of_all(expected), seen, before, params, LR, coupled)
+        params, state = expected
+    assert state[0]["matrix"].count == 2
+
+
+def test_torchs_that_cannot_be_fused():
+    params = {"complex": jnp.ones((200, 200), jnp.complex64)}
+    opt = optim.adamw(fused=True)
+    with pytest.raises(ValueError, match=r"fused=True cannot step params\['complex'\]: .*complex64"):
+        opt.step(params, opt.init(params), params)
+    with pytest.raises(ValueError, match="Invalid fused value: 'yes'"):
+        optim.adamw(fused="yes")
 
 
 def test_parameters_that_are_frozen_or_absent():

@@ -1,4 +1,4 @@
-"""A transformation that treats each parameter as if there were no other."""
+"""Transformations that treat each parameter as if there were no other."""
 
 from typing import Any
 
@@ -7,9 +7,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from adamjax import _checks, _trees
-from adamjax._base import Extra, Transformation
+from adamjax._base import Chain, Extra, Transformation
 from adamjax._trees import PyTree
 from adamjax._value import value
+from adamjax.kernels import Fused
 
 
 @value
@@ -40,6 +41,38 @@ class PerParameter(Transformation):
         g = _trees.cast(g, _trees.dtype_of(whole))
         direction, state = self.inner._update(_parts(g), state, None if p is None else _parts(p), extra)
         return jax.lax.complex(direction[..., 0], direction[..., 1]), state
+
+
+@value
+class FusedPerParameter(Fused):
+    """A chain that begins with a `PerParameter`, whose `step` is one pass over memory; see `kernels.Fused`."""
+
+    def step(self, grads: PyTree, state: PyTree, params: PyTree, **extra: Any) -> tuple[PyTree, PyTree]:
+        """One whole step; see `Transformation.step`."""
+        _checks.given(params, grads, "step", "step(grads, state, params)")
+        _checks.updates(grads, params)
+        _checks.members(state, len(self.transforms), "a chain")
+        own, *shared = state
+        _checks.states(own, grads)
+        first: Any
+        first, *others = self.transforms
+        of_one = Fused((first.inner, *others), self.mode)
+        structure, rows = _trees.flatten(grads, own, params)
+        paths = [path for path, _ in jax.tree.leaves_with_path(grads, is_leaf=_trees.is_none)]
+        taken = [
+            g is not None and of_one.takes(path, g, (p, s.mu, s.nu, s.nu_max))
+            for path, (g, s, p) in zip(paths, rows, strict=True)
+        ]
+        left = [None if takes else g for (g, *_), takes in zip(rows, taken, strict=True)]
+        new_params, new_state = Chain.step(self, jax.tree.unflatten(structure, left), state, params, **extra)
+        new_own, *new_shared = new_state
+        _, stepped = _trees.flatten(grads, new_params, new_own)
+        for i, (g, s, p) in enumerate(rows):
+            if taken[i]:
+                p, (s, *_) = of_one.step(g, (s, *shared), p)
+                stepped[i] = (g, p, s)
+        _, new_params, new_own = _trees.unflatten(structure, stepped, 3)
+        return new_params, (new_own, *new_shared)
 
 
 def _parts(x: Any) -> Any:

@@ -5,8 +5,8 @@ parameter counts its own steps, and one whose gradient is None is left out; comp
 are pairs of real ones; NAdam follows a schedule of its momentum; RAdam adds eps before it
 corrects. Moments of half precision parameters are float32, unlike torch's.
 
-Of torch's arguments, `foreach`, `fused`, `capturable` and `differentiable` say how torch computes, not
-what. They are taken, so that calls can stay as they are, and change nothing.
+Of torch's arguments, `foreach`, `capturable` and `differentiable` say how torch computes, not what. They are
+taken, so that calls can stay as they are, and change nothing. `fused=True` is what it is for `adamjax.adam`.
 """
 
 import math
@@ -18,7 +18,7 @@ from adamjax._base import Chain, Transformation, chain
 from adamjax._optimizers import of_objective
 from adamjax._transforms import AddDecayedWeights, ScaleByLearningRate
 from adamjax._variants import scale_by_adamax
-from adamjax.interop._per_parameter import PerParameter
+from adamjax.interop._per_parameter import FusedPerParameter, PerParameter
 from adamjax.interop._torch_state import export_state as export_state
 from adamjax.interop._torch_state import import_state as import_state
 from adamjax.interop._torch_variants import NAdamState as NAdamState
@@ -36,7 +36,7 @@ def adam(
     maximize: bool = False,
     capturable: bool = False,
     differentiable: bool = False,
-    fused: bool | None = None,
+    fused: bool | str | None = None,
     decoupled_weight_decay: bool = False,
 ) -> Chain:
     """torch.optim.Adam.
@@ -49,7 +49,9 @@ def adam(
       amsgrad: Divide by the largest second moment so far, uncorrected before the maximum is taken.
       maximize: Ascend instead of descend.
       decoupled_weight_decay: Shrink the parameters by lr * weight_decay instead.
-      foreach, capturable, differentiable, fused: Change nothing.
+      fused: True: `step` is one pass over memory, or a ValueError says what cannot be. "auto": where it can be;
+        else, after a warning, by XLA. See `adamjax.kernels.Fused`.
+      foreach, capturable, differentiable: Change nothing.
 
     Returns:
       A transformation whose state is a tuple that starts with a tree of `AdamState`s, one for each
@@ -68,8 +70,9 @@ def adam(
     """
     b1, b2 = _check(lr, betas, eps, weight_decay)
     _check_flags(amsgrad=amsgrad, decoupled_weight_decay=decoupled_weight_decay)
+    _checks.choice("fused", fused, (None, False, True, "auto"))
     moments = scale_by_adam(b1, b2, eps, amsgrad=amsgrad)
-    return _of_torch(moments, lr, weight_decay, maximize, decoupled_weight_decay)
+    return _of_torch(moments, lr, weight_decay, maximize, decoupled_weight_decay, fused)
 
 
 def adamw(
@@ -83,13 +86,13 @@ def adamw(
     foreach: bool | None = None,
     capturable: bool = False,
     differentiable: bool = False,
-    fused: bool | None = None,
+    fused: bool | str | None = None,
 ) -> Chain:
     """torch.optim.AdamW: `adam` with decoupled weight decay, of 1e-2 where nothing else is said.
 
     Arguments are those of `adam`.
     """
-    return adam(lr, betas, eps, weight_decay, amsgrad, maximize=maximize, decoupled_weight_decay=True)
+    return adam(lr, betas, eps, weight_decay, amsgrad, maximize=maximize, decoupled_weight_decay=True, fused=fused)
 
 
 def nadam(
@@ -152,11 +155,14 @@ def adamax(
     return _of_torch(scale_by_adamax(b1, b2, eps), lr, weight_decay, maximize, False)
 
 
-def _of_torch(moments: Transformation, lr: Any, weight_decay: Any, maximize: bool, decoupled: bool) -> Chain:
+def _of_torch(
+    moments: Transformation, lr: Any, weight_decay: Any, maximize: bool, decoupled: bool, fused: Any = None
+) -> Chain:
     """The chain around `moments`. torch shrinks a parameter before its step, which gives the same sum."""
     direction = of_objective(moments, 0.0 if decoupled else weight_decay, None, maximize)
     decay = (AddDecayedWeights(weight_decay),) if decoupled else ()
-    return chain(PerParameter(direction), *decay, ScaleByLearningRate(lr))
+    transforms = (PerParameter(direction), *decay, ScaleByLearningRate(lr))
+    return FusedPerParameter(transforms, fused) if fused else chain(*transforms)
 
 
 def _check(lr: Any, betas: Any, eps: Any, weight_decay: Any, momentum_decay: Any = 0.0) -> tuple[Any, Any]:

@@ -68,7 +68,7 @@ class Fused(Chain):
         kept = map(rest_of, (moments.mu, moments.nu, moments.nu_max))
         structure, rows = _trees.flatten(grads, params, *kept, *self._masks(params))
         paths = [path for path, _ in jax.tree.leaves_with_path(grads, is_leaf=_trees.is_none)]
-        leaves = [i for i, row in enumerate(rows) if self._takes(paths[i], row[0], row[1:5])]
+        leaves = [i for i, row in enumerate(rows) if self.takes(paths[i], row[0], row[1:5])]
         groups = self._groups(moments, rows, paths)
         taken = {*leaves, *(i for members in groups.values() for i in members)}
         # XLA steps the others, for which these are frozen, and all counts.
@@ -155,8 +155,17 @@ class Fused(Chain):
         numbers = (self._adam._scalars(count.astype(jnp.float32)), jnp.float32(sign), coupled, rate, decay)
         return form, Numbers(*numbers)
 
-    def _takes(self, path: Any, g: Any, leaf: Any) -> bool:
-        """Whether the kernel steps a parameter by itself, or XLA does."""
+    def takes(self, path: Any, g: Any, leaf: Any) -> bool:
+        """Whether the kernel steps a parameter by itself, or XLA does.
+
+        Args:
+          path: Where it is.
+          g: Its gradient, or None.
+          leaf: The parameter and its moments: mu, nu, nu_max.
+
+        Raises:
+          ValueError: The kernel cannot, and `mode` is True.
+        """
         p, m, *_ = leaf
         if g is None or m is None or p.size < CROSSOVER:
             return False
