@@ -359,16 +359,19 @@ struct Code {
   }
 };
 
-// Two to a byte, the first one in the lower half.
+// Two to a byte, the first one in the lower half. Buffers have room for the other of a last one.
 template <class C>
 void Unpack(int64_t n, const uint8_t* __restrict__ pairs, typename C::Integer* __restrict__ q) {
-  for (int64_t i = 0; i < n; ++i) q[i] = ((pairs[i / 2] >> (i % 2 * 4)) & 15) - C::kShift;
+  for (int64_t i = 0; i < (n + 1) / 2; ++i) {
+    q[2 * i] = (pairs[i] & 15) - C::kShift;
+    q[2 * i + 1] = (pairs[i] >> 4) - C::kShift;
+  }
 }
 
 template <class C>
 void Pack(int64_t n, typename C::Integer* __restrict__ q, uint8_t* __restrict__ pairs) {
   if (n % 2 != 0) q[n] = -C::kShift;
-  for (int64_t i = 0; i < n; i += 2) pairs[i / 2] = (q[i] + C::kShift) | (q[i + 1] + C::kShift) << 4;
+  for (int64_t i = 0; i < (n + 1) / 2; ++i) pairs[i] = (q[2 * i] + C::kShift) | (q[2 * i + 1] + C::kShift) << 4;
 }
 
 template <class C>
