@@ -1,4 +1,4 @@
-"""What the README says of coming from torch, optax and Keras, row by row."""
+"""What the guide says of coming from torch, optax and Keras, row by row."""
 
 import importlib.util
 import inspect

@@ -41,7 +41,7 @@ class Fused(Chain):
     On a GPU it is Pallas, for quantised moments: where they are floats, XLA's step is one pass as it is, and is taken.
     It needs jax 0.11 and a Hopper or later. Parameters and gradients may be float32 or bfloat16; a moment beside a
     quantised one is quantised or float32; blocks have a multiple of 64 numbers, and the last axis a multiple of
-    those. Inside `jax.shard_map`, `check_vma` must be False.
+    those. Inside `jax.shard_map`, it needs ``check_vma=False``.
 
     A function with such a step in it can be exported by `jax.export` only if its check for custom calls is
     disabled, and then runs only where the same kernel is loaded.
