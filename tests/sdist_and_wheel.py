@@ -1,8 +1,8 @@
 """The sdist and the wheel hold what they should, and the wheel works alone:  python tests/sdist_and_wheel.py --out dist
 
-Builds both, looks into them, installs the wheel with its requirements into a fresh virtual environment, trains there
-outside the checkout, by plain steps and by fused ones if there is a C++ compiler, and has pyright find public names
-that have no type.
+Builds both, looks into them, installs the wheel with the lowest versions it allows into a fresh virtual environment,
+trains there outside the checkout, by plain steps and by fused ones if there is a C++ compiler, and has pyright find
+public names that have no type.
 """
 
 import argparse
@@ -99,12 +99,13 @@ def check_readme():
 
 
 def check_installed(wheel, folder):
-    """In an environment that has the wheel and what it requires, and from a folder that is not the checkout."""
+    """In an environment that has the wheel and the lowest it requires, and from a folder that is not the checkout."""
     environment, elsewhere = folder / "environment", folder / "elsewhere"
     venv.create(environment, with_pip=True)
     elsewhere.mkdir()
     python, command = environment / "bin" / "python", environment / "bin" / "adamjax"
-    run(python, "-m", "pip", "install", "--quiet", wheel)
+    lowest = [requirement.replace(">=", "==") for requirement in PROJECT["dependencies"]]
+    run(python, "-m", "pip", "install", "--quiet", wheel, *lowest)
     equal("adamjax --version", run(command, "--version", cwd=elsewhere), f"adamjax {PROJECT['version']}\n")
     print(run(python, "-I", "-W", "error", "-c", TRAIN, cwd=elsewhere), end="")
     # It looks at what `python` imports, whatever --pythonpath says; it fails if a name has no type.
