@@ -31,7 +31,7 @@ class RunFolder:
             raise FileExistsError(f"{path} already holds a run: choose another --out, or remove it")
         path.mkdir(parents=True, exist_ok=True)
         self.path = path
-        self.records = list(records or ())
+        self.records: list[Record] = list(records or ())
         if records is not None:
             replace(metrics, "".join(map(_line, self.records)))
 

@@ -122,7 +122,7 @@ class Shared:
                 )
         self._problem = problem
         self._parts = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-        self.everywhere = NamedSharding(mesh, PartitionSpec())
+        self.everywhere: NamedSharding = NamedSharding(mesh, PartitionSpec())
 
     def init(self, key: jax.Array) -> Any:
         return jax.lax.with_sharding_constraint(self._problem.init(key), self.everywhere)
