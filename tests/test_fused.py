@@ -307,7 +307,7 @@ def test_each_device_steps_its_part(cube, format, kind):
         found = advance(params, state, grads)
     assert "all-gather" not in text
     assert "all-to-all" not in text
-    assert [x.sharding.is_equivalent_to(w, x.ndim) for x, w in zip(jax.tree.leaves(found), where, strict=True)]
+    assert all(x.sharding.is_equivalent_to(w, x.ndim) for x, w in zip(jax.tree.leaves(found), where, strict=True))
     expected = jax.jit(by_step(opt))(PARAMS, opt.init(PARAMS), GRADS)
     assert_close(jax.device_get(found[0]), expected[0], RECOMPILED)
     for a, b in zip(jax.tree.leaves(found[1]), jax.tree.leaves(expected[1]), strict=True):

@@ -330,7 +330,7 @@ def test_on_many_devices(kind, spread):
         found = step(*step(placed, state, grads), grads)
     assert step._cache_size() == 1
     after = [x.sharding for x in jax.tree.leaves(found)]
-    assert [a.is_equivalent_to(b, x.ndim) for a, b, x in zip(after, where, jax.tree.leaves(found), strict=True)]
+    assert all(a.is_equivalent_to(b, x.ndim) for a, b, x in zip(after, where, jax.tree.leaves(found), strict=True))
     assert all(x.sharding.is_fully_replicated for x in found[1][0].mu.groups)
     expected = by_step(plain)(*by_step(plain)(params, plain.init(params), params), params)
     assert_close((found[0], unpacked(found[1])), expected, RECOMPILED)
