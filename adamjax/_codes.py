@@ -171,6 +171,16 @@ class QuantizedArray:
         return stored.astype(jnp.float32) - self.code.offset
 
 
+def is_quantized(x: Any) -> bool:
+    """Whether `x` is codes and scales: as `is_leaf`, one leaf and not two."""
+    return isinstance(x, QuantizedArray)
+
+
+def is_moment(x: Any) -> bool:
+    """What stands for one parameter in a tree of moments, even if it is nothing, or several arrays."""
+    return x is None or is_quantized(x)
+
+
 def _flatten(x: QuantizedArray) -> tuple[tuple[Any, Any], tuple[int, bool, int, int]]:
     return (x.codes, x.scales), (x.bits, x.signed, x.block_size, x.size)
 

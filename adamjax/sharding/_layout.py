@@ -14,9 +14,9 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 from adamjax import _checks, _trees
 from adamjax._base import as_transformation
+from adamjax._codes import is_quantized
 from adamjax._packing import PackedTree
 from adamjax._trees import PyTree
-from adamjax.storage import QuantizedArray
 
 Names = tuple[str, ...]
 Key = tuple[Any, ...]
@@ -216,7 +216,7 @@ def _units(owners: list[tuple[Key | None, Any]]) -> dict[Key, int]:
     """How many numbers along its last axis must stay together, for each parameter of which something is quantised."""
     units: dict[Key, int] = {}
     for owner, x in owners:
-        if owner is not None and isinstance(x, QuantizedArray):
+        if owner is not None and is_quantized(x):
             units[owner] = math.lcm(units.get(owner, 1), x.block_size, 8 // x.bits)
     return units
 
@@ -372,7 +372,7 @@ def _owners(state: PyTree, params: PyTree) -> list[tuple[Key | None, Any]]:
                     best = rank, path[start:end]
         return None if best is None else best[1]
 
-    leaves = jax.tree.leaves_with_path(state, is_leaf=lambda x: isinstance(x, QuantizedArray))
+    leaves = jax.tree.leaves_with_path(state, is_leaf=is_quantized)
     return [(owner(path, x), x) for path, x in leaves]
 
 
