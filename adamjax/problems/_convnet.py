@@ -8,7 +8,7 @@ import jax
 
 from adamjax._trees import compute_dtype
 from adamjax.problems._digits import DigitImages
-from adamjax.problems._parts import in_order, init_layers, positive
+from adamjax.problems._parts import check_sizes, in_order, init_layers
 
 _SIDE = 8
 
@@ -28,7 +28,7 @@ class DigitsConvnet(DigitImages):
     batch_size: int = 128
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "channels", positive("channels", self.channels))
+        object.__setattr__(self, "channels", check_sizes("channels", self.channels))
         if not self.channels:
             raise ValueError("Invalid channels value: (); channels must hold a positive int for each convolution")
         self._load()
