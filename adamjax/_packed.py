@@ -33,7 +33,7 @@ class Packed(Wrapper):
         self._replace_field("below", _checks.count("below", self.below))
 
     def _init(self, params: PyTree) -> AdamState:
-        like = self.inner._init(_trees.map_leaves(_abstract, params))
+        like = self.inner._init(_trees.shapes_of(params))
         structure, rows = _trees.flatten(params, like.mu, like.nu, like.nu_max)
         small = [
             (i, np.shape(p), (_trees.dtype_of(p), m.dtype, v.dtype))
@@ -82,10 +82,6 @@ class Packed(Wrapper):
         trees = (_kept(after, before, frozen) for after, before in zip(new[1:], state[1:], strict=True))
         direction = _trees.map_leaves(lambda g, u: _packing.sharded_like(u, g), updates, direction.unpack())
         return direction, AdamState(new.count, *trees)
-
-
-def _abstract(p: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(np.shape(p), _trees.dtype_of(p))
 
 
 def _check_alike(updates: PyTree, numbers: list[int], group: list[Any]) -> None:

@@ -197,7 +197,7 @@ def plan(opt: Any, params: PyTree, mesh: Any, names: Names) -> Plan:
 
 def divided(opt: Any, params: PyTree, count: int) -> PyTree:
     """For each leaf of `params`, whole arrays, the axis that its state is divided along by `count`; -1 if none is."""
-    like = opt.init(_bare(params))
+    like = opt.init(_trees.shapes_of(params))
     units, packed = _units(_owners(like, params)), _packed(like)
 
     def axis(path: Key, p: Any) -> int:
@@ -206,10 +206,6 @@ def divided(opt: Any, params: PyTree, count: int) -> PyTree:
         return -1 if found is None else found
 
     return jax.tree.map_with_path(axis, params)
-
-
-def _bare(params: PyTree) -> PyTree:
-    return jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), params)
 
 
 def _units(owners: list[tuple[Key | None, Any]]) -> dict[Key, int]:
