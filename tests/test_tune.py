@@ -375,6 +375,7 @@ BAD = [
     ({"stages": ["momentum"]}, ValueError, "'momentum' has no range, only learning_rate, .*add one to space"),
     ({"sampler": "tpe"}, ValueError, "Invalid sampler value: 'tpe'; sampler must be one of 'halton', 'sobol'"),
     ({"sampler": "optuna:Oracle"}, ValueError, "Invalid sampler value: 'optuna:Oracle'; Optuna has no sampler Oracle"),
+    ({"sampler": "optuna:nsgaii"}, ValueError, "Optuna has no sampler nsgaii"),  # but a module of that name
     ({"storage": "sqlite:///x.db"}, ValueError, "only Optuna's samplers have a storage"),
     ({"sampler": 3}, ValueError, "Invalid sampler value: 3"),
     ({"execution": "pmap"}, ValueError, "Invalid execution value: 'pmap'"),
