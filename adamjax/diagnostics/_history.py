@@ -62,7 +62,7 @@ class History:
           path: The file to write, such as "diagnostics.png"; None to get the figure.
 
         Returns:
-          The matplotlib figure, closed if it was written.
+          The matplotlib figure.
 
         Raises:
           ImportError: matplotlib is not installed.
