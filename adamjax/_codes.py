@@ -161,6 +161,7 @@ class QuantizedArray:
 
     @property
     def code(self) -> Code:
+        """What its integers stand for."""
         return _CODES[self.bits, self.signed]
 
     def _units_like(self, y: Array) -> Array:

@@ -99,6 +99,15 @@ def _draw(axis: Any, course: Course, name: str, **style: Any) -> None:
 def scalars(stats: AdamStats) -> dict[str, float]:
     """The figures by the tags that a log has for them: "gradient_norm/all", "gradient_norm/layer_0/kernel", ...
 
+    Args:
+      stats: What `measure` returned for one step of one run.
+
+    Returns:
+      A Python float for each tag: of each figure that of all parameters, and of each.
+
+    Raises:
+      TypeError: `stats` is something else.
+
     >>> import adamjax, jax.numpy as jnp
     >>> p = {"w": jnp.ones(2)}
     >>> updates, state = adamjax.adam().update(p, adamjax.adam().init(p), p)

@@ -60,6 +60,9 @@ def digits_convnet(*, channels: tuple[int, ...] = (16, 32), batch_size: int = 12
       channels: Channels that the convolutions put out, each at half the resolution of the one before.
       batch_size: Images per update.
 
+    Returns:
+      A `Problem`, whose parameters are float32.
+
     Raises:
       ImportError: scikit-learn, which carries the images, is not installed.
       ValueError: A number of channels or the batch size is not a positive int, or there is no convolution.

@@ -88,6 +88,9 @@ def digits(*, hidden: tuple[int, ...] = (128,), batch_size: int = 128) -> Digits
       hidden: Widths of the hidden layers; () for a linear classifier.
       batch_size: Images per update.
 
+    Returns:
+      A `Problem`, whose parameters are float32.
+
     Raises:
       ImportError: scikit-learn, which carries the images, is not installed.
       ValueError: A width or the batch size is not a positive int.

@@ -141,6 +141,9 @@ def characters(
       context: How many characters are seen, at most.
       batch_size: Windows of the text per update.
 
+    Returns:
+      A `Problem`, whose parameters are float32.
+
     Raises:
       ValueError: An argument is not a positive int, `width` no multiple of `heads`, or `context`
         longer than the text.
