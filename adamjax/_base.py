@@ -85,8 +85,18 @@ class Transformation(Value):
         To have it done in place, donate parameters and state to a jitted function that takes them in the order
         in which it returns them: JAX gives the memory of a donated array to the first result of its shape.
 
+        Args:
+          grads: The gradients: like `params` in structure and shapes. A None freezes what stands at its place.
+          state: What `init` or the last step returned.
+          params: The current parameters.
+          **extra: As for `update`.
+
         Returns:
-          The new parameters (first, as in the arguments of a training step) and the new state.
+          The new parameters (first, as in the arguments of a training step), in the structure and dtypes of
+          `params`, and the new state.
+
+        Raises:
+          TypeError, ValueError: The trees do not fit each other; the message names the path.
         """
         _checks.given(params, grads, "step", "step(grads, state, params)")
         updates, state = self.update(grads, state, params, **extra)

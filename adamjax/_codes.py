@@ -161,6 +161,7 @@ class QuantizedArray:
 
     @property
     def code(self) -> Code:
+        """What its integers stand for."""
         return _CODES[self.bits, self.signed]
 
     def _units_like(self, y: Array) -> Array:
@@ -169,6 +170,16 @@ class QuantizedArray:
     def _integers(self) -> Array:
         stored = _unpack(self.codes, self.size) if self.bits == 4 else self.codes
         return stored.astype(jnp.float32) - self.code.offset
+
+
+def is_quantized(x: Any) -> bool:
+    """Whether `x` is codes and scales: as `is_leaf`, one leaf and not two."""
+    return isinstance(x, QuantizedArray)
+
+
+def is_moment(x: Any) -> bool:
+    """What stands for one parameter in a tree of moments, even if it is nothing, or several arrays."""
+    return x is None or is_quantized(x)
 
 
 def _flatten(x: QuantizedArray) -> tuple[tuple[Any, Any], tuple[int, bool, int, int]]:

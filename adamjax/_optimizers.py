@@ -140,6 +140,15 @@ def amsgrad(
     Args:
       variant: "torch", "corrected" (optax's default) or "paper" (optax with `bias_correction_mu` and
         `bias_correction_nu` False); see `amsgrad` of `scale_by_adam`.
+
+    Returns:
+      A transformation whose state is a tuple that starts with an `AdamState`.
+
+    Raises:
+      ValueError, TypeError: An argument is out of range or of the wrong kind.
+
+    References:
+      Reddi et al., 2018, https://openreview.net/forum?id=ryQu7f-RZ.
     """
     variant = _checks.choice("variant", variant, ("torch", "corrected", "paper"))
     return adam(
@@ -171,7 +180,17 @@ def nadam(
 ) -> Chain:
     """Adam with Nesterov momentum (Dozat, 2016), as in optax: `b1` is constant.
 
-    Arguments are those of `adam`. torch.optim.NAdam's schedule of `b1` is another algorithm.
+    Arguments are those of `adam`. torch.optim.NAdam's schedule of `b1` is another algorithm, which
+    `adamjax.interop.torch.nadam` has.
+
+    Returns:
+      A transformation whose state is a tuple that starts with an `AdamState`.
+
+    Raises:
+      ValueError, TypeError: An argument is out of range or of the wrong kind.
+
+    References:
+      Dozat, 2016, https://openreview.net/forum?id=OM0jvwB8jIp57ZJjtNEZ.
     """
     return adam(learning_rate, b1, b2, eps, eps_root, mu_dtype, nu_dtype=nu_dtype, nesterov=True)
 
@@ -188,7 +207,17 @@ def nadamw(
     *,
     nu_dtype: Any = None,
 ) -> Chain:
-    """`nadam` with decoupled weight decay. Arguments are those of `adamw`."""
+    """`nadam` with decoupled weight decay.
+
+    Arguments are those of `adamw`.
+
+    Returns:
+      A transformation whose state is a tuple that starts with an `AdamState`; `update` needs
+      `params`.
+
+    Raises:
+      ValueError, TypeError: An argument is out of range or of the wrong kind.
+    """
     return adamw(learning_rate, b1, b2, eps, eps_root, mu_dtype, weight_decay, mask, nu_dtype=nu_dtype, nesterov=True)
 
 
@@ -209,6 +238,15 @@ def radam(
     Args:
       learning_rate: A number or a schedule.
       b1, b2, eps, eps_root, threshold, nesterov, mu_dtype, nu_dtype: See `scale_by_radam`.
+
+    Returns:
+      A transformation whose state is a tuple that starts with an `AdamState`.
+
+    Raises:
+      ValueError, TypeError: An argument is out of range or of the wrong kind.
+
+    References:
+      Liu et al., 2020, https://arxiv.org/abs/1908.03265.
     """
     moments = scale_by_radam(b1, b2, eps, eps_root, threshold, mu_dtype=mu_dtype, nu_dtype=nu_dtype, nesterov=nesterov)
     return chain(moments, ScaleByLearningRate(learning_rate))
@@ -228,6 +266,15 @@ def adamax(
     Args:
       learning_rate: A number or a schedule.
       b1, b2, eps, mu_dtype, nu_dtype: See `scale_by_adamax`.
+
+    Returns:
+      A transformation whose state is a tuple that starts with an `AdamState`.
+
+    Raises:
+      ValueError, TypeError: An argument is out of range or of the wrong kind.
+
+    References:
+      Kingma & Ba, 2015, https://arxiv.org/abs/1412.6980.
     """
     return chain(scale_by_adamax(b1, b2, eps, mu_dtype=mu_dtype, nu_dtype=nu_dtype), ScaleByLearningRate(learning_rate))
 
@@ -249,6 +296,13 @@ def adamaxw(
       learning_rate: A number or a schedule.
       b1, b2, eps, mu_dtype, nu_dtype: See `scale_by_adamax`.
       weight_decay, mask: See `add_decayed_weights`.
+
+    Returns:
+      A transformation whose state is a tuple that starts with an `AdamState`; `update` needs
+      `params`.
+
+    Raises:
+      ValueError, TypeError: An argument is out of range or of the wrong kind.
     """
     return chain(
         scale_by_adamax(b1, b2, eps, mu_dtype=mu_dtype, nu_dtype=nu_dtype),

@@ -9,13 +9,13 @@ import numpy as np
 
 from adamjax import _across, _checks, _packing, _trees
 from adamjax._base import Chain, Extra, Transformation, Wrapper, as_transformation
+from adamjax._codes import is_quantized
 from adamjax._groups import Groups
 from adamjax._moments import AdamState, Moments
 from adamjax._packing import PackedTree
 from adamjax._transforms import Objective
 from adamjax._trees import PyTree
 from adamjax._value import static_field, value
-from adamjax.storage import QuantizedArray
 
 _BELOW = 16384
 
@@ -33,12 +33,12 @@ class Packed(Wrapper):
         self._replace_field("below", _checks.count("below", self.below))
 
     def _init(self, params: PyTree) -> AdamState:
-        like = self.inner._init(_trees.map_leaves(_abstract, params))
+        like = self.inner._init(_trees.shapes_of(params))
         structure, rows = _trees.flatten(params, like.mu, like.nu, like.nu_max)
         small = [
             (i, np.shape(p), (_trees.dtype_of(p), m.dtype, v.dtype))
             for i, (p, m, v, v_max) in enumerate(rows)
-            if p is not None and np.size(p) < self.below and not any(map(_is_quantized, (m, v, v_max)))
+            if p is not None and np.size(p) < self.below and not any(map(is_quantized, (m, v, v_max)))
         ]
         layout = _packing.layout_of(small)
         packed = {i for i, *_ in small}
@@ -82,14 +82,6 @@ class Packed(Wrapper):
         trees = (_kept(after, before, frozen) for after, before in zip(new[1:], state[1:], strict=True))
         direction = _trees.map_leaves(lambda g, u: _packing.sharded_like(u, g), updates, direction.unpack())
         return direction, AdamState(new.count, *trees)
-
-
-def _abstract(p: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(np.shape(p), _trees.dtype_of(p))
-
-
-def _is_quantized(x: Any) -> bool:
-    return isinstance(x, QuantizedArray)
 
 
 def _check_alike(updates: PyTree, numbers: list[int], group: list[Any]) -> None:

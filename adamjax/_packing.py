@@ -15,7 +15,7 @@ from jax import Array
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from adamjax import _trees
-from adamjax._codes import QuantizedArray
+from adamjax._codes import is_moment
 from adamjax._trees import PyTree
 
 # For each group, its leaves: number in the tree (absent ones count), and shape.
@@ -61,7 +61,7 @@ class PackedTree:
     @property
     def paths(self) -> list[tuple[Any, ...]]:
         """Of the leaves in groups."""
-        paths = [path for path, _ in jax.tree.leaves_with_path(self.rest, is_leaf=_is_leaf)]
+        paths = [path for path, _ in jax.tree.leaves_with_path(self.rest, is_leaf=is_moment)]
         return [paths[number] for places in self.layout for number, _ in places]
 
     @property
@@ -77,13 +77,8 @@ class PackedTree:
         return structure.unflatten(leaves)
 
 
-def _is_leaf(x: Any) -> bool:
-    """What stands for one parameter in a tree of moments, even if it is nothing, or several arrays."""
-    return x is None or isinstance(x, QuantizedArray)
-
-
 def _leaves(tree: PyTree) -> tuple[list[Any], Any]:
-    return jax.tree.flatten(tree, is_leaf=_is_leaf)
+    return jax.tree.flatten(tree, is_leaf=is_moment)
 
 
 def taken_apart(tree: PyTree, layout: Layout) -> tuple[PyTree, list[list[Any]]]:

@@ -83,6 +83,11 @@ def any_abstract(tree: PyTree) -> bool:
     return any(map(is_abstract, jax.tree.leaves(tree)))
 
 
+def shapes_of(tree: PyTree) -> PyTree:
+    """`tree`, of `jax.ShapeDtypeStruct`s that say nothing of where anything is."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), dtype_of(x)), tree)
+
+
 def concrete(tree: PyTree) -> PyTree:
     """`tree`, with zeros in place of `jax.ShapeDtypeStruct`s."""
     return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype) if is_abstract(x) else x, tree)

@@ -121,6 +121,10 @@ def scale_by_radam(
     Returns:
       A transformation with state `AdamState`.
 
+    Raises:
+      ValueError: A number is out of range, or a dtype is not one that moments can have.
+      TypeError: A hyperparameter is not a number.
+
     References:
       Liu et al., 2020, https://arxiv.org/abs/1908.03265.
     """
@@ -167,6 +171,10 @@ def scale_by_adamax(
 
     Returns:
       A transformation with state `AdamState`, whose `nu` holds the maxima.
+
+    Raises:
+      ValueError: A number is out of range, or a dtype is not one that moments can have.
+      TypeError: A hyperparameter is not a number.
 
     References:
       Kingma & Ba, 2015, section 7.1, https://arxiv.org/abs/1412.6980.

@@ -157,7 +157,13 @@ def restore(
 
 
 def steps(directory: str | os.PathLike[str]) -> list[int]:
-    """The steps that are saved in a directory, in order.
+    """The steps that are saved in a directory.
+
+    Args:
+      directory: Of the checkpoints of a run; it need not exist.
+
+    Returns:
+      Their numbers, rising.
 
     Raises:
       ImportError: orbax is not installed; the message has the command to run.

@@ -98,7 +98,7 @@ class Rounding(Wrapper):
     def _update(self, updates: PyTree, state: PyTree, params: PyTree | None, extra: Extra) -> tuple[PyTree, PyTree]:
         _checks.state(state, RoundingState, type(self).__name__)
         _checks.given(params, updates, type(self).__name__)
-        _checks.alike(state.kept, self._kept(_shapes(params)), "state.kept")
+        _checks.alike(state.kept, self._kept(_trees.shapes_of(params)), "state.kept")
         count = _trees.increment(state.count)
         seen = _trees.map_leaves(lambda p, kept: self._read(p, kept) if _is_narrow(p) else p, params, state.kept)
         updates, inner = self.inner._update(_widen(updates), state.inner, seen, extra)
@@ -123,10 +123,6 @@ def _land(p: Array, u: Array, kept: Any, dither: Dither, *, rule: Rule) -> tuple
 
 def _is_narrow(p: Any) -> bool:
     return p is not None and _stochastic.is_narrow(_trees.dtype_of(p))
-
-
-def _shapes(tree: PyTree) -> PyTree:
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype) if _is_narrow(x) else x, tree)
 
 
 def _widen(tree: PyTree) -> PyTree:

@@ -46,26 +46,22 @@ class RunFolder:
 
     def plot(self) -> None:
         """Draw everything logged against the step, one panel a quantity, into `curves.png`."""
-        require("matplotlib", "demo", "drawing curves.png").use("Agg")
-        import matplotlib.pyplot as plt
-
+        figures = require("matplotlib.figure", "demo", "drawing curves.png")
         # A validation metric shares the panel of the training metric of the same name.
         names = [name for record in self.records for name in record if name != "step"]
         panels = dict.fromkeys(["loss", *(name.removeprefix("val_") for name in names)])
-        figure, axes = plt.subplots(
-            1, len(panels), figsize=(4.5 * len(panels), 3.5), squeeze=False, layout="constrained"
-        )
-        for axis, panel in zip(axes[0], panels, strict=True):
+        figure = figures.Figure((4.5 * len(panels), 3.5), layout="constrained")
+        axes = figure.subplots(1, len(panels), squeeze=False)[0]
+        for axis, panel in zip(axes, panels, strict=True):
             for name, style in ((panel, "-"), (f"val_{panel}", "o-")):
                 points = [(r["step"], r[name]) for r in self.records if name in r]
                 if points:
                     axis.plot(*zip(*points, strict=True), style, label="validation" if name != panel else "training")
             axis.set(xlabel="step", title=panel.replace("_", " "))
-        axes[0][0].set_yscale("log")
-        if axes[0][0].lines:
-            axes[0][0].legend()
+        axes[0].set_yscale("log")
+        if axes[0].lines:
+            axes[0].legend()
         figure.savefig(self.path / "curves.png", dpi=120)
-        plt.close(figure)
 
 
 def read_metrics(path: Path) -> list[Record]:

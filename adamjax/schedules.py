@@ -26,6 +26,10 @@ class Schedule(Value):
     Calling one with a step count (an int or an integer array of any shape, 0 for the first update)
     gives the value there: of the count's shape, in float32 (float64 under `jax_enable_x64`).
     `peak` is the largest value it reaches.
+
+    Raises:
+      ValueError, TypeError: At construction, a number is out of range, or not one; phases do not fit into
+        `total_steps`. When it is called, the count is not a real number.
     """
 
     peak: Number
@@ -87,6 +91,7 @@ class Constant(Schedule):
 
     @property
     def peak(self) -> Number:
+        """The largest value."""
         return self.value
 
     def __call__(self, count: Any) -> jax.Array:
@@ -118,6 +123,7 @@ class Linear(Schedule):
 
     @property
     def peak(self) -> Number:
+        """The largest value."""
         return _larger(self.init, self.end)
 
     def __call__(self, count: Any) -> jax.Array:
@@ -348,6 +354,7 @@ class Proportional(Schedule):
 
     @property
     def peak(self) -> Number:
+        """The largest value."""
         return self.level.peak if callable(self.level) else self.level
 
     def __call__(self, count: Any) -> jax.Array:
@@ -358,7 +365,17 @@ class Proportional(Schedule):
 
 
 def as_schedule(x: Any) -> Any:
-    """A plain function as a schedule; schedules and other callable pytrees as they are."""
+    """A plain function as a schedule; schedules and other callable pytrees as they are.
+
+    Args:
+      x: A callable of the step count.
+
+    Returns:
+      `x`, if it has leaves of its own; else a `FromFunction`, whose function is static.
+
+    Raises:
+      TypeError: `x` cannot be called.
+    """
     if not callable(x):
         raise TypeError(f"Invalid schedule: {x!r}; a schedule is a function of the step count")
     return FromFunction(x) if is_static_callable(x) else x

@@ -279,6 +279,9 @@ def precision(dtype: Any, eps: float = 1e-8, b2: float = 0.999) -> Precision:
       dtype: bfloat16, float16, float32 or float64.
       eps, b2: As given to an optimizer.
 
+    Returns:
+      A `Precision`.
+
     Raises:
       ValueError, TypeError: `dtype` is none of these, or `eps` or `b2` is out of range.
 

@@ -125,18 +125,23 @@ class Shared:
         self.everywhere: NamedSharding = NamedSharding(mesh, PartitionSpec())
 
     def init(self, key: jax.Array) -> Any:
+        """The parameters, on all devices."""
         return jax.lax.with_sharding_constraint(self._problem.init(key), self.everywhere)
 
     def batch(self, step: jax.Array, key: jax.Array) -> Any:
+        """The whole batch, of which each device has its rows; scalars are on all."""
+
         def share(x: jax.Array) -> jax.Array:
             return jax.lax.with_sharding_constraint(x, self._parts if x.ndim else self.everywhere)
 
         return jax.tree.map(share, self._problem.batch(step, key))
 
     def loss(self, params: Any, batch: Any, key: jax.Array) -> jax.Array:
+        """The problem's own."""
         return self._problem.loss(params, batch, key)
 
     def evaluate(self, params: Any) -> Mapping[str, jax.Array]:
+        """The problem's own."""
         return self._problem.evaluate(params)
 
 
@@ -149,7 +154,17 @@ class Keys(NamedTuple):
 
 
 def keys_of(seed: Any) -> Keys:
-    """The keys of the run that `seed` (an int, or an integer scalar) names."""
+    """The keys of the run that a seed names.
+
+    Args:
+      seed: An int, or an integer scalar.
+
+    Returns:
+      `Keys`, which are the same for the same seed in every process.
+
+    Raises:
+      TypeError: `seed` is no such int.
+    """
     return Keys(*jax.random.split(jax.random.key(_checks.integer("seed", seed)), 3))
 
 

@@ -1,6 +1,5 @@
 """JAX at its strictest, on eight virtual devices."""
 
-import itertools
 import os
 
 import jax
@@ -29,10 +28,3 @@ def lenient():
     """JAX's ordinary promotion rules, for the libraries that rely on them."""
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield
-
-
-@pytest.fixture
-def getkey():
-    """A function that returns a new key at each call."""
-    seeds = itertools.count()
-    return lambda: jax.random.key(next(seeds))

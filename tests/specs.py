@@ -39,7 +39,7 @@ SPECS = {
     "adam zero betas": _spec(adamjax.adam, b1=0.0, b2=0.0, eps=1e-3),
     "adam eps": _spec(adamjax.adam, eps=1e-2, eps_root=1e-3),
     "adam nesterov": _spec(adamjax.adam, nesterov=True),
-    "adam maximize": _spec(adamjax.adam, maximize=True, needs_params=False),
+    "adam maximize": _spec(adamjax.adam, maximize=True),
     "adam coupled": _spec(adamjax.adam, weight_decay=0.1, with_oracle={"coupled": 0.1}, needs_params=True),
     "adam coupled maximize": _spec(
         adamjax.adam, weight_decay=0.1, maximize=True, with_oracle={"coupled": 0.1}, needs_params=True

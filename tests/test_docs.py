@@ -1,5 +1,6 @@
 """The documentation site: the code in its guides runs, and its reference has every public name once."""
 
+import inspect
 import re
 import sys
 import types
@@ -39,3 +40,25 @@ def test_the_reference_has_every_public_name_once():
     public = calls.public()
     missing = {name for name, x in public.items() if x not in documented}
     assert missing == {name for name in calls.INNER if name in public} - {"kernels.Fused"}
+
+
+def test_every_public_function_says_what_it_returns_and_raises():
+    """But those that are torch's, whose arguments and errors are torch's as well."""
+    for name, x in calls.public().items():
+        if not inspect.isfunction(x) or name in calls.INNER or name.startswith("interop.torch."):
+            continue
+        signature = inspect.signature(x)
+        if signature.return_annotation not in (None, "None"):
+            assert "\nReturns:\n" in inspect.getdoc(x), name
+        if signature.parameters:
+            assert "\nRaises:\n" in inspect.getdoc(x), name
+
+
+def test_every_public_class_and_its_members_are_described():
+    for name, x in calls.public().items():
+        if inspect.isclass(x):
+            assert x.__doc__, name
+            for member, content in vars(x).items():
+                described = inspect.isfunction(content) or isinstance(content, (property, classmethod))
+                if described and not member.startswith("_"):
+                    assert inspect.getdoc(content), f"{name}.{member}"

@@ -348,6 +348,8 @@ def test_what_does_not_fit_is_named(name):
         (adamjax.amsgrad(variant="paper"), "AMSGrad in one form only"),
         (adamjax.chain(adamjax.clip_by_global_norm(1.0), adamjax.adam()), "has no counterpart in torch"),
         (adamjax.adamw(mask={"w": True}), "torch has nothing like AddDecayedWeights"),
+        (adamjax.adam(weight_decay=0.1, mask={"w": True}), "its weight decay has a mask"),
+        (adamjax.chain(adamjax.scale_by_adam(), adamjax.scale_by_adam()), "it is another chain than moments"),
         (adamjax.scale_by_adam(), "it is not one of adamjax.interop.torch"),
         (adamjax.kahan(optim.adam()), "it is not one of adamjax.interop.torch"),
     ],

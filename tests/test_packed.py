@@ -158,7 +158,7 @@ OPTIMIZERS = {
     "groups": adamjax.groups({"biases": {"weight_decay": 0.0}}, default=adamjax.adamw(LR, weight_decay=0.1)),
     "clipped": adamjax.chain(adamjax.clip_by_global_norm(0.1), adamjax.adamw(LR)),
     "optax around": adamjax.chain(optax.clip(0.1), adamjax.scale_by_adam(), optax.scale_by_learning_rate(LR)),
-    "plateau": adamjax.chain(adamjax.radam(LR), adamjax.scale_by_adam(), adamjax.scale_by_learning_rate(LR)),
+    "two in a chain": adamjax.chain(adamjax.radam(LR), adamjax.scale_by_adam(), adamjax.scale_by_learning_rate(LR)),
     "skip": adamjax.skip_nonfinite(adamjax.adamw(LR)),
 }
 
@@ -299,10 +299,6 @@ def place(tree, mesh, specs):
     return jax.tree.map(lambda x, spec: jax.device_put(jnp.copy(x), NamedSharding(mesh, spec)), tree, specs)
 
 
-def specs_of(tree, of_large, of_others):
-    return jax.tree.map(lambda x: of_large if x.shape == SHAPES["large"] else of_others, tree)
-
-
 def test_counts_are_on_the_mesh_where_all_is_packed():
     mesh, opt = make_mesh(AxisType.Auto), adamjax.packed(adamjax.adamw(schedules.cosine(LR, 9)))
     params = jax.device_put({"a": jnp.ones(3)}, NamedSharding(mesh, P()))
@@ -330,7 +326,7 @@ def test_on_many_devices(kind, spread):
         found = step(*step(placed, state, grads), grads)
     assert step._cache_size() == 1
     after = [x.sharding for x in jax.tree.leaves(found)]
-    assert [a.is_equivalent_to(b, x.ndim) for a, b, x in zip(after, where, jax.tree.leaves(found), strict=True)]
+    assert all(a.is_equivalent_to(b, x.ndim) for a, b, x in zip(after, where, jax.tree.leaves(found), strict=True))
     assert all(x.sharding.is_fully_replicated for x in found[1][0].mu.groups)
     expected = by_step(plain)(*by_step(plain)(params, plain.init(params), params), params)
     assert_close((found[0], unpacked(found[1])), expected, RECOMPILED)
@@ -372,7 +368,6 @@ def test_inside_shard_map(rounded):
         assert_close((found[0], unpacked(found[1])), expected, 2**-7 if rounded else RECOMPILED)
 
 
-INT = adamjax.quantized("int8")
 GOOD = adamjax.packed(adamjax.adam(), BELOW)
 SMALL = {"a": jnp.ones((4, 2)), "b": jnp.ones(4)}
 

@@ -228,7 +228,7 @@ def test_each_device_steps_its_part(spec, kind, monkeypatch):
         found = advance(placed[0], state, placed[1])
     assert "all-gather" not in text
     assert "all-to-all" not in text
-    assert [x.sharding.is_equivalent_to(w, x.ndim) for x, w in zip(jax.tree.leaves(found), where, strict=True)]
+    assert all(x.sharding.is_equivalent_to(w, x.ndim) for x, w in zip(jax.tree.leaves(found), where, strict=True))
     expected = jax.jit(by_step(PLAIN_OPT))(params, PLAIN_OPT.init(params), grads)
     assert_nearly(jax.device_get(found), expected)
 

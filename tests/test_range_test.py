@@ -13,7 +13,6 @@ from adamjax.tuning._range_test import METHODS
 
 DIGITS = adamjax.problems.digits(hidden=(8,), batch_size=16)
 RATES = np.geomspace(1e-6, 1, 200)
-OFFERED = [(mode, method) for mode, methods in METHODS.items() for method in methods]
 
 
 def curve(rates=RATES, scale=1.0):

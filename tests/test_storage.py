@@ -11,6 +11,7 @@ from helpers import assert_equal
 
 import adamjax
 from adamjax import _stochastic, storage
+from adamjax._codes import is_quantized
 from adamjax._stochastic import Dither
 
 NARROW = ["bfloat16", "float16"]
@@ -129,10 +130,6 @@ def test_the_derivative_goes_straight_through():
 
 def state_of(params, **formats):
     return adamjax.scale_by_adam(**({"mu_dtype": INT8, "nu_dtype": INT8} | formats)).init(params)
-
-
-def is_quantized(moment):
-    return isinstance(moment, storage.QuantizedArray)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Problems, training runs and the command line."""
 
+import inspect
 import json
 import os
 import signal
@@ -214,8 +215,6 @@ def test_train_command_in_low_precision(tmp_path):
 
 
 def test_every_hyperparameter_has_a_flag():
-    import inspect
-
     named = {name for o in cli.OPTIMIZERS for name in inspect.signature(getattr(adamjax, o)).parameters}
     assert named - {"learning_rate", "mask"} == set(cli.HYPERPARAMETERS)
     assert all(callable(getattr(adamjax.schedules, name)) for name in cli.SCHEDULES)

@@ -1,6 +1,7 @@
 """Tuning: the strategy on real runs, what it writes, and how it goes on after an end."""
 
 import dataclasses
+import functools
 import gc
 import json
 import os
@@ -375,6 +376,7 @@ BAD = [
     ({"stages": ["momentum"]}, ValueError, "'momentum' has no range, only learning_rate, .*add one to space"),
     ({"sampler": "tpe"}, ValueError, "Invalid sampler value: 'tpe'; sampler must be one of 'halton', 'sobol'"),
     ({"sampler": "optuna:Oracle"}, ValueError, "Invalid sampler value: 'optuna:Oracle'; Optuna has no sampler Oracle"),
+    ({"sampler": "optuna:nsgaii"}, ValueError, "Optuna has no sampler nsgaii"),  # but a module of that name
     ({"storage": "sqlite:///x.db"}, ValueError, "only Optuna's samplers have a storage"),
     ({"sampler": 3}, ValueError, "Invalid sampler value: 3"),
     ({"execution": "pmap"}, ValueError, "Invalid execution value: 'pmap'"),
@@ -518,8 +520,6 @@ def test_commands(tmp_path, capsys, monkeypatch):
     assert "wrote report.html, its pictures and trials.jsonl to runs/tune-1" in said.out
     assert "b1=0.8" in said.out
     expression = next(line for line in said.out.splitlines() if line.startswith("functools"))
-    import functools
-
     opt = eval(expression, {"functools": functools, "adamjax": adamjax})
     assert opt.transforms[0].b1 == 0.8
     assert opt.transforms[-1].learning_rate.total_steps == 8

@@ -62,7 +62,7 @@ class History:
           path: The file to write, such as "diagnostics.png"; None to get the figure.
 
         Returns:
-          The matplotlib figure, closed if it was written.
+          The matplotlib figure.
 
         Raises:
           ImportError: matplotlib is not installed.
@@ -98,6 +98,15 @@ def _draw(axis: Any, course: Course, name: str, **style: Any) -> None:
 
 def scalars(stats: AdamStats) -> dict[str, float]:
     """The figures by the tags that a log has for them: "gradient_norm/all", "gradient_norm/layer_0/kernel", ...
+
+    Args:
+      stats: What `measure` returned for one step of one run.
+
+    Returns:
+      A Python float for each tag: of each figure that of all parameters, and of each.
+
+    Raises:
+      TypeError: `stats` is something else.
 
     >>> import adamjax, jax.numpy as jnp
     >>> p = {"w": jnp.ones(2)}

@@ -10,6 +10,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from adamjax import _across, _checks, _moments, _stochastic, _trees, storage
 from adamjax._adam import scale_by_adam
+from adamjax._codes import is_moment
 from adamjax._numerics import abs2
 from adamjax._trees import PyTree
 from adamjax._value import Value, static_field, value
@@ -207,7 +208,7 @@ def _moments_by_path(state: PyTree, opt: Any, params: PyTree) -> dict[Any, _Mome
     for (where, node), member in zip(nodes, _members(opt, nodes), strict=True):
         maxima = getattr(node, "nu_max", None)
         structure: Any
-        with_paths, structure = jax.tree.flatten_with_path(node.mu, is_leaf=_is_moment)
+        with_paths, structure = jax.tree.flatten_with_path(node.mu, is_leaf=is_moment)
         columns = [[None] * len(with_paths) if x is None else structure.flatten_up_to(x) for x in (node.nu, maxima)]
         for (key, m), v, v_max in zip(with_paths, *columns, strict=True):
             if m is not None:
@@ -228,10 +229,6 @@ def _moments_by_path(state: PyTree, opt: Any, params: PyTree) -> dict[Any, _Mome
                 "this state belongs to other parameters"
             )
     return found
-
-
-def _is_moment(x: Any) -> bool:
-    return x is None or isinstance(x, storage.QuantizedArray)
 
 
 def _members(opt: Any, nodes: list[Any]) -> list[Any]:

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 from adamjax import _checks, _trees
 from adamjax._adam import ScaleByAdam
 from adamjax._base import Chain, as_transformation
+from adamjax._codes import is_quantized
 from adamjax._extras import require
 from adamjax._moments import AdamState, Moments
 from adamjax._packed import Packed
 from adamjax._packing import packed_like, unpacked
 from adamjax._transforms import AddDecayedWeights, ScaleByLearningRate, ScheduleState
 from adamjax._trees import PyTree
-from adamjax.storage import QuantizedArray
 
 
 def import_state(opt: Any, params: PyTree, state: PyTree) -> PyTree:
@@ -71,7 +71,7 @@ def export_state(opt: Any, state: PyTree) -> PyTree:
         if isinstance(transform, Moments) and getattr(transform, "amsgrad", None) != "torch":
             _checks.state(part, AdamState, type(transform).__name__)
             count, mu, nu, nu_max = map(unpacked, part)
-            if any(map(_is_quantized, jax.tree.leaves((mu, nu), is_leaf=_is_quantized))):
+            if any(map(is_quantized, jax.tree.leaves((mu, nu), is_leaf=is_quantized))):
                 raise TypeError("moments that are quantised cannot be exported: optax has no such storage")
             adam = optax.ScaleByAdamState(count, mu, nu)
             exported.append(adam if nu_max is None else optax.ScaleByAmsgradState(count, mu, nu, nu_max))
@@ -100,10 +100,6 @@ def wrap(opt: Any) -> Any:
     """
     opt = as_transformation(opt, "argument opt of wrap")
     return require("optax", "optax", "wrapping for optax").GradientTransformationExtraArgs(opt.init, opt.update)
-
-
-def _is_quantized(x: Any) -> bool:
-    return isinstance(x, QuantizedArray)
 
 
 def _within(opt: Any) -> Any:

@@ -89,7 +89,11 @@ def target() -> str:
 
 
 def status() -> list[Kernel]:
-    """The compiled kernels that are kept."""
+    """The compiled kernels that are kept.
+
+    Returns:
+      A `Kernel` for each; none where there is no such folder.
+    """
     try:
         current = _path(_compiler())
     except RuntimeError:
@@ -98,7 +102,14 @@ def status() -> list[Kernel]:
 
 
 def clear() -> list[Path]:
-    """Remove them all; which they were."""
+    """Remove all compiled kernels. What is loaded already goes on working.
+
+    Returns:
+      The paths of those that there were.
+
+    Raises:
+      OSError: One cannot be removed.
+    """
     found = [kernel.path for kernel in status()]
     for path in found:
         path.unlink(missing_ok=True)

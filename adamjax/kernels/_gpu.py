@@ -120,7 +120,8 @@ def _rows_of(call: Call) -> _Rows:
 
 
 def _scalars(form: Form, numbers: Numbers) -> Sequence[Any]:
-    return jax.tree.leaves(numbers)
+    # What this form does without (a correction of the next step, say) has its place among them all the same.
+    return [jnp.float32(0) if x is None else x for x in jax.tree.leaves(numbers, is_leaf=_trees.is_none)]
 
 
 def _numbers(scalars: Sequence[Any]) -> Numbers:

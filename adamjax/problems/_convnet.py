@@ -8,7 +8,7 @@ import jax
 
 from adamjax._trees import compute_dtype
 from adamjax.problems._digits import DigitImages
-from adamjax.problems._parts import in_order, init_layers, positive
+from adamjax.problems._parts import check_sizes, in_order, init_layers
 
 _SIDE = 8
 
@@ -28,7 +28,7 @@ class DigitsConvnet(DigitImages):
     batch_size: int = 128
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "channels", positive("channels", self.channels))
+        object.__setattr__(self, "channels", check_sizes("channels", self.channels))
         if not self.channels:
             raise ValueError("Invalid channels value: (); channels must hold a positive int for each convolution")
         self._load()
@@ -59,6 +59,9 @@ def digits_convnet(*, channels: tuple[int, ...] = (16, 32), batch_size: int = 12
     Args:
       channels: Channels that the convolutions put out, each at half the resolution of the one before.
       batch_size: Images per update.
+
+    Returns:
+      A `Problem`, whose parameters are float32.
 
     Raises:
       ImportError: scikit-learn, which carries the images, is not installed.

@@ -10,7 +10,7 @@ import numpy as np
 
 from adamjax._extras import require
 from adamjax._trees import compute_dtype
-from adamjax.problems._parts import choose, cross_entropy, in_order, init_layers, measure, positive
+from adamjax.problems._parts import check_size, check_sizes, choose, cross_entropy, in_order, init_layers, measure
 
 _VALIDATION = 360  # of 1797 images
 
@@ -23,8 +23,7 @@ class DigitImages:
     _validation: tuple[np.ndarray, np.ndarray]
 
     def _load(self) -> None:
-        if not (isinstance(self.batch_size, int) and self.batch_size > 0):
-            raise ValueError(f"Invalid batch_size value: {self.batch_size!r}; batch_size must be a positive int")
+        check_size("batch_size", self.batch_size)
         images, labels = require("sklearn.datasets", "demo", "the digits problem").load_digits(return_X_y=True)
         order = np.random.default_rng(0).permutation(len(images))
         images, labels = (images[order] / 16).astype(np.float32), labels[order].astype(np.int32)
@@ -65,7 +64,7 @@ class Digits(DigitImages):
     batch_size: int = 128
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "hidden", positive("hidden", self.hidden))
+        object.__setattr__(self, "hidden", check_sizes("hidden", self.hidden))
         self._load()
 
     def init(self, key: jax.Array) -> Any:
@@ -88,6 +87,9 @@ def digits(*, hidden: tuple[int, ...] = (128,), batch_size: int = 128) -> Digits
     Args:
       hidden: Widths of the hidden layers; () for a linear classifier.
       batch_size: Images per update.
+
+    Returns:
+      A `Problem`, whose parameters are float32.
 
     Raises:
       ImportError: scikit-learn, which carries the images, is not installed.

@@ -10,11 +10,21 @@ import jax.numpy as jnp
 import numpy as np
 
 
-def positive(name: str, x: Any) -> tuple[int, ...]:
+def check_size(name: str, x: Any) -> None:
+    """Check an argument that is a size."""
+    if not _is_size(x):
+        raise ValueError(f"Invalid {name} value: {x!r}; {name} must be a positive int")
+
+
+def check_sizes(name: str, x: Any) -> tuple[int, ...]:
     """Check an argument that lists sizes."""
-    if not isinstance(x, (tuple, list)) or not all(isinstance(n, int) and n > 0 for n in x):
+    if not isinstance(x, (tuple, list)) or not all(map(_is_size, x)):
         raise ValueError(f"Invalid {name} value: {x!r}; {name} must be a tuple of positive ints")
     return tuple(x)
+
+
+def _is_size(x: Any) -> bool:
+    return isinstance(x, int) and x > 0
 
 
 def init_layers(key: jax.Array, shapes: Sequence[tuple[int, ...]]) -> dict[str, dict[str, jax.Array]]:

@@ -44,6 +44,9 @@ class Problem(Protocol):
 def check(problem: Any) -> None:
     """Check that an object is a `Problem`, by shapes alone: nothing is computed.
 
+    Args:
+      problem: The object.
+
     Raises:
       TypeError: A method is missing, or returns something else than the protocol says.
     """

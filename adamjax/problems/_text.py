@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from adamjax._trees import compute_dtype
-from adamjax.problems._parts import choose, cross_entropy, draw, in_order, measure
+from adamjax.problems._parts import check_size, choose, cross_entropy, draw, in_order, measure
 
 _SENTENCES = 700  # of the training text, and of the validation text
 _WINDOWS = 128  # of the validation
@@ -62,9 +62,7 @@ class Characters:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            x = getattr(self, field.name)
-            if not (isinstance(x, int) and x > 0):
-                raise ValueError(f"Invalid {field.name} value: {x!r}; {field.name} must be a positive int")
+            check_size(field.name, getattr(self, field.name))
         if self.width % self.heads:
             raise ValueError(f"Invalid width value: {self.width}; width must be a multiple of heads ({self.heads})")
         train, validation = texts()
@@ -142,6 +140,9 @@ def characters(
       heads: Of the attention; they must divide `width`.
       context: How many characters are seen, at most.
       batch_size: Windows of the text per update.
+
+    Returns:
+      A `Problem`, whose parameters are float32.
 
     Raises:
       ValueError: An argument is not a positive int, `width` no multiple of `heads`, or `context`

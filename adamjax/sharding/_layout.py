@@ -14,9 +14,9 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 from adamjax import _checks, _trees
 from adamjax._base import as_transformation
+from adamjax._codes import is_quantized
 from adamjax._packing import PackedTree
 from adamjax._trees import PyTree
-from adamjax.storage import QuantizedArray
 
 Names = tuple[str, ...]
 Key = tuple[Any, ...]
@@ -197,7 +197,7 @@ def plan(opt: Any, params: PyTree, mesh: Any, names: Names) -> Plan:
 
 def divided(opt: Any, params: PyTree, count: int) -> PyTree:
     """For each leaf of `params`, whole arrays, the axis that its state is divided along by `count`; -1 if none is."""
-    like = opt.init(_bare(params))
+    like = opt.init(_trees.shapes_of(params))
     units, packed = _units(_owners(like, params)), _packed(like)
 
     def axis(path: Key, p: Any) -> int:
@@ -208,15 +208,11 @@ def divided(opt: Any, params: PyTree, count: int) -> PyTree:
     return jax.tree.map_with_path(axis, params)
 
 
-def _bare(params: PyTree) -> PyTree:
-    return jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), params)
-
-
 def _units(owners: list[tuple[Key | None, Any]]) -> dict[Key, int]:
     """How many numbers along its last axis must stay together, for each parameter of which something is quantised."""
     units: dict[Key, int] = {}
     for owner, x in owners:
-        if owner is not None and isinstance(x, QuantizedArray):
+        if owner is not None and is_quantized(x):
             units[owner] = math.lcm(units.get(owner, 1), x.block_size, 8 // x.bits)
     return units
 
@@ -372,7 +368,7 @@ def _owners(state: PyTree, params: PyTree) -> list[tuple[Key | None, Any]]:
                     best = rank, path[start:end]
         return None if best is None else best[1]
 
-    leaves = jax.tree.leaves_with_path(state, is_leaf=lambda x: isinstance(x, QuantizedArray))
+    leaves = jax.tree.leaves_with_path(state, is_leaf=is_quantized)
     return [(owner(path, x), x) for path, x in leaves]
 
 

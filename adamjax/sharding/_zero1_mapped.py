@@ -9,11 +9,11 @@ from jax.sharding import AxisType
 
 from adamjax import _across, _checks, _trees
 from adamjax._base import Extra, Transformation, Wrapper
+from adamjax._codes import is_quantized
 from adamjax._trees import PyTree
 from adamjax._value import static_field, value
 from adamjax.sharding import _layout
 from adamjax.sharding._layout import Names
-from adamjax.storage import QuantizedArray
 
 
 @value
@@ -97,8 +97,8 @@ def _axis_types(p: Any) -> tuple[AxisType, ...]:
 
 def _check_blocks(state: PyTree) -> None:
     """Each device computes the scales of what it has: of a block that several have parts of, there would be several."""
-    for path, x in jax.tree.leaves_with_path(state, is_leaf=_is_quantized):
-        if not _is_quantized(x):
+    for path, x in jax.tree.leaves_with_path(state, is_leaf=is_quantized):
+        if not is_quantized(x):
             continue
         bytes_here = x.codes.sharding.shard_shape(x.codes.shape)[-1]
         size = bytes_here * (8 // x.bits)
@@ -109,19 +109,15 @@ def _check_blocks(state: PyTree) -> None:
             )
 
 
-def _is_quantized(x: Any) -> bool:
-    return isinstance(x, QuantizedArray)
-
-
 def _local(state: PyTree) -> PyTree:
     """`state`, each quantised array with the length that its part has here."""
 
     def of_leaf(x: Any) -> Any:
-        if not _is_quantized(x):
+        if not is_quantized(x):
             return x
         return replace(x, size=min(x.size, x.codes.shape[-1] * (8 // x.bits)))
 
-    return jax.tree.map(of_leaf, state, is_leaf=_is_quantized)
+    return jax.tree.map(of_leaf, state, is_leaf=is_quantized)
 
 
 def _like(state: PyTree, new: PyTree) -> PyTree:

@@ -30,7 +30,7 @@ def study_of(sampler: Any, storage: Any, name: str, *, mode: str, seed: int) -> 
     if isinstance(sampler, str):
         _, _, kind = sampler.partition(":")
         make = getattr(optuna.samplers, kind or "TPESampler", None)
-        if make is None or not issubclass(make, optuna.samplers.BaseSampler):
+        if not (isinstance(make, type) and issubclass(make, optuna.samplers.BaseSampler)):
             raise ValueError(f"Invalid sampler value: {sampler!r}; Optuna has no sampler {kind}")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from adamjax._optimizers import adamw
+from adamjax._stochastic import is_narrow
 from adamjax.problems import Problem
 from adamjax.tuning._space import Setting, Space
 from adamjax.tuning._strategy import RANGES
@@ -96,7 +97,7 @@ def parameters_of(problem: Problem) -> str:
 def is_half(problem: Problem) -> bool:
     """Whether some parameters are of half precision."""
     dtypes = {x.dtype for x in jax.tree.leaves(shapes_of(problem))}
-    return any(jnp.issubdtype(d, jnp.floating) and jnp.finfo(d).bits <= 16 for d in dtypes)
+    return any(jnp.issubdtype(d, jnp.floating) and is_narrow(d) for d in dtypes)
 
 
 def shapes_of(problem: Problem) -> Any:
