@@ -325,6 +325,11 @@ def first_stats():
             "has 2 members with b1, b2 and eps, and the state has moments at 1 places",
         ),
         (lambda: measure({"a": None}, {"a": None}, adamjax.adam().init(PARAMS), PARAMS), ValueError, "lack"),
+        (
+            lambda: measure({"a": None}, {"a": None}, adamjax.adam().init({"a": np.ones(2)}), {"a": np.ones(2)}),
+            ValueError,
+            "there are no gradients to measure",
+        ),
         (lambda: first_stats()["c"], KeyError, "no parameter 'c'; there are a, b/c, b/d"),
         (lambda: explain([]), ValueError, "nothing has been measured"),
         (lambda: History().plot(), ValueError, "nothing has been measured"),
@@ -343,6 +348,21 @@ def first_stats():
 def test_bad_arguments(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_what_holds_for_many_parameters_is_said_of_a_few():
+    params = {f"layer_{i:02}": jnp.ones(3) for i in range(20)}
+    grads = jax.tree.map(jnp.zeros_like, params)
+    opt = adamjax.adam()
+    updates, state = opt.update(grads, opt.init(params), params)
+    stats = measure(grads, updates, state, params)
+    found = [finding for finding in explain(stats) if finding.rule == "no_gradient"]
+    assert [finding.path for finding in found] == [*list(params)[:5], "15 other parameters"]
+    assert "the same holds for 15 other parameters" in str(found[-1])
+    seen = History()
+    seen.append(stats)
+    labels = [text.get_text() for text in seen.plot().legends[0].get_texts()]
+    assert labels == ["layer_00", "layer_19", "all parameters"]
 
 
 def history(opt=None, steps=5):

@@ -105,6 +105,11 @@ BAD = {
         ADAM.init(PARAMS | {"b": jnp.ones(5)}),
         r"^state\[0\]\.mu\['b'\] has shape \(5,\), expected",
     ),
+    "dtype": (
+        adamjax.adam(),
+        optax.adam(LR, mu_dtype=jnp.complex64).init(PARAMS),
+        r"^state\[0\]\.mu\['a'\] is complex64, and opt keeps float32",
+    ),
     "no amsgrad": (adamjax.amsgrad(variant="corrected"), ADAM.init(PARAMS), r"^state\[0\] is without nu_max, and opt"),
     "amsgrad": (adamjax.adam(), optax.amsgrad(LR).init(PARAMS), r"^state\[0\] is with nu_max, and opt is not"),
     "torch's amsgrad": (adamjax.amsgrad(), optax.amsgrad(LR).init(PARAMS), r"use variant='corrected'"),

@@ -425,6 +425,20 @@ def test_zero1_inside_shard_map(name, check_vma, varies):
     assert_close(params, expected, RECOMPILED if exact else LR)
 
 
+def test_updates_come_whole_inside_shard_map():
+    mesh, opt = make_mesh(AxisType.Auto), sharding.zero1_mapped(adamjax.adamw(LR), axis="data")
+    params = some_params(mesh)
+    state = opt.init(params)
+    specs = jax.tree.map(lambda x: x.sharding.spec, state)
+    places = {"in_specs": (P(), specs), "out_specs": (P(), specs)}
+    runs = [
+        jax.jit(jax.shard_map(lambda p, s, run=run: run(p, s, p), mesh=mesh, **places))(params, state)
+        for run in (by_step(opt), by_update(opt))
+    ]
+    assert_equal(runs[0][1], runs[1][1])
+    assert_close(runs[0][0], runs[1][0], RECOMPILED)
+
+
 def test_zero1_inside_shard_map_over_two_axes_and_in_8_bits():
     mesh = make_mesh(AxisType.Auto, (2, 1, 4), ("a", "one", "b"))
     axis, int8 = ("a", "one", "b"), quantized("int8")
@@ -562,6 +576,7 @@ PLAIN = {"w": jnp.ones((8, 8))}
             "the state of zero1 is that of 1 parameters, and params has 2",
         ),
         (lambda: sharding.zero1(ADAM, axis="data").update(PLAIN, ()), ValueError, "zero1 needs the parameters"),
+        (lambda: sharding.zero1(ADAM, axis="data").init({}), ValueError, "to know their mesh, and there are none"),
         (
             lambda: jax.shard_map(
                 lambda p: sharding.zero1(ADAM, axis="data").init(p), mesh=MESH, in_specs=P(), out_specs=P()
