@@ -68,6 +68,8 @@ def test_the_triad_goes_over_all_of_the_memory_of_numpy_and_of_jax():
         run()
         g, *others = map(np.asarray, inspect.getclosurevars(run).nonlocals["arrays"])
         assert [np.rint(x / g).tolist() for x in others] == [[times] * 5 for times in (5, 2, 2)]
+    # And the processor still has subnormals.
+    assert np.float64(5e-324) * np.float64(1) > 0
 
 
 def test_what_is_short_is_repeated_after_a_first_time_that_does_not_count(clock):
