@@ -62,6 +62,16 @@ def _scalars(form: Form, numbers: Numbers) -> tuple[Any, ...]:
     return (*mean, *square, *rest)
 
 
+def attributes(form: Form) -> dict[str, bool]:
+    """What both forms of the kernel are told of a step; see `Bound` there."""
+    return {
+        "nesterov": form.nesterov,
+        "maximum": form.amsgrad is not None,
+        "coupled": form.coupled,
+        "decays": form.decays,
+    }
+
+
 def _run(call: Call, scalars: Array, places: Array, *arrays: Array) -> Any:
     like = jax.eval_shape(lambda *arrays: changed(arrays), *arrays)
     # In place: scalars and places come first, and of the arrays the second, the gradient, has no result.
@@ -71,10 +81,7 @@ def _run(call: Call, scalars: Array, places: Array, *arrays: Array) -> Any:
         scalars,
         places,
         *arrays,
-        nesterov=call.form.nesterov,
-        maximum=call.form.amsgrad is not None,
-        coupled=call.form.coupled,
-        decays=call.form.decays,
+        **attributes(call.form),
         whole=np.asarray(call.shape, np.int64),
         bits=np.asarray(bits, np.int64),
         block=np.asarray(block, np.int64),

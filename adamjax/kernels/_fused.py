@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.sharding import AxisType
 
 from adamjax import _checks, _trees, storage
 from adamjax._base import Chain
@@ -104,7 +103,8 @@ class Fused(Chain):
     def _groups(self, moments: AdamState, rows: list[tuple[Any, ...]], paths: list[Any]) -> dict[int, list[int]]:
         """The groups of small parameters that the kernel steps, with the numbers of those."""
         found: dict[int, list[int]] = {}
-        if _engine() is not _cpu or not _is_on_one_device(rows):  # where a parameter is, XLA sees, and not this
+        grads = [g for g, *_ in rows if g is not None]
+        if _engine() is not _cpu or not _leaf.is_on_one_device(grads):  # where a parameter is, XLA sees, and not this
             return found
         for k, places in enumerate(moments.mu.layout if isinstance(moments.mu, PackedTree) else ()):
             members = [number for number, _ in places]
@@ -184,12 +184,6 @@ class Fused(Chain):
             )
         _say_once(f"fused='auto' leaves params{jax.tree_util.keystr(path)} to XLA: {why}")
         return False
-
-
-def _is_on_one_device(rows: list[tuple[Any, ...]]) -> bool:
-    """Whether there is but one, or all that is seen here is what one device has."""
-    kinds = {kind for g, *_ in rows if g is not None for kind in jax.typeof(g).sharding.mesh.axis_types}
-    return AxisType.Manual in kinds or (AxisType.Explicit not in kinds and jax.device_count() == 1)
 
 
 def _takers(masks: list[Any] | tuple[Any, ...]) -> tuple[bool, ...]:

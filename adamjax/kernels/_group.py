@@ -10,7 +10,7 @@ from jax.custom_batching import custom_vmap
 from adamjax import _across
 from adamjax._packing import join, split
 from adamjax.kernels import _build, _leaf
-from adamjax.kernels._cpu import KERNEL
+from adamjax.kernels._cpu import KERNEL, attributes
 from adamjax.kernels._leaf import Call, Dithers, Form, Moment, Numbers
 
 Moments = tuple[Moment, Moment, Moment | None]
@@ -75,9 +75,6 @@ def _run(form: Form, count: int, *operands: Array) -> list[Array]:
         scalars,
         places,
         *arrays,
-        nesterov=form.nesterov,
-        maximum=form.amsgrad is not None,
-        coupled=form.coupled,
-        decays=form.decays,
+        **attributes(form),
     )
     return list(new)

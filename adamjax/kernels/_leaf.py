@@ -167,11 +167,10 @@ def batched(kernel: Kernel, call: Call) -> Any:
 
 def _placed(kernel: Kernel, call: Call, scalars: Array, places: Array, *arrays: Array) -> list[Array]:
     """The kernel for arrays on many devices, each of which steps what it has."""
-    axis_types = set(jax.typeof(arrays[0]).sharding.mesh.axis_types)
     batch = arrays[0].ndim - len(call.shape)
-    if AxisType.Manual in axis_types or (AxisType.Explicit not in axis_types and jax.device_count() == 1):
+    if is_on_one_device(arrays):
         return _run(kernel, call._replace(shape=arrays[0].shape[batch:]), scalars, places, *arrays)
-    if AxisType.Explicit in axis_types:
+    if AxisType.Explicit in jax.typeof(arrays[0]).sharding.mesh.axis_types:
         spec = _in_whole_blocks(call, jax.typeof(arrays[0]).sharding, arrays[0].shape)
         row, count = _of_row(spec, batch), len(arrays)
         part = jax.shard_map(
@@ -184,6 +183,12 @@ def _placed(kernel: Kernel, call: Call, scalars: Array, places: Array, *arrays: 
         new = part(*rows, *[jax.sharding.reshard(x, spec) for x in arrays])
         return [_codes.sharded_like(x, like) for x, like in zip(new, changed(arrays), strict=True)]
     return _partitioned(kernel, call, tuple(x.shape for x in arrays))(scalars, places, *arrays)
+
+
+def is_on_one_device(arrays: Sequence[Array]) -> bool:
+    """Whether there is but one, or all that is seen here is what one device has."""
+    kinds = {kind for x in arrays for kind in jax.typeof(x).sharding.mesh.axis_types}
+    return AxisType.Manual in kinds or (AxisType.Explicit not in kinds and jax.device_count() == 1)
 
 
 @cache

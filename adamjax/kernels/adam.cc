@@ -919,31 +919,26 @@ ffi::Error Group(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> scalars, ffi::Buffe
   return ffi::Error::Success();
 }
 
+// What both take.
+auto Bound() {
+  return ffi::Ffi::Bind()
+      .Ctx<ffi::ThreadPool>()
+      .Arg<ffi::Buffer<ffi::F32>>()
+      .Arg<ffi::Buffer<ffi::U32>>()
+      .RemainingArgs()
+      .RemainingRets()
+      .Attr<bool>("nesterov")
+      .Attr<bool>("maximum")
+      .Attr<bool>("coupled")
+      .Attr<bool>("decays");
+}
+
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(AdamjaxStep, Impl,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Arg<ffi::Buffer<ffi::U32>>()
-                                  .RemainingArgs()
-                                  .RemainingRets()
-                                  .Attr<bool>("nesterov")
-                                  .Attr<bool>("maximum")
-                                  .Attr<bool>("coupled")
-                                  .Attr<bool>("decays")
+                              Bound()
                                   .Attr<ffi::Span<const int64_t>>("whole")
                                   .Attr<ffi::Span<const int64_t>>("bits")
                                   .Attr<ffi::Span<const int64_t>>("block"));
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(AdamjaxGroup, Group,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Arg<ffi::Buffer<ffi::U32>>()
-                                  .RemainingArgs()
-                                  .RemainingRets()
-                                  .Attr<bool>("nesterov")
-                                  .Attr<bool>("maximum")
-                                  .Attr<bool>("coupled")
-                                  .Attr<bool>("decays"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(AdamjaxGroup, Group, Bound());
