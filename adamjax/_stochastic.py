@@ -74,7 +74,9 @@ def to_nearest(x: Array, dtype: np.dtype) -> Array:
     takes a conversion to bfloat16 and back for nothing, and leaves it out.
     """
     step = spacing(x, dtype)
-    return jnp.round(x / step) * step
+    # By its inverse, which a power of two has: a division XLA would take for too dear to fuse, and keep in memory.
+    inverse = lax.bitcast_convert_type(np.uint32(254 << 23) - lax.bitcast_convert_type(step, jnp.uint32), jnp.float32)
+    return jnp.round(x * inverse) * step
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
