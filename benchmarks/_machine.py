@@ -8,7 +8,7 @@ from pathlib import Path
 
 from benchmarks._measure import cores
 
-LIBRARIES = ("adamjax", "jax", "jaxlib", "optax", "torch", "numpy")
+LIBRARIES = ("adamjax", "jax", "jaxlib", "optax", "torch", "torchao", "bitsandbytes", "numpy")
 
 
 def machine() -> dict[str, str]:

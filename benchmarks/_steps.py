@@ -1,5 +1,6 @@
 """AdamW of each library, and in each format, as steps that can be timed or looked at."""
 
+import importlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -129,10 +130,27 @@ def of_jax(make: Make, grads: list[jax.Array]) -> Step | None:
     return Step(run, limit(grads, nbytes(held[1])))
 
 
-def of_torch(how: str, grads: list[jax.Array]) -> Step | None:
-    """With `how`, "fused" or "foreach", and as many threads as there are cores; None without torch."""
+# In torch: the module of the optimizer, its class, arguments, and the bytes of its moments, a parameter; None: as the
+# parameter itself, twice.
+IN_TORCH: dict[str, tuple[str, str, dict[str, bool], float | None]] = {
+    "torch fused": ("torch.optim", "AdamW", {"fused": True}, None),
+    "torch foreach": ("torch.optim", "AdamW", {"foreach": True}, None),
+}
+# Codes in blocks of 256 (4 bits: 128), each with a float32.
+CODES_IN_TORCH: dict[str, tuple[str, str, dict[str, bool], float | None]] = {
+    "torchao, 8 bits": ("torchao.optim", "AdamW8bit", {}, 2 + 8 / 256),
+    "torchao, 4 bits": ("torchao.optim", "AdamW4bit", {}, 1 + 8 / 128),
+    "bitsandbytes, 8 bits": ("bitsandbytes.optim", "AdamW8bit", {}, 2 + 8 / 256),
+}
+
+
+def of_torch(label: str, grads: list[jax.Array]) -> Step | None:
+    """One of the two tables above, with as many threads as there are cores; None where it is not installed."""
+    module, name, how, state_bytes = (IN_TORCH | CODES_IN_TORCH)[label]
     try:
         import torch
+
+        make = getattr(importlib.import_module(module), name)
     except ImportError:
         return None
     torch.set_num_threads(cores())
@@ -142,5 +160,6 @@ def of_torch(how: str, grads: list[jax.Array]) -> Step | None:
         grad = torch.from_dlpack(g)
         params.append(torch.nn.Parameter(torch.ones_like(grad)))
         params[-1].grad = grad
-    opt = torch.optim.AdamW(params, LR, weight_decay=DECAY, fused=how == "fused", foreach=how == "foreach")
-    return Step(opt.step, limit(grads, 2 * nbytes(grads)))
+    opt = make(params, LR, weight_decay=DECAY, **how)
+    elements = sum(g.size for g in grads)
+    return Step(opt.step, limit(grads, 2 * nbytes(grads) if state_bytes is None else round(state_bytes * elements)))

@@ -7,7 +7,7 @@ of the bytes of the parameters.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from benchmarks._measure import Run
 from benchmarks._report import Table, command, show
 from benchmarks._steps import (
     EVERY,
+    IN_TORCH,
     MANY,
     OF_BFLOAT16,
     OPTAX,
@@ -53,11 +54,11 @@ def measured(
     makes: dict[str, Make],
     *,
     dtype: str = "float32",
-    torch: Sequence[str] = ("fused", "foreach"),
+    torch: Iterable[str] = IN_TORCH,
 ) -> Table:
     grads = gradients(shapes, dtype)
     rows = [[label, *of_jax(make, grads)] for label, make in makes.items()]
-    rows += [[f"torch {how}", *with_torch(how, grads)] for how in torch]
+    rows += [[label, *with_torch(label, grads)] for label in torch]
     return Table(name, title, COLUMNS, rows)
 
 
@@ -80,8 +81,8 @@ def of_jax(make: Make, grads: list[jax.Array]) -> list[Any]:
     return [kept / elements, percent(said.temp_size_in_bytes, size), in_place, percent(peak(run), size)]
 
 
-def with_torch(how: str, grads: list[jax.Array]) -> list[Any]:
-    step = of_torch(how, grads)
+def with_torch(label: str, grads: list[jax.Array]) -> list[Any]:
+    step = of_torch(label, grads)
     if step is None:
         return [None] * 4
     step.run()  # makes the state

@@ -7,13 +7,26 @@ JAX's. Many and tiny leaves: to optax. Ratios are taken round by round: the medi
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from benchmarks._machine import memory
 from benchmarks._measure import Seconds, interleaved, ratio, triads
 from benchmarks._report import Bars, Table, command, show
-from benchmarks._steps import EVERY, MANY, OF_BFLOAT16, OPTAX, Make, Shapes, Step, gradients, of_jax, of_torch
+from benchmarks._steps import (
+    CODES_IN_TORCH,
+    EVERY,
+    IN_TORCH,
+    MANY,
+    OF_BFLOAT16,
+    OPTAX,
+    Make,
+    Shapes,
+    Step,
+    gradients,
+    of_jax,
+    of_torch,
+)
 
 # What all rows together keep of a parameter, temporary arrays included.
 BYTES_HELD = 190
@@ -25,7 +38,8 @@ def tables(quick: bool) -> Iterator[Table]:
     large = [(millions * 256, 1024)] * 4
     mixed = transformer(1, 64, 512) if quick else transformer(8, 512, 16384)
     count = 5 if quick else 1000
-    yield measured("large", f"{millions} M float32 parameters in 4 leaves", large, EVERY, rounds)
+    title = f"{millions} M float32 parameters in 4 leaves"
+    yield measured("large", title, large, EVERY, rounds, in_torch=[*IN_TORCH, *CODES_IN_TORCH])
     title = f"{millions} M bfloat16 parameters in 4 leaves; the moments of optax and torch are bfloat16, too"
     yield measured("bfloat16", title, large, OF_BFLOAT16 | OPTAX, rounds, dtype="bfloat16")
     title = f"A transformer's {elements(mixed) / 1e6:.3g} million float32 parameters in {len(mixed)} leaves"
@@ -44,11 +58,12 @@ def measured(
     *,
     dtype: str = "float32",
     to: str = "triad",
+    in_torch: Iterable[str] = IN_TORCH,
 ) -> Table:
-    """The steps of these optimizers and of torch, of leaves of these shapes, above all over those of `to`."""
+    """The steps of these optimizers and of those in torch, of leaves of these shapes, above all over those of `to`."""
     grads = gradients(shapes, dtype)
     steps = {label: of_jax(make, grads) for label, make in makes.items()}
-    steps |= {f"torch {how}": of_torch(how, grads) for how in ("fused", "foreach")}
+    steps |= {label: of_torch(label, grads) for label in in_torch}
     runs = {label: step.run for label, step in steps.items() if step is not None}
     if to == "triad":
         runs |= triads(elements(shapes))
