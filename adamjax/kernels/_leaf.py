@@ -170,17 +170,19 @@ def _placed(kernel: Kernel, call: Call, scalars: Array, places: Array, *arrays: 
     batch = arrays[0].ndim - len(call.shape)
     if is_on_one_device(arrays):
         return _run(kernel, call._replace(shape=arrays[0].shape[batch:]), scalars, places, *arrays)
-    if AxisType.Explicit in jax.typeof(arrays[0]).sharding.mesh.axis_types:
+    mesh = jax.typeof(arrays[0]).sharding.mesh
+    if AxisType.Explicit in mesh.axis_types:
         spec = _in_whole_blocks(call, jax.typeof(arrays[0]).sharding, arrays[0].shape)
         row, count = _of_row(spec, batch), len(arrays)
         part = jax.shard_map(
             partial(_part, kernel, call, spec),
+            mesh=mesh,  # of the arrays: there need not be one set
             in_specs=(row, row, *[spec] * count),
             out_specs=[spec] * (count - 1),
             check_vma=False,  # as in `_gpu.why_not`
         )
-        rows = [jax.sharding.reshard(x, row) for x in (scalars, places)]
-        new = part(*rows, *[jax.sharding.reshard(x, spec) for x in arrays])
+        rows = [jax.sharding.reshard(x, NamedSharding(mesh, row)) for x in (scalars, places)]
+        new = part(*rows, *[jax.sharding.reshard(x, NamedSharding(mesh, spec)) for x in arrays])
         return [_codes.sharded_like(x, like) for x, like in zip(new, changed(arrays), strict=True)]
     return _partitioned(kernel, call, tuple(x.shape for x in arrays))(scalars, places, *arrays)
 
