@@ -1,6 +1,7 @@
 """What every transformation is: a value with `init`, `update` and `step`, alone or in a chain."""
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -31,6 +32,8 @@ class Transformation(Value):
     lands = False
     # Whether there are steps at which nothing in it moves: what counts steps around it would not know.
     holds = False
+    # Whether its step is to be one pass over memory, which what is made of its updates is not; see `kernels.Fused`.
+    fused: bool | str = False
 
     def __iter__(self) -> Iterator[Callable[..., Any]]:
         return iter((self.init, self.update))
@@ -131,7 +134,7 @@ class Leafwise(Transformation):
 
 
 class Wrapper(Transformation):
-    """Base of the transformations around another one: unless they say otherwise, they land and hold where it does."""
+    """Base of the transformations around another one: unless they say otherwise, they land, hold and fuse as it."""
 
     inner: Any
 
@@ -142,6 +145,10 @@ class Wrapper(Transformation):
     @property
     def holds(self) -> bool:  # type: ignore[override]
         return self.inner.holds
+
+    @property
+    def fused(self) -> bool | str:  # type: ignore[override]
+        return self.inner.fused
 
     def _wrap(self, name: str) -> None:
         """For `__post_init__` only: put `inner` in place as a transformation; `name` is the public function's."""
@@ -185,10 +192,15 @@ class Chain(Transformation):
                     f"{transform!r} must be the last of a chain: what comes after it would change where "
                     "the parameters land"
                 )
+            say_unfused(transform, "anywhere but at the end of a chain")
 
     @property
     def lands(self) -> bool:  # type: ignore[override]
         return bool(self.transforms) and self.transforms[-1].lands
+
+    @property
+    def fused(self) -> bool | str:  # type: ignore[override]
+        return bool(self.transforms) and self.transforms[-1].fused
 
     def _init(self, params: PyTree) -> PyTree:
         return tuple(t._init(params) for t in self.transforms)
@@ -272,6 +284,14 @@ def as_transformation(x: Any, where: str) -> Transformation:
         hint = f": call it, {name_of(x)}(...)" if callable(x) else ""
         raise TypeError(f"{where} is {x!r}, expected a transformation with init and update{hint}")
     return Foreign(x)
+
+
+def say_unfused(transform: Transformation, where: str) -> None:
+    """Refuse what is to step in one pass over memory, `where` it cannot; or warn, if it is to where it can."""
+    if transform.fused is True:
+        raise ValueError(f"{transform!r} cannot step in one pass {where}: take fused=False, or 'auto'")
+    if transform.fused:
+        warnings.warn(f"fused='auto' leaves the step to XLA {where}", stacklevel=2)
 
 
 def apply_updates(params: PyTree, updates: PyTree) -> PyTree:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -19,6 +19,10 @@ class Groups(Transformation):
 
     members: tuple[Transformation, ...]
     patterns: tuple[str | None, ...] = static_field()  # None: whatever no other matches
+
+    @property
+    def fused(self) -> bool | str:  # type: ignore[override]
+        return next((member.fused for member in self.members if member.fused), False)
 
     def describe(self, params: PyTree) -> str:
         """A table: each parameter's path and shape, what matched it, and its optimizer."""
@@ -71,16 +75,26 @@ class Groups(Transformation):
         return [0 if x is None else next(owners)[2] for x in jax.tree.leaves(tree, is_leaf=_trees.is_none)]
 
     def _update(self, updates: PyTree, state: PyTree, params: PyTree | None, extra: Extra) -> tuple[PyTree, PyTree]:
+        return self._by_each(lambda member, *trees: member._update(*trees, extra), updates, state, params)
+
+    def step(self, grads: PyTree, state: PyTree, params: PyTree, **extra: Any) -> tuple[PyTree, PyTree]:
+        """One whole step, each member's own; see `Transformation.step`."""
+        _checks.given(params, grads, "step", "step(grads, state, params)")
+        _checks.updates(grads, params)
+        return self._by_each(lambda member, *trees: member.step(*trees, **extra), grads, state, params)
+
+    def _by_each(
+        self, act: Callable[..., tuple[PyTree, PyTree]], updates: PyTree, state: PyTree, params: PyTree | None
+    ) -> tuple[PyTree, PyTree]:
+        """What `act` makes of each member and of its part of the three trees, put together again."""
         _checks.members(state, len(self.members), "groups")
         owners = self._numbers(updates if params is None else params)
         grads = self._apart(updates, owners)
         values = [None] * len(grads) if params is None else self._apart(params, owners)
-        steps = [
-            member._update(g, s, p, extra) for member, g, s, p in zip(self.members, grads, state, values, strict=True)
-        ]
-        structure, rows = _trees.flatten(updates, *(direction for direction, _ in steps))
-        chosen = [None if row[0] is None else row[1 + owner] for row, owner in zip(rows, owners, strict=True)]
-        return structure.unflatten(chosen), tuple(s for _, s in steps)
+        made = [act(*part) for part in zip(self.members, grads, state, values, strict=True)]
+        structure, rows = _trees.flatten(updates, *(result for result, _ in made))
+        chosen = [row[1 + owner] for row, owner in zip(rows, owners, strict=True)]
+        return structure.unflatten(chosen), tuple(s for _, s in made)
 
 
 def groups(members: Mapping[str, Any], *, default: Any = None) -> Groups:
@@ -148,7 +162,7 @@ def _replaced(opt: Any, name: str, x: Any) -> tuple[Any, int]:
     """`opt` with its field `name`, or those of its members, being `x`; and how many there were."""
     if isinstance(opt, Chain):
         pairs = [_replaced(t, name, x) for t in opt.transforms]
-        return Chain(tuple(t for t, _ in pairs)), sum(n for _, n in pairs)
+        return dataclasses.replace(opt, transforms=tuple(t for t, _ in pairs)), sum(n for _, n in pairs)
     changes: dict[str, Any] = {}
     count = 0
     for field in dataclasses.fields(opt):

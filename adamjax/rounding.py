@@ -26,7 +26,7 @@ import numpy as np
 from jax import Array, lax
 
 from adamjax import _checks, _stochastic, _trees
-from adamjax._base import Extra, Wrapper
+from adamjax._base import Extra, Wrapper, say_unfused
 from adamjax._stochastic import Dither
 from adamjax._trees import PyTree
 from adamjax._value import static_field, value
@@ -66,6 +66,7 @@ class Rounding(Wrapper):
         super()._wrap(name)
         if self.inner.lands:
             raise ValueError(f"{name} around {self.inner!r}, which rounds the parameters already: take one of the two")
+        say_unfused(self.inner, f"inside of {name}")
         if self.inner.holds:
             raise ValueError(
                 f"{name} around {self.inner!r} would count the steps that are skipped, and round: put it inside of that"

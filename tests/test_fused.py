@@ -234,6 +234,15 @@ def in_a_chain(opt):
     return jax.jit(opt.step)(GRADS, opt.init(PARAMS), PARAMS)
 
 
+def grouped(opt):
+    return adamjax.groups({"short|cube": {"weight_decay": 0.0}}, default=opt)
+
+
+def in_groups(opt):
+    opt = grouped(opt)
+    return jax.jit(opt.step)(GRADS | {"matrix": None}, opt.init(PARAMS), PARAMS)
+
+
 def guarded(opt):
     opt = adamjax.skip_nonfinite(opt)
     state = opt.init(PARAMS)
@@ -243,15 +252,38 @@ def guarded(opt):
     return jax.jit(opt.step)(GRADS, state, params)
 
 
-@pytest.mark.parametrize("use", [in_scan, in_cond, over_states, over_both, in_a_chain, guarded])
+@pytest.mark.parametrize("use", [in_scan, in_cond, over_states, over_both, in_a_chain, in_groups, guarded])
 def test_wherever_a_step_goes(use):
     assert_close(use(FUSED_OPT), use(PLAIN_OPT), 4 * RECOMPILED)
 
 
-def test_a_chain_steps_as_its_last_member_does():
-    opt = adamjax.chain(adamjax.clip_by_global_norm(0.1), FUSED_OPT)
+@pytest.mark.parametrize("around", [lambda opt: adamjax.chain(adamjax.clip_by_global_norm(0.1), opt), grouped])
+def test_steps_around_are_one_pass_too(around):
+    opt = around(FUSED_OPT)
     text = jax.jit(opt.step).lower(GRADS, opt.init(PARAMS), PARAMS).as_text()
     assert text.count(kernels.build().stem) == 2  # parameters above the crossover
+
+
+@pytest.mark.parametrize(
+    ("around", "where"),
+    [
+        (adamjax.kahan, "inside of kahan"),
+        (
+            lambda opt: adamjax.master_weights(adamjax.groups({"cube": opt}, default=PLAIN_OPT)),
+            "inside of master_weights",
+        ),
+        (lambda opt: adamjax.stochastic_rounding(adamjax.chain(opt)), "inside of stochastic_rounding"),
+        (lambda opt: adamjax.chain(opt, adamjax.scale_by_learning_rate(1.0)), "anywhere but at the end of a chain"),
+        (lambda opt: adamjax.chain(adamjax.skip_nonfinite(opt), PLAIN_OPT), "anywhere but at the end of a chain"),
+    ],
+)
+def test_where_no_step_is_one_pass(around, where):
+    with pytest.raises(ValueError, match=f"fused=True.* cannot step in one pass {where}: take fused=False, or 'auto'"):
+        around(FUSED_OPT)
+    with pytest.warns(UserWarning, match=f"fused='auto' leaves the step to XLA {where}"):
+        auto = around(FORMS["adamw"](fused="auto"))
+    plain = around(PLAIN_OPT)
+    assert_equal(*(jax.jit(opt.step)(GRADS, plain.init(PARAMS), PARAMS) for opt in (auto, plain)))
 
 
 def test_derivatives_are_those_of_the_plain_step():

@@ -28,6 +28,10 @@ class Fused(Chain):
     """The chain of `adam` or one of its kin, with a `step` that is one pass over memory, on a CPU or a GPU.
 
     `init`, `update` and the state are those of the chain; the numbers of `step`, too, but for the last digits.
+    The steps of what is around it are made of it: of a chain that ends with it, `groups`, `skip_nonfinite`,
+    `dynamic_loss_scale`, `zero1`, `offload`. Those of `stochastic_rounding`, `kahan` and `master_weights` are
+    not, which is refused. What calls `update` and applies it, as optax's wrappers do, makes no such step.
+
     It goes wherever a step does: under `jax.jit` (donate parameters and state, and nothing is copied),
     `jax.lax.scan`, `jax.vmap` over states or hyperparameters, with arrays on many devices, each of which steps its
     part, and inside `jax.shard_map`. Derivatives are those of XLA's step. What a kernel steps are parameters of
@@ -48,12 +52,19 @@ class Fused(Chain):
     Fields:
       transforms: The members of the chain.
       mode: True: what cannot be stepped so is refused. "auto": it is left to XLA, after a warning.
+
+    Raises:
+      ValueError: Inside of another transformation, at its construction: that has no such step, and `mode` is True.
     """
 
     mode: Any = static_field(default=True, described=False)
 
     # To a checkpoint: the state is the same.
     described_as = "Chain"
+
+    @property
+    def fused(self) -> bool | str:  # type: ignore[override]
+        return self.mode
 
     def __repr__(self) -> str:
         return f"{super().__repr__()[:-1]}, fused={self.mode!r})"
