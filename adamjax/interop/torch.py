@@ -58,7 +58,7 @@ def adam(
       parameter.
 
     Raises:
-      ValueError: A hyperparameter is out of range, in torch's words.
+      ValueError: A hyperparameter is out of range, in torch's words; or something else is not as above.
 
     >>> import adamjax.interop.torch as optim, jax.numpy as jnp
     >>> opt = optim.adam(lr=0.1)
@@ -90,7 +90,7 @@ def adamw(
 ) -> Chain:
     """torch.optim.AdamW: `adam` with decoupled weight decay, of 1e-2 where nothing else is said.
 
-    Arguments are those of `adam`.
+    Arguments, result and errors are those of `adam`.
     """
     return adam(lr, betas, eps, weight_decay, amsgrad, maximize=maximize, decoupled_weight_decay=True, fused=fused)
 
@@ -110,10 +110,13 @@ def nadam(
 ) -> Chain:
     """torch.optim.NAdam: Nesterov momentum whose rate rises from half of betas[0] to all of it.
 
-    Arguments are those of `adam`, but for this one. The states are `NAdamState`s.
+    Arguments, result and errors are those of `adam`, but for these.
 
     Args:
       momentum_decay: At least 0: how fast it rises.
+
+    Returns:
+      A transformation whose state is a tuple that starts with a tree of `NAdamState`s.
     """
     b1, b2 = _check(lr, betas, eps, weight_decay, momentum_decay=momentum_decay)
     _check_flags(decoupled_weight_decay=decoupled_weight_decay)
@@ -133,7 +136,7 @@ def radam(
     capturable: bool = False,
     differentiable: bool = False,
 ) -> Chain:
-    """torch.optim.RAdam. Arguments are those of `adam`."""
+    """torch.optim.RAdam. Arguments, result and errors are those of `adam`."""
     b1, b2 = _check(lr, betas, eps, weight_decay)
     _check_flags(decoupled_weight_decay=decoupled_weight_decay)
     return _of_torch(ScaleByTorchRAdam(b1, b2, eps, 0.0), lr, weight_decay, maximize, decoupled_weight_decay)
@@ -150,7 +153,7 @@ def adamax(
     differentiable: bool = False,
     capturable: bool = False,
 ) -> Chain:
-    """torch.optim.Adamax. Arguments are those of `adam`."""
+    """torch.optim.Adamax. Arguments, result and errors are those of `adam`."""
     b1, b2 = _check(lr, betas, eps, weight_decay)
     return _of_torch(scale_by_adamax(b1, b2, eps), lr, weight_decay, maximize, False)
 
