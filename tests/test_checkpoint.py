@@ -212,6 +212,24 @@ def test_other_formats_and_other_programs_are_refused(tmp_path):
         checkpoint.restore(tmp_path, OPT, params)
 
 
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_a_state_of_optax_is_restored_where_its_parameters_are(tmp_path, kind):
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(kind,) * 2)
+    specs = {"w": PartitionSpec("x", "y"), "b": PartitionSpec(None)}
+    params = {"w": jnp.arange(32.0).reshape(8, 4), "b": jnp.ones(3)}
+    params = {name: jax.device_put(x, NamedSharding(mesh, specs[name])) for name, x in params.items()}
+    opt = adamjax.chain(adamjax.clip_by_global_norm(1.0), optax.adam(1e-3))
+    state = opt.init(params)
+    checkpoint.save(tmp_path, opt, params, state, step=1)
+    found = checkpoint.restore(tmp_path, opt, params)
+    assert_equal((found.params, found.state), (params, state))
+    moments, wanted = found.state[1][0], state[1][0]
+    for name in params:
+        assert moments.mu[name].sharding == wanted.mu[name].sharding == params[name].sharding
+        assert moments.nu[name].sharding == wanted.nu[name].sharding
+    assert moments.count.sharding == NamedSharding(mesh, PartitionSpec())
+
+
 def test_many_devices_and_one(tmp_path):
     mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
     rows, columns, whole = (NamedSharding(mesh, PartitionSpec(*names)) for names in (("x",), (None, "x"), ()))
