@@ -87,9 +87,11 @@ def init_sharded(opt: Any, params: PyTree, sharding: PyTree) -> PyTree:
     """
     init = as_transformation(opt, "argument opt of init_sharded").init
     _checks.parameters(params)
-    if any(isinstance(p, jax.core.Tracer) for p in jax.tree.leaves(params)):
+    if traced := [p for p in jax.tree.leaves(params) if isinstance(p, jax.core.Tracer)]:
         state = init(params)
         _check_sharding(sharding, state)
+        # Devices are those of the arguments that a compiled function needs. A state needs none, and would be on one.
+        state, _ = jax.lax.optimization_barrier((pin(state, sharding), traced[0]))
         return pin(state, sharding)
     like = init(jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=sharding_of(p)), params))
     _check_sharding(sharding, like)
