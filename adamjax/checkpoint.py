@@ -150,7 +150,9 @@ def restore(
         try:
             arrays = manager.restore(step, args=ocp.args.Composite(arrays=ocp.args.StandardRestore(like)))["arrays"]
         except KeyError as error:
-            raise ValueError(f"{where} is damaged: it has no arrays; restore another step, or remove this one") from error
+            raise ValueError(
+                f"{where} is damaged: it has no arrays; restore another step, or remove this one"
+            ) from error
     return Checkpoint(
         step,
         _from_paths(arrays["params"], params),
