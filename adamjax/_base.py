@@ -13,6 +13,7 @@ from jax import Array
 
 from adamjax import _checks, _trees
 from adamjax._leafwise import Doing, Plan, carry_out
+from adamjax._owners import placed_like
 from adamjax._trees import PyTree
 from adamjax._value import Value, name_of, static_field, value
 
@@ -166,7 +167,7 @@ class Foreign(Transformation):
 
     def _init(self, params: PyTree) -> PyTree:
         if _trees.any_abstract(params):
-            return jax.eval_shape(self.transform.init, params)
+            return placed_like(jax.eval_shape(self.transform.init, params), params)
         return self.transform.init(params)
 
     def _update(self, updates: PyTree, state: PyTree, params: PyTree | None, extra: Extra) -> tuple[PyTree, PyTree]:

@@ -125,8 +125,8 @@ def restore(
     Raises:
       ImportError: orbax is not installed; the message has the command to run.
       FileNotFoundError: There is no such step, or none at all.
-      ValueError: The step is of another optimizer or other parameters, or of a later format; the message has
-        the first path that differs.
+      ValueError: The step is of another optimizer or other parameters, or of a later format, or it is damaged; the
+        message has the first path that differs.
     """
     ocp = _orbax()
     there = steps(directory)
@@ -143,11 +143,16 @@ def restore(
         described = ocp.args.Composite(description=ocp.args.JsonRestore())
         try:
             description = manager.restore(step, args=described)["description"]
-        except (KeyError, FileNotFoundError) as error:
-            raise ValueError(f"{where} is not a checkpoint of adamjax: it has no description") from error
+        except (KeyError, FileNotFoundError, ValueError) as error:  # of JSON, or of orbax where it is no step of ours
+            raise ValueError(f"{where} is not a checkpoint of adamjax: it has no description to be read") from error
         _refuse_others(where, description, optimizer, params, state, new_hyperparameters)
         like = {"params": _by_path(params), "state": _by_path(state)}
-        arrays = manager.restore(step, args=ocp.args.Composite(arrays=ocp.args.StandardRestore(like)))["arrays"]
+        try:
+            arrays = manager.restore(step, args=ocp.args.Composite(arrays=ocp.args.StandardRestore(like)))["arrays"]
+        except KeyError as error:
+            raise ValueError(
+                f"{where} is damaged: it has no arrays; restore another step, or remove this one"
+            ) from error
     return Checkpoint(
         step,
         _from_paths(arrays["params"], params),

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import kill_and_resume
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from bowl import BOWL
 from golden import checkpoints as golden
@@ -210,6 +211,41 @@ def test_other_formats_and_other_programs_are_refused(tmp_path):
     shutil.rmtree(tmp_path / "1" / "description")
     with pytest.raises(ValueError, match="1 is not a checkpoint of adamjax: it has no description"):
         checkpoint.restore(tmp_path, OPT, params)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_a_state_of_optax_is_restored_where_its_parameters_are(tmp_path, kind):
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(kind,) * 2)
+    specs = {"w": PartitionSpec("x", "y"), "b": PartitionSpec(None)}
+    params = {"w": jnp.arange(32.0).reshape(8, 4), "b": jnp.ones(3)}
+    params = {name: jax.device_put(x, NamedSharding(mesh, specs[name])) for name, x in params.items()}
+    opt = adamjax.chain(adamjax.clip_by_global_norm(1.0), optax.adam(1e-3))
+    state = opt.init(params)
+    checkpoint.save(tmp_path, opt, params, state, step=1)
+    found = checkpoint.restore(tmp_path, opt, params)
+    assert_equal((found.params, found.state), (params, state))
+    moments, wanted = found.state[1][0], state[1][0]
+    for name in params:
+        assert moments.mu[name].sharding == wanted.mu[name].sharding == params[name].sharding
+        assert moments.nu[name].sharding == wanted.nu[name].sharding
+    assert moments.count.sharding == NamedSharding(mesh, PartitionSpec())
+
+
+def test_what_is_no_whole_step_is_refused(tmp_path):
+    params = {"w": jnp.ones(3)}
+    with ocp.CheckpointManager(tmp_path / "another") as manager:
+        manager.save(1, args=ocp.args.StandardSave(params))
+    checkpoint.save(tmp_path / "no arrays", OPT, params, OPT.init(params), step=1)
+    shutil.rmtree(tmp_path / "no arrays" / "1" / "arrays")
+    checkpoint.save(tmp_path / "cut", OPT, params, OPT.init(params), step=1)
+    (tmp_path / "cut" / "1" / "description" / "metadata").write_text("{")
+    for name, message in (
+        ("another", "1 is not a checkpoint of adamjax: it has no description"),
+        ("no arrays", "1 is damaged: it has no arrays; restore another step"),
+        ("cut", "1 is not a checkpoint of adamjax: it has no description"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            checkpoint.restore(tmp_path / name, OPT, params)
 
 
 def test_many_devices_and_one(tmp_path):

@@ -315,7 +315,14 @@ def place(tree, mesh, specs=SPECS):
     return {name: jax.device_put(jnp.copy(x), NamedSharding(mesh, specs[name])) for name, x in tree.items()}
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize(
+    "kinds",
+    [
+        (AxisType.Auto, AxisType.Auto),
+        (AxisType.Explicit, AxisType.Explicit),
+        (AxisType.Explicit, AxisType.Auto),
+    ],
+)
 @pytest.mark.parametrize(
     ("cube", "format"),
     [
@@ -326,9 +333,9 @@ def place(tree, mesh, specs=SPECS):
         (P("data", "model"), "int4"),
     ],
 )
-def test_each_device_steps_its_part(cube, format, kind):
+def test_each_device_steps_its_part(cube, format, kinds):
     """With the random numbers that those have in the whole."""
-    mesh = make_mesh(kind, (2, 4), ("data", "model"))
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=kinds)
     specs = SPECS | {"cube": cube}
     opt = FORMS["amsgrad"](fused=True, **FORMATS[format])
     with jax.set_mesh(mesh):

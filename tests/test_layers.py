@@ -13,7 +13,7 @@ FLOORS = [
     ["_trees", "_extras", "_stochastic"],
     ["_checks"],
     ["_value", "_numerics", "_codes", "_leafwise"],
-    ["_across", "_packing"],
+    ["_across", "_owners", "_packing"],
     ["_base"],
     ["storage"],
     ["_plateau", "_moments", "_groups", "rounding"],

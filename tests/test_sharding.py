@@ -283,6 +283,18 @@ def test_the_state_is_made_in_place(kind):
     assert specs_of(states[2].inner.kept) == SPLIT
 
 
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("kind", MODES)
+def test_a_compiled_init_needs_no_mesh_to_be_set(kind, given):
+    """Of its arguments it needs nothing but to know where they are."""
+    mesh = make_mesh(kind)
+    opt = sharding.zero1(adamjax.adamw(LR), axis="data", mesh=mesh if given else None)
+    params = some_params(mesh)
+    state = jax.jit(opt.init)(params)
+    assert [x.sharding for x in jax.tree.leaves(state)] == [x.sharding for x in jax.tree.leaves(opt.init(params))]
+    assert specs_of(state.inner[0].mu) == SPLIT
+
+
 def test_no_two_arrays_share_a_buffer():
     mesh = make_mesh(AxisType.Auto)
     state = sharding.zero1(adamjax.amsgrad(LR), axis="data").init(some_params(mesh))

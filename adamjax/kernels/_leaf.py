@@ -171,7 +171,13 @@ def _placed(kernel: Kernel, call: Call, scalars: Array, places: Array, *arrays: 
     if is_on_one_device(arrays):
         return _run(kernel, call._replace(shape=arrays[0].shape[batch:]), scalars, places, *arrays)
     mesh = jax.typeof(arrays[0]).sharding.mesh
-    if AxisType.Explicit in mesh.axis_types:
+    explicit = tuple(n for n, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit)
+    partitioned = _partitioned(kernel, call, tuple(x.shape for x in arrays))
+    if explicit and len(explicit) < len(mesh.axis_names):
+        # What their types say is not all: over the other axes, only the compiler sees where they are.
+        as_before = [jax.typeof(x).sharding for x in changed(arrays)]
+        return jax.sharding.auto_axes(partitioned, axes=explicit, out_sharding=as_before)(scalars, places, *arrays)
+    if explicit:
         spec = _in_whole_blocks(call, jax.typeof(arrays[0]).sharding, arrays[0].shape)
         row, count = _of_row(spec, batch), len(arrays)
         part = jax.shard_map(
@@ -184,7 +190,7 @@ def _placed(kernel: Kernel, call: Call, scalars: Array, places: Array, *arrays: 
         rows = [jax.sharding.reshard(x, NamedSharding(mesh, row)) for x in (scalars, places)]
         new = part(*rows, *[jax.sharding.reshard(x, NamedSharding(mesh, spec)) for x in arrays])
         return [_codes.sharded_like(x, like) for x, like in zip(new, changed(arrays), strict=True)]
-    return _partitioned(kernel, call, tuple(x.shape for x in arrays))(scalars, places, *arrays)
+    return partitioned(scalars, places, *arrays)
 
 
 def is_on_one_device(arrays: Sequence[Array]) -> bool:

@@ -15,11 +15,11 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from adamjax import _checks, _trees
 from adamjax._base import as_transformation
 from adamjax._codes import is_quantized
+from adamjax._owners import Key, owners
 from adamjax._packing import PackedTree
 from adamjax._trees import PyTree
 
 Names = tuple[str, ...]
-Key = tuple[Any, ...]
 
 
 def state_sharding(
@@ -87,9 +87,11 @@ def init_sharded(opt: Any, params: PyTree, sharding: PyTree) -> PyTree:
     """
     init = as_transformation(opt, "argument opt of init_sharded").init
     _checks.parameters(params)
-    if any(isinstance(p, jax.core.Tracer) for p in jax.tree.leaves(params)):
+    if traced := [p for p in jax.tree.leaves(params) if isinstance(p, jax.core.Tracer)]:
         state = init(params)
         _check_sharding(sharding, state)
+        # Devices are those of the arguments that a compiled function needs. A state needs none, and would be on one.
+        state, _ = jax.lax.optimization_barrier((pin(state, sharding), traced[0]))
         return pin(state, sharding)
     like = init(jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=sharding_of(p)), params))
     _check_sharding(sharding, like)
@@ -173,8 +175,8 @@ class Plan(NamedTuple):
 def plan(opt: Any, params: PyTree, mesh: Any, names: Names) -> Plan:
     """The plan for `params`, `jax.ShapeDtypeStruct`s with `NamedSharding`s on `mesh`, spread over the axes `names`."""
     like = opt.init(params)
-    owners = _owners(like, params)
-    units, packed = _units(owners), _packed(like)
+    owned = owners(like, params)
+    units, packed = _units(owned), _packed(like)
     spread = {
         path: (p.sharding, "packed") if path in packed else _spread(p, names, units.get(path, 1))
         for path, p in jax.tree.leaves_with_path(params)
@@ -183,10 +185,9 @@ def plan(opt: Any, params: PyTree, mesh: Any, names: Names) -> Plan:
     state = opt.init(jax.tree.map(lambda p, s: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=s), params, slices))
     shardings, whole = [], []
     placed = iter(jax.tree.leaves(state))
-    for owner, x in owners:
+    for owner, x in owned:
         s, why = (NamedSharding(mesh, PartitionSpec()), "") if owner is None else spread[owner]
         for part in jax.tree.leaves(x):
-            # What was made elsewhere (optax's) has the parameter's shape, but does not say where it is.
             found = next(placed).sharding
             if not (isinstance(found, NamedSharding) and found.mesh == mesh):
                 found = s
@@ -198,7 +199,7 @@ def plan(opt: Any, params: PyTree, mesh: Any, names: Names) -> Plan:
 def divided(opt: Any, params: PyTree, count: int) -> PyTree:
     """For each leaf of `params`, whole arrays, the axis that its state is divided along by `count`; -1 if none is."""
     like = opt.init(_trees.shapes_of(params))
-    units, packed = _units(_owners(like, params)), _packed(like)
+    units, packed = _units(owners(like, params)), _packed(like)
 
     def axis(path: Key, p: Any) -> int:
         divides = count > 1 and path not in packed
@@ -208,10 +209,10 @@ def divided(opt: Any, params: PyTree, count: int) -> PyTree:
     return jax.tree.map_with_path(axis, params)
 
 
-def _units(owners: list[tuple[Key | None, Any]]) -> dict[Key, int]:
+def _units(owned: list[tuple[Key | None, Any]]) -> dict[Key, int]:
     """How many numbers along its last axis must stay together, for each parameter of which something is quantised."""
     units: dict[Key, int] = {}
-    for owner, x in owners:
+    for owner, x in owned:
         if owner is not None and is_quantized(x):
             units[owner] = math.lcm(units.get(owner, 1), x.block_size, 8 // x.bits)
     return units
@@ -348,28 +349,6 @@ def _named(mesh: Any, taken: list[Names], memory_kind: str | None = None) -> Nam
     spec = _spec(taken)
     # As compiled programs name the shardings of their results, which differs: or they would compile again.
     return NamedSharding(mesh, spec if is_explicit(mesh) else shortest(spec), memory_kind=memory_kind)
-
-
-def _owners(state: PyTree, params: PyTree) -> list[tuple[Key | None, Any]]:
-    """For each array of `state` (one that is quantised counts as one), the path of the parameter that it belongs to.
-
-    It is the longest path that the array's own contains, of a parameter of its shape, or of a complex one
-    of whose parts it is; of two such, the one that stands further behind.
-    """
-    by_path = dict(jax.tree.leaves_with_path(params))
-
-    def owner(path: Key, x: Any) -> Key | None:
-        best: tuple[tuple[int, int], Key] | None = None
-        for start in range(len(path) + 1):
-            for end in range(start, len(path) + 1):
-                p = by_path.get(path[start:end])
-                rank = (end - start, start)
-                if p is not None and x.shape[: len(p.shape)] == p.shape and (best is None or rank > best[0]):
-                    best = rank, path[start:end]
-        return None if best is None else best[1]
-
-    leaves = jax.tree.leaves_with_path(state, is_leaf=is_quantized)
-    return [(owner(path, x), x) for path, x in leaves]
 
 
 def _check_sharding(sharding: PyTree, state: PyTree) -> None:
