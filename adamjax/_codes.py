@@ -96,7 +96,7 @@ class QuantizedArray:
       bits: 8 or 4.
       signed: Whether it may hold numbers below 0.
       block_size: Numbers to a scale, along the last axis; its last block may be shorter.
-      size: The length of the last axis.
+      size: The length of the last axis; inside `jax.shard_map`, that which it has in the whole.
     """
 
     codes: Array
@@ -108,8 +108,9 @@ class QuantizedArray:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of the array that it stands for."""
-        return (*self.codes.shape[:-1], self.size)
+        """The shape of the array that it stands for; inside `jax.shard_map`, of the part that is there."""
+        *leading, length = self.codes.shape
+        return (*leading, min(self.size, length * (8 // self.bits)))
 
     @property
     def dtype(self) -> np.dtype:
@@ -135,11 +136,12 @@ class QuantizedArray:
           ValueError: They do not.
         """
         kind = "int8" if self.bits == 8 and self.signed else "uint8"
+        *leading, size = self.shape
         for name, x, length, dtype in (
-            ("codes", self.codes, -(-self.size * self.bits // 8), kind),
-            ("scales", self.scales, -(-self.size // self.block_size), "float32"),
+            ("codes", self.codes, -(-size * self.bits // 8), kind),
+            ("scales", self.scales, -(-size // self.block_size), "float32"),
         ):
-            shape = (*self.shape[:-1], length)
+            shape = (*leading, length)
             if getattr(x, "shape", None) != shape or x.dtype != dtype:
                 found = f"{x.dtype}{list(x.shape)}" if hasattr(x, "shape") else repr(x)
                 raise ValueError(
@@ -168,7 +170,7 @@ class QuantizedArray:
         return _spread(self.scales / self.code.units, self.block_size, y)
 
     def _integers(self) -> Array:
-        stored = _unpack(self.codes, self.size) if self.bits == 4 else self.codes
+        stored = _unpack(self.codes, self.shape[-1]) if self.bits == 4 else self.codes
         return stored.astype(jnp.float32) - self.code.offset
 
 

@@ -9,6 +9,7 @@ while the second one decays under it.
 Only a running maximum is rounded to nearest: it has no decay that this could freeze.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -238,7 +239,8 @@ def settle_growing(x: Array, like: Any) -> Array:
 def store(x: Array, like: Any, dither: Dither | None) -> Any:
     """A moment that is settled, as `like` is stored: in codes by a `dither`, or to nearest without one."""
     if isinstance(like, QuantizedArray):
-        return _codes.encode(x.astype(jnp.float32), like.bits, like.signed, like.block_size, dither)
+        made = _codes.encode(x.astype(jnp.float32), like.bits, like.signed, like.block_size, dither)
+        return dataclasses.replace(made, size=like.size)
     return x.astype(like.dtype)
 
 

@@ -407,6 +407,26 @@ def test_with_zero1(kind):
     assert_close(jax.device_get(found), jax.device_get(expected), RECOMPILED)
 
 
+def test_inside_shard_map_over_some_axes():
+    """Along the others, arrays would have to be gathered."""
+    mesh = make_mesh(AxisType.Auto, (4, 2), ("data", "model"))
+    params = jax.device_put(PARAMS["cube"], NamedSharding(mesh, P(None, None, "model")))
+
+    def step(opt):
+        def advance(params, state):
+            return opt.step(params, state, params)
+
+        mapped = jax.shard_map(advance, mesh=mesh, in_specs=P(), out_specs=P(), axis_names={"data"}, check_vma=False)
+        return jax.jit(mapped)(params, PLAIN_OPT.init(params))
+
+    with pytest.raises(ValueError, match=r"cannot step params: it is inside of jax.shard_map over some"):
+        step(FUSED_OPT)
+    with pytest.warns(UserWarning, match="inside of jax.shard_map over some"):
+        found = step(FORMS["adamw"](fused="auto"))
+    assert found[0].sharding.spec == P(None, None, "model")
+    assert_equal(found, step(PLAIN_OPT))
+
+
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_inside_shard_map(check_vma):
     mesh = make_mesh(AxisType.Auto, (2,))

@@ -445,3 +445,30 @@ def test_all_elements_together(guard, form):
     assert dict(zip(skip.nonfinite.paths, skip.nonfinite.counts, strict=True)) == {n: n == NAN[0] for n in names}
     if guard == "scale":
         assert [state.scale for _, state, _ in history] == [4, 2, 2]
+
+
+@pytest.mark.parametrize("name", ["int8", "int4"])
+@pytest.mark.parametrize("fused", [False, True])
+def test_codes_of_which_each_device_has_some_columns(name, fused):
+    """In shard_map each steps its part as if that were all; the state is still that of the whole."""
+    mesh, spec = make_mesh(AUTO, (2,)), P(None, "data")
+    format = adamjax.quantized(name, block_size=32, min_size=1)
+    opt = adamjax.adamw(LR, mu_dtype=format, nu_dtype=format, fused=fused)
+    whole = jnp.sin(jnp.arange(256 * 256.0)).reshape(256, 256)
+    params = jax.device_put(whole, NamedSharding(mesh, spec))
+    state = opt.init(params)
+    specs = jax.tree.map(lambda x: x.sharding.spec, state)
+
+    def two_steps(params, state):
+        for _ in range(2):
+            params, state = opt.step(jnp.cos(params), state, params)
+        return params, state
+
+    mapped = jax.jit(jax.shard_map(two_steps, mesh=mesh, in_specs=(spec, specs), out_specs=(spec, specs)))
+    found = mapped(params, state)
+    assert jax.tree.structure(found[1]) == jax.tree.structure(state)
+    halves = [jax.jit(two_steps)(x, opt.init(x)) for x in jnp.split(whole, 2, axis=1)]
+    for i, half in enumerate(halves):
+        here = jax.tree.map(lambda x, i=i: np.asarray(x.addressable_shards[i].data), found)
+        for a, b in zip(jax.tree.leaves(here), jax.tree.leaves(half), strict=True):
+            np.testing.assert_array_equal(a, b)

@@ -195,8 +195,20 @@ def _placed(kernel: Kernel, call: Call, scalars: Array, places: Array, *arrays: 
 
 def is_on_one_device(arrays: Sequence[Array]) -> bool:
     """Whether there is but one, or all that is seen here is what one device has."""
-    kinds = {kind for x in arrays for kind in jax.typeof(x).sharding.mesh.axis_types}
-    return AxisType.Manual in kinds or (AxisType.Explicit not in kinds and jax.device_count() == 1)
+    kinds = {kind for x in arrays for kind in _kinds(x)}
+    return kinds == {AxisType.Manual} or (not kinds & {AxisType.Manual, AxisType.Explicit} and jax.device_count() == 1)
+
+
+def is_partly_manual(x: Array) -> bool:
+    """Whether `x` is inside of a `jax.shard_map` over some axes of a mesh, and may be divided along the others."""
+    return len(_kinds(x)) > 1 and AxisType.Manual in _kinds(x)
+
+
+def _kinds(x: Array) -> set[AxisType]:
+    """Those of the axes of its mesh, but for axes in Auto mode of one device."""
+    mesh = jax.typeof(x).sharding.mesh
+    sizes = zip(mesh.axis_types, mesh.axis_sizes, strict=True)
+    return {kind for kind, size in sizes if size > 1 or kind != AxisType.Auto}
 
 
 @cache

@@ -1,6 +1,5 @@
 """ZeRO, stage 1, inside of `jax.shard_map`: the same mathematics, with the collectives written out."""
 
-from dataclasses import replace
 from typing import Any
 
 import jax
@@ -41,16 +40,16 @@ class Zero1Mapped(Wrapper):
     def _update(self, updates: PyTree, state: PyTree, params: PyTree | None, extra: Extra) -> tuple[PyTree, PyTree]:
         _checks.given(params, updates, "zero1_mapped")
         parts = _Parts(self.inner, self.axis, params)
-        updates, new = self.inner._update(parts.sum(updates), _local(state), parts.take(params), extra)
-        return parts.gather(updates), _like(state, new)
+        updates, new = self.inner._update(parts.sum(updates), state, parts.take(params), extra)
+        return parts.gather(updates), new
 
     def step(self, grads: PyTree, state: PyTree, params: PyTree, **extra: Any) -> tuple[PyTree, PyTree]:
         """One whole step: each device steps its part of the parameters, and those parts are then gathered."""
         _checks.given(params, grads, "step", "step(grads, state, params)")
         _checks.updates(grads, params)
         parts = _Parts(self.inner, self.axis, params)
-        params, new = self.inner.step(parts.sum(grads), _local(state), parts.take(params), **extra)
-        return parts.gather(params), _like(state, new)
+        params, new = self.inner.step(parts.sum(grads), state, parts.take(params), **extra)
+        return parts.gather(params), new
 
 
 class _Parts:
@@ -107,22 +106,6 @@ def _check_blocks(state: PyTree) -> None:
                 f"the moments at {_trees.path_of(path)} are quantised in blocks of {x.block_size}, of which a device "
                 f"has parts: {size} numbers of each row. Choose a block_size that divides {size}, or take zero1"
             )
-
-
-def _local(state: PyTree) -> PyTree:
-    """`state`, each quantised array with the length that its part has here."""
-
-    def of_leaf(x: Any) -> Any:
-        if not is_quantized(x):
-            return x
-        return replace(x, size=min(x.size, x.codes.shape[-1] * (8 // x.bits)))
-
-    return jax.tree.map(of_leaf, state, is_leaf=is_quantized)
-
-
-def _like(state: PyTree, new: PyTree) -> PyTree:
-    """The arrays of `new` in the structure of `state`, whose lengths are those of the whole arrays."""
-    return jax.tree.unflatten(jax.tree.structure(state), jax.tree.leaves(new))
 
 
 def zero1_mapped(opt: Any, *, axis: str | Names) -> Zero1Mapped:
