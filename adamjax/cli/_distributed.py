@@ -60,15 +60,19 @@ class Group(NamedTuple):
         return Path(os.fsdecode(np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes().rstrip(b"\0")))
 
     @contextmanager
-    def watched(self, path: Path) -> Iterator[None]:
-        """Within, whatever ends this process, another one says in words what that means for the run in `path`."""
+    def watched(self, folder: Path | None) -> Iterator[None]:
+        """Within, whatever ends this process, another one says in words what that means for the run in `folder`.
+
+        Which is None where it is still to be chosen.
+        """
         if jax.process_count() == 1:
             yield
             return
         said = (
             f"adamjax: process {jax.process_index()} of {jax.process_count()} ended before the run did: by an error of "
             "its own that stands above, by a signal, or because it lost another process (see what that one says). "
-            f"Started again with --resume {path}, on any number of processes, the run goes on from its last checkpoint."
+            f"Started again with --resume {folder or 'and its folder'}, on any number of processes, the run goes on "
+            "from its last checkpoint."
         )
         # In a session of its own: no Ctrl-C ends it.
         command = [sys.executable, "-c", _WATCH, said]

@@ -109,10 +109,11 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 def run(options: dict[str, Any]) -> int:
     """Train, and leave a folder."""
     stop = CtrlC()
-    with _distributed.joined(options) as group:
+    folder = options.get("resume") or options.get("out")
+    with _distributed.joined(options) as group, group.watched(folder):
         with _flags.refusals():
             prepared = _prepare(options, group, group.any(stop))
-        with stop, group.watched(prepared.path):
+        with stop:
             return _lead(prepared, options) if group.leads else _follow(prepared, options)
 
 
