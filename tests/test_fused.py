@@ -162,6 +162,12 @@ def test_parameters_that_are_frozen_or_absent():
     assert_equal(fused.step(grads, fused.init(params), params)[0]["matrix"], params["matrix"])
 
 
+def test_parameters_that_are_numbers():
+    fused, plain = FORMS["adamw"](fused=True), FORMS["adamw"]()
+    params = {"scale": 2.0, "shift": np.float32(3)}
+    assert_equal(fused.step(params, fused.init(params), params), plain.step(params, plain.init(params), params))
+
+
 @pytest.mark.parametrize("form", ["adamw", "amsgrad"])
 @pytest.mark.parametrize("format", FORMATS)
 def test_numbers_at_the_edges(form, format):
