@@ -245,7 +245,7 @@ def largest(x: Array, axis: int = -1) -> Array:
 
 def abstract(x: jax.ShapeDtypeStruct, bits: int, signed: bool, block_size: int) -> QuantizedArray:
     """The types and shardings of what `encode` makes of an array like `x`."""
-    made = jax.eval_shape(lambda: encode(jnp.zeros(x.shape), bits, signed, block_size, None))
+    made = jax.eval_shape(lambda: encode(jnp.zeros(x.shape, x.dtype), bits, signed, block_size, None))
 
     def placed(part: Any, unit: int) -> jax.ShapeDtypeStruct:
         sharding = x.sharding

@@ -59,9 +59,11 @@ def real_dtype(dtype: np.dtype) -> np.dtype:
 @cache
 def compute_dtype(*dtypes: np.dtype) -> np.dtype:
     """The dtype in which arrays of `dtypes` are combined: never below float32."""
+    # Of a byte or less, to which JAX knows no promotion: float32 has them all.
+    wider = [dtype for dtype in dtypes if dtype.itemsize > 1]
     # Even where JAX is told to refuse implicit promotion: this one is explicit.
     with jax.numpy_dtype_promotion("standard"):
-        return reduce(jnp.promote_types, dtypes, jnp.dtype(jnp.float32))
+        return reduce(jnp.promote_types, wider, jnp.dtype(jnp.float32))
 
 
 def path_of(key: tuple[Any, ...]) -> str:

@@ -48,7 +48,10 @@ class Schedule(Value):
 
 def _float(x: Any) -> jax.Array:
     """A count or a number in the precision of the schedule; strong, whatever it came as."""
-    return jnp.asarray(x).astype(jnp.result_type(float))
+    dtype = jnp.result_type(float)
+    if isinstance(x, (int, float, np.ndarray, np.generic)):
+        x = np.asarray(x, dtype)  # not by way of JAX's int32, for which some counts are too large
+    return jnp.asarray(x).astype(dtype)
 
 
 def _steps(count: Any) -> jax.Array:

@@ -15,6 +15,7 @@ from helpers import assert_close, assert_equal
 from tolerances import OPTAX, RECOMPILED
 
 import adamjax
+from adamjax.interop import torch as torch_forms
 
 X = jnp.asarray(np.random.default_rng(0).normal(size=(32, 4)), jnp.float32)
 Y = jnp.sin(X.sum(axis=1, keepdims=True))
@@ -29,6 +30,8 @@ OURS = [
     adamjax.amsgrad(1e-2, mu_dtype=INT8, nu_dtype=INT8),
     adamjax.skip_nonfinite(adamjax.adamw(1e-2, mu_dtype=INT8)),
     adamjax.packed(adamjax.adamw(1e-2), below=32),
+    torch_forms.adam(lr=1e-2, amsgrad=True),
+    torch_forms.nadam(lr=1e-2),
 ]
 
 pytestmark = pytest.mark.usefixtures("lenient")
@@ -99,7 +102,9 @@ def train_equinox(tx):
 
 
 @pytest.mark.parametrize("train", [train_linen, train_nnx, train_equinox])
-@pytest.mark.parametrize("tx", OURS, ids=["adamw", "schedule", "array", "chain", "int8", "skip", "packed"])
+@pytest.mark.parametrize(
+    "tx", OURS, ids=["adamw", "schedule", "array", "chain", "int8", "skip", "packed", "torch", "torch nadam"]
+)
 def test_training(train, tx):
     losses = train(tx)
     assert np.all(np.isfinite(losses))

@@ -162,6 +162,12 @@ def test_parameters_that_are_frozen_or_absent():
     assert_equal(fused.step(grads, fused.init(params), params)[0]["matrix"], params["matrix"])
 
 
+def test_parameters_that_are_numbers():
+    fused, plain = FORMS["adamw"](fused=True), FORMS["adamw"]()
+    params = {"scale": 2.0, "shift": np.float32(3)}
+    assert_equal(fused.step(params, fused.init(params), params), plain.step(params, plain.init(params), params))
+
+
 @pytest.mark.parametrize("form", ["adamw", "amsgrad"])
 @pytest.mark.parametrize("format", FORMATS)
 def test_numbers_at_the_edges(form, format):
@@ -294,6 +300,20 @@ def test_derivatives_are_those_of_the_plain_step():
 
     found = jax.jit(jax.value_and_grad(lambda *x: loss(*x, fused=True), argnums=(0, 1)))(0.1, PARAMS)
     assert_close(found, jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(0.1, PARAMS), 4 * RECOMPILED)
+
+
+@pytest.mark.parametrize("format", ["int8", "int4 and int8"])
+def test_derivatives_beside_codes(format):
+    """The codes of the first step do not depend on the learning rate."""
+
+    def loss(rate, **kw):
+        opt = adamjax.adamw(rate, weight_decay=0.1, **FORMATS[format], **kw)
+        new, _ = opt.step(GRADS, opt.init(PARAMS), PARAMS)
+        return sum(jnp.sum(x**2) for x in jax.tree.leaves(new))
+
+    expected = jax.jit(jax.value_and_grad(loss))(0.1)
+    for compiled in (jax.jit, lambda f: f):
+        assert_close(compiled(jax.value_and_grad(lambda x: loss(x, fused=True)))(0.1), expected, 4 * RECOMPILED)
 
 
 def test_in_place_and_compiled_once():

@@ -58,6 +58,18 @@ def test_small_steps_add_up_in_float16(name):
     assert abs(in_double(p).mean() - 0.98) <= 3e-4
 
 
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2"])
+@pytest.mark.parametrize("name", ["stochastic_rounding", "kahan", "master_weights"])
+def test_small_steps_add_up_in_float8(name, dtype):
+    """200 steps of -1e-3 from 1, below which the numbers lie 1/16 and 1/8 apart."""
+    grads = jnp.ones((200, 4096), dtype)
+    p, _ = after(ROUNDED[name](adamjax.adam(1e-3)), grads[0], grads)
+    assert p.dtype == dtype
+    assert abs(in_double(p).mean() - 0.8) <= float(jnp.finfo(dtype).eps) / 4
+    plain, _ = after(adamjax.adam(1e-3), grads[0], grads)
+    assert np.all(in_double(plain) == 1)
+
+
 def random_walk(dtype, steps=200, size=300):
     """Parameters of all sizes, and updates that are tiny, ordinary, or lead across 0."""
     rng = np.random.default_rng(0)

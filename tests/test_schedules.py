@@ -100,6 +100,11 @@ def test_double_under_x64():
         np.testing.assert_allclose(schedule(33), 0.1 + 0.2 * (1 + math.cos(math.pi * 26 / 63)) / 2, rtol=1e-15)
 
 
+@pytest.mark.parametrize("count", [2**31, 2**40, np.int64(2**40), np.uint64(2**32 + 1), np.array(2**33)])
+def test_counts_beyond_int32(count):
+    assert schedules.linear(0.1, 0.7, 30)(count) == np.float32(0.7)
+
+
 def test_a_schedule_of_mixed_precision_parameters():
     """The rate reaches each leaf in the precision of its arithmetic."""
     with jax.enable_x64(True):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import assert_equal
+from helpers import assert_equal, assert_same_types
 
 import adamjax
 from adamjax import _stochastic, storage
@@ -179,6 +179,14 @@ def test_complex_and_wide_parameters():
     with jax.enable_x64(True):
         small = state_of({"a": jnp.zeros(3, jnp.float64)})
         assert small.mu["a"].dtype == small.nu["a"].dtype == "float64"
+
+
+@pytest.mark.parametrize("format", [INT8, INT4])
+def test_shapes_of_a_state_under_x64(format):
+    opt = adamjax.scale_by_adam(mu_dtype=format, nu_dtype=format)
+    with jax.enable_x64(True):
+        found = opt.init(jax.ShapeDtypeStruct((64, 256), jnp.float32))
+        assert_same_types(found, opt.init(jnp.zeros((64, 256), jnp.float32)))
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Transformations that treat each parameter as if there were no other."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -30,9 +31,20 @@ class PerParameter(Transformation):
     def _update(self, updates: PyTree, state: PyTree, params: PyTree | None, extra: Extra) -> tuple[PyTree, PyTree]:
         _checks.states(state, updates)
         structure, rows = _trees.flatten(updates, state, params)
-        results = [(None, s) if g is None else self._step(g, s, p, extra) for g, s, p in rows]
+        results = [(None, s) if g is None else self._step(g, self._revived(s, g), p, extra) for g, s, p in rows]
         direction, state = _trees.unflatten(structure, results, 2)
         return direction, state
+
+    def _revived(self, state: PyTree, g: Any) -> PyTree:
+        """`state` itself, where there is a mapping of its fields: flax's nnx.Optimizer takes apart what is in place
+        of a parameter.
+        """
+        if not isinstance(state, Mapping):
+            return state
+        like: Any = self.inner._init(_parts(_trees.shapes_of(g)))
+        # A mapping lacks the fields that are None.
+        fields = dict.fromkeys(like._fields) | dict(state)
+        return type(like)(**fields) if fields.keys() == set(like._fields) else state
 
     def _step(self, g: Any, state: PyTree, p: Any, extra: Extra) -> tuple[Array, PyTree]:
         whole = g if p is None else p

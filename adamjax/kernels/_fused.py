@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from adamjax import _checks, _trees, storage
@@ -179,7 +180,7 @@ class Fused(Chain):
           ValueError: The kernel cannot, and `mode` is True.
         """
         p, m, *_ = leaf
-        if g is None or m is None or p.size < CROSSOVER:
+        if g is None or m is None or np.size(p) < CROSSOVER:
             return False
         if (engine := _engine()) is None:
             return self._can(path, f"on {jax.default_backend()} there is no kernel")

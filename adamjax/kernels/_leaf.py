@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax.custom_batching import custom_vmap
+from jax.custom_derivatives import SymbolicZero
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -101,9 +102,17 @@ def _step(kernel: Kernel, form: Form, leaf: Leaf, g: Array, numbers: Numbers, di
     return jax.tree.unflatten(call.structure, batched(kernel, call)(*operands))
 
 
-@_step.defjvp
+@partial(_step.defjvp, symbolic_zeros=True)
 def _step_jvp(kernel: Kernel, form: Form, primals: Any, tangents: Any) -> Any:
-    return jax.jvp(partial(plain_step, form), primals, tangents)
+    """Along what changes only: moments that stay as they are may be codes, which have no derivative."""
+    structure: Any
+    operands, structure = jax.tree.flatten(primals)
+    changes = {i: t for i, t in enumerate(jax.tree.leaves(tangents)) if not isinstance(t, SymbolicZero)}
+
+    def of_changing(changing: dict[int, Any]) -> Leaf:
+        return plain_step(form, *structure.unflatten([changing.get(i, x) for i, x in enumerate(operands)]))
+
+    return jax.jvp(of_changing, ({i: operands[i] for i in changes},), (changes,))
 
 
 # A compiled function of its own: traced once per distinct leaf.
