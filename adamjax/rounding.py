@@ -11,8 +11,8 @@ rounding to nearest loses it, every time. Each wrapper keeps what rounding would
 
 The wrapped transformation sees gradients and parameters in float32, so that it rounds nothing itself. The
 updates that come out are float32: for each half precision parameter p the difference u to what p is to
-become, and p + u is exactly that, whether added by our `apply_updates`, optax's or flax's. Parameters in
-float32 or wider pass through as if there were no wrapper, and keep nothing.
+become, and p + u is exactly that, whether added by our `apply_updates`, optax's or flax's (not by equinox's, which
+leaves the sum in float32). Parameters in float32 or wider pass through as if there were no wrapper, and keep nothing.
 """
 
 from collections.abc import Callable
@@ -96,9 +96,20 @@ class Rounding(Wrapper):
             lambda path, p: self._keep("params" + jax.tree_util.keystr(path), p) if _is_narrow(p) else None, params
         )
 
+    def _check_widths(self, kept: PyTree, params: PyTree) -> None:
+        """Refuse parameters that were half precision at `init`, and have become wider since."""
+        kept_at = {path for path, _ in jax.tree.leaves_with_path(kept)}
+        for path, p in jax.tree.leaves_with_path(params):
+            if path in kept_at and not _is_narrow(p):
+                raise ValueError(
+                    f"params{jax.tree_util.keystr(path)} is {_trees.dtype_of(p)}, and was half precision at init: add "
+                    "the float32 updates with adamjax.apply_updates or optax's, which keep the dtype"
+                )
+
     def _update(self, updates: PyTree, state: PyTree, params: PyTree | None, extra: Extra) -> tuple[PyTree, PyTree]:
         _checks.state(state, RoundingState, type(self).__name__)
         _checks.given(params, updates, type(self).__name__)
+        self._check_widths(state.kept, params)
         _checks.alike(state.kept, self._kept(_trees.shapes_of(params)), "state.kept")
         count = _trees.increment(state.count)
         seen = _trees.map_leaves(lambda p, kept: self._read(p, kept) if _is_narrow(p) else p, params, state.kept)

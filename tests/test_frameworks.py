@@ -32,6 +32,7 @@ OURS = [
     adamjax.packed(adamjax.adamw(1e-2), below=32),
     torch_forms.adam(lr=1e-2, amsgrad=True),
     torch_forms.nadam(lr=1e-2),
+    adamjax.skip_nonfinite(torch_forms.nadam(lr=1e-2)),
 ]
 
 pytestmark = pytest.mark.usefixtures("lenient")
@@ -103,7 +104,9 @@ def train_equinox(tx):
 
 @pytest.mark.parametrize("train", [train_linen, train_nnx, train_equinox])
 @pytest.mark.parametrize(
-    "tx", OURS, ids=["adamw", "schedule", "array", "chain", "int8", "skip", "packed", "torch", "torch nadam"]
+    "tx",
+    OURS,
+    ids=["adamw", "schedule", "array", "chain", "int8", "skip", "packed", "torch", "torch nadam", "torch nadam, skip"],
 )
 def test_training(train, tx):
     losses = train(tx)

@@ -258,3 +258,14 @@ def test_params_and_state_are_checked(name):
         opt.update(p, opt.init(p))
     with pytest.raises(TypeError, match=r"for its state, expected RoundingState"):
         opt.update(p, adamjax.adam().init(p), p)
+
+
+@pytest.mark.parametrize("make", [adamjax.kahan, adamjax.master_weights])
+def test_parameters_that_something_else_made_wider(make):
+    """As p + u does, where JAX promotes."""
+    opt = make(adamjax.adam())
+    params = {"a": jnp.ones(2), "b": jnp.ones(2, jnp.bfloat16)}
+    state = opt.init(params)
+    wider = params | {"b": params["b"].astype(jnp.float32)}
+    with pytest.raises(ValueError, match=r"params\['b'\] is float32, and was half precision at init"):
+        opt.update(wider, state, wider)
