@@ -82,7 +82,8 @@ def train(
     Raises:
       TypeError: `problem` is not a `Problem`, or `optimizer` no transformation.
       ValueError, TypeError: A number of steps is less than 1, or not an int; `seed` is none either; `mesh` is
-        none in Auto mode, or its devices cannot share a batch equally.
+        none in Auto mode, or its devices cannot share a batch equally. In the iterator: `dynamic_loss_scale` is
+        not around all of the optimizer.
       FloatingPointError: In the iterator: as many steps were skipped in a row as the optimizer allows.
 
     >>> import adamjax
@@ -196,14 +197,29 @@ def gradients(
 ) -> tuple[jax.Array, Any]:
     """The loss of update number `step`, and the gradients that the optimizer takes: scaled, if it scales the loss."""
     batch = problem.batch(step, keys.data)
+    scales = _scales(optimizer)
 
     def objective(params: Any) -> tuple[jax.Array, jax.Array]:
         loss = problem.loss(params, batch, jax.random.fold_in(keys.loss, step))
-        return optimizer.scale(loss, state) if isinstance(optimizer, DynamicLossScale) else loss, loss
+        return optimizer.scale(loss, state) if scales else loss, loss
 
     grads, loss = jax.grad(objective, has_aux=True)(params)
     # Of a complex parameter, JAX's gradient is the conjugate of the direction of ascent.
     return loss, jax.tree.map(jnp.conj, grads)
+
+
+def _scales(optimizer: Any) -> bool:
+    """Whether the optimizer scales the loss: one that does so somewhere within divides by a scale that nobody sees."""
+
+    def scales(x: Any) -> bool:
+        return isinstance(x, DynamicLossScale)
+
+    if not scales(optimizer) and any(map(scales, jax.tree.leaves(optimizer, is_leaf=scales))):
+        raise ValueError(
+            f"dynamic_loss_scale is within {type(optimizer).__name__}, where the loss cannot be scaled: "
+            "put it around all the others, dynamic_loss_scale(chain(...))"
+        )
+    return scales(optimizer)
 
 
 def measured_step(problem: Problem, optimizer: Any, keys: Keys, params: Any, state: Any, step: Any) -> AdamStats:
