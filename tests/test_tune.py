@@ -237,6 +237,36 @@ def test_folders_of_other_tunings_are_refused(tmp_path, report):
         small(out=tmp_path, trials=1, confirm=None)
 
 
+def test_what_prints_an_address_goes_on_in_another_process(tmp_path):
+    """Where functions lie in memory is no part of the question."""
+
+    def again():
+        @dataclasses.dataclass(frozen=True)
+        class Problem(Bowl):
+            shape: object = lambda x: x
+
+        class Optimizer:
+            def __call__(self, learning_rate=1e-3, mask=None, *, make):
+                return make(learning_rate, mask=mask)
+
+        optimizer = partial(Optimizer(), make=lambda *args, **others: adamjax.adamw(*args, **others))
+        space = Space(learning_rate=Log(1e-3, 1.0), mask=Choice(None, lambda params: True))
+        return tune(
+            Problem(),
+            optimizer=optimizer,
+            space=space,
+            steps=4,
+            trials=20,
+            execution="vmap",
+            confirm=None,
+            out=tmp_path,
+        )
+
+    first = again()
+    assert "lambda" in (tmp_path / "trials.jsonl").read_text()
+    assert again().to_json() == first.to_json()
+
+
 def test_epsilon_is_searched_in_half_precision_or_when_asked(report):
     assert "eps" not in report.best.arguments
     half = tune(Bowl("bfloat16"), steps=4, trials=20, execution="vmap", confirm=None)

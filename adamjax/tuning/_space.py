@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -215,6 +216,11 @@ class Space:
 
     def __repr__(self) -> str:
         return f"Space({', '.join(f'{_written(name, r)}={_content(r)!r}' for name, r in self.ranges.items())})"
+
+
+def printed(x: Any) -> str:
+    """How it prints in every process: without the address of a function or of an object."""
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(x))
 
 
 def _written(name: str, r: Range) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from adamjax.run_folder import replace
-from adamjax.tuning._space import Setting
+from adamjax.tuning._space import Setting, printed
 
 # Names of stages: of the first trial, and of the runs with fresh seeds.
 DEFAULTS, CONFIRM = "defaults", "confirm"
@@ -166,7 +166,7 @@ def to_json(trial: Trial) -> dict[str, Any]:
 
 def plain(setting: Setting) -> Setting:
     """A setting in JSON's types: what is not a number, a string, a bool or None is shown as it prints."""
-    return {k: x if _is_plain(x) else repr(x) for k, x in setting.items()}
+    return {k: x if _is_plain(x) else printed(x) for k, x in setting.items()}
 
 
 def _is_plain(x: Any) -> bool:

@@ -23,7 +23,7 @@ from adamjax.tuning._population import Runner
 from adamjax.tuning._range_test import LrRange, lr_range_test
 from adamjax.tuning._report import Report
 from adamjax.tuning._runs import Runs
-from adamjax.tuning._space import Log, Setting, Space
+from adamjax.tuning._space import Log, Setting, Space, printed
 from adamjax.tuning._strategy import FEWEST, RANGES, Strategy, plan, staged
 from adamjax.tuning._sweep import bar_of, make, marks_of
 from adamjax.tuning._trial import Journal, plain
@@ -134,7 +134,7 @@ def tune(
         "problem": _question.name_of_problem(problem),
         "parameters": _question.parameters_of(problem),
         "optimizer": _question.name_of(optimizer),
-        "space": repr(searched),
+        "space": printed(searched),
         "stages": stages if isinstance(stages, str) else [[s] if isinstance(s, str) else list(s) for s in stages],
         "sampler": sampler if isinstance(sampler, str) else type(sampler).__name__,
         "trials": trials,
