@@ -81,9 +81,9 @@ def train(
 
     Raises:
       TypeError: `problem` is not a `Problem`, or `optimizer` no transformation.
-      ValueError, TypeError: A number of steps is less than 1, or not an int; `seed` is none either; `mesh` is
-        none in Auto mode, or its devices cannot share a batch equally. In the iterator: `dynamic_loss_scale` is
-        not around all of the optimizer.
+      ValueError, TypeError: A number of steps is less than 1, or not an int; `seed` is none either, or has more than
+        64 bits; `mesh` is none in Auto mode, or its devices cannot share a batch equally. In the iterator:
+        `dynamic_loss_scale` is not around all of the optimizer.
       FloatingPointError: In the iterator: as many steps were skipped in a row as the optimizer allows.
 
     >>> import adamjax
@@ -164,7 +164,7 @@ def keys_of(seed: Any) -> Keys:
       `Keys`, which are the same for the same seed in every process.
 
     Raises:
-      TypeError: `seed` is no such int.
+      TypeError, ValueError: `seed` is no such int, or has more than 64 bits.
     """
     return Keys(*jax.random.split(jax.random.key(_checks.integer("seed", seed)), 3))
 

@@ -103,6 +103,11 @@ def test_reports():
             train(Parabola(), adamjax.adam(), **bad)
 
 
+def test_seeds_of_more_than_64_bits_are_refused():
+    with pytest.raises(ValueError, match="Invalid seed value: 18446744073709551616; seed must fit into 64 bits"):
+        train(Parabola(), adamjax.adam(), steps=1, seed=2**64)
+
+
 def test_runs_are_reproducible():
     first, same, other = (
         np.concatenate([r.losses for r in train(problems.digits(), adamjax.adam(), steps=20, seed=seed)])

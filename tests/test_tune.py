@@ -290,6 +290,16 @@ def test_spaces_and_optimizers_of_ones_own():
     )
 
 
+def test_numbers_of_numpy(tmp_path):
+    space = Space(learning_rate=Log(np.float32(1e-3), np.float64(1)), b1=Linear(np.int64(0), np.float32(0.5)))
+    three, four = np.int64(3), np.int32(4)
+    again = partial(tune, BOWL, space=space, trials=four, steps=four, confirm=(np.int64(1), three), seed=np.uint8(3))
+    first = again(out=tmp_path, execution="vmap")
+    assert first.best.optimizer == adamjax.adamw(**first.best.arguments)
+    assert again(out=tmp_path, execution="vmap").to_json() == first.to_json()
+    assert Report.load(tmp_path).best.arguments == first.best.arguments
+
+
 def test_arguments_given_by_partial_are_kept():
     found = small(optimizer=partial(adamjax.adamw, b1=0.5, weight_decay=0.0), confirm=None)
     assert found.best.arguments.keys() == {"learning_rate", "b2", "amsgrad"}
@@ -396,6 +406,7 @@ BAD = [
     ({"steps": 0}, ValueError, "Invalid steps value: 0; steps must be at least 1"),
     ({"steps": 1.5}, TypeError, "Invalid steps value: 1.5; steps must be an int"),
     ({"seed": -1}, ValueError, "Invalid seed value: -1"),
+    ({"seed": 2**31 - 2, "confirm": (1, 2)}, ValueError, "Invalid seed value: 2147483646; seed, .*must be below 2"),
     ({"mode": "least"}, ValueError, "Invalid mode value: 'least'"),
     ({"metric": "f1"}, ValueError, "Invalid metric value: 'f1'; the problem's evaluate returns loss, score"),
     ({"halving": "yes"}, ValueError, "Invalid halving value: 'yes'"),

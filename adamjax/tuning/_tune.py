@@ -113,15 +113,15 @@ def tune(
     >>> report.best.optimizer == adamjax.adamw(**report.best.arguments)
     True
     """
-    for name, x in (("trials", trials), ("steps", steps)):
-        _checks.count(name, x)
-    _checks.count("seed", seed, 0)
+    trials, steps, seed = _checks.count("trials", trials), _checks.count("steps", steps), _checks.count("seed", seed, 0)
     _checks.choice("mode", mode, ("min", "max"))
     _checks.choice("halving", halving, (True, False, "auto"))
     _checks.choice("resume", resume, (False, True))
     _checks.choice("progress", progress, (False, True))
     _checks.function("optimizer", optimizer)
-    _check_confirm(confirm)
+    confirm = _confirm(confirm)
+    if seed + (confirm[1] if confirm else 0) >= 2**31:
+        raise ValueError(f"Invalid seed value: {seed}; seed, and those after it that confirm, must be below 2**31")
     _check_sampler(sampler, storage)
     if out is not None:
         for module in ("matplotlib", "sklearn"):
@@ -139,7 +139,7 @@ def tune(
         "sampler": sampler if isinstance(sampler, str) else type(sampler).__name__,
         "trials": trials,
         "steps": steps,
-        "confirm": None if confirm is None else list(confirm),
+        "confirm": confirm and list(confirm),
         "metric": metric,
         "mode": mode,
         "seed": seed,
@@ -208,13 +208,13 @@ def _range_test_of(
     return content and LrRange.from_json(content)
 
 
-def _check_confirm(confirm: Any) -> None:
+def _confirm(confirm: Any) -> tuple[int, int] | None:
     if confirm is None:
-        return
+        return None
     if not isinstance(confirm, Sequence) or len(confirm) != 2:
         raise ValueError(f"Invalid confirm value: {confirm!r}; confirm must be two ints, or None")
-    for i, x in enumerate(confirm):
-        _checks.count(f"confirm[{i}]", x)
+    best, seeds = (_checks.count(f"confirm[{i}]", x) for i, x in enumerate(confirm))
+    return best, seeds
 
 
 def _check_sampler(sampler: Any, storage: Any) -> None:
