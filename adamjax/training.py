@@ -177,8 +177,16 @@ def initial(problem: Problem, optimizer: Any, dtype: Any, keys: Keys) -> tuple[A
 
 def first_params(problem: Problem, dtype: Any, keys: Keys) -> Any:
     """The parameters before the first step, of that dtype; None for what the problem gives."""
-    params = problem.init(keys.init)
-    return params if dtype is None else jax.tree.map(lambda p: p.astype(dtype), params)
+    params = jax.tree.map(jnp.asarray, problem.init(keys.init))
+    if dtype is None:
+        return params
+    for path, p in jax.tree.leaves_with_path(params):
+        if jnp.iscomplexobj(p) and not jnp.issubdtype(dtype, jnp.complexfloating):
+            raise TypeError(
+                f"Invalid dtype value: {dtype!r}; params{jax.tree_util.keystr(path)} is {p.dtype}, "
+                "and would lose its imaginary part"
+            )
+    return jax.tree.map(lambda p: p.astype(dtype), params)
 
 
 def train_step(

@@ -73,6 +73,7 @@ def test_digits_data():
     ("change", "message"),
     [
         ({"batch": None}, "Parabola is not a problem: it has no method batch"),
+        ({"init": lambda key: {"n": jnp.zeros(2, int)}}, r"params\['n'\] is int32\[2\], expected a floating point"),
         ({"loss": lambda p, b, k: p["x"]}, r"loss returns .*shape=\(2,\).*expected a real floating point scalar"),
         ({"loss": lambda p, b, k: jnp.zeros((), int)}, "loss returns .*int32.*expected a real"),
         ({"evaluate": lambda p: {"accuracy": p["x"][0]}}, 'evaluate returns .*expected a dict with "loss"'),
@@ -88,6 +89,11 @@ def test_bad_problems(change, message):
         problems.check(problem)
     with pytest.raises(TypeError, match=message):
         train(problem, adamjax.adam(), steps=1)
+
+
+def test_a_class_is_no_problem():
+    with pytest.raises(TypeError, match=r"Parabola is a class, and no problem: make one, Parabola\(...\)"):
+        problems.check(Parabola)
 
 
 def test_reports():
@@ -122,6 +128,18 @@ def test_half_precision_parameters(dtype):
     *_, report = train(problems.digits(), adamjax.adam(3e-3), steps=200, dtype=dtype)
     assert all(p.dtype == dtype for p in jax.tree.leaves(report.params))
     assert report.metrics["accuracy"] > 0.9
+
+
+@pytest.mark.usefixtures("lenient")
+def test_a_dtype_for_numbers_of_python_and_for_complex_parameters():
+    class Plain(Parabola):
+        def init(self, key):
+            return {"x": 0.5}
+
+    *_, report = train(Plain(), adamjax.adam(0.1), steps=1, dtype="bfloat16")
+    assert report.params["x"].dtype == "bfloat16"
+    with pytest.raises(TypeError, match=r"dtype value: 'bfloat16'; params\['x'\] is complex64, and would lose"):
+        next(train(Parabola(1 + 2j), adamjax.adam(), steps=1, dtype="bfloat16"))
 
 
 @pytest.mark.usefixtures("lenient")
