@@ -368,6 +368,21 @@ def test_run_folder_writes_as_it_goes(tmp_path):
     assert (tmp_path / "train-1" / "curves.png").exists()
 
 
+@pytest.mark.parametrize(
+    ("losses", "scale"),
+    [((2, 0), "log"), ((np.nan, 1), "log"), ((-1, -3), "linear"), ((0.5, -0.5), "linear"), ((0, 0), "linear")],
+)
+def test_curves_of_any_sign_are_drawn(tmp_path, monkeypatch, losses, scale):
+    scales = []
+    figures = require("matplotlib.figure", "demo", "drawing")
+    monkeypatch.setattr(figures.Figure, "savefig", lambda self, *_, **__: scales.append(self.axes[0].get_yscale()))
+    folder = RunFolder(tmp_path / "run")
+    for step, loss in enumerate(losses):
+        folder.log({"step": step, "loss": float(loss)})
+    folder.plot()
+    assert scales == [scale]
+
+
 def test_lr_range_command(tmp_path, capsys):
     arguments = ["lr-range", "digits", "--steps", "100", "--optimizer", "adam", "--b1", "0.8"]
     assert cli.main([*arguments, "--plot", str(tmp_path / "range.png")]) == 0
