@@ -274,6 +274,20 @@ def test_bad_commands(tmp_path, capsys, flags, message):
     assert not (tmp_path / "run").exists()
 
 
+class Broken(Parabola):
+    def loss(self, params, batch, key):
+        return jnp.sum(params["x"][:, None] @ batch)  # of two shapes that do not fit
+
+
+@pytest.mark.parametrize("command", ["train --problem", "tune", "lr-range"])
+def test_errors_of_ones_own_problem_say_where(tmp_path, capsys, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main([*command.split(), "test_training:Broken"]) == 2
+    line = inspect.getsourcelines(Broken.loss)[1] + 1
+    assert f"({__file__}, line {line}, in loss)" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
 def test_named_problems(tmp_path):
     for name in cli.PROBLEMS:
         problems.check(getattr(problems, name)())
@@ -311,6 +325,17 @@ def test_divergence_ends_the_command(tmp_path, capsys):
     _, metrics = read(tmp_path / "run")
     assert metrics[-1]["step"] == 10
     assert metrics[-1]["loss"] is None
+
+
+class NeverFinite(Parabola):
+    def loss(self, params, batch, key):
+        return super().loss(params, batch, key) * jnp.nan
+
+
+def test_a_loss_that_never_was_finite_is_not_the_learning_rates(tmp_path, capsys):
+    command = ["train", "--steps", "9", "--problem", "test_training:NeverFinite", "--out", str(tmp_path / "run")]
+    assert cli.main(command) == 1
+    assert "the loss was not finite before the first update: look at the problem's" in capsys.readouterr().err
 
 
 SLOW = """
