@@ -288,6 +288,23 @@ def test_errors_of_ones_own_problem_say_where(tmp_path, capsys, monkeypatch, com
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"lerning_rate": 3}, "has a flag lerning_rate, which train does not know: remove it"),
+        ({"optimizer": "sgd"}, ": --optimizer is 'sgd', expected one of adam, adamax, "),
+        ({"dtype": "float8"}, ": --dtype is 'float8', expected one of bfloat16, float16, float32"),
+        ({"b1": 1.5}, "Invalid beta parameter at index 0: 1.5"),
+    ],
+)
+def test_edited_configs(tmp_path, capsys, flags, message):
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"flags": {"steps": 3} | flags}))
+    assert cli.main(["train", "--config", str(config), "--out", str(tmp_path / "run")]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_named_problems(tmp_path):
     for name in cli.PROBLEMS:
         problems.check(getattr(problems, name)())
