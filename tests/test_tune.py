@@ -232,6 +232,11 @@ def test_folders_of_other_tunings_are_refused(tmp_path, report):
     (tmp_path / "trials.jsonl").write_text("{}\n")
     with pytest.raises(ValueError, match=r"line 1 of .*trials.jsonl is not a trial .*: remove it"):
         small(out=tmp_path, trials=1, confirm=None)
+    for damaged in ('{"question": ', "[]", "{}", '{"question": 3, "notes": []}'):
+        (tmp_path / "tune.json").write_text(damaged)
+        for call in (partial(small, out=tmp_path, trials=1, confirm=None), partial(Report.load, tmp_path)):
+            with pytest.raises(ValueError, match=r"tune.json is damaged .*: choose another folder"):
+                call()
     (tmp_path / "tune.json").unlink()
     with pytest.raises(ValueError, match=r"trials.jsonl has no tune.json beside it"):
         small(out=tmp_path, trials=1, confirm=None)

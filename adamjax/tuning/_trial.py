@@ -80,7 +80,7 @@ class Journal:
             return
         if not resume:
             raise FileExistsError(f"{path} already holds a tuning: resume it, or choose another folder")
-        self.found = json.loads(before)
+        self.found = decided(before, path)
         for name, here in question.items():
             there = self.found["question"].get(name)
             if there != here:
@@ -127,6 +127,20 @@ class Journal:
     def _write_found(self) -> None:
         if self.path is not None and jax.process_index() == 0:
             replace(self.path / "tune.json", json.dumps(self.found, indent=2, allow_nan=False) + "\n")
+
+
+def decided(text: str, path: Path) -> dict[str, Any]:
+    """What a `tune.json` says.
+
+    Raises:
+      ValueError: It is none.
+    """
+    try:
+        found = dict(json.loads(text))
+        found["question"]["optimizer"], found["notes"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path / 'tune.json'} is damaged ({error!r}): choose another folder") from error
+    return found
 
 
 def append(path: Path, finished: int, trials: Iterable[Trial]) -> int:
