@@ -425,6 +425,11 @@ BAD = [
     ({"sampler": "optuna:nsgaii"}, ValueError, "Optuna has no sampler nsgaii"),  # but a module of that name
     ({"storage": "sqlite:///x.db"}, ValueError, "only Optuna's samplers have a storage"),
     ({"sampler": 3}, ValueError, "Invalid sampler value: 3"),
+    (
+        {"space": {"b1": Linear(0.0, 0.9)}},
+        TypeError,
+        r"Invalid space value: \{'b1': .*; space must be a Space, or None",
+    ),
     ({"execution": "pmap"}, ValueError, "Invalid execution value: 'pmap'"),
     ({"optimizer": lambda x: adamjax.adam(x)}, ValueError, "has none of the arguments learning_rate, b1.*give a space"),
     (

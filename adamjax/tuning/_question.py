@@ -34,6 +34,8 @@ def space_of(optimizer: Callable[..., Any], space: Space | None, stages: Stages,
         raise ValueError(f'Invalid stages value: {stages!r}; stages must be "adam", or the arguments of each stage')
     if asked is not None and not (asked and all(s for s in stages)):
         raise ValueError(f"Invalid stages value: {stages!r}; every stage needs at least one argument")
+    if not isinstance(space, Space | None):
+        raise TypeError(f"Invalid space value: {space!r}; space must be a Space, or None")
     if space is not None:
         known, ranges = space.free, space.ranges
     else:
