@@ -59,10 +59,12 @@ def count(name: str, x: Any, least: int = 1) -> int:
 
 
 def integer(name: str, x: Any) -> Any:
-    """Check an argument that is an int, or an array or tracer of ints."""
+    """Check an argument that is an int that an array can hold, or an array or tracer of ints."""
     whole = isinstance(x, int) or jnp.issubdtype(getattr(x, "dtype", np.void), np.integer)
     if isinstance(x, bool) or not whole:
         raise TypeError(f"Invalid {name} value: {x!r}; {name} must be an int, or an array of them")
+    if isinstance(x, int) and not -(2**63) <= x < 2**63:
+        raise ValueError(f"Invalid {name} value: {x!r}; {name} must fit into 64 bits")
     return x
 
 

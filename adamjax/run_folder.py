@@ -58,7 +58,9 @@ class RunFolder:
                 if points:
                     axis.plot(*zip(*points, strict=True), style, label="validation" if name != panel else "training")
             axis.set(xlabel="step", title=panel.replace("_", " "))
-        axes[0].set_yscale("log")
+        losses = [y for line in axes[0].lines for y in line.get_ydata() if math.isfinite(y)]
+        if min(losses, default=0) >= 0 and any(losses):  # a logarithm shows nothing of a loss below 0
+            axes[0].set_yscale("log")
         if axes[0].lines:
             axes[0].legend()
         figure.savefig(self.path / "curves.png", dpi=120)

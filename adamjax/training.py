@@ -81,8 +81,9 @@ def train(
 
     Raises:
       TypeError: `problem` is not a `Problem`, or `optimizer` no transformation.
-      ValueError, TypeError: A number of steps is less than 1, or not an int; `seed` is none either; `mesh` is
-        none in Auto mode, or its devices cannot share a batch equally.
+      ValueError, TypeError: A number of steps is less than 1, or not an int; `seed` is none either, or has more than
+        64 bits; `mesh` is none in Auto mode, or its devices cannot share a batch equally. In the iterator:
+        `dynamic_loss_scale` is not around all of the optimizer.
       FloatingPointError: In the iterator: as many steps were skipped in a row as the optimizer allows.
 
     >>> import adamjax
@@ -163,7 +164,7 @@ def keys_of(seed: Any) -> Keys:
       `Keys`, which are the same for the same seed in every process.
 
     Raises:
-      TypeError: `seed` is no such int.
+      TypeError, ValueError: `seed` is no such int, or has more than 64 bits.
     """
     return Keys(*jax.random.split(jax.random.key(_checks.integer("seed", seed)), 3))
 
@@ -176,8 +177,16 @@ def initial(problem: Problem, optimizer: Any, dtype: Any, keys: Keys) -> tuple[A
 
 def first_params(problem: Problem, dtype: Any, keys: Keys) -> Any:
     """The parameters before the first step, of that dtype; None for what the problem gives."""
-    params = problem.init(keys.init)
-    return params if dtype is None else jax.tree.map(lambda p: p.astype(dtype), params)
+    params = jax.tree.map(jnp.asarray, problem.init(keys.init))
+    if dtype is None:
+        return params
+    for path, p in jax.tree.leaves_with_path(params):
+        if jnp.iscomplexobj(p) and not jnp.issubdtype(dtype, jnp.complexfloating):
+            raise TypeError(
+                f"Invalid dtype value: {dtype!r}; params{jax.tree_util.keystr(path)} is {p.dtype}, "
+                "and would lose its imaginary part"
+            )
+    return jax.tree.map(lambda p: p.astype(dtype), params)
 
 
 def train_step(
@@ -196,14 +205,29 @@ def gradients(
 ) -> tuple[jax.Array, Any]:
     """The loss of update number `step`, and the gradients that the optimizer takes: scaled, if it scales the loss."""
     batch = problem.batch(step, keys.data)
+    scales = _scales(optimizer)
 
     def objective(params: Any) -> tuple[jax.Array, jax.Array]:
         loss = problem.loss(params, batch, jax.random.fold_in(keys.loss, step))
-        return optimizer.scale(loss, state) if isinstance(optimizer, DynamicLossScale) else loss, loss
+        return optimizer.scale(loss, state) if scales else loss, loss
 
     grads, loss = jax.grad(objective, has_aux=True)(params)
     # Of a complex parameter, JAX's gradient is the conjugate of the direction of ascent.
     return loss, jax.tree.map(jnp.conj, grads)
+
+
+def _scales(optimizer: Any) -> bool:
+    """Whether the optimizer scales the loss: one that does so somewhere within divides by a scale that nobody sees."""
+
+    def scales(x: Any) -> bool:
+        return isinstance(x, DynamicLossScale)
+
+    if not scales(optimizer) and any(map(scales, jax.tree.leaves(optimizer, is_leaf=scales))):
+        raise ValueError(
+            f"dynamic_loss_scale is within {type(optimizer).__name__}, where the loss cannot be scaled: "
+            "put it around all the others, dynamic_loss_scale(chain(...))"
+        )
+    return scales(optimizer)
 
 
 def measured_step(problem: Problem, optimizer: Any, keys: Keys, params: Any, state: Any, step: Any) -> AdamStats:

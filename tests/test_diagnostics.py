@@ -306,6 +306,18 @@ def test_figures_of_shards_are_those_of_the_whole(check_vma):
         assert_close(sharded(axis_type, P("data")), expected, RECOMPILED)
 
 
+@pytest.mark.usefixtures("lenient")
+def test_parameters_that_adam_does_not_train():
+    opt = optax.masked(adamjax.adam(0.1), {"a": True, "b": False})
+    updates, state = opt.update(GRADS[2], opt.init(PARAMS), PARAMS)
+    with pytest.raises(ValueError, match=r"no moments of params\['b'\]\['c'\]: .*the gradient should be None"):
+        measure(GRADS[2], updates, state, PARAMS)
+    none = {"b": {"c": None, "d": None}}
+    stats = measure(GRADS[2] | none, updates | none, state, PARAMS)
+    assert stats.paths == ("a",)
+    assert_close(stats["a"], measured(adamjax.adam(0.1), steps=1)[0]["a"], RECOMPILED)
+
+
 def first_stats():
     return measured(adamjax.adam())[0]
 

@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+from bowl import BOWL
 from tolerances import SWEEP
 
 import adamjax
@@ -234,3 +235,14 @@ BAD = [
 def test_bad_input(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_a_scale_of_the_loss():
+    def plain(learning_rate):
+        return adamjax.adam(learning_rate, eps=1e-3)  # which sees gradients that are not scaled back
+
+    ramps = [
+        lr_range_test(BOWL, num_steps=20, optimizer=f)
+        for f in (plain, lambda learning_rate: adamjax.dynamic_loss_scale(plain(learning_rate)))
+    ]
+    np.testing.assert_allclose(ramps[1].losses, ramps[0].losses, rtol=SWEEP)

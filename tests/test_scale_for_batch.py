@@ -38,7 +38,14 @@ def test_what_is_not_given_is_the_default():
     assert scale_for_batch({"b1": 0.5}, old=1, new=1, rule="beta2_half_life") == {"b1": 0.5, "b2": 0.999}
 
 
+def test_no_momentum_goes_with_the_same_batch_size():
+    assert scale_for_batch({"b1": 0.0}, old=8, new=8)["b1"] == 0
+    assert scale_for_batch({"b1": 0.0}, old=8, new=4)["b1"] == 0.5
+    assert all(type(x) is float for x in scale_for_batch({}, old=np.int32(4), new=np.float32(8)).values())
+
+
 BAD = [
+    ({"b1": 0.0}, {"old": 4, "new": 8}, ValueError, r"would make b1 -1: with b1=0, .* for factors below 1$"),
     ({"b1": 0.9}, {"old": 32, "new": 320}, ValueError, r"would make b1 0: with b1=0.9, .* for factors below 10$"),
     ({"b1": 0.5, "b2": 0.4}, {"old": 1, "new": 4}, ValueError, r"would make b2 -1.4: .* below 1.66667$"),
     ({}, {"old": 0, "new": 4}, ValueError, r"^Invalid old value: 0; old must be a positive batch size"),
@@ -46,7 +53,12 @@ BAD = [
     ({}, {"old": 4, "new": 8, "rule": "linear"}, ValueError, r"^Invalid rule value: 'linear'.*'beta2_half_life'"),
     ({"b2": 1.5}, {"old": 4, "new": 8}, ValueError, r"^Invalid beta parameter at index 1: 1.5"),
     ({"learning_rate": np.ones(2)}, {"old": 4, "new": 8}, TypeError, r"only a number can be scaled"),
-    ({"learning_rate": adamjax.schedules.constant(1.0)}, {"old": 4, "new": 8}, TypeError, r"Invalid learning rate"),
+    (
+        {"learning_rate": adamjax.schedules.constant(1.0)},
+        {"old": 4, "new": 8},
+        TypeError,
+        r"only a number .*: scale its peak",
+    ),
 ]
 
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from bowl import BOWL
 from helpers import free_port
 from tolerances import SWEEP
 
@@ -128,6 +129,25 @@ def test_optimizers_of_ones_own():
     found = sweep(DIGITS, [setting], optimizer=warmed_up, steps=STEPS, points=1, execution="vmap")
     *_, report = train(DIGITS, warmed_up(**setting), steps=STEPS)
     np.testing.assert_allclose(found.last[0, 0], report.metrics["loss"], rtol=SWEEP)
+
+
+def test_a_scale_of_the_loss():
+    def scaled(learning_rate):
+        return adamjax.dynamic_loss_scale(adamjax.adam(learning_rate, eps=1e-3))  # which sees gradients not scaled back
+
+    found = sweep(BOWL, [{"learning_rate": 0.1}], optimizer=scaled, steps=STEPS, points=1, execution="vmap")
+    *_, report = train(BOWL, scaled(0.1), steps=STEPS)
+    np.testing.assert_allclose(found.last[0, 0], report.metrics["loss"], rtol=SWEEP)
+    within = "dynamic_loss_scale is within Chain, where the loss cannot be scaled: put it around"
+    with pytest.raises(ValueError, match=within):
+        sweep(
+            BOWL,
+            [{"learning_rate": 0.1}],
+            optimizer=lambda learning_rate: adamjax.chain(scaled(learning_rate)),
+            steps=1,
+        )
+    with pytest.raises(ValueError, match=within):
+        list(train(BOWL, adamjax.chain(scaled(0.1)), steps=1))
 
 
 def test_optimizers_of_optax(by_map, lenient):

@@ -73,6 +73,7 @@ def test_digits_data():
     ("change", "message"),
     [
         ({"batch": None}, "Parabola is not a problem: it has no method batch"),
+        ({"init": lambda key: {"n": jnp.zeros(2, int)}}, r"params\['n'\] is int32\[2\], expected a floating point"),
         ({"loss": lambda p, b, k: p["x"]}, r"loss returns .*shape=\(2,\).*expected a real floating point scalar"),
         ({"loss": lambda p, b, k: jnp.zeros((), int)}, "loss returns .*int32.*expected a real"),
         ({"evaluate": lambda p: {"accuracy": p["x"][0]}}, 'evaluate returns .*expected a dict with "loss"'),
@@ -90,6 +91,11 @@ def test_bad_problems(change, message):
         train(problem, adamjax.adam(), steps=1)
 
 
+def test_a_class_is_no_problem():
+    with pytest.raises(TypeError, match=r"Parabola is a class, and no problem: make one, Parabola\(...\)"):
+        problems.check(Parabola)
+
+
 def test_reports():
     reports = [
         (r.step, len(r.losses), r.metrics is not None)
@@ -101,6 +107,11 @@ def test_reports():
     for bad in ({"steps": 0}, {"steps": 1, "report_every": 0}, {"steps": 1, "evaluate_every": -1}):
         with pytest.raises(ValueError, match="must be at least 1"):
             train(Parabola(), adamjax.adam(), **bad)
+
+
+def test_seeds_of_more_than_64_bits_are_refused():
+    with pytest.raises(ValueError, match="Invalid seed value: 18446744073709551616; seed must fit into 64 bits"):
+        train(Parabola(), adamjax.adam(), steps=1, seed=2**64)
 
 
 def test_runs_are_reproducible():
@@ -117,6 +128,18 @@ def test_half_precision_parameters(dtype):
     *_, report = train(problems.digits(), adamjax.adam(3e-3), steps=200, dtype=dtype)
     assert all(p.dtype == dtype for p in jax.tree.leaves(report.params))
     assert report.metrics["accuracy"] > 0.9
+
+
+@pytest.mark.usefixtures("lenient")
+def test_a_dtype_for_numbers_of_python_and_for_complex_parameters():
+    class Plain(Parabola):
+        def init(self, key):
+            return {"x": 0.5}
+
+    *_, report = train(Plain(), adamjax.adam(0.1), steps=1, dtype="bfloat16")
+    assert report.params["x"].dtype == "bfloat16"
+    with pytest.raises(TypeError, match=r"dtype value: 'bfloat16'; params\['x'\] is complex64, and would lose"):
+        next(train(Parabola(1 + 2j), adamjax.adam(), steps=1, dtype="bfloat16"))
 
 
 @pytest.mark.usefixtures("lenient")
@@ -251,6 +274,37 @@ def test_bad_commands(tmp_path, capsys, flags, message):
     assert not (tmp_path / "run").exists()
 
 
+class Broken(Parabola):
+    def loss(self, params, batch, key):
+        return jnp.sum(params["x"][:, None] @ batch)  # of two shapes that do not fit
+
+
+@pytest.mark.parametrize("command", ["train --problem", "tune", "lr-range"])
+def test_errors_of_ones_own_problem_say_where(tmp_path, capsys, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main([*command.split(), "test_training:Broken"]) == 2
+    line = inspect.getsourcelines(Broken.loss)[1] + 1
+    assert f"({__file__}, line {line}, in loss)" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"lerning_rate": 3}, "has a flag lerning_rate, which train does not know: remove it"),
+        ({"optimizer": "sgd"}, ": --optimizer is 'sgd', expected one of adam, adamax, "),
+        ({"dtype": "float8"}, ": --dtype is 'float8', expected one of bfloat16, float16, float32"),
+        ({"b1": 1.5}, "Invalid beta parameter at index 0: 1.5"),
+    ],
+)
+def test_edited_configs(tmp_path, capsys, flags, message):
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"flags": {"steps": 3} | flags}))
+    assert cli.main(["train", "--config", str(config), "--out", str(tmp_path / "run")]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_named_problems(tmp_path):
     for name in cli.PROBLEMS:
         problems.check(getattr(problems, name)())
@@ -288,6 +342,17 @@ def test_divergence_ends_the_command(tmp_path, capsys):
     _, metrics = read(tmp_path / "run")
     assert metrics[-1]["step"] == 10
     assert metrics[-1]["loss"] is None
+
+
+class NeverFinite(Parabola):
+    def loss(self, params, batch, key):
+        return super().loss(params, batch, key) * jnp.nan
+
+
+def test_a_loss_that_never_was_finite_is_not_the_learning_rates(tmp_path, capsys):
+    command = ["train", "--steps", "9", "--problem", "test_training:NeverFinite", "--out", str(tmp_path / "run")]
+    assert cli.main(command) == 1
+    assert "the loss was not finite before the first update: look at the problem's" in capsys.readouterr().err
 
 
 SLOW = """
@@ -343,6 +408,21 @@ def test_run_folder_writes_as_it_goes(tmp_path):
     assert next_free(tmp_path, "train") == tmp_path / "train-2"
     folder.plot()
     assert (tmp_path / "train-1" / "curves.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("losses", "scale"),
+    [((2, 0), "log"), ((np.nan, 1), "log"), ((-1, -3), "linear"), ((0.5, -0.5), "linear"), ((0, 0), "linear")],
+)
+def test_curves_of_any_sign_are_drawn(tmp_path, monkeypatch, losses, scale):
+    scales = []
+    figures = require("matplotlib.figure", "demo", "drawing")
+    monkeypatch.setattr(figures.Figure, "savefig", lambda self, *_, **__: scales.append(self.axes[0].get_yscale()))
+    folder = RunFolder(tmp_path / "run")
+    for step, loss in enumerate(losses):
+        folder.log({"step": step, "loss": float(loss)})
+    folder.plot()
+    assert scales == [scale]
 
 
 def test_lr_range_command(tmp_path, capsys):

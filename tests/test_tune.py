@@ -232,9 +232,44 @@ def test_folders_of_other_tunings_are_refused(tmp_path, report):
     (tmp_path / "trials.jsonl").write_text("{}\n")
     with pytest.raises(ValueError, match=r"line 1 of .*trials.jsonl is not a trial .*: remove it"):
         small(out=tmp_path, trials=1, confirm=None)
+    for damaged in ('{"question": ', "[]", "{}", '{"question": 3, "notes": []}'):
+        (tmp_path / "tune.json").write_text(damaged)
+        for call in (partial(small, out=tmp_path, trials=1, confirm=None), partial(Report.load, tmp_path)):
+            with pytest.raises(ValueError, match=r"tune.json is damaged .*: choose another folder"):
+                call()
     (tmp_path / "tune.json").unlink()
     with pytest.raises(ValueError, match=r"trials.jsonl has no tune.json beside it"):
         small(out=tmp_path, trials=1, confirm=None)
+
+
+def test_what_prints_an_address_goes_on_in_another_process(tmp_path):
+    """Where functions lie in memory is no part of the question."""
+
+    def again():
+        @dataclasses.dataclass(frozen=True)
+        class Problem(Bowl):
+            shape: object = lambda x: x
+
+        class Optimizer:
+            def __call__(self, learning_rate=1e-3, mask=None, *, make):
+                return make(learning_rate, mask=mask)
+
+        optimizer = partial(Optimizer(), make=lambda *args, **others: adamjax.adamw(*args, **others))
+        space = Space(learning_rate=Log(1e-3, 1.0), mask=Choice(None, lambda params: True))
+        return tune(
+            Problem(),
+            optimizer=optimizer,
+            space=space,
+            steps=4,
+            trials=20,
+            execution="vmap",
+            confirm=None,
+            out=tmp_path,
+        )
+
+    first = again()
+    assert "lambda" in (tmp_path / "trials.jsonl").read_text()
+    assert again().to_json() == first.to_json()
 
 
 def test_epsilon_is_searched_in_half_precision_or_when_asked(report):
@@ -258,6 +293,16 @@ def test_spaces_and_optimizers_of_ones_own():
     assert str(found.best).startswith(
         "test_tune.test_spaces_and_optimizers_of_ones_own.<locals>.clipped(learning_rate="
     )
+
+
+def test_numbers_of_numpy(tmp_path):
+    space = Space(learning_rate=Log(np.float32(1e-3), np.float64(1)), b1=Linear(np.int64(0), np.float32(0.5)))
+    three, four = np.int64(3), np.int32(4)
+    again = partial(tune, BOWL, space=space, trials=four, steps=four, confirm=(np.int64(1), three), seed=np.uint8(3))
+    first = again(out=tmp_path, execution="vmap")
+    assert first.best.optimizer == adamjax.adamw(**first.best.arguments)
+    assert again(out=tmp_path, execution="vmap").to_json() == first.to_json()
+    assert Report.load(tmp_path).best.arguments == first.best.arguments
 
 
 def test_arguments_given_by_partial_are_kept():
@@ -366,6 +411,7 @@ BAD = [
     ({"steps": 0}, ValueError, "Invalid steps value: 0; steps must be at least 1"),
     ({"steps": 1.5}, TypeError, "Invalid steps value: 1.5; steps must be an int"),
     ({"seed": -1}, ValueError, "Invalid seed value: -1"),
+    ({"seed": 2**31 - 2, "confirm": (1, 2)}, ValueError, "Invalid seed value: 2147483646; seed, .*must be below 2"),
     ({"mode": "least"}, ValueError, "Invalid mode value: 'least'"),
     ({"metric": "f1"}, ValueError, "Invalid metric value: 'f1'; the problem's evaluate returns loss, score"),
     ({"halving": "yes"}, ValueError, "Invalid halving value: 'yes'"),
@@ -379,6 +425,11 @@ BAD = [
     ({"sampler": "optuna:nsgaii"}, ValueError, "Optuna has no sampler nsgaii"),  # but a module of that name
     ({"storage": "sqlite:///x.db"}, ValueError, "only Optuna's samplers have a storage"),
     ({"sampler": 3}, ValueError, "Invalid sampler value: 3"),
+    (
+        {"space": {"b1": Linear(0.0, 0.9)}},
+        TypeError,
+        r"Invalid space value: \{'b1': .*; space must be a Space, or None",
+    ),
     ({"execution": "pmap"}, ValueError, "Invalid execution value: 'pmap'"),
     ({"optimizer": lambda x: adamjax.adam(x)}, ValueError, "has none of the arguments learning_rate, b1.*give a space"),
     (

@@ -67,6 +67,7 @@ def test_repr_is_what_was_written():
 
 
 BAD = [
+    (lambda: SPACE.points(2, seed=-1), "Invalid seed value: -1; seed must be at least 0"),
     (lambda: Log(1e-1, 1e-4), r"^Invalid range: Log\(low=0.1, high=0.0001\); low must be below high"),
     (lambda: Linear(1.0, 1.0), r"low must be below high"),
     (lambda: Log(0.0, 1.0), r"a logarithmic range starts above 0"),

@@ -46,21 +46,29 @@ def _parse(arguments: Sequence[str] | None) -> dict[str, Any]:
     _kernels.add_parser(commands)
     options = vars(parser.parse_args(arguments))
     if options["command"] == "train" and ("config" in options or "resume" in options):
-        train.set_defaults(**_earlier_flags(options))
+        train.set_defaults(**_earlier_flags(options, train))
         options = vars(parser.parse_args(arguments))
         if "resume" in options:
             _refuse_changes(options, train)
     return options
 
 
-def _earlier_flags(options: dict[str, Any]) -> dict[str, Any]:
-    """Those of the run that `--resume` or `--config` names."""
+def _earlier_flags(options: dict[str, Any], train: argparse.ArgumentParser) -> dict[str, Any]:
+    """Those of the run that `--resume` or `--config` names; they may have been edited, or be of another version."""
     path = options["resume"] / "config.json" if "resume" in options else options["config"]
+    said = f"--resume {options['resume']}: {path}" if "resume" in options else f"--config {path}"
     try:
-        return dict(json.loads(path.read_text())["flags"])
+        flags = dict(json.loads(path.read_text())["flags"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        said = f"--resume {options['resume']}: {path}" if "resume" in options else f"--config {path}"
         raise CommandError(f"{said} is not the config.json of a run ({error!r})") from error
+    known = {action.dest: action for action in train._actions}
+    for name, x in flags.items():
+        if name not in known:
+            raise CommandError(f"{said} has a flag {name}, which train does not know: remove it")
+        choices = known[name].choices  # argparse does not look at them where a flag has its default
+        if choices and x not in choices:
+            raise CommandError(f"{said}: {flag(name)} is {x!r}, expected one of {', '.join(choices)}")
+    return flags
 
 
 def _refuse_changes(options: dict[str, Any], train: argparse.ArgumentParser) -> None:

@@ -5,6 +5,7 @@ import importlib
 import inspect
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -129,9 +130,25 @@ def accepted(make: Callable[..., Any], options: dict[str, Any], flags: Flags, wh
 
 
 @contextmanager
-def refusals() -> Iterator[None]:
-    """What the library says of bad arguments is for the user to read, without a traceback."""
+def refusals(problem: str = "") -> Iterator[None]:
+    """What the library says of bad arguments is for the user to read, without a traceback.
+
+    Of an error in the module of a problem of the user's own, named `problem`, it is said where.
+    """
     try:
         yield
     except (ImportError, OSError, TypeError, ValueError) as error:
-        raise CommandError(str(error)) from error
+        raise CommandError(f"{error}{_place(error, problem)}") from error
+
+
+def _place(error: Exception, problem: str) -> str:
+    """The last place in the package of the problem that the error went through; empty where it did not, or is ours."""
+    module, _, attribute = problem.partition(":")
+    package = module.partition(".")[0]
+    if not attribute or package == __package__.partition(".")[0]:
+        return ""
+    found = ""
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        if frame.f_globals.get("__name__", "").partition(".")[0] == package:
+            found = f" ({frame.f_code.co_filename}, line {line}, in {frame.f_code.co_name})"
+    return found

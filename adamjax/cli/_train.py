@@ -111,7 +111,7 @@ def run(options: dict[str, Any]) -> int:
     stop = CtrlC()
     folder = options.get("resume") or options.get("out")
     with _distributed.joined(options) as group, group.watched(folder):
-        with _flags.refusals():
+        with _flags.refusals(options["problem"]):
             prepared = _prepare(options, group, group.any(stop))
         with stop:
             return _lead(prepared, options) if group.leads else _follow(prepared, options)
@@ -249,6 +249,8 @@ def _record(report: training.Report, rate: Callable[[int], Any]) -> dict[str, An
 
 def _advice(report: training.Report, rate: Callable[[int], Any], options: dict[str, Any]) -> str:
     step = report.diverged_at or 0
+    if step == 1:
+        return "adamjax: the loss was not finite before the first update: look at the problem's data, init and loss."
     tries = [f"a --learning-rate below {options['learning_rate']:g} (a tenth, say)"]
     if "warmup_steps" in inspect.signature(getattr(schedules, options["schedule"])).parameters:
         tries.append("more --warmup-steps")

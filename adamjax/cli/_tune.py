@@ -98,7 +98,7 @@ def _add_optimizer(parser: Any, description: str) -> Any:
 
 def lr_range(options: dict[str, Any]) -> int:
     """Suggest learning rates."""
-    with _flags.refusals():
+    with _flags.refusals(options["problem"]):
         found = tuning.lr_range_test(
             _flags.problem(options),
             min_lr=options["min_lr"],
@@ -130,7 +130,7 @@ def tune(options: dict[str, Any]) -> int:
         raise _flags.CommandError("--resume needs --out, the folder to go on with")
     out = options["out"] if "out" in options else next_free(Path("runs"), "tune")
     try:
-        with _flags.refusals():
+        with _flags.refusals(options["problem"]):
             report = tuning.tune(
                 _flags.problem(options),
                 trials=options["trials"],

@@ -160,12 +160,12 @@ def measure(
     _checks.updates(grads, params)
     _checks.updates(updates, params)
     _across.check_axis_name(axis_name)
-    moments = _moments_by_path(state, opt, params)
     _, rows = _trees.flatten(grads, updates, params)
     keys = [key for key, _ in jax.tree.leaves_with_path(grads, is_leaf=_trees.is_none)]
     chosen = [(key, *row) for key, row in zip(keys, rows, strict=True) if row[0] is not None]
     if not chosen:
         raise ValueError("there are no gradients to measure: all of them are None, or the tree is empty")
+    moments = _moments_by_path(state, opt, params, {key for key, *_ in chosen})
     sums, rates, hyper, counts = [], [], [], []
     for key, g, u, p in chosen:
         found = moments[key]
@@ -198,8 +198,8 @@ class _Moments(NamedTuple):
     member: Any  # of the optimizer, that has the hyperparameters
 
 
-def _moments_by_path(state: PyTree, opt: Any, params: PyTree) -> dict[Any, _Moments]:
-    """The moments of each parameter, by the key path of the parameter."""
+def _moments_by_path(state: PyTree, opt: Any, params: PyTree, needed: set[Any]) -> dict[Any, _Moments]:
+    """The moments of the parameters, by their key paths: at least of those that are `needed`."""
     keys = [key for key, _ in jax.tree.leaves_with_path(params)]
     nodes = _moments.find(state)
     if not nodes:
@@ -217,10 +217,13 @@ def _moments_by_path(state: PyTree, opt: Any, params: PyTree) -> dict[Any, _Mome
                 if whose is not None:
                     found[whose] = _Moments(node.count, m, v, v_max, member)
     for key, p in jax.tree.leaves_with_path(params):
+        if key not in needed:
+            continue
         name = f"params{jax.tree_util.keystr(key)}"
         if key not in found:
             raise ValueError(
-                f"the state has no moments of {name}: it belongs to other parameters, or another optimizer"
+                f"the state has no moments of {name}: it belongs to other parameters, or another optimizer "
+                "(of a parameter that Adam does not train, the gradient should be None)"
             )
         shape = np.shape(p)
         if found[key].m.shape not in (shape, (*shape, 2)):

@@ -6,6 +6,8 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 
+from adamjax import _checks
+
 
 @runtime_checkable
 class Problem(Protocol):
@@ -48,8 +50,10 @@ def check(problem: Any) -> None:
       problem: The object.
 
     Raises:
-      TypeError: A method is missing, or returns something else than the protocol says.
+      TypeError: A method is missing, or returns something else than the protocol says; or it is a class.
     """
+    if isinstance(problem, type):
+        raise TypeError(f"{problem.__name__} is a class, and no problem: make one, {problem.__name__}(...)")
     missing = [name for name in ("init", "batch", "loss", "evaluate") if not callable(getattr(problem, name, None))]
     if missing:
         raise TypeError(
@@ -58,6 +62,7 @@ def check(problem: Any) -> None:
         )
     key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype)
     params = jax.eval_shape(problem.init, key)
+    _checks.parameters(params)
     batch = jax.eval_shape(problem.batch, jax.ShapeDtypeStruct((), jnp.int32), key)
     loss = jax.eval_shape(problem.loss, params, batch, key)
     if not (isinstance(loss, jax.ShapeDtypeStruct) and loss.shape == () and jnp.issubdtype(loss.dtype, jnp.floating)):

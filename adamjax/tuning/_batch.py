@@ -30,8 +30,8 @@ def scale_for_batch(hparams: Mapping[str, Any], *, old: int, new: int, rule: str
       All of `hparams`, with those changed.
 
     Raises:
-      ValueError: A batch size is not positive, a number is out of its range, or the scaled b1 or b2
-        would not be above 0; the message has the largest factor that is possible.
+      ValueError: A batch size is not positive, a number is out of its range, or a larger batch would bring b1 or b2
+        down to 0; the message has the largest factor that is possible.
       TypeError: One of the numbers is a schedule or an array: scale its peak.
 
     References:
@@ -51,12 +51,12 @@ def scale_for_batch(hparams: Mapping[str, Any], *, old: int, new: int, rule: str
     names = ("learning_rate", "b1", "b2", "eps") if rule == "sqrt" else ("b2",)
     defaults = inspect.signature(adam).parameters
     now = {name: _number(name, hparams.get(name, defaults[name].default)) for name in names}
-    factor = new / old
+    factor = float(new) / float(old)
     if rule == "beta2_half_life":
         return {**hparams, "b2": now["b2"] ** factor}
     scaled = {name: _one_minus(factor * _one_minus(now[name])) for name in ("b1", "b2")}
     least = min(scaled, key=lambda name: scaled[name])
-    if scaled[least] <= 0:
+    if scaled[least] <= 0 and factor > 1:
         raise ValueError(
             f"a batch {factor:g} times as large would make {least} {scaled[least]:g}: with {least}={now[least]:g}, "
             f"the square root rule holds for factors below {1 / _one_minus(now[least]):g}"
@@ -66,7 +66,7 @@ def scale_for_batch(hparams: Mapping[str, Any], *, old: int, new: int, rule: str
 
 
 def _number(name: str, x: Any) -> float:
-    checked = _checks.number(name, x, below=1.0 if name in ("b1", "b2") else math.inf)
+    checked = x if callable(x) else _checks.number(name, x, below=1.0 if name in ("b1", "b2") else math.inf)
     if not isinstance(checked, float):
         raise TypeError(f"{name} is {x!r}, and only a number can be scaled: scale its peak, or each of its values")
     return checked

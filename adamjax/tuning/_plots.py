@@ -9,6 +9,7 @@ import numpy as np
 from adamjax._extras import require
 from adamjax.tuning._trial import Trial
 
+LONGEST = 20  # name of a value; a longer one would leave no room for the picture
 BEST, DEFAULTS, OTHERS, INFEASIBLE = "C0", "C1", "0.75", "C3"
 
 
@@ -65,7 +66,8 @@ def axis_of(name: str, values: Sequence[Any]) -> Axis:
     """Logarithmic where the values span a decade; the betas by what they lack of 1."""
     if not all(isinstance(x, (int, float)) and not isinstance(x, bool) for x in values):
         names = sorted({repr(x) for x in values})
-        return Axis(name, "linear", np.asarray([float(names.index(repr(x))) for x in values]), names)
+        shown = [x if len(x) <= LONGEST else f"{x[: LONGEST - 3]}..." for x in names]
+        return Axis(name, "linear", np.asarray([float(names.index(repr(x))) for x in values]), shown)
     x = np.asarray(values, float)
     if name in ("b1", "b2"):
         return Axis(f"1 - {name}", "log", 1 - x, None)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from adamjax._optimizers import adamw
 from adamjax._stochastic import is_narrow
 from adamjax.problems import Problem
-from adamjax.tuning._space import Setting, Space
+from adamjax.tuning._space import Setting, Space, printed
 from adamjax.tuning._strategy import RANGES
 
 Stages = str | Sequence[str | Sequence[str]]
@@ -34,6 +34,8 @@ def space_of(optimizer: Callable[..., Any], space: Space | None, stages: Stages,
         raise ValueError(f'Invalid stages value: {stages!r}; stages must be "adam", or the arguments of each stage')
     if asked is not None and not (asked and all(s for s in stages)):
         raise ValueError(f"Invalid stages value: {stages!r}; every stage needs at least one argument")
+    if not isinstance(space, Space | None):
+        raise TypeError(f"Invalid space value: {space!r}; space must be a Space, or None")
     if space is not None:
         known, ranges = space.free, space.ranges
     else:
@@ -70,10 +72,10 @@ def _given(optimizer: Callable[..., Any]) -> dict[str, Any]:
 def name_of(optimizer: Callable[..., Any]) -> str:
     """An expression for it, as far as there is one: adamjax.adamw."""
     if isinstance(optimizer, partial):
-        given = [*map(repr, optimizer.args), *(f"{k}={x!r}" for k, x in optimizer.keywords.items())]
+        given = [*map(printed, optimizer.args), *(f"{k}={printed(x)}" for k, x in optimizer.keywords.items())]
         return f"functools.partial({', '.join([name_of(optimizer.func), *given])})"
     if not hasattr(optimizer, "__qualname__"):
-        return repr(optimizer)
+        return printed(optimizer)
     package, name = optimizer.__module__.split(".")[0], optimizer.__qualname__
     public = getattr(importlib.import_module(package), name, None) is optimizer
     return f"{package if public else optimizer.__module__}.{name}"
@@ -81,7 +83,7 @@ def name_of(optimizer: Callable[..., Any]) -> str:
 
 def name_of_problem(problem: Problem) -> str:
     """How it prints; its class where that would be an address."""
-    return type(problem).__qualname__ if type(problem).__repr__ is object.__repr__ else repr(problem)
+    return type(problem).__qualname__ if type(problem).__repr__ is object.__repr__ else printed(problem)
 
 
 def parameters_of(problem: Problem) -> str:

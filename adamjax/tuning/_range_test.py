@@ -12,7 +12,7 @@ import numpy as np
 from jax import lax
 
 from adamjax import _checks
-from adamjax._base import chain
+from adamjax._base import as_transformation
 from adamjax._extras import require
 from adamjax._optimizers import adamw
 from adamjax.problems import Problem, check
@@ -273,7 +273,7 @@ def lr_range_test(
 
 def _ramp(problem: Problem, optimizer: Any, steps: int, seed: int) -> np.ndarray:
     """The losses of one run, in one program."""
-    opt = chain(optimizer)
+    opt = as_transformation(optimizer, "what the optimizer returns")
 
     @jax.jit
     def run(keys: Any) -> jax.Array:

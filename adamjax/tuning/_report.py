@@ -281,13 +281,13 @@ class Report:
         found, lines = _trial.read(path)
         if not found:
             raise ValueError(f"{path} holds no tuning: it has no tune.json")
-        content = json.loads(found)
+        content = _trial.decided(found, path)
         curve = content.get("range_test")
         name = content["question"]["optimizer"]
         return cls(
             content["question"],
             _trial.parse(lines, path),
-            content["defaults"],
+            content.get("defaults", {}),
             getattr(_optimizers, name.removeprefix("adamjax."), None) if name.startswith("adamjax.") else None,
             curve and LrRange.from_json(curve),
             content.get("explored", {}),

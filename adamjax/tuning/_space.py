@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -184,11 +185,11 @@ class Space:
           Keyword arguments of the optimizer, a dict for each point.
 
         Raises:
-          ValueError: `count` is less than 1 (of a grid, 2), or `method` is not one of these.
+          ValueError: `count` is less than 1 (of a grid, 2), `seed` less than 0, or `method` is not one of these.
         """
         _checks.choice("method", method, METHODS)
         _checks.integer("count", count)
-        _checks.integer("seed", seed)
+        _checks.count("seed", seed, 0)
         if count < (2 if method == "grid" else 1):
             raise ValueError(f"Invalid count value: {count}; a space has at least 1 point, a grid 2 along each range")
         rows: Iterable[Any]
@@ -217,6 +218,11 @@ class Space:
         return f"Space({', '.join(f'{_written(name, r)}={_content(r)!r}' for name, r in self.ranges.items())})"
 
 
+def printed(x: Any) -> str:
+    """How it prints in every process: without the address of a function or of an object."""
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(x))
+
+
 def _written(name: str, r: Range) -> str:
     """The argument of `Space` that gives `name` the range `r`."""
     return f"one_minus_{name}" if isinstance(r, OneMinus) else name
@@ -240,5 +246,7 @@ def _check_range(r: Log | Linear) -> None:
         x = getattr(r, name)
         if isinstance(x, bool) or not isinstance(x, (int, float, np.integer, np.floating)) or not math.isfinite(x):
             raise ValueError(f"Invalid range: {r}; {name} must be a finite number")
+        if isinstance(x, np.generic):  # which JSON has none of
+            object.__setattr__(r, name, x.item())
     if r.low >= r.high:
         raise ValueError(f"Invalid range: {r}; low must be below high")

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from adamjax import _checks
-from adamjax._base import chain
+from adamjax._base import as_transformation
 from adamjax._extras import require
 from adamjax._optimizers import adamw
 from adamjax.problems import Problem
@@ -258,7 +258,7 @@ def alike(opts: Sequence[Any]) -> list[list[int]]:
 def make(optimizer: Callable[..., Any], setting: Setting, position: int) -> Any:
     """The optimizer, as one of ours wherever it is from."""
     try:
-        return chain(optimizer(**setting))
+        return as_transformation(optimizer(**setting), "what the optimizer returns")
     except (TypeError, ValueError) as error:
         kind = TypeError if isinstance(error, TypeError) else ValueError
         raise kind(f"setting {position}, {setting}: {error}") from error

@@ -13,7 +13,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from adamjax.run_folder import replace
-from adamjax.tuning._space import Setting
+from adamjax.tuning._space import Setting, printed
 
 # Names of stages: of the first trial, and of the runs with fresh seeds.
 DEFAULTS, CONFIRM = "defaults", "confirm"
@@ -80,7 +80,7 @@ class Journal:
             return
         if not resume:
             raise FileExistsError(f"{path} already holds a tuning: resume it, or choose another folder")
-        self.found = json.loads(before)
+        self.found = decided(before, path)
         for name, here in question.items():
             there = self.found["question"].get(name)
             if there != here:
@@ -129,6 +129,20 @@ class Journal:
             replace(self.path / "tune.json", json.dumps(self.found, indent=2, allow_nan=False) + "\n")
 
 
+def decided(text: str, path: Path) -> dict[str, Any]:
+    """What a `tune.json` says.
+
+    Raises:
+      ValueError: It is none.
+    """
+    try:
+        found = dict(json.loads(text))
+        found["question"]["optimizer"], found["notes"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path / 'tune.json'} is damaged ({error!r}): choose another folder") from error
+    return found
+
+
 def append(path: Path, finished: int, trials: Iterable[Trial]) -> int:
     """Add a line for each trial after the first `finished` bytes, and wait until they are on the disk; the new size."""
     lines = "".join(json.dumps(to_json(t), allow_nan=False) + "\n" for t in trials).encode()
@@ -166,7 +180,7 @@ def to_json(trial: Trial) -> dict[str, Any]:
 
 def plain(setting: Setting) -> Setting:
     """A setting in JSON's types: what is not a number, a string, a bool or None is shown as it prints."""
-    return {k: x if _is_plain(x) else repr(x) for k, x in setting.items()}
+    return {k: x if _is_plain(x) else printed(x) for k, x in setting.items()}
 
 
 def _is_plain(x: Any) -> bool:

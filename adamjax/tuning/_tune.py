@@ -23,7 +23,7 @@ from adamjax.tuning._population import Runner
 from adamjax.tuning._range_test import LrRange, lr_range_test
 from adamjax.tuning._report import Report
 from adamjax.tuning._runs import Runs
-from adamjax.tuning._space import Log, Setting, Space
+from adamjax.tuning._space import Log, Setting, Space, printed
 from adamjax.tuning._strategy import FEWEST, RANGES, Strategy, plan, staged
 from adamjax.tuning._sweep import bar_of, make, marks_of
 from adamjax.tuning._trial import Journal, plain
@@ -113,15 +113,15 @@ def tune(
     >>> report.best.optimizer == adamjax.adamw(**report.best.arguments)
     True
     """
-    for name, x in (("trials", trials), ("steps", steps)):
-        _checks.count(name, x)
-    _checks.count("seed", seed, 0)
+    trials, steps, seed = _checks.count("trials", trials), _checks.count("steps", steps), _checks.count("seed", seed, 0)
     _checks.choice("mode", mode, ("min", "max"))
     _checks.choice("halving", halving, (True, False, "auto"))
     _checks.choice("resume", resume, (False, True))
     _checks.choice("progress", progress, (False, True))
     _checks.function("optimizer", optimizer)
-    _check_confirm(confirm)
+    confirm = _confirm(confirm)
+    if seed + (confirm[1] if confirm else 0) >= 2**31:
+        raise ValueError(f"Invalid seed value: {seed}; seed, and those after it that confirm, must be below 2**31")
     _check_sampler(sampler, storage)
     if out is not None:
         for module in ("matplotlib", "sklearn"):
@@ -134,12 +134,12 @@ def tune(
         "problem": _question.name_of_problem(problem),
         "parameters": _question.parameters_of(problem),
         "optimizer": _question.name_of(optimizer),
-        "space": repr(searched),
+        "space": printed(searched),
         "stages": stages if isinstance(stages, str) else [[s] if isinstance(s, str) else list(s) for s in stages],
         "sampler": sampler if isinstance(sampler, str) else type(sampler).__name__,
         "trials": trials,
         "steps": steps,
-        "confirm": None if confirm is None else list(confirm),
+        "confirm": confirm and list(confirm),
         "metric": metric,
         "mode": mode,
         "seed": seed,
@@ -208,13 +208,13 @@ def _range_test_of(
     return content and LrRange.from_json(content)
 
 
-def _check_confirm(confirm: Any) -> None:
+def _confirm(confirm: Any) -> tuple[int, int] | None:
     if confirm is None:
-        return
+        return None
     if not isinstance(confirm, Sequence) or len(confirm) != 2:
         raise ValueError(f"Invalid confirm value: {confirm!r}; confirm must be two ints, or None")
-    for i, x in enumerate(confirm):
-        _checks.count(f"confirm[{i}]", x)
+    best, seeds = (_checks.count(f"confirm[{i}]", x) for i, x in enumerate(confirm))
+    return best, seeds
 
 
 def _check_sampler(sampler: Any, storage: Any) -> None:
