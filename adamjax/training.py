@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from adamjax import _checks
-from adamjax._base import Transformation, apply_updates, as_transformation
+from adamjax._base import Transformation, as_transformation
 from adamjax.diagnostics import AdamStats, measure
 from adamjax.problems import Problem, check
 from adamjax.safety import DynamicLossScale, check_skipped
@@ -58,7 +58,7 @@ def train(
 
     Args:
       problem: What to train.
-      optimizer: One of this package's, or optax's.
+      optimizer: One of this package's, or optax's. The loss of the batch is what one that watches it gets as `value`.
       steps: Number of updates.
       seed: Of the parameters, the data order and the keys of the loss.
       dtype: Dtype of the parameters; None for what `problem.init` gives.
@@ -194,10 +194,8 @@ def train_step(
 ) -> tuple[Any, Any, jax.Array]:
     """Update number `step` (0 for the first): the new parameters and state, and the loss before it."""
     loss, grads = gradients(problem, optimizer, keys, params, state, step)
-    if isinstance(optimizer, Transformation):
-        return *optimizer.step(grads, state, params), loss
-    updates, state = optimizer.update(grads, state, params)
-    return apply_updates(params, updates), state, loss
+    # For those that watch it.
+    return *as_transformation(optimizer, "argument optimizer").step(grads, state, params, value=loss), loss
 
 
 def gradients(
@@ -232,8 +230,8 @@ def _scales(optimizer: Any) -> bool:
 
 def measured_step(problem: Problem, optimizer: Any, keys: Keys, params: Any, state: Any, step: Any) -> AdamStats:
     """Figures of update number `step`, without making it."""
-    _, grads = gradients(problem, optimizer, keys, params, state, step)
-    updates, after = optimizer.update(grads, state, params)
+    loss, grads = gradients(problem, optimizer, keys, params, state, step)
+    updates, after = as_transformation(optimizer, "argument optimizer").update(grads, state, params, value=loss)
     if isinstance(optimizer, DynamicLossScale):
         grads = optimizer.unscale(grads, state)
     return measure(grads, updates, after, params, opt=optimizer)

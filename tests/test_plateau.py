@@ -7,8 +7,10 @@ import optax
 import optax.contrib
 import pytest
 from helpers import assert_equal, assert_same_types
+from tolerances import SWEEP
 
 import adamjax
+from adamjax import problems, training, tuning
 from adamjax.schedules import reduce_on_plateau
 
 OPTIONS = [
@@ -122,3 +124,17 @@ def test_bad_input():
         opt.update(jnp.ones(1), opt.init(jnp.ones(1)))
     with pytest.raises(ValueError, match=r"^value has shape \(2,\)"):
         opt.update(jnp.ones(1), opt.init(jnp.ones(1)), value=jnp.ones(2))
+
+
+@pytest.mark.usefixtures("lenient")
+def test_training_gives_it_the_loss():
+    """And sweeps do."""
+    problem, options = problems.digits(), {"factor": 0.5, "patience": 1, "rtol": 0.9}
+    opt = adamjax.chain(adamjax.adamw(1e-3), reduce_on_plateau(**options))
+    *_, last = training.train(problem, opt, steps=20)
+    assert last.state[1].scale < 1
+    optaxs = optax.chain(optax.adamw(1e-3), optax.contrib.reduce_on_plateau(**options))
+    *_, theirs = training.train(problem, optaxs, steps=20)
+    assert last.state[1].scale == theirs.state[1].scale
+    found = tuning.sweep(problem, [{"learning_rate": 1e-3}], steps=20, optimizer=lambda learning_rate: opt)
+    np.testing.assert_allclose(found.metrics["loss"][0, 0, -1], last.metrics["loss"], rtol=SWEEP)
