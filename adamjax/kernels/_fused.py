@@ -35,9 +35,9 @@ class Fused(Chain):
 
     It goes wherever a step does: under `jax.jit` (donate parameters and state, and nothing is copied),
     `jax.lax.scan`, `jax.vmap` over states or hyperparameters, with arrays on many devices, each of which steps its
-    part, and inside `jax.shard_map` over all axes of a mesh. Derivatives are those of XLA's step. What a kernel
-    steps are parameters of 16384 elements and more; XLA steps smaller ones as fast. Which kernel it is,
-    `jax.default_backend()` says.
+    part, and inside `jax.shard_map`; all axes of a mesh have to be in one mode. Derivatives are those of XLA's
+    step. What a kernel steps are parameters of 16384 elements and more; XLA steps smaller ones as fast. Which
+    kernel it is, `jax.default_backend()` says.
 
     On a CPU it is C++, compiled for this machine when it is first needed, which takes a few seconds and a C++
     compiler, and kept (`adamjax kernels status`). Parameters, gradients and moments may be float32, bfloat16 or
@@ -186,9 +186,7 @@ class Fused(Chain):
             return self._can(path, f"on {jax.default_backend()} there is no kernel")
         if not engine.gains(leaf):
             return False
-        if _leaf.is_partly_manual(g):
-            return self._can(path, "it is inside of jax.shard_map over some of the mesh's axes, and not all")
-        return self._can(path, engine.why_not(leaf, g))
+        return self._can(path, _leaf.why_not_here(g) or engine.why_not(leaf, g))
 
     def _can(self, path: Any, why: str | None) -> bool:
         """Whether the kernel can step a parameter, by the reason `why` it cannot; an error where it has to."""

@@ -180,13 +180,7 @@ def _placed(kernel: Kernel, call: Call, scalars: Array, places: Array, *arrays: 
     if is_on_one_device(arrays):
         return _run(kernel, call._replace(shape=arrays[0].shape[batch:]), scalars, places, *arrays)
     mesh = jax.typeof(arrays[0]).sharding.mesh
-    explicit = tuple(n for n, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit)
-    partitioned = _partitioned(kernel, call, tuple(x.shape for x in arrays))
-    if explicit and len(explicit) < len(mesh.axis_names):
-        # What their types say is not all: over the other axes, only the compiler sees where they are.
-        as_before = [jax.typeof(x).sharding for x in changed(arrays)]
-        return jax.sharding.auto_axes(partitioned, axes=explicit, out_sharding=as_before)(scalars, places, *arrays)
-    if explicit:
+    if AxisType.Explicit in mesh.axis_types:
         spec = _in_whole_blocks(call, jax.typeof(arrays[0]).sharding, arrays[0].shape)
         row, count = _of_row(spec, batch), len(arrays)
         part = jax.shard_map(
@@ -199,7 +193,7 @@ def _placed(kernel: Kernel, call: Call, scalars: Array, places: Array, *arrays: 
         rows = [jax.sharding.reshard(x, NamedSharding(mesh, row)) for x in (scalars, places)]
         new = part(*rows, *[jax.sharding.reshard(x, NamedSharding(mesh, spec)) for x in arrays])
         return [_codes.sharded_like(x, like) for x, like in zip(new, changed(arrays), strict=True)]
-    return partitioned(scalars, places, *arrays)
+    return _partitioned(kernel, call, tuple(x.shape for x in arrays))(scalars, places, *arrays)
 
 
 def is_on_one_device(arrays: Sequence[Array]) -> bool:
@@ -208,13 +202,16 @@ def is_on_one_device(arrays: Sequence[Array]) -> bool:
     return kinds == {AxisType.Manual} or (not kinds & {AxisType.Manual, AxisType.Explicit} and jax.device_count() == 1)
 
 
-def is_partly_manual(x: Array) -> bool:
-    """Whether `x` is inside of a `jax.shard_map` over some axes of a mesh, and may be divided along the others."""
-    return len(_kinds(x)) > 1 and AxisType.Manual in _kinds(x)
+def why_not_here(x: Array) -> str | None:
+    """Why no kernel can step an array that is where `x` is, if none can: it would have to be gathered."""
+    if len(kinds := _kinds(x)) <= 1:
+        return None
+    modes = " and ".join(sorted(kind.name for kind in kinds))
+    return f"the axes of its mesh are in several modes, {modes} (as inside of a jax.shard_map over some of them)"
 
 
 def _kinds(x: Array) -> set[AxisType]:
-    """Those of the axes of its mesh, but for axes in Auto mode of one device."""
+    """The modes of the axes of its mesh, but for axes in Auto mode of one device."""
     mesh = jax.typeof(x).sharding.mesh
     sizes = zip(mesh.axis_types, mesh.axis_sizes, strict=True)
     return {kind for kind, size in sizes if size > 1 or kind != AxisType.Auto}
