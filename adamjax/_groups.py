@@ -22,7 +22,8 @@ class Groups(Transformation):
 
     @property
     def fused(self) -> bool | str:  # type: ignore[override]
-        return next((member.fused for member in self.members if member.fused), False)
+        modes = [member.fused for member in self.members]
+        return next((mode for mode in (True, "auto") if mode in modes), False)
 
     def describe(self, params: PyTree) -> str:
         """A table: each parameter's path and shape, what matched it, and its optimizer."""

@@ -292,6 +292,12 @@ def test_where_no_step_is_one_pass(around, where):
     assert_equal(*(jax.jit(opt.step)(GRADS, plain.init(PARAMS), PARAMS) for opt in (auto, plain)))
 
 
+def test_one_member_that_has_to_be_fused_is_enough_to_refuse():
+    members = adamjax.groups({"cube": FORMS["adamw"](fused="auto")}, default=FUSED_OPT)
+    with pytest.raises(ValueError, match="cannot step in one pass inside of kahan"):
+        adamjax.kahan(members)
+
+
 def test_derivatives_are_those_of_the_plain_step():
     def loss(rate, params, **kw):
         opt = adamjax.adamw(rate, weight_decay=0.1, **kw)
