@@ -71,6 +71,19 @@ def path_of(key: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(key, simple=True, separator="/")
 
 
+def put_together(tree: PyTree, like: PyTree) -> PyTree | None:
+    """The leaves of `tree` in the structure of `like`, by their paths; None where those differ, or are not unique.
+
+    Frameworks take nodes of a state apart, into mappings whose fields are in another order and lack what is None.
+    """
+    leaves = {path_of(path): x for path, x in jax.tree.leaves_with_path(tree)}
+    paths = [path_of(path) for path, _ in jax.tree.leaves_with_path(like)]
+    if leaves.keys() != set(paths) or len(leaves) < len(paths):
+        return None
+    structure: Any = jax.tree.structure(like)
+    return structure.unflatten([leaves[path] for path in paths])
+
+
 def cast(x: Any, dtype: np.dtype) -> Any:
     return (
         x if getattr(x, "dtype", None) == dtype and not getattr(x, "weak_type", False) else jnp.asarray(x).astype(dtype)

@@ -115,7 +115,10 @@ class SkipNonfinite(Wrapper):
 
         def hold(grads: PyTree, inner: PyTree) -> tuple[PyTree, PyTree]:
             made, after = jax.eval_shape(go, grads, inner)
-            inner = _in_the_structure_of(after, inner)
+            found = _trees.put_together(inner, after)
+            # Where paths differ, the leaves are in the same order.
+            structure: Any = jax.tree.structure(after)
+            inner = jax.tree.unflatten(structure, jax.tree.leaves(inner)) if found is None else found
             if stay is not None:
                 return stay, inner
             return jax.tree.map(_minus_zeros, made), inner
@@ -176,18 +179,6 @@ def skip_nonfinite(
     (1, 0, ('a', 'b'), Array([1, 0], dtype=int32))
     """
     return SkipNonfinite(opt, max_consecutive, axis_name)
-
-
-def _in_the_structure_of(like: PyTree, state: PyTree) -> PyTree:
-    """The leaves of `state` in that structure: frameworks may have taken nodes apart that a step puts together.
-
-    By their paths, since the fields of a node that became a mapping are in another order; where paths differ, in order.
-    """
-    leaves = {_trees.path_of(path): x for path, x in jax.tree.leaves_with_path(state)}
-    paths = [_trees.path_of(path) for path, _ in jax.tree.leaves_with_path(like)]
-    structure: Any = jax.tree.structure(like)
-    in_order = [leaves[path] for path in paths] if leaves.keys() == set(paths) else jax.tree.leaves(state)
-    return jax.tree.unflatten(structure, in_order)
 
 
 def _minus_zeros(like: jax.ShapeDtypeStruct) -> Array:

@@ -381,3 +381,12 @@ def test_a_run_goes_on_where_the_loss_was_not_finite_and_ends_when_it_is_hopeles
     problem.until = -9.0
     with pytest.raises(FloatingPointError, match="gradients are not finite of x at"):
         list(training.train(problem, opt, steps=60))
+
+
+def test_parameters_whose_paths_print_alike_are_not_exchanged():
+    params = {"a/b": jnp.ones(2), "a": {"b": 2 * jnp.ones(2)}}
+    opt = adamjax.skip_nonfinite(adamjax.adam(0.1))
+    _, state = opt.step(params, opt.init(params), params)
+    bad = jax.tree.map(lambda p: p * jnp.nan, params)
+    _, after = jax.jit(opt.step)(bad, state, params)
+    assert_equal(after.inner, state.inner)

@@ -41,10 +41,8 @@ class PerParameter(Transformation):
         """
         if not isinstance(state, Mapping):
             return state
-        like: Any = self.inner._init(_parts(_trees.shapes_of(g)))
-        # A mapping lacks the fields that are None.
-        fields = dict.fromkeys(like._fields) | dict(state)
-        return type(like)(**fields) if fields.keys() == set(like._fields) else state
+        found = _trees.put_together(state, self.inner._init(_parts(_trees.shapes_of(g))))
+        return state if found is None else found
 
     def _step(self, g: Any, state: PyTree, p: Any, extra: Extra) -> tuple[Array, PyTree]:
         whole = g if p is None else p
