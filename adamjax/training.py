@@ -96,7 +96,7 @@ def train(
     for name, x in (("steps", steps), ("report_every", report_every), ("evaluate_every", evaluate_every)):
         _checks.count(name, x)
     check(problem)
-    as_transformation(optimizer, "argument optimizer of train")
+    optimizer = as_transformation(optimizer, "argument optimizer of train")
     _checks.integer("seed", seed)
     _checks.function("stop", stop)
     _checks.choice("diagnose", diagnose, (False, True))
@@ -169,7 +169,7 @@ def keys_of(seed: Any) -> Keys:
     return Keys(*jax.random.split(jax.random.key(_checks.integer("seed", seed)), 3))
 
 
-def initial(problem: Problem, optimizer: Any, dtype: Any, keys: Keys) -> tuple[Any, Any]:
+def initial(problem: Problem, optimizer: Transformation, dtype: Any, keys: Keys) -> tuple[Any, Any]:
     """The parameters and the state before the first step."""
     params = first_params(problem, dtype, keys)
     return params, optimizer.init(params)
@@ -190,32 +190,31 @@ def first_params(problem: Problem, dtype: Any, keys: Keys) -> Any:
 
 
 def train_step(
-    problem: Problem, optimizer: Any, keys: Keys, params: Any, state: Any, step: Any
+    problem: Problem, optimizer: Transformation, keys: Keys, params: Any, state: Any, step: Any
 ) -> tuple[Any, Any, jax.Array]:
     """Update number `step` (0 for the first): the new parameters and state, and the loss before it."""
     loss, grads = gradients(problem, optimizer, keys, params, state, step)
-    # For those that watch it.
-    return *as_transformation(optimizer, "argument optimizer").step(grads, state, params, value=loss), loss
+    return *optimizer.step(grads, state, params, value=loss), loss  # for those that watch it
 
 
 def gradients(
-    problem: Problem, optimizer: Any, keys: Keys, params: Any, state: Any, step: Any
+    problem: Problem, optimizer: Transformation, keys: Keys, params: Any, state: Any, step: Any
 ) -> tuple[jax.Array, Any]:
     """The loss of update number `step`, and the gradients that the optimizer takes: scaled, if it scales the loss."""
     batch = problem.batch(step, keys.data)
-    scales = _scales(optimizer)
+    _check_scale(optimizer)
 
     def objective(params: Any) -> tuple[jax.Array, jax.Array]:
         loss = problem.loss(params, batch, jax.random.fold_in(keys.loss, step))
-        return optimizer.scale(loss, state) if scales else loss, loss
+        return optimizer.scale(loss, state) if isinstance(optimizer, DynamicLossScale) else loss, loss
 
     grads, loss = jax.grad(objective, has_aux=True)(params)
     # Of a complex parameter, JAX's gradient is the conjugate of the direction of ascent.
     return loss, jax.tree.map(jnp.conj, grads)
 
 
-def _scales(optimizer: Any) -> bool:
-    """Whether the optimizer scales the loss: one that does so somewhere within divides by a scale that nobody sees."""
+def _check_scale(optimizer: Transformation) -> None:
+    """Refuse an optimizer that scales the loss somewhere within: it would divide by a scale that nobody sees."""
 
     def scales(x: Any) -> bool:
         return isinstance(x, DynamicLossScale)
@@ -225,13 +224,14 @@ def _scales(optimizer: Any) -> bool:
             f"dynamic_loss_scale is within {type(optimizer).__name__}, where the loss cannot be scaled: "
             "put it around all the others, dynamic_loss_scale(chain(...))"
         )
-    return scales(optimizer)
 
 
-def measured_step(problem: Problem, optimizer: Any, keys: Keys, params: Any, state: Any, step: Any) -> AdamStats:
+def measured_step(
+    problem: Problem, optimizer: Transformation, keys: Keys, params: Any, state: Any, step: Any
+) -> AdamStats:
     """Figures of update number `step`, without making it."""
     loss, grads = gradients(problem, optimizer, keys, params, state, step)
-    updates, after = as_transformation(optimizer, "argument optimizer").update(grads, state, params, value=loss)
+    updates, after = optimizer.update(grads, state, params, value=loss)
     if isinstance(optimizer, DynamicLossScale):
         grads = optimizer.unscale(grads, state)
     return measure(grads, updates, after, params, opt=optimizer)
@@ -239,7 +239,7 @@ def measured_step(problem: Problem, optimizer: Any, keys: Keys, params: Any, sta
 
 def _run(
     problem: Problem | Shared,
-    optimizer: Any,
+    optimizer: Transformation,
     steps: int,
     seed: int,
     dtype: Any,
@@ -250,7 +250,7 @@ def _run(
     diagnose: bool,
 ) -> Iterator[Report]:
     keys = keys_of(seed)
-    skips = isinstance(optimizer, Transformation) and optimizer.holds
+    skips = optimizer.holds
     first = 0 if start is None else start.step + 1
     if start is not None:
         params, state = start.params, start.state

@@ -70,6 +70,7 @@ ROWS: dict[str, tuple[Callable[[Any], Any], str]] = {
 
 def losses(problem: Any, opt: Any, dtype: str, steps: int, seeds: int) -> tuple[np.ndarray, np.ndarray]:
     """The validation losses before and after training, [seeds]."""
+    opt = adamjax.chain(opt)  # one of optax's, too, has a step then
 
     def run(seed: jax.Array) -> tuple[jax.Array, jax.Array]:
         keys = keys_of(seed)
