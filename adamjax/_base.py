@@ -135,7 +135,7 @@ class Leafwise(Transformation):
 
 
 class Wrapper(Transformation):
-    """Base of the transformations around another one: unless they say otherwise, they land, hold and fuse as it."""
+    """Base of the transformations around another one: they land, hold and fuse as that does, or say otherwise."""
 
     inner: Any
 
