@@ -80,7 +80,7 @@ def train(
       `skip_nonfinite` or `dynamic_loss_scale` around the optimizer such steps are skipped.
 
     Raises:
-      TypeError: `problem` is not a `Problem`, or `optimizer` no transformation.
+      TypeError: `problem` is not a `Problem`, `optimizer` no transformation, or `start` no report or checkpoint.
       ValueError, TypeError: A number of steps is less than 1, or not an int; `seed` is none either, or has more than
         64 bits; `mesh` is none in Auto mode, or its devices cannot share a batch equally. In the iterator:
         `dynamic_loss_scale` is not around all of the optimizer.
@@ -100,6 +100,8 @@ def train(
     _checks.integer("seed", seed)
     _checks.function("stop", stop)
     _checks.choice("diagnose", diagnose, (False, True))
+    if start is not None and not all(hasattr(start, name) for name in ("step", "params", "state")):
+        raise TypeError(f"Invalid start value: {start!r}; start must be a Report of train, or a Checkpoint of one")
     shared = None if mesh is None else Shared(problem, mesh)
     return _run(shared or problem, optimizer, steps, seed, dtype, report_every, evaluate_every, stop, start, diagnose)
 

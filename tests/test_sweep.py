@@ -207,6 +207,14 @@ BAD = [
     (lambda: sweep(DIGITS, SETTINGS, steps=1, seeds=[0.5]), ValueError, r"Invalid seeds value: \[0.5\]"),  # type: ignore[list-item]
     (lambda: sweep(DIGITS, SETTINGS, steps=1, mode="least"), ValueError, "Invalid mode value: 'least'"),
     (
+        lambda: sweep(DIGITS, SETTINGS, steps=1, metric="accuracy"),
+        ValueError,
+        "Invalid mode value: None; say whether the lowest accuracy is the best",
+    ),
+    (lambda: sweep(DIGITS, SETTINGS, steps=1, mesh=3), TypeError, "Invalid mesh value: 3"),  # type: ignore[arg-type]
+    (lambda: sweep(DIGITS, SETTINGS, steps=1, memory="1GB"), TypeError, "Invalid memory value: '1GB'"),  # type: ignore[arg-type]
+    (lambda: sweep(DIGITS, SETTINGS, steps=1, memory=0), ValueError, "Invalid memory value: 0"),
+    (
         lambda: sweep(DIGITS, SETTINGS, steps=1, metric="f1"),
         ValueError,
         "Invalid metric value: 'f1'; the problem's evaluate returns accuracy, loss",

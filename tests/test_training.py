@@ -109,6 +109,11 @@ def test_reports():
             train(Parabola(), adamjax.adam(), **bad)
 
 
+def test_starts_that_are_no_reports_are_refused():
+    with pytest.raises(TypeError, match="Invalid start value: 3; start must be a Report of train, or a Checkpoint"):
+        train(Parabola(), adamjax.adam(), steps=1, start=3)
+
+
 def test_seeds_of_more_than_64_bits_are_refused():
     with pytest.raises(ValueError, match="Invalid seed value: 18446744073709551616; seed must fit into 64 bits"):
         train(Parabola(), adamjax.adam(), steps=1, seed=2**64)

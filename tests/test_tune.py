@@ -413,6 +413,7 @@ BAD = [
     ({"seed": -1}, ValueError, "Invalid seed value: -1"),
     ({"seed": 2**31 - 2, "confirm": (1, 2)}, ValueError, "Invalid seed value: 2147483646; seed, .*must be below 2"),
     ({"mode": "least"}, ValueError, "Invalid mode value: 'least'"),
+    ({"metric": "score"}, ValueError, "Invalid mode value: None; say whether the lowest score is the best"),
     ({"metric": "f1"}, ValueError, "Invalid metric value: 'f1'; the problem's evaluate returns loss, score"),
     ({"halving": "yes"}, ValueError, "Invalid halving value: 'yes'"),
     ({"confirm": 3}, ValueError, "Invalid confirm value: 3; confirm must be two ints, or None"),
@@ -425,6 +426,7 @@ BAD = [
     ({"sampler": "optuna:nsgaii"}, ValueError, "Optuna has no sampler nsgaii"),  # but a module of that name
     ({"storage": "sqlite:///x.db"}, ValueError, "only Optuna's samplers have a storage"),
     ({"sampler": 3}, ValueError, "Invalid sampler value: 3"),
+    ({"sampler": "optuna", "storage": "x.db"}, ValueError, "Invalid storage value: 'x.db'; Could not parse"),
     (
         {"space": {"b1": Linear(0.0, 0.9)}},
         TypeError,
@@ -592,6 +594,7 @@ def test_commands(tmp_path, capsys, monkeypatch):
         ("--resume", "--resume needs --out, the folder to go on with"),
         ("--trials 0", "Invalid trials value: 0"),
         ("--metric f1", "Invalid metric value: 'f1'"),
+        ("--metric score", "Invalid mode value: None; say whether the lowest score is the best ('min')"),
         ("--stages momentum", "'momentum' has no range"),
         ("--end 0.1", "--end means nothing to adamw without --schedule"),
         ("--optimizer adamax --amsgrad torch", "--amsgrad means nothing to adamax"),

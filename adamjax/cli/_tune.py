@@ -60,7 +60,7 @@ def _add_tune(commands: Any) -> None:
     parser.add_argument("--trials", type=int, default=64, help="settings to try (default: 64)")
     parser.add_argument("--steps", type=int, default=300, help="updates of each run (default: 300)")
     parser.add_argument("--metric", default="loss", help="which of the problem's metrics counts (default: loss)")
-    parser.add_argument("--mode", choices=("min", "max"), default="min", help="which is better (default: min)")
+    parser.add_argument("--mode", choices=("min", "max"), help="which is better (default, of the loss: min)")
     parser.add_argument("--stages", nargs="+", metavar="NAMES", help="what to vary in each, as in: learning_rate b1,b2")
     parser.add_argument(
         "--confirm", type=int, nargs=2, default=(5, 3), metavar=("BEST", "SEEDS"), help="(default: 5 3)"
@@ -143,7 +143,7 @@ def tune(options: dict[str, Any]) -> int:
                 out=out,
                 resume=options["resume"],
                 metric=options["metric"],
-                mode=options["mode"],
+                mode=options.get("mode"),
                 seed=options["seed"],
                 progress=True,
             )

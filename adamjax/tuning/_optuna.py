@@ -14,8 +14,8 @@ def study_of(sampler: Any, storage: Any, name: str, *, mode: str, seed: int) -> 
 
     Raises:
       ImportError: Optuna is not installed.
-      ValueError: Optuna has no sampler of that name, or a study is of the other direction or comes
-        with a storage.
+      ValueError: Optuna has no sampler of that name or cannot open the storage, or a study is of the other
+        direction or comes with a storage.
     """
     optuna = require("optuna", "tune", "searching by Optuna's samplers")
     direction = optuna.study.StudyDirection.MINIMIZE if mode == "min" else optuna.study.StudyDirection.MAXIMIZE
@@ -40,9 +40,13 @@ def study_of(sampler: Any, storage: Any, name: str, *, mode: str, seed: int) -> 
         raise ValueError(
             f"Invalid sampler value: {sampler!r}; sampler must be a name, or a sampler or study of Optuna's"
         )
-    return optuna.create_study(
-        sampler=sampler, storage=storage, study_name=name, direction=direction, load_if_exists=True
-    )
+    try:
+        return optuna.create_study(
+            sampler=sampler, storage=storage, study_name=name, direction=direction, load_if_exists=True
+        )
+    except Exception as error:  # of the database's driver
+        reason, *_ = str(error).split("\n")
+        raise ValueError(f"Invalid storage value: {storage!r}; {reason}") from error
 
 
 def by_optuna(space: Space, defaults: Setting, study: Any, *, trials: int, batch: int) -> Strategy:

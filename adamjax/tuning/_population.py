@@ -95,9 +95,12 @@ class Runner:
         if mesh is None and (execution == "sharded" or (execution == "auto" and jax.device_count() > 1)):
             mesh = jax.make_mesh((jax.device_count(),), ("settings",))
         if mesh is not None:
+            if not isinstance(mesh, Mesh):
+                raise TypeError(f"Invalid mesh value: {mesh!r}; mesh must be a jax.sharding.Mesh, or None")
             # Where axes are explicit, members could not be moved between devices by their numbers.
             mesh = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
-        self.problem, self.mesh, self.memory = problem, mesh, memory
+        self.problem, self.mesh = problem, mesh
+        self.memory = None if memory is None else _checks.number("memory", memory, low=1)
         self.order = execution if execution in ORDERS else None
         self.probe: dict[str, float] = {}
         key = jax.eval_shape(jax.random.key, 0)

@@ -104,7 +104,7 @@ def sweep(
     execution: str = "auto",
     mesh: Mesh | None = None,
     metric: str = "loss",
-    mode: str = "min",
+    mode: str | None = None,
     memory: float | None = None,
     progress: bool = False,
 ) -> Sweep:
@@ -132,7 +132,7 @@ def sweep(
       mesh: The devices to spread over, of one process or many; None for all there are. Given with
         "map" or "vmap", those are what happens on each device.
       metric: Which of the problem's metrics settings are judged by.
-      mode: "min" or "max": which is better.
+      mode: "min" or "max": which is better. None for "min" of the loss; of other metrics it must be given.
       memory: Bytes that a device may use, None for 80 % of what is free. What needs more is done in
         chunks.
       progress: Whether to show a progress bar.
@@ -141,8 +141,9 @@ def sweep(
       A `Sweep`.
 
     Raises:
-      ValueError: A number is out of range, the problem does not return `metric`, or there are no settings.
-      TypeError: `problem` is not a `Problem`, or `optimizer` does not take a setting.
+      ValueError: A number is out of range, the problem does not return `metric`, `mode` does not say which of it is
+        better, or there are no settings.
+      TypeError: `problem` is not a `Problem`, `mesh` no mesh, or `optimizer` does not take a setting.
 
     >>> import adamjax
     >>> from adamjax.tuning import Log, Space, sweep
@@ -159,13 +160,13 @@ def sweep(
         raise ValueError(
             f"Invalid seeds value: {seeds!r}; seeds must be a number of them, or at least one int in a row"
         )
-    _checks.choice("mode", mode, ("min", "max"))
     _checks.choice("progress", progress, (False, True))
     _checks.function("optimizer", optimizer)
     settings = space.points(trials, method=method) if isinstance(space, Space) else _settings(space)
     if not settings:
         raise ValueError("there are no settings: give a Space, or at least one dict of the optimizer's arguments")
     runner = Runner(problem, metric, execution=execution, mesh=mesh, memory=memory)
+    mode = direction(metric, mode)
     marks = marks_of(steps, points)
     found = run_settings(runner, settings, optimizer, seeds_.astype(np.int32), marks, progress)
     return Sweep(
@@ -188,6 +189,16 @@ def _settings(space: Any) -> list[Setting]:
             f"Invalid space value: {space!r}; space must be a Space, or a list of dicts of the optimizer's arguments"
         )
     return [dict(s) for s in space]
+
+
+def direction(metric: str, mode: Any) -> str:
+    """Which of a metric is better, "min" or "max"."""
+    if mode is None and metric != "loss":
+        raise ValueError(
+            f"Invalid mode value: None; say whether the lowest {metric} is the best ('min'), or the highest ('max')"
+        )
+    chosen: str = _checks.choice("mode", mode, ("min", "max", None))
+    return chosen or "min"
 
 
 def marks_of(steps: int, points: int) -> np.ndarray:

@@ -25,7 +25,7 @@ from adamjax.tuning._report import Report
 from adamjax.tuning._runs import Runs
 from adamjax.tuning._space import Log, Setting, Space, printed
 from adamjax.tuning._strategy import FEWEST, RANGES, Strategy, plan, staged
-from adamjax.tuning._sweep import bar_of, make, marks_of
+from adamjax.tuning._sweep import bar_of, direction, make, marks_of
 from adamjax.tuning._trial import Journal, plain
 
 POINTS = 20  # of a learning curve
@@ -48,7 +48,7 @@ def tune(
     out: str | Path | None = None,
     resume: bool = True,
     metric: str = "loss",
-    mode: str = "min",
+    mode: str | None = None,
     seed: int = 0,
     execution: str = "auto",
     mesh: Mesh | None = None,
@@ -89,7 +89,7 @@ def tune(
         interrupted (unless other machines share the study). Else a folder that holds a tuning is
         refused.
       metric: Which of the problem's metrics settings are judged by, at the end of a run.
-      mode: "min" or "max": which is better.
+      mode: "min" or "max": which is better. None for "min" of the loss; of other metrics it must be given.
       seed: Of the search; the fresh seeds are those after it.
       execution, mesh, memory, progress: See `sweep`.
 
@@ -97,9 +97,9 @@ def tune(
       A `Report`; where `out` is given, it is saved there.
 
     Raises:
-      ValueError: An argument is out of range, the problem does not return `metric`, or the folder
-        holds another tuning.
-      TypeError: `problem` is not a `Problem`, or `optimizer` does not take a setting.
+      ValueError: An argument is out of range, the problem does not return `metric`, `mode` does not say
+        which of it is better, Optuna refuses the storage, or the folder holds another tuning.
+      TypeError: `problem` is not a `Problem`, `mesh` no mesh, or `optimizer` does not take a setting.
       FileExistsError: The folder holds a tuning, and `resume` is False.
       ImportError: Something that the extra `tune` brings is not installed.
 
@@ -114,7 +114,6 @@ def tune(
     True
     """
     trials, steps, seed = _checks.count("trials", trials), _checks.count("steps", steps), _checks.count("seed", seed, 0)
-    _checks.choice("mode", mode, ("min", "max"))
     _checks.choice("halving", halving, (True, False, "auto"))
     _checks.choice("resume", resume, (False, True))
     _checks.choice("progress", progress, (False, True))
@@ -127,6 +126,7 @@ def tune(
         for module in ("matplotlib", "sklearn"):
             require(module, "tune", "the report")
     runner = Runner(problem, metric, execution=execution, mesh=mesh, memory=memory)
+    mode = direction(metric, mode)
     searched = _question.space_of(optimizer, space, stages, half=_question.is_half(problem))
     defaults = _question.defaults_of(optimizer, searched)
     make(optimizer, defaults, 0)
