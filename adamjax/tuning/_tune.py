@@ -83,7 +83,8 @@ def tune(
       confirm: How many of the best to confirm, with how many fresh seeds each; None not to.
       halving: Whether half of each batch ends after a quarter of its steps, and half of the rest
         after half of them, those that go on in smaller programs. "auto": where the time of a few
-        steps says that it saves more than it costs to compile those.
+        steps says that it saves more than it costs to compile those, which a busy machine may see
+        otherwise the next time.
       out: Folder for the report, and for each trial as soon as it ends; None to write nothing.
       resume: Whether to go on where the folder ends; the result is that of a run that was never
         interrupted (unless other machines share the study). Else a folder that holds a tuning is
