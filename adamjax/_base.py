@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from adamjax import _checks, _trees
+from adamjax import _checks, _stochastic, _trees
 from adamjax._leafwise import Doing, Plan, carry_out
 from adamjax._owners import placed_like
 from adamjax._trees import PyTree
@@ -35,6 +35,8 @@ class Transformation(Value):
     holds = False
     # Whether its step is to be one pass over memory, which what is made of its updates is not; see `kernels.Fused`.
     fused: bool | str = False
+    # Whether `_step_narrow` is that, too.
+    fuses_narrow = False
 
     def __iter__(self) -> Iterator[Callable[..., Any]]:
         return iter((self.init, self.update))
@@ -105,6 +107,23 @@ class Transformation(Value):
         _checks.given(params, grads, "step", "step(grads, state, params)")
         updates, state = self.update(grads, state, params, **extra)
         return apply_updates(params, updates), state
+
+    def _step_narrow(
+        self, grads: PyTree, state: PyTree, params: PyTree, narrow: Any, extra: Extra
+    ) -> tuple[PyTree, PyTree, PyTree]:
+        """One whole step, for a wrapper that lands half precision parameters.
+
+        Args:
+          grads, state: As for `step`, once they are checked.
+          params: The parameters in float32, as this is to see them.
+          narrow: A `rounding.Narrow`: the parameters themselves, and how they land.
+          extra: As for `step`.
+
+        Returns:
+          The new parameters, what they cannot hold, and the new state.
+        """
+        updates, state = self._update(widened(grads), state, params, extra)
+        return *narrow.land(updates), state
 
     def _init(self, params: PyTree) -> PyTree:
         """What `init` does once the parameters are checked."""
@@ -203,6 +222,10 @@ class Chain(Transformation):
     def fused(self) -> bool | str:  # type: ignore[override]
         return bool(self.transforms) and self.transforms[-1].fused
 
+    @property
+    def fuses_narrow(self) -> bool:  # type: ignore[override]
+        return bool(self.transforms) and self.transforms[-1].fuses_narrow
+
     def _init(self, params: PyTree) -> PyTree:
         return tuple(t._init(params) for t in self.transforms)
 
@@ -246,10 +269,23 @@ class Chain(Transformation):
             params, (*last, _) = carry_out([*plans, Plan(_land_at, tuple)], updates, params, where_none=params)
             return params, (*states, *last)
         _checks.members(state, len(self.transforms), "a chain")
-        before = Chain(self.transforms[:-1])
-        updates, first = before._update(grads, state[:-1], params, extra)
+        updates, first = self._before_last(grads, state, params, extra)
         params, last = self.transforms[-1].step(updates, state[-1], params, **extra)
         return params, (*first, last)
+
+    def _step_narrow(
+        self, grads: PyTree, state: PyTree, params: PyTree, narrow: Any, extra: Extra
+    ) -> tuple[PyTree, PyTree, PyTree]:
+        """One whole step, landed by the last member; see `Transformation._step_narrow`."""
+        if not self.fuses_narrow:
+            return super()._step_narrow(grads, state, params, narrow, extra)
+        _checks.members(state, len(self.transforms), "a chain")
+        updates, first = self._before_last(widened(grads), state, params, extra)
+        params, kept, last = self.transforms[-1]._step_narrow(updates, state[-1], params, narrow, extra)
+        return params, kept, (*first, last)
+
+    def _before_last(self, grads: PyTree, state: PyTree, params: PyTree, extra: Extra) -> tuple[PyTree, PyTree]:
+        return Chain(self.transforms[:-1])._update(grads, state[:-1], params, extra)
 
     def __repr__(self) -> str:
         members = ", ".join(map(repr, self.transforms))
@@ -293,6 +329,19 @@ def say_unfused(transform: Transformation, where: str) -> None:
         raise ValueError(f"{transform!r} cannot step in one pass {where}: take fused=False, or 'auto'")
     if transform.fused:
         warnings.warn(f"fused='auto' leaves the step to XLA {where}", stacklevel=2)
+
+
+def widened(tree: PyTree) -> PyTree:
+    """The tree, in float32 where it is of half precision."""
+
+    def widen(x: Any) -> Any:
+        if not _stochastic.is_narrow(_trees.dtype_of(x)):
+            return x
+        if _trees.is_abstract(x):
+            return jax.ShapeDtypeStruct(x.shape, jnp.dtype(jnp.float32), sharding=x.sharding)
+        return x.astype(jnp.float32)
+
+    return jax.tree.map(widen, tree)
 
 
 def apply_updates(params: PyTree, updates: PyTree) -> PyTree:

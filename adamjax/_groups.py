@@ -25,6 +25,11 @@ class Groups(Transformation):
         modes = [member.fused for member in self.members]
         return next((mode for mode in (True, "auto") if mode in modes), False)
 
+    @property
+    def fuses_narrow(self) -> bool:  # type: ignore[override]
+        fused = [member.fuses_narrow for member in self.members if member.fused]
+        return bool(fused) and all(fused)
+
     def describe(self, params: PyTree) -> str:
         """A table: each parameter's path and shape, what matched it, and its optimizer."""
         rows = [("parameter", "shape", "group", "optimizer")]
@@ -76,26 +81,50 @@ class Groups(Transformation):
         return [0 if x is None else next(owners)[2] for x in jax.tree.leaves(tree, is_leaf=_trees.is_none)]
 
     def _update(self, updates: PyTree, state: PyTree, params: PyTree | None, extra: Extra) -> tuple[PyTree, PyTree]:
-        return self._by_each(lambda member, *trees: member._update(*trees, extra), updates, state, params)
+        updates, state = self._by_each(lambda member, *trees: member._update(*trees, extra), updates, state, params)
+        return updates, state
 
     def step(self, grads: PyTree, state: PyTree, params: PyTree, **extra: Any) -> tuple[PyTree, PyTree]:
         """One whole step, each member's own; see `Transformation.step`."""
         _checks.given(params, grads, "step", "step(grads, state, params)")
         _checks.updates(grads, params)
-        return self._by_each(lambda member, *trees: member.step(*trees, **extra), grads, state, params)
+        params, state = self._by_each(lambda member, *trees: member.step(*trees, **extra), grads, state, params)
+        return params, state
+
+    def _step_narrow(
+        self, grads: PyTree, state: PyTree, params: PyTree, narrow: Any, extra: Extra
+    ) -> tuple[PyTree, PyTree, PyTree]:
+        """One whole step, each member's own; see `Transformation._step_narrow`."""
+
+        def act(
+            member: Transformation, grads: PyTree, state: PyTree, params: PyTree, part: PyTree, kept: PyTree
+        ) -> tuple[PyTree, ...]:
+            return member._step_narrow(grads, state, params, narrow._replace(params=part, kept=kept), extra)
+
+        params, kept, state = self._by_each(act, grads, state, params, narrow.params, narrow.kept)
+        return params, kept, state
 
     def _by_each(
-        self, act: Callable[..., tuple[PyTree, PyTree]], updates: PyTree, state: PyTree, params: PyTree | None
-    ) -> tuple[PyTree, PyTree]:
-        """What `act` makes of each member and of its part of the three trees, put together again."""
+        self,
+        act: Callable[..., tuple[PyTree, ...]],
+        updates: PyTree,
+        state: PyTree,
+        params: PyTree | None,
+        *more: PyTree,
+    ) -> tuple[PyTree, ...]:
+        """What `act` makes of each member and of its part of all trees: trees, put together again, and the state."""
         _checks.members(state, len(self.members), "groups")
         owners = self._numbers(updates if params is None else params)
         grads = self._apart(updates, owners)
-        values = [None] * len(grads) if params is None else self._apart(params, owners)
-        made = [act(*part) for part in zip(self.members, grads, state, values, strict=True)]
-        structure, rows = _trees.flatten(updates, *(result for result, _ in made))
-        chosen = [row[1 + owner] for row, owner in zip(rows, owners, strict=True)]
-        return structure.unflatten(chosen), tuple(s for _, s in made)
+        others = [[None] * len(grads) if x is None else self._apart(x, owners) for x in (params, *more)]
+        *made, states = zip(*map(act, self.members, grads, state, *others), strict=True)
+        structure: Any
+        results = []
+        for trees in made:
+            structure, rows = _trees.flatten(updates, *trees)
+            chosen = [row[1 + owner] for row, owner in zip(rows, owners, strict=True)]
+            results.append(structure.unflatten(chosen))
+        return *results, states
 
 
 def groups(members: Mapping[str, Any], *, default: Any = None) -> Groups:

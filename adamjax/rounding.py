@@ -13,6 +13,8 @@ The wrapped transformation sees gradients and parameters in float32, so that it 
 updates that come out are float32: for each half precision parameter p the difference u to what p is to
 become, and p + u is exactly that, whether added by our `apply_updates`, optax's or flax's (not by equinox's, which
 leaves the sum in float32). Parameters in float32 or wider pass through as if there were no wrapper, and keep nothing.
+
+What an optimizer with ``fused=True`` steps on a CPU, its kernel lands as well, in the same pass; see `Landing`.
 """
 
 from collections.abc import Callable
@@ -26,7 +28,7 @@ import numpy as np
 from jax import Array, lax
 
 from adamjax import _checks, _stochastic, _trees
-from adamjax._base import Extra, Wrapper, say_unfused
+from adamjax._base import Extra, Wrapper, apply_updates, say_unfused, widened
 from adamjax._stochastic import Dither
 from adamjax._trees import PyTree
 from adamjax._value import static_field, value
@@ -34,6 +36,44 @@ from adamjax._value import static_field, value
 _FLOAT32 = jnp.dtype(jnp.float32)
 
 Rule = Callable[..., tuple[Array, Any]]
+
+
+class Landing(NamedTuple):
+    """How a half precision parameter lands.
+
+    Fields:
+      name: What it is called, to those that have it compiled otherwise.
+      read: From the parameter and what is kept: the parameter in float32, as the wrapped transformation sees it.
+      rule: From the parameter itself in float32, the update, what is kept, a dither and the parameter's dtype: the
+        difference to what the parameter is to become, and what is kept then.
+    """
+
+    name: str
+    read: Callable[[Array, Any], Array]
+    rule: Rule
+
+    def land(self, p: Array, u: Array, kept: Any, dither: Dither) -> tuple[Array, Any]:
+        """The parameter after the update, and what is kept then."""
+        u, kept = self.rule(p.astype(_FLOAT32), u, kept, dither, p.dtype)
+        return (p.astype(_FLOAT32) + u).astype(p.dtype), kept
+
+
+class Narrow(NamedTuple):
+    """Parameters for a step that lands them itself, or leaves it to `land`.
+
+    Fields:
+      params: The parameters, of which those in half precision are to land.
+      kept: What those cannot hold, if that is kept.
+      landing: How they do.
+      dither: That of a parameter, by its place among the leaves.
+      land: From updates in float32 (None where parameters are to stay): all parameters, and all that is kept.
+    """
+
+    params: PyTree
+    kept: PyTree
+    landing: Landing
+    dither: Callable[[int], Dither]
+    land: Callable[[PyTree], tuple[PyTree, PyTree]]
 
 
 class RoundingState(NamedTuple):
@@ -66,7 +106,8 @@ class Rounding(Wrapper):
         super()._wrap(name)
         if self.inner.lands:
             raise ValueError(f"{name} around {self.inner!r}, which rounds the parameters already: take one of the two")
-        say_unfused(self.inner, f"inside of {name}")
+        if not self.inner.fuses_narrow:
+            say_unfused(self.inner, f"inside of {name}")
         if self.inner.holds:
             raise ValueError(
                 f"{name} around {self.inner!r} would count the steps that are skipped, and round: put it inside of that"
@@ -79,17 +120,13 @@ class Rounding(Wrapper):
         """What is kept of a half precision parameter at first."""
         return None
 
-    def _read(self, p: Array, kept: Any) -> Array:
-        """The half precision parameter `p` as the wrapped transformation sees it, in float32."""
-        return p.astype(_FLOAT32)
-
-    def _rule(self) -> Rule:
-        """From p in float32, the update, what is kept, a dither and the dtype of p: p's difference, what is kept."""
+    @property
+    def _landing(self) -> Landing:
         raise NotImplementedError
 
     def _init(self, params: PyTree) -> RoundingState:
         seed = _trees.fresh(lambda: jnp.asarray(self._seed()).astype(jnp.uint32), params)
-        return RoundingState(_trees.zero_count(params), seed, self._kept(params), self.inner._init(_widen(params)))
+        return RoundingState(_trees.zero_count(params), seed, self._kept(params), self.inner._init(widened(params)))
 
     def _kept(self, params: PyTree) -> PyTree:
         return jax.tree.map_with_path(
@@ -107,25 +144,57 @@ class Rounding(Wrapper):
                 )
 
     def _update(self, updates: PyTree, state: PyTree, params: PyTree | None, extra: Extra) -> tuple[PyTree, PyTree]:
+        self._check(updates, state, params)
+        seen = self._seen(params, state.kept)
+        updates, inner = self.inner._update(widened(updates), state.inner, seen, extra)
+        state = state._replace(count=_trees.increment(state.count), inner=inner)
+        updates, kept = self._landed(updates, params, state)
+        return updates, state._replace(kept=kept)
+
+    def step(self, grads: PyTree, state: PyTree, params: PyTree, **extra: Any) -> tuple[PyTree, PyTree]:
+        """One whole step, that of the wrapped transformation if it is one pass; see `Transformation.step`."""
+        if not self.inner.fuses_narrow:
+            return super().step(grads, state, params, **extra)
+        _checks.given(params, grads, "step", "step(grads, state, params)")
+        _checks.updates(grads, params)
+        self._check(grads, state, params)
+        after = state._replace(count=_trees.increment(state.count))
+
+        def land(updates: PyTree) -> tuple[PyTree, PyTree]:
+            updates, kept = self._landed(updates, params, after)
+            return apply_updates(params, updates), kept
+
+        dither = partial(_stochastic.dither, after.count, seed=state.seed)
+        narrow = Narrow(params, state.kept, self._landing, dither, land)
+        seen = self._seen(params, state.kept)
+        params, kept, inner = self.inner._step_narrow(grads, state.inner, seen, narrow, extra)
+        return params, after._replace(kept=kept, inner=inner)
+
+    def _check(self, updates: PyTree, state: PyTree, params: PyTree | None) -> None:
         _checks.state(state, RoundingState, type(self).__name__)
         _checks.given(params, updates, type(self).__name__)
         self._check_widths(state.kept, params)
         _checks.alike(state.kept, self._kept(_trees.shapes_of(params)), "state.kept")
-        count = _trees.increment(state.count)
-        seen = _trees.map_leaves(lambda p, kept: self._read(p, kept) if _is_narrow(p) else p, params, state.kept)
-        updates, inner = self.inner._update(_widen(updates), state.inner, seen, extra)
+
+    def _seen(self, params: PyTree, kept: PyTree) -> PyTree:
+        """The parameters as the wrapped transformation sees them."""
+        read = self._landing.read
+        return _trees.map_leaves(lambda p, kept: read(p, kept) if _is_narrow(p) else p, params, kept)
+
+    def _landed(self, updates: PyTree, params: PyTree, state: RoundingState) -> tuple[PyTree, PyTree]:
+        """The updates that land the parameters, and what is kept; of `state`, count and seed are those after it."""
         structure, rows = _trees.flatten(updates, params, state.kept)
         landed: list[tuple[Any, Any]] = []
         for i, (u, p, kept) in enumerate(rows):
             if u is None:
                 landed.append((None, kept))
             elif _is_narrow(p):
-                dither = _stochastic.dither(count, i, state.seed)
-                landed.append(_land(p, u, kept, dither, rule=self._rule()))
+                dither = _stochastic.dither(state.count, i, state.seed)
+                landed.append(_land(p, u, kept, dither, rule=self._landing.rule))
             else:
                 landed.append((_trees.cast(u, _trees.dtype_of(p)), None))
         updates, kept = _trees.unflatten(structure, landed, 2)
-        return updates, RoundingState(count, state.seed, kept, inner)
+        return updates, kept
 
 
 @partial(jax.jit, static_argnames="rule")
@@ -137,15 +206,8 @@ def _is_narrow(p: Any) -> bool:
     return p is not None and _stochastic.is_narrow(_trees.dtype_of(p))
 
 
-def _widen(tree: PyTree) -> PyTree:
-    def widen(x: Any) -> Any:
-        if not _is_narrow(x):
-            return x
-        if _trees.is_abstract(x):
-            return jax.ShapeDtypeStruct(x.shape, _FLOAT32, sharding=x.sharding)
-        return x.astype(_FLOAT32)
-
-    return jax.tree.map(widen, tree)
+def _as_it_is(p: Array, kept: Any) -> Array:
+    return p.astype(_FLOAT32)
 
 
 def _towards(start: Array, target: Array, dtype: np.dtype) -> tuple[Array, Array]:
@@ -175,8 +237,9 @@ class StochasticRounding(Rounding):
     def _seed(self) -> Any:
         return self.seed
 
-    def _rule(self) -> Rule:
-        return _round_stochastically
+    @property
+    def _landing(self) -> Landing:
+        return Landing("stochastic_rounding", _as_it_is, _round_stochastically)
 
 
 def _round_stochastically(start: Array, u: Array, kept: None, dither: Dither, dtype: np.dtype) -> tuple[Array, None]:
@@ -228,8 +291,9 @@ class Kahan(Rounding):
     def _keep(self, path: str, p: Any) -> Any:
         return _trees.zeros_like(p, _trees.dtype_of(p))
 
-    def _rule(self) -> Rule:
-        return _compensate
+    @property
+    def _landing(self) -> Landing:
+        return Landing("kahan", _as_it_is, _compensate)
 
 
 def _compensate(start: Array, u: Array, kept: Array, dither: Dither, dtype: np.dtype) -> tuple[Array, Array]:
@@ -275,7 +339,7 @@ class MasterWeights(Rounding):
 
     def _keep(self, path: str, p: Any) -> Any:
         if not self.low_bits:
-            return _widen(p)
+            return widened(p)
         if _trees.dtype_of(p) != jnp.bfloat16:
             raise ValueError(
                 f"{path} is {_trees.dtype_of(p)}: low_bits completes bfloat16 parameters only, whose bits are "
@@ -283,15 +347,19 @@ class MasterWeights(Rounding):
             )
         return _trees.zeros_like(p, jnp.dtype(jnp.uint16))
 
-    def _read(self, p: Array, kept: Array) -> Array:
-        return _join(p.astype(_FLOAT32), kept) if self.low_bits else kept
-
-    def _rule(self) -> Rule:
-        return _add_to_bits if self.low_bits else _add_to_master
+    @property
+    def _landing(self) -> Landing:
+        if self.low_bits:
+            return Landing("low_bits", _join, _add_to_bits)
+        return Landing("master_weights", _master, _add_to_master)
 
     def weights(self, params: PyTree, state: RoundingState) -> PyTree:
         """The parameters in full precision: in float32 where they are half precision, else as they are."""
-        return _trees.map_leaves(lambda p, kept: self._read(p, kept) if _is_narrow(p) else p, params, state.kept)
+        return self._seen(params, state.kept)
+
+
+def _master(p: Array, kept: Array) -> Array:
+    return kept
 
 
 def _add_to_master(start: Array, u: Array, kept: Array, dither: Dither, dtype: np.dtype) -> tuple[Array, Array]:
@@ -319,7 +387,7 @@ def _upper_half(x: Array) -> Array:
 def _join(p: Array, low: Array) -> Array:
     """The float32 whose `_upper_half` is `p` and whose lower half is `low`."""
     up = (low >> 15).astype(jnp.uint32)
-    bits = ((lax.bitcast_convert_type(p, jnp.uint32) >> 16) - up) << 16
+    bits = ((lax.bitcast_convert_type(p.astype(_FLOAT32), jnp.uint32) >> 16) - up) << 16
     return lax.bitcast_convert_type(bits | low.astype(jnp.uint32), jnp.float32)
 
 

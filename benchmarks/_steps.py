@@ -57,13 +57,23 @@ PACKED: dict[str, Make] = {
 MANY = {"adamjax": PLAIN["adamjax"]} | PACKED | OPTAX
 
 # And for bfloat16 parameters.
+ROUNDED: dict[str, Callable[[Any], Any]] = {
+    "to nearest": lambda opt: opt,
+    "stochastic_rounding": adamjax.stochastic_rounding,
+    "kahan": adamjax.kahan,
+    "master_weights": adamjax.master_weights,
+    "master_weights, low_bits": partial(adamjax.master_weights, low_bits=True),
+}
+
+
+def rounded(name: str, fused: bool) -> Any:
+    return ROUNDED[name](adamw(fused=fused))
+
+
 OF_BFLOAT16: dict[str, Make] = {
-    "adamjax, to nearest": adamw,
-    "adamjax fused, to nearest": partial(adamw, fused=True),
-    "adamjax, stochastic_rounding": lambda: adamjax.stochastic_rounding(adamw()),
-    "adamjax, kahan": lambda: adamjax.kahan(adamw()),
-    "adamjax, master_weights": lambda: adamjax.master_weights(adamw()),
-    "adamjax, master_weights, low_bits": lambda: adamjax.master_weights(adamw(), low_bits=True),
+    f"adamjax{' fused' if fused else ''}, {name}": partial(rounded, name, fused)
+    for name in ROUNDED
+    for fused in (False, True)
 }
 
 

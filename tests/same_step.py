@@ -74,11 +74,17 @@ def assert_near_steps(found, expected, grads, state, params, rate, coupled=0.0):
         terms = np.broadcast_to(np.abs(np.asarray(p, np.float64)) + longer * rate, g.shape)
         got, want = np.asarray(found[0][name]), np.asarray(expected[0][name])
         assert_near(got[same], want[same], terms[same], name)
-        assert_near(found[1][0].mu[name], after.mu[name], np.abs(m) + g, f"mu {name}")
-        largest = v + g * g
-        assert_near(found[1][0].nu[name], after.nu[name], largest, f"nu {name}")
-        if after.nu_max is not None:
-            largest = np.maximum(largest, wide(before.nu_max[name]))
-            assert_near(found[1][0].nu_max[name], after.nu_max[name], 1e3 * largest, f"nu_max {name}")
+        assert_near_moments(name, g, found[1][0], after, before)
     assert_equal(found[1][0].count, after.count)
     assert_equal(found[1][1:], expected[1][1:])
+
+
+def assert_near_moments(name, g, found, expected, before):
+    """Those of one parameter; `g` are the magnitudes of its gradient."""
+    m, v = wide(before.mu[name]), wide(before.nu[name])
+    assert_near(found.mu[name], expected.mu[name], np.abs(m) + g, f"mu {name}")
+    largest = v + g * g
+    assert_near(found.nu[name], expected.nu[name], largest, f"nu {name}")
+    if expected.nu_max is not None:
+        largest = np.maximum(largest, wide(before.nu_max[name]))
+        assert_near(found.nu_max[name], expected.nu_max[name], 1e3 * largest, f"nu_max {name}")

@@ -183,7 +183,7 @@ def call_of(shape, format="int8"):
     count = state.count + 1
     scalars = opt.transforms[0]._scalars(count.astype(jnp.float32))
     numbers_ = _leaf.Numbers(scalars, *map(jnp.float32, (1, 0, -LR, -LR * 0.1)))
-    leaf = (params["w"], state.mu["w"], state.nu["w"], None)
+    leaf = (params["w"], state.mu["w"], state.nu["w"], None, None)
     return (
         _leaf.Form(nesterov=False, amsgrad=None, coupled=False, decays=True),
         leaf,
@@ -202,10 +202,10 @@ def test_a_part_has_the_random_numbers_of_the_whole():
         n = x.shape[-1]
         return x[1:, 4:, n // 4 : n // 2]
 
-    p, m, v, _ = leaf
+    p, m, v, *_ = leaf
     cut = jax.tree.map(part, (p, g, m, v))
     call = _leaf.Call(form, p.shape, jax.tree.structure(leaf))
-    places = jnp.stack([dithers[0].seed, dithers[0].turn, *map(jnp.uint32, (1, 4, 256))])
+    places = jnp.stack([dithers[0].seed, dithers[0].turn, *map(jnp.uint32, (0, 0, 1, 4, 256))])
     scalars = jnp.stack(list(map(jnp.float32, _gpu.KERNEL.scalars(form, numbers_))))
     found = _gpu.KERNEL.run(call, scalars, places, *jax.tree.leaves(cut))
     for a, b in zip(found, jax.tree.leaves(jax.tree.map(part, whole)), strict=True):

@@ -57,6 +57,8 @@ class PerParameter(Transformation):
 class FusedPerParameter(Fused):
     """A chain that begins with a `PerParameter`, whose `step` is one pass over memory; see `kernels.Fused`."""
 
+    fuses_narrow = False
+
     def step(self, grads: PyTree, state: PyTree, params: PyTree, **extra: Any) -> tuple[PyTree, PyTree]:
         """One whole step; see `Transformation.step`."""
         _checks.given(params, grads, "step", "step(grads, state, params)")
@@ -70,7 +72,7 @@ class FusedPerParameter(Fused):
         structure, rows = _trees.flatten(grads, own, params)
         paths = [path for path, _ in jax.tree.leaves_with_path(grads, is_leaf=_trees.is_none)]
         taken = [
-            g is not None and of_one.takes(path, g, (p, s.mu, s.nu, s.nu_max))
+            g is not None and of_one.takes(path, g, (p, s.mu, s.nu, s.nu_max, None))
             for path, (g, s, p) in zip(paths, rows, strict=True)
         ]
         left = [None if takes else g for (g, *_), takes in zip(rows, taken, strict=True)]

@@ -15,6 +15,7 @@ from adamjax.storage import QuantizedArray
 
 # As in adam.cc.
 _TILE = 256
+_LANDINGS = (None, "stochastic_rounding", "kahan", "master_weights", "low_bits")
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -25,7 +26,7 @@ def gains(leaf: Leaf) -> bool:
 
 def why_not(leaf: Leaf, g: Array) -> str | None:
     """Why the kernel cannot step a parameter, if it cannot."""
-    p, m, v, _ = leaf
+    p, m, v, *_ = leaf
     named = (("parameter", p), ("gradient", g), ("first moment", m), ("second moment", v))
     return next((said for name, x in named if (said := _why_not_of(name, x)) is not None), None) or _missing()
 
@@ -82,6 +83,7 @@ def _run(call: Call, scalars: Array, places: Array, *arrays: Array) -> Any:
         places,
         *arrays,
         **attributes(call.form),
+        landing=np.int64(_LANDINGS.index(None if call.form.landing is None else call.form.landing.name)),
         whole=np.asarray(call.shape, np.int64),
         bits=np.asarray(bits, np.int64),
         block=np.asarray(block, np.int64),

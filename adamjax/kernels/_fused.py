@@ -1,6 +1,7 @@
 """A chain that is Adam, stepped in one pass over memory."""
 
 import warnings
+from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
 
@@ -9,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from adamjax import _checks, _trees, storage
-from adamjax._base import Chain
+from adamjax import _checks, _stochastic, _trees, storage
+from adamjax._base import Chain, Extra, Transformation
 from adamjax._moments import AdamState, dithers_of
 from adamjax._packed import Packed
 from adamjax._packing import PackedTree, replaced, rest_of
@@ -19,6 +20,7 @@ from adamjax._trees import PyTree
 from adamjax._value import static_field, value
 from adamjax.kernels import _cpu, _group, _leaf
 from adamjax.kernels._leaf import Form, Numbers
+from adamjax.rounding import Narrow
 
 # Of arrays with fewer elements, XLA's step is as fast: a call has its price.
 CROSSOVER = 16384
@@ -30,8 +32,9 @@ class Fused(Chain):
 
     `init`, `update` and the state are those of the chain; the numbers of `step`, too, but for the last digits.
     The steps of what is around it are made of it: of a chain that ends with it, `groups`, `skip_nonfinite`,
-    `dynamic_loss_scale`, `zero1`, `offload`. Those of `stochastic_rounding`, `kahan` and `master_weights` are
-    not, which is refused. What calls `update` and applies it, as optax's wrappers do, makes no such step.
+    `dynamic_loss_scale`, `zero1`, `offload`; on a CPU, also that of `stochastic_rounding`, `kahan` and
+    `master_weights` around it, around a chain that ends with it, or around `groups`. What calls `update` and applies
+    it, as optax's wrappers do, makes no such step.
 
     It goes wherever a step does: under `jax.jit` (donate parameters and state, and nothing is copied),
     `jax.lax.scan`, `jax.vmap` over states or hyperparameters, with arrays on many devices, each of which steps its
@@ -61,6 +64,7 @@ class Fused(Chain):
 
     mode: Any = static_field(default=True, described=False)
 
+    fuses_narrow = True
     # To a checkpoint: the state is the same.
     described_as = "Chain"
 
@@ -75,43 +79,68 @@ class Fused(Chain):
         """One whole step; see `Transformation.step`."""
         _checks.given(params, grads, "step", "step(grads, state, params)")
         _checks.updates(grads, params)
+
+        def plain(grads: PyTree) -> tuple[PyTree, PyTree, PyTree]:
+            new_params, new_state = Chain.step(self, grads, state, params, **extra)
+            return new_params, None, new_state
+
+        new_params, _, new_state = self._step(grads, state, params, None, plain)
+        return new_params, new_state
+
+    def _step_narrow(
+        self, grads: PyTree, state: PyTree, params: PyTree, narrow: Narrow, extra: Extra
+    ) -> tuple[PyTree, PyTree, PyTree]:
+        """One whole step, for a wrapper that lands parameters; see `Transformation._step_narrow`."""
+
+        def plain(grads: PyTree) -> tuple[PyTree, PyTree, PyTree]:
+            return Transformation._step_narrow(self, grads, state, params, narrow, extra)
+
+        return self._step(grads, state, narrow.params, narrow, plain)
+
+    def _step(
+        self, grads: PyTree, state: PyTree, params: PyTree, narrow: Narrow | None, plain: Callable[[PyTree], Any]
+    ) -> tuple[PyTree, PyTree, PyTree]:
+        """The new parameters, what they cannot hold, and the new state; `plain` steps what no kernel does."""
         _checks.members(state, len(self.transforms), "a chain")
         moments = self._moments.checked(grads, state[0])
-        kept = map(rest_of, (moments.mu, moments.nu, moments.nu_max))
-        structure, rows = _trees.flatten(grads, params, *kept, *self._masks(params))
+        rests = map(rest_of, (moments.mu, moments.nu, moments.nu_max))
+        kept = None if narrow is None else narrow.kept
+        structure, rows = _trees.flatten(grads, params, *rests, kept, *self._masks(params))
         paths = [path for path, _ in jax.tree.leaves_with_path(grads, is_leaf=_trees.is_none)]
-        leaves = [i for i, row in enumerate(rows) if self.takes(paths[i], row[0], row[1:5])]
-        groups = self._groups(moments, rows, paths)
+        leaves = [i for i, row in enumerate(rows) if self.takes(paths[i], row[0], row[1:6], narrow is not None)]
+        groups = self._groups(moments, rows, paths) if narrow is None else {}
         taken = {*leaves, *(i for members in groups.values() for i in members)}
         # XLA steps the others, for which these are frozen, and all counts.
         others = [None if i in taken else row[0] for i, row in enumerate(rows)]
-        new_params, new_state = super().step(jax.tree.unflatten(structure, others), state, params, **extra)
+        new_params, new_kept, new_state = plain(jax.tree.unflatten(structure, others))
         if not taken:
-            return new_params, new_state
+            return new_params, new_kept, new_state
         count, *new = new_state[0]
         numbers_of = cache(partial(self._numbers, state, count))
-        _, stepped = _trees.flatten(grads, new_params, *map(rest_of, new))
+        _, stepped = _trees.flatten(grads, new_params, *map(rest_of, new), new_kept)
         for i in leaves:
-            g, p, m, v, v_max, *masks = rows[i]
+            g, p, m, v, v_max, lacks, *masks = rows[i]
             storage.check(m, v, v_max)
             form, numbers = numbers_of(_takers(masks))
-            dithers = dithers_of(count, i, m, v)
-            stepped[i] = (g, *_leaf.step(_engine().KERNEL, form, (p, m, v, v_max), g, numbers, dithers))
+            dithers: _leaf.Dithers = dithers_of(count, i, m, v)
+            if narrow is not None and _is_narrow(p):
+                form, dithers = form._replace(landing=narrow.landing), (*dithers, narrow.dither(i))
+            stepped[i] = (g, *_leaf.step(_engine().KERNEL, form, (p, m, v, v_max, lacks), g, numbers, dithers))
         of_groups: dict[int, _group.Moments] = {}
         for k, members in groups.items():
-            form, numbers = numbers_of(_takers(rows[members[0]][5:]))
+            form, numbers = numbers_of(_takers(rows[members[0]][6:]))
             m, v, v_max = (None if tree is None else tree.groups[k] for tree in new)
             dithers = dithers_of(count, len(rows) + k, m, v)
             arrays = [rows[i][1] for i in members], (m, v, v_max), [rows[i][0] for i in members]
             group, of_groups[k] = _group.step(form, *arrays, numbers, dithers)
             for i, p in zip(members, group, strict=True):
-                stepped[i] = (rows[i][0], p, None, None, None)
-        _, new_params, *rests = _trees.unflatten(structure, stepped, 5)
+                stepped[i] = (rows[i][0], p, None, None, None, None)
+        _, new_params, *columns, new_kept = _trees.unflatten(structure, stepped, 6)
         trees = [
-            replaced(tree, rest, {k: kept[j] for k, kept in of_groups.items()})
-            for j, (tree, rest) in enumerate(zip(new, rests, strict=True))
+            replaced(tree, rest, {k: moments[j] for k, moments in of_groups.items()})
+            for j, (tree, rest) in enumerate(zip(new, columns, strict=True))
         ]
-        return new_params, (AdamState(count, *trees), *new_state[1:])
+        return new_params, None if kept is None else new_kept, (AdamState(count, *trees), *new_state[1:])
 
     def _groups(self, moments: AdamState, rows: list[tuple[Any, ...]], paths: list[Any]) -> dict[int, list[int]]:
         """The groups of small parameters that the kernel steps, with the numbers of those."""
@@ -121,9 +150,9 @@ class Fused(Chain):
             return found
         for k, places in enumerate(moments.mu.layout if isinstance(moments.mu, PackedTree) else ()):
             members = [number for number, _ in places]
-            alike = len({_takers(rows[i][5:]) for i in members}) == 1
+            alike = len({_takers(rows[i][6:]) for i in members}) == 1
             if alike and all(rows[i][0] is not None for i in members):
-                kept = moments.mu.groups[k], moments.nu.groups[k], None
+                kept = moments.mu.groups[k], moments.nu.groups[k], None, None
                 if all(self._can(paths[i], _cpu.why_not((rows[i][1], *kept), rows[i][0])) for i in members):
                     found[k] = members
         return found
@@ -168,13 +197,14 @@ class Fused(Chain):
         numbers = (self._adam._scalars(count.astype(jnp.float32)), jnp.float32(sign), coupled, rate, decay)
         return form, Numbers(*numbers)
 
-    def takes(self, path: Any, g: Any, leaf: Any) -> bool:
+    def takes(self, path: Any, g: Any, leaf: Any, lands: bool = False) -> bool:
         """Whether the kernel steps a parameter by itself, or XLA does.
 
         Args:
           path: Where it is.
           g: Its gradient, or None.
-          leaf: The parameter and its moments: mu, nu, nu_max.
+          leaf: The parameter, its moments (mu, nu, nu_max) and what it cannot hold.
+          lands: Whether a wrapper says how a half precision parameter lands.
 
         Raises:
           ValueError: The kernel cannot, and `mode` is True.
@@ -186,6 +216,8 @@ class Fused(Chain):
             return self._can(path, f"on {jax.default_backend()} there is no kernel")
         if not engine.gains(leaf):
             return False
+        if lands and _is_narrow(p) and engine is not _cpu:
+            return self._can(path, "the kernel of this platform does not round as the wrapper around it does")
         return self._can(path, _leaf.why_not_here(g) or engine.why_not(leaf, g))
 
     def _can(self, path: Any, why: str | None) -> bool:
@@ -199,6 +231,10 @@ class Fused(Chain):
             )
         _say_once(f"fused='auto' leaves params{jax.tree_util.keystr(path)} to XLA: {why}")
         return False
+
+
+def _is_narrow(p: Any) -> bool:
+    return _stochastic.is_narrow(_trees.dtype_of(p))
 
 
 def _takers(masks: list[Any] | tuple[Any, ...]) -> tuple[bool, ...]:

@@ -26,7 +26,7 @@ from adamjax._codes import Code, QuantizedArray, largest
 from adamjax._moments import Keep, Step
 from adamjax._numerics import Decay
 from adamjax._stochastic import Dither
-from adamjax.kernels._leaf import Call, Form, Kernel, Leaf, Numbers, around
+from adamjax.kernels._leaf import OFFSETS, Call, Form, Kernel, Leaf, Numbers, add_rounded, around
 
 # Of what is used, some is newer than the oldest jax that the rest works with.
 plgpu: Any = mosaic_gpu
@@ -45,7 +45,7 @@ def gains(leaf: Leaf) -> bool:
 
 def why_not(leaf: Leaf, g: Array) -> str | None:
     """Why the kernel cannot step a parameter whose moments are quantised, if it cannot."""
-    p, *moments = leaf
+    p, *moments, _ = leaf
     for name, array in (("parameter", p), ("gradient", g)):
         if (dtype := _trees.dtype_of(array).name) not in ("float32", "bfloat16"):
             return f"its {name} is {dtype}, and the kernel steps float32, bfloat16"
@@ -159,7 +159,7 @@ def _run(call: Call, scalars: Array, places: Array, *arrays: Array, interpret: b
 def _places(shape: tuple[int, ...], places: Array) -> Array:
     """The seed, the turn and the index of the first number in the whole, of each of many."""
     strides = [np.uint32(math.prod(shape[axis + 1 :]) % 2**32) for axis in range(len(shape))]
-    first = reduce(jnp.add, [places[:, 2 + axis] * stride for axis, stride in enumerate(strides)])
+    first = reduce(jnp.add, [places[:, OFFSETS + axis] * stride for axis, stride in enumerate(strides)])
     return jnp.stack([places[:, 0], places[:, 1], first], axis=-1)
 
 
@@ -201,7 +201,7 @@ def _step_rows(
     seed, turn, first = places
     dither, numbers = Dither(seed, turn), _numbers(scalars)
     index = first + _index(g.shape, axes, start)
-    p, *old = leaf
+    p, *old, _ = leaf
 
     def of_moments(g: Array) -> Step:
         m, v, v_max = (_load(x, g.shape) for x in old)
@@ -210,7 +210,8 @@ def _step_rows(
         m, v, v_max = (_store(x, like, d, index) for x, like, d in zip((m, v, v_max), old, dithers, strict=True))
         return direction, m, v, v_max
 
-    return around(form, p, g, numbers, of_moments)
+    update, *moments = around(form, p.astype(jnp.float32), g, numbers, of_moments)
+    return add_rounded(p, update), *moments, None
 
 
 def _load(stored: Any, shape: tuple[int, ...]) -> Any:

@@ -38,7 +38,7 @@ step = jax.jit(_step, static_argnums=0)
 def _plain_step(
     form: Form, params: list[Array], moments: Moments, grads: list[Array], numbers: Numbers, dithers: Dithers
 ) -> tuple[list[Array], Moments]:
-    p, m, v, v_max = _leaf.plain_step(form, (join(params), *moments), join(grads), numbers, dithers)
+    p, m, v, v_max, _ = _leaf.plain_step(form, (join(params), *moments, None), join(grads), numbers, dithers)
     return split(p, tuple(x.shape for x in params)), (m, v, v_max)
 
 
@@ -49,7 +49,7 @@ def _batched(form: Form, count: int) -> Any:
     def as_one(scalars: Array, places: Array, *arrays: Array) -> list[Array]:
         params, grads, kept = arrays[:count], arrays[count : 2 * count], arrays[2 * count :]
         whole = join(params)
-        call = Call(form, whole.shape, jax.tree.structure((whole, *kept, *[None] * (3 - len(kept)))))
+        call = Call(form, whole.shape, jax.tree.structure((whole, *kept, *[None] * (4 - len(kept)))))
         p, *new = _leaf.batched(KERNEL, call)(scalars, places, whole, join(grads), *kept)
         return [*split(p, tuple(x.shape for x in params)), *new]
 

@@ -19,15 +19,17 @@ from adamjax._adam import Scalars, adam_step
 from adamjax._codes import QuantizedArray
 from adamjax._moments import Step, step_leaf
 from adamjax._stochastic import Dither
+from adamjax.rounding import Landing
 
 
 class Form(NamedTuple):
-    """What is compiled in: which of the steps it is."""
+    """What is compiled in: which of the steps it is, and how the parameter takes its update if it is not just added."""
 
     nesterov: bool
     amsgrad: str | None
     coupled: bool
     decays: bool
+    landing: Landing | None = None
 
 
 class Numbers(NamedTuple):
@@ -49,8 +51,8 @@ class Numbers(NamedTuple):
 
 
 Moment = Array | QuantizedArray
-Leaf = tuple[Array, Moment, Moment, Moment | None]  # p, m, v, v_max
-Dithers = tuple[Dither | None, Dither | None]
+Leaf = tuple[Array, Moment, Moment, Moment | None, Array | None]  # p, m, v, v_max, and what p cannot hold
+Dithers = tuple[Dither | None, ...]  # of both moments, and of p if it lands by one
 
 
 class Call(NamedTuple):
@@ -69,7 +71,7 @@ class Call(NamedTuple):
     @property
     def formats(self) -> list[tuple[int, int]]:
         """The bits and the block size of each moment's codes; 0 where it is of floats, or is not kept."""
-        _, *moments = jax.tree.unflatten(self.structure, range(self.structure.num_leaves))
+        _, *moments, _ = jax.tree.unflatten(self.structure, range(self.structure.num_leaves))
         return [(x.bits, x.block_size) if isinstance(x, QuantizedArray) else (0, 0) for x in moments]
 
     @property
@@ -84,9 +86,10 @@ class Kernel(NamedTuple):
     Fields:
       scalars: What it takes of the form and the numbers of a step: float32 scalars.
       run: Its results for a `Call` and arrays that are on one device: those scalars, side by side; uint32
-        integers (seed and turn of the dither, the index of the part in the whole along each axis); parameter,
-        gradient, and all arrays of the moments. Where these are of many leaves, all have the same leading axes
-        more. Results are all but the gradient, which come in place of their operands.
+        integers (seed and turn of the moments' dither and of the parameter's, the index of the part in the whole
+        along each axis); parameter, gradient, and all arrays of the moments and of what is kept. Where these are
+        of many leaves, all have the same leading axes more. Results are all but the gradient, which come in place
+        of their operands.
     """
 
     scalars: Callable[[Form, Numbers], Sequence[Any]]
@@ -96,9 +99,9 @@ class Kernel(NamedTuple):
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _step(kernel: Kernel, form: Form, leaf: Leaf, g: Array, numbers: Numbers, dithers: Dithers) -> Leaf:
     """The parameter and its moments after one step: those of `plain_step`, but for the last digits."""
-    p, *moments = leaf
+    p, *others = leaf
     call = Call(form, p.shape, jax.tree.structure(leaf))
-    operands = (*rows(kernel, form, numbers, dithers, p.ndim), p, g, *jax.tree.leaves(moments))
+    operands = (*rows(kernel, form, numbers, dithers, p.ndim), p, g, *jax.tree.leaves(others))
     return jax.tree.unflatten(call.structure, batched(kernel, call)(*operands))
 
 
@@ -121,30 +124,46 @@ step = jax.jit(_step, static_argnums=(0, 1))
 
 def plain_step(form: Form, leaf: Leaf, g: Array, numbers: Numbers, dithers: Dithers) -> Leaf:
     """The same by XLA."""
-    p, m, v, v_max = leaf
+    p, m, v, v_max, kept = leaf
     options = (form.nesterov, form.amsgrad)
 
     def of_moments(g: Array) -> Step:
-        return step_leaf(g, m, v, v_max, numbers.adam, dithers, rule=adam_step, options=options)
+        return step_leaf(g, m, v, v_max, numbers.adam, dithers[:2], rule=adam_step, options=options)
 
-    return around(form, p, g, numbers, of_moments)
+    if form.landing is None:
+        update, *moments = around(form, p.astype(jnp.float32), g, numbers, of_moments)
+        return add_rounded(p, update), *moments, None
+    update, *moments = around(form, form.landing.read(p, kept), g, numbers, of_moments)
+    *_, dither = dithers
+    assert dither is not None
+    p, kept = form.landing.land(p, update, kept, dither)
+    return p, *moments, kept
 
 
-def around(form: Form, p: Array, g: Array, numbers: Numbers, of_moments: Callable[[Array], Step]) -> Leaf:
-    """A whole step, of which `of_moments` is the part that the moments have."""
-    wide, g = p.astype(jnp.float32), numbers.sign * g.astype(jnp.float32)
+def around(form: Form, wide: Array, g: Array, numbers: Numbers, of_moments: Callable[[Array], Step]) -> Step:
+    """The update in float32 of a parameter that is that, of which `of_moments` is the part that the moments have."""
+    g = numbers.sign * g.astype(jnp.float32)
     if form.coupled:
         g = g + numbers.coupled * wide
-    direction, m, v, v_max = of_moments(g)
-    update = numbers.rate * direction + (numbers.decay * wide if form.decays else 0)
-    return (wide + update.astype(p.dtype).astype(jnp.float32)).astype(p.dtype), m, v, v_max
+    direction, *moments = of_moments(g)
+    return numbers.rate * direction + (numbers.decay * wide if form.decays else 0), *moments
+
+
+def add_rounded(p: Array, update: Array) -> Array:
+    """The parameter and its update, which was rounded to its dtype before."""
+    return (p.astype(jnp.float32) + update.astype(p.dtype).astype(jnp.float32)).astype(p.dtype)
+
+
+# Where in the integers of a kernel the offsets begin.
+OFFSETS = 4
 
 
 def rows(kernel: Kernel, form: Form, numbers: Numbers, dithers: Dithers, ndim: int) -> tuple[Array, Array]:
     """The first two operands of a kernel, for a parameter of `ndim` axes."""
     # Both moments share the hashes: `_stochastic.Dither.other`.
-    dither = next((d for d in dithers if d is not None), Dither(jnp.uint32(0), jnp.uint32(0)))
-    places = _row([dither.seed, dither.turn], 2 + ndim)
+    none = Dither(jnp.uint32(0), jnp.uint32(0))
+    of_moments, of_p = (next((d for d in found if d is not None), none) for found in (dithers[:2], dithers[2:]))
+    places = _row([of_moments.seed, of_moments.turn, of_p.seed, of_p.turn], OFFSETS + ndim)
     scalars = [lax.bitcast_convert_type(jnp.asarray(x, jnp.float32), jnp.uint32) for x in kernel.scalars(form, numbers)]
     return lax.bitcast_convert_type(_row(scalars, len(scalars)), jnp.float32), places
 

@@ -30,6 +30,7 @@ namespace {
 constexpr int64_t kTile = 256;   // numbers of each array that are stepped at a time: whole blocks of codes
 constexpr int64_t kAhead = 512;  // how many numbers before they are needed they are asked for
 constexpr int64_t kLeast = 64;   // tiles that a thread takes at a time, at least
+constexpr int64_t kLine = 64;    // bytes that memory gives at a time
 
 // One row of the first operand.
 struct Scalars {
@@ -43,11 +44,18 @@ struct Scalars {
 };
 constexpr int64_t kScalars = sizeof(Scalars) / sizeof(float);
 
-// One row of the second operand, before the offsets.
 struct Dither {
   uint32_t seed, turn;
 };
-constexpr int64_t kDither = sizeof(Dither) / sizeof(uint32_t);
+
+// One row of the second operand, before the offsets.
+struct Dithers {
+  Dither moments, parameter;
+};
+constexpr int64_t kDithers = sizeof(Dithers) / sizeof(uint32_t);
+
+// How a narrow parameter takes its update: it is rounded and added, or as a wrapper of ../rounding.py says.
+enum class Landing { kNone, kStochastic, kCompensated, kMaster, kLowBits };
 
 // `n` numbers of a row, from `column` on.
 struct Span {
@@ -72,6 +80,7 @@ struct Array;
 struct Format {
   void (*load)(const Array&, const Span&, float*);
   void (*store_nearest)(const Array&, const Span&, const float*);
+  void (*store_random)(const Array&, const Span&, const float*, const uint32_t*);
   void (*store_mean)(const Array&, const Span&, const float*, const uint32_t*);
   void (*store_square)(const Array&, const Span&, const float*, const uint32_t*);
   void (*store_maximum)(const Array&, const Span&, const float*);
@@ -201,6 +210,11 @@ void StoreNearest(const Array& a, const Span& s, const float* x) {
 }
 
 template <class T>
+void StoreRandom(const Array& a, const Span& s, const float* x, const uint32_t* random) {
+  Store<T>(a, s, [=](int64_t i) { return T::Cut(x[i], random[i]); });
+}
+
+template <class T>
 void StoreMean(const Array& a, const Span& s, const float* x, const uint32_t* random) {
   Store<T>(a, s, [=](int64_t i) { return T::Cut(T::Saturated(x[i]), random[i]); });
 }
@@ -216,7 +230,7 @@ void StoreMaximum(const Array& a, const Span& s, const float* x) {
 }
 
 template <class T>
-constexpr Format kFloat{Load<T>, StoreNearest<T>, StoreMean<T>, StoreSquare<T>, StoreMaximum<T>};
+constexpr Format kFloat{Load<T>, StoreNearest<T>, StoreRandom<T>, StoreMean<T>, StoreSquare<T>, StoreMaximum<T>};
 
 // Vectors, for the loops that a compiler would not find by itself.
 
@@ -419,10 +433,10 @@ void StoreMaximumCodes(const Array& a, const Span& s, const float* x) {
 }
 
 template <int kBits>
-constexpr Format kMeans{LoadCodes<Code<kBits, true>>, nullptr, StoreCodes<Code<kBits, true>, true>, nullptr, nullptr};
+constexpr Format kMeans{LoadCodes<Code<kBits, true>>, nullptr, nullptr, StoreCodes<Code<kBits, true>, true>, nullptr, nullptr};
 
 template <int kBits>
-constexpr Format kSquares{LoadCodes<Code<kBits, false>>, nullptr, nullptr, StoreCodes<Code<kBits, false>, true>,
+constexpr Format kSquares{LoadCodes<Code<kBits, false>>, nullptr, nullptr, nullptr, StoreCodes<Code<kBits, false>, true>,
                           StoreMaximumCodes<Code<kBits, false>>};
 
 // What is asked of memory while a tile is stepped: of each array, what a later one will need.
@@ -438,14 +452,14 @@ struct Ahead {
   }
 };
 
-// What of a tile is in float32, and in the cache: `update` is where that of narrower parameters is left.
+// What of a tile is in float32, and in the cache: `update` is where it is left, if it is not to be added as it is.
 struct Tile {
   float *p, *m, *v, *top, *update;
   const float* g;
 };
 
 // The formulas, for numbers or vectors of them.
-template <bool kNarrow, bool kNesterov, bool kMaximum, bool kCoupled, bool kDecays>
+template <bool kApart, bool kNesterov, bool kMaximum, bool kCoupled, bool kDecays>
 struct Form {
   template <class T>
   static T Gradient(const Scalars& s, T g, T p) {
@@ -497,7 +511,7 @@ struct Form {
     }
     if constexpr (part == kAll || part == kUpdate) {
       T u = Update(s, g, m, largest, p);
-      kNarrow ? Put(tile.update + i, u) : Put(tile.p + i, p + u);
+      kApart ? Put(tile.update + i, u) : Put(tile.p + i, p + u);
     }
   }
 
@@ -536,7 +550,7 @@ struct Form {
       Floats u = Update(s, g, wide(m_bits & 0xFFFF0000), wide(v_bits & 0xFFFF0000), p);
       PutHalves(m_out + i, m_bits >> 16);
       PutHalves(v_out + i, v_bits >> 16);
-      kNarrow ? Put(tile.update + i, u) : Put(tile.p + i, p + u);
+      kApart ? Put(tile.update + i, u) : Put(tile.p + i, p + u);
     }
   }
 
@@ -583,7 +597,7 @@ struct Form {
         Words random = Random(first + static_cast<uint32_t>(i), d);
         M::Encode(mean, m_per_unit[b], M::Chance(random), m_out + i);
         V::Encode(square, v_per_unit[b], V::Chance(random), v_out + i);
-        kNarrow ? Put(tile.update + i, u) : Put(tile.p + i, p + u);
+        kApart ? Put(tile.update + i, u) : Put(tile.p + i, p + u);
       }
     }
   }
@@ -677,6 +691,8 @@ struct Job {
   Steps steps;
   Steps::OfVectors of_vectors = nullptr;  // of steps, if the moments are such that one of them does it all
   Array p, g, m, v, top;
+  Landing landing = Landing::kNone;
+  Array kept;  // what the parameter cannot hold, if this is kept
   bool maximum, rounds;
   int64_t rows, columns;  // of one array of a batch
   bool is_whole;          // so that a number's index is that of its place in memory
@@ -684,15 +700,17 @@ struct Job {
 
   // What follows of the arrays, once they are there.
   void Complete(bool nesterov, bool coupled, bool decays) {
-    for (Array* x : {&p, &g, &m, &v, &top}) x->stride = x->Bytes(columns);
+    for (Array* x : {&p, &g, &m, &v, &top, &kept}) x->stride = x->Bytes(columns);
     rounds = m.format != nullptr || v.format != nullptr;
-    steps = Choose<>(p.format != nullptr, nesterov, maximum, coupled, decays);
+    bool apart = landing == Landing::kNone ? p.format != nullptr : landing == Landing::kCompensated;
+    steps = Choose<>(apart, nesterov, maximum, coupled, decays);
     if (maximum) return;
     if (m.block > 0 && m.block == v.block && m.block % kLanes == 0 && m.bits == 8 && v.bits == 8) of_vectors = steps.codes;
     if (m.format == &kFloat<BFloat16> && v.format == &kFloat<BFloat16>) of_vectors = steps.bfloat16;
   }
 
-  void Run(const Span& span, int64_t first_row, const Scalars& s, const Dither& d) const {
+  void Run(const Span& span, int64_t first_row, const Scalars& s, const Dithers& dithers) const {
+    const Dither& d = dithers.moments;
     constexpr int64_t kBuffer = kTile + kLanes;  // what is past the end of a span is read, and not used
     alignas(64) float buffers[6][kBuffer];
     Ahead ahead{{p.Ahead(span), g.Ahead(span), m.Ahead(span), v.Ahead(span)},
@@ -700,9 +718,12 @@ struct Job {
     for (const Array* x : {&m, &v}) {
       if (x->block > 0) __builtin_prefetch(x->scales_in + x->Scale(span) + kLanes);
     }
+    if (kept.in != nullptr) {
+      for (int64_t i = 0; i < kept.Bytes(kTile); i += kLine) __builtin_prefetch(kept.Ahead(span) + i);
+    }
     int64_t row = span.row - first_row;
     uint32_t first = is_whole ? static_cast<uint32_t>(row * columns + span.column) : place.Index(row, span.column);
-    Tile tile{p.Bring(span, buffers[0]), buffers[2], buffers[3], nullptr, buffers[5], g.Bring(span, buffers[1])};
+    Tile tile{Read(span, buffers[0]), buffers[2], buffers[3], nullptr, buffers[5], g.Bring(span, buffers[1])};
     if (of_vectors != nullptr && span.n % kLanes == 0) {
       of_vectors(span, s, ahead, tile, m, v, d, first);
     } else {
@@ -713,7 +734,7 @@ struct Job {
       (settles ? steps.moments : steps.all)(span.n, s, ahead, tile);
       if (rounds) {
         alignas(64) uint32_t random[kBuffer];
-        for (int64_t i = 0; i < span.n; i += kLanes) Put(random + i, Random(first + static_cast<uint32_t>(i), d));
+        Draw(span, first, d, random);
         if (m.format != nullptr) m.format->store_mean(m, span, tile.m, random);
         if (v.format != nullptr) v.format->store_square(v, span, tile.v, random);
       }
@@ -728,7 +749,65 @@ struct Job {
         steps.update(span.n, s, ahead, tile);
       }
     }
-    if (p.format != nullptr) AddRounded(span, tile);
+    if (p.format != nullptr) Land(span, tile, first, dithers.parameter);
+  }
+
+  static void Draw(const Span& span, uint32_t first, const Dither& d, uint32_t* random) {
+    for (int64_t i = 0; i < span.n; i += kLanes) Put(random + i, Random(first + static_cast<uint32_t>(i), d));
+  }
+
+  // The parameter in float32, as the step sees it.
+  float* Read(const Span& span, float* buffer) const {
+    if (landing == Landing::kMaster) return kept.Bring(span, buffer);
+    if (landing != Landing::kLowBits) return p.Bring(span, buffer);
+    const uint16_t *high = p.In<uint16_t>(span), *low = kept.In<uint16_t>(span);
+    // Where the lower half is half or more, the parameter was rounded up.
+    for (int64_t i = 0; i < span.n; ++i) buffer[i] = Number((uint32_t{high[i]} - (low[i] >> 15)) << 16 | low[i]);
+    return buffer;
+  }
+
+  // Leaves the narrow parameter where it is to be, and what it lacks.
+  void Land(const Span& span, const Tile& tile, uint32_t first, const Dither& d) const {
+    alignas(64) uint32_t random[kTile + kLanes];
+    switch (landing) {
+      case Landing::kNone:
+        return AddRounded(span, tile);
+      case Landing::kMaster:
+        return p.format->store_nearest(p, span, tile.p);
+      case Landing::kLowBits:
+        return Split(span, tile);
+      case Landing::kStochastic:
+        Draw(span, first, d, random);
+        return p.format->store_random(p, span, tile.p, random);
+      case Landing::kCompensated:
+        Draw(span, first, d, random);
+        return Compensate(span, tile, random);
+    }
+  }
+
+  // The upper halves of the bits, rounded to nearest, and the lower ones.
+  void Split(const Span& span, const Tile& tile) const {
+    uint16_t *high = p.Out<uint16_t>(span), *low = kept.Out<uint16_t>(span);
+    for (int64_t i = 0; i < span.n; ++i) {
+      uint32_t bits = Bits(tile.p[i]);
+      if ((bits & 0x7F800000) == 0) bits = 0;  // what is not normal
+      high[i] = (bits + 0x8000) >> 16;
+      low[i] = bits;
+    }
+  }
+
+  // Kahan's sum: what is lost in adding the update and what was kept is kept.
+  void Compensate(const Span& span, const Tile& tile, const uint32_t* random) const {
+    alignas(64) float wanted[kTile + kLanes], landed[kTile + kLanes];
+    kept.format->load(kept, span, wanted);
+    for (int64_t i = 0; i < span.n; ++i) {
+      wanted[i] += tile.update[i];
+      landed[i] = tile.p[i] + wanted[i];
+    }
+    p.format->store_nearest(p, span, landed);
+    p.Settle(span, landed);
+    for (int64_t i = 0; i < span.n; ++i) wanted[i] -= landed[i] - tile.p[i];
+    kept.format->store_random(kept, span, wanted, random);
   }
 
   // To narrow parameters, the update is added after it was rounded itself.
@@ -751,6 +830,14 @@ class Operands {
 
   // Why they are not as they should be, or nothing.
   const char* wrong = nullptr;
+
+  // Halves of numbers, which are not to be read as numbers.
+  Array TakeHalves(int64_t size) {
+    Array array;
+    if (Next(true, size, &array.in, &array.out) != ffi::U16 && wrong == nullptr) wrong = "adamjax: unknown dtype";
+    array.bits = 16;
+    return array;
+  }
 
   // An array of `size` numbers; with a `block`, of as many codes, of some bits, and scales.
   Array Take(bool is_changed, int64_t size, int64_t row, int64_t block, int64_t bits) {
@@ -807,10 +894,11 @@ class Operands {
 // `bits` and `block`: of codes of the first moment, the second, and its maximum; 0 of floats.
 ffi::Error Impl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> scalars, ffi::Buffer<ffi::U32> dithers,
                 ffi::RemainingArgs arrays, ffi::RemainingRets results, bool nesterov, bool maximum, bool coupled, bool decays,
-                ffi::Span<const int64_t> whole, ffi::Span<const int64_t> bits, ffi::Span<const int64_t> block) {
+                int64_t landing, ffi::Span<const int64_t> whole, ffi::Span<const int64_t> bits,
+                ffi::Span<const int64_t> block) {
   auto parameters = arrays.get<ffi::AnyBuffer>(0);
   if (!parameters.has_value()) return ffi::Error::InvalidArgument("adamjax: no parameters");
-  int64_t axes = whole.size(), width = kDither + axes, size = parameters->element_count();
+  int64_t axes = whole.size(), width = kDithers + axes, size = parameters->element_count();
   int64_t batch = scalars.element_count() / kScalars;
   if (static_cast<int64_t>(scalars.element_count()) != batch * kScalars ||
       static_cast<int64_t>(dithers.element_count()) != batch * width || batch == 0 || size % batch != 0) {
@@ -834,6 +922,12 @@ ffi::Error Impl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> scalars, ffi::Buffer
     *moments[i] = operands.Take(true, size, job.columns, block[i], bits[i]);
     if (block[i] > 0) moments[i]->format = codes[i][bits[i] == 8 ? 0 : 1];
   }
+  job.landing = static_cast<Landing>(landing);
+  if (job.landing == Landing::kLowBits) {
+    job.kept = operands.TakeHalves(size);
+  } else if (job.landing == Landing::kCompensated || job.landing == Landing::kMaster) {
+    job.kept = operands.Take(true, size, job.columns, 0, 0);
+  }
   if (operands.wrong != nullptr) return ffi::Error::InvalidArgument(operands.wrong);
   job.Complete(nesterov, coupled, decays);
 
@@ -843,14 +937,14 @@ ffi::Error Impl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> scalars, ffi::Buffer
   Parallel(pool, tiles, [&](int64_t begin, int64_t end) {
     Job mine = job;
     Scalars s;
-    Dither d;
+    Dithers d;
     for (int64_t tile = begin, last = -1; tile < end; ++tile) {
       int64_t row = tile / of_row, column = tile % of_row * kTile, b = row / job.rows;
       if (b != last) {
         const uint32_t* dither = all_dithers + b * width;
         std::memcpy(&s, all_scalars + b * kScalars, sizeof(s));
         std::memcpy(&d, dither, sizeof(d));
-        mine.place.offsets = dither + kDither;
+        mine.place.offsets = dither + kDithers;
         last = b;
       }
       mine.Run({row, column, std::min(kTile, job.columns - column)}, b * job.rows, s, d);
@@ -865,7 +959,7 @@ ffi::Error Group(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> scalars, ffi::Buffe
                  ffi::RemainingArgs arrays, ffi::RemainingRets results, bool nesterov, bool maximum, bool coupled,
                  bool decays) {
   size_t moments = maximum ? 3 : 2;
-  if (arrays.size() < moments || scalars.element_count() != kScalars || dither.element_count() < kDither) {
+  if (arrays.size() < moments || scalars.element_count() != kScalars || dither.element_count() < kDithers) {
     return ffi::Error::InvalidArgument("adamjax: scalars of the wrong shape, or too few arrays");
   }
   Job whole;
@@ -907,7 +1001,7 @@ ffi::Error Group(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> scalars, ffi::Buffe
     for (int64_t column = 0; column < job.columns; column += kTile) tiles.push_back({i, column});
   }
   Scalars s;
-  Dither d;
+  Dithers d;
   std::memcpy(&s, scalars.typed_data(), sizeof(s));
   std::memcpy(&d, dither.typed_data(), sizeof(d));
   Parallel(pool, tiles.size(), [&](int64_t begin, int64_t end) {
@@ -937,6 +1031,7 @@ auto Bound() {
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(AdamjaxStep, Impl,
                               Bound()
+                                  .Attr<int64_t>("landing")
                                   .Attr<ffi::Span<const int64_t>>("whole")
                                   .Attr<ffi::Span<const int64_t>>("bits")
                                   .Attr<ffi::Span<const int64_t>>("block"));

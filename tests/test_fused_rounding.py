@@ -1,0 +1,269 @@
+"""Fused steps of half precision parameters, which land as the wrapper around them says."""
+
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import assert_close, by_step, make_mesh
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from same_step import assert_near, assert_near_moments
+from tolerances import FUSED_ROUNDED, RECOMPILED
+
+import adamjax
+from adamjax import kernels, sharding
+from adamjax.kernels import _fused
+
+pytestmark = pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler")
+
+LR = 1e-3
+# Larger than the crossover, with a rest that fills no vector; one that XLA steps; and one in float32.
+SHAPES = {"matrix": (131, 257), "short": (7,), "wide": (128, 256)}
+WRAPPERS = {
+    "stochastic_rounding": lambda opt: adamjax.stochastic_rounding(opt, seed=5),
+    "kahan": adamjax.kahan,
+    "master_weights": adamjax.master_weights,
+    "low_bits": lambda opt: adamjax.master_weights(opt, low_bits=True),
+}
+INT8 = adamjax.quantized("int8")
+FORMATS = {
+    "float32": {},
+    "bfloat16": {"mu_dtype": "bfloat16", "nu_dtype": "bfloat16"},
+    "int8": {"mu_dtype": INT8, "nu_dtype": INT8},
+    "amsgrad": {"amsgrad": "torch"},
+}
+
+
+def draw(seed, dtype="bfloat16", size=1.0):
+    rng = np.random.default_rng(seed)
+    return {
+        name: jnp.asarray(size * rng.normal(size=shape), "float32" if name == "wide" else dtype)
+        for name, shape in SHAPES.items()
+    }
+
+
+def adamw(wrap, **options):
+    return wrap(adamjax.adamw(LR, weight_decay=0.1, **options))
+
+
+def pair(wrap, **options):
+    return adamw(wrap, fused=True, **options), adamw(wrap, **options)
+
+
+def kept_of(state):
+    return state.kept or {}
+
+
+def assert_same(found, expected, params):
+    """Parameters, and what they lack where they are the same, but for the last digits."""
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for name, p in params.items():
+        terms = np.abs(np.asarray(p, np.float64)) + 10 * LR
+        assert_near(found[0][name], expected[0][name], terms, name)
+        a, b = (kept_of(state).get(name) for _, state in (found, expected))
+        if a is None:
+            continue
+        same = np.asarray(found[0][name] == expected[0][name])
+        if a.dtype == jnp.uint16:  # the lower halves, which alone say nothing
+            a, b = (np.asarray(adamjax.rounding._join(*x)) for x in ((found[0][name], a), (expected[0][name], b)))
+        elif a.dtype == p.dtype:  # what was lost of the parameter is less than a unit in its last place
+            terms = terms * float(jnp.finfo(p.dtype).eps)
+        assert_near(jnp.asarray(a)[same], jnp.asarray(b)[same], terms[same], f"kept of {name}")
+
+
+CASES = [(wrapper, format, "bfloat16") for wrapper in WRAPPERS for format in FORMATS]
+CASES += [(wrapper, "float32", "float16") for wrapper in WRAPPERS if wrapper != "low_bits"]
+
+
+@pytest.mark.parametrize(("wrapper", "format", "dtype"), CASES)
+def test_the_plain_steps(wrapper, format, dtype):
+    fused, plain = pair(WRAPPERS[wrapper], **FORMATS[format])
+    params = draw(0, dtype)
+    state = plain.init(params)
+    assert jax.tree.structure(fused.init(params)) == jax.tree.structure(state)
+    for i in range(3):
+        grads = draw(i + 1, dtype, 1e-3)
+        found, expected = jax.jit(fused.step)(grads, state, params), jax.jit(plain.step)(grads, state, params)
+        assert_same(found, expected, params)
+        for name, g in grads.items():
+            g = np.abs(np.asarray(g, np.float64))
+            assert_near_moments(name, g, *(x.inner[0] for x in (found[1], expected[1], state)))
+        params, state = expected
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_steps_that_rounding_to_nearest_would_lose_count(wrapper):
+    """A hundred steps of 1e-5, from 1: none of the figures comes from the code under test."""
+    opt = WRAPPERS[wrapper](adamjax.adam(1e-5, fused=True))
+    params = {"w": jnp.ones((128, 256), jnp.bfloat16)}
+    carry = jax.jit(lambda c: jax.lax.fori_loop(0, 100, lambda _, c: opt.step(c[0], c[1], c[0]), c))(
+        (params, opt.init(params))
+    )
+    mean = float(jnp.mean(carry[0]["w"].astype(jnp.float32)))
+    if wrapper == "stochastic_rounding":
+        assert abs(mean - 0.999) < 2e-5
+    else:  # half of the spacing of bfloat16 below 1 is 2**-9
+        assert mean == 1.0
+        state, p = carry[1], carry[0]["w"].astype(jnp.float32)
+        kept = state.kept["w"]
+        total = p + kept.astype(jnp.float32) if wrapper == "kahan" else opt.weights(carry[0], state)["w"]
+        assert abs(float(jnp.mean(total)) - 0.999) < 2e-5
+
+
+EDGES = [0.0, -0.0, np.nan, np.inf, -np.inf, 1e-45, 1e-38, -1e-30, 1e-19, 1e19, 3e38, 1.0]
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_numbers_at_the_edges(wrapper):
+    """What is not finite, not normal or 0 lands where the plain step has it."""
+    fused, plain = pair(WRAPPERS[wrapper])
+    with np.errstate(over="ignore"):
+        params = {"w": jnp.asarray(np.repeat(EDGES, 2048), jnp.bfloat16)}
+        grads = {"w": jnp.asarray(np.resize(EDGES, 2048 * len(EDGES)), jnp.bfloat16)}
+    state = plain.init(params)
+    for _ in range(3):
+        found, expected = jax.jit(fused.step)(grads, state, params), jax.jit(plain.step)(grads, state, params)
+        # Of master weights in full precision, what is kept is the parameter, too.
+        seen = [fused.weights if wrapper == "low_bits" else lambda params, state: (params, state.kept)]
+        for see in [lambda params, state: params, *seen]:
+            for a, b in zip(jax.tree.leaves(see(*found)), jax.tree.leaves(see(*expected)), strict=True):
+                a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+                np.testing.assert_array_equal(np.isnan(a), np.isnan(b))
+                np.testing.assert_array_equal(np.isinf(a), np.isinf(b))
+                fine = np.isfinite(a)
+                assert np.mean(np.abs(a - b)[fine] > 0.02 * np.abs(b)[fine] + 1e-37) <= FUSED_ROUNDED
+                np.testing.assert_array_equal(np.sign(a), np.sign(b))
+        params, state = expected
+
+
+PARAMS, GRADS = draw(0), draw(1, size=1e-3)
+
+
+def clipped(opt):
+    return adamjax.chain(adamjax.clip_by_global_norm(0.1), opt)
+
+
+AROUND = {
+    "it": adamjax.kahan,
+    "a chain": lambda opt: adamjax.kahan(clipped(opt)),
+    "chained": lambda opt: clipped(adamjax.kahan(opt)),
+    "groups": lambda opt: adamjax.kahan(adamjax.groups({"short|wide": {"weight_decay": 0.0}}, default=opt)),
+    "a group": lambda opt: adamjax.kahan(adamjax.groups({"short": adamjax.adam(LR)}, default=opt)),
+    "packed": lambda opt: adamjax.kahan(adamjax.packed(opt)),
+    "guarded": lambda opt: adamjax.dynamic_loss_scale(adamjax.skip_nonfinite(adamjax.kahan(opt))),
+}
+
+
+@pytest.mark.parametrize("around", AROUND)
+def test_wherever_a_step_goes(around):
+    fused, plain = (adamw(AROUND[around], **kw) for kw in ({"fused": True}, {}))
+    state = plain.init(PARAMS)
+    text = jax.jit(fused.step).lower(GRADS, state, PARAMS).as_text()
+    assert text.count(kernels.build().stem) == 2  # parameters above the crossover
+    found, expected = jax.jit(fused.step)(GRADS, state, PARAMS), jax.jit(plain.step)(GRADS, state, PARAMS)
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+        assert np.mean(np.abs(a - b) > 4 * RECOMPILED * (np.abs(b) + LR)) <= FUSED_ROUNDED
+
+
+def test_frozen_and_absent():
+    fused, plain = pair(adamjax.kahan)
+    params = PARAMS | {"absent": None}
+    grads = GRADS | {"matrix": None, "absent": None}
+    found, expected = (opt.step(grads, plain.init(params), params) for opt in (fused, plain))
+    assert_close(found, expected, RECOMPILED)
+    assert found[0]["matrix"] is params["matrix"]
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_many_at_once(wrapper):
+    """Over parameters and their states, and over learning rates."""
+    params = jax.tree.map(lambda x: jnp.stack([x, 2 * x]), PARAMS)
+
+    def one(rate, params, kw):
+        opt = WRAPPERS[wrapper](adamjax.adamw(rate, weight_decay=0.1, **kw))
+        return opt.step(GRADS, opt.init(params), params)
+
+    rates = jnp.asarray([LR, LR / 2])
+    found, expected = (
+        jax.jit(jax.vmap(lambda r, p, kw=kw: one(r, p, kw)))(rates, params) for kw in ({"fused": True}, {})
+    )
+    assert_same(found, expected, params)
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_in_place(wrapper):
+    opt = adamw(WRAPPERS[wrapper], fused=True)
+    params, state = jax.tree.map(jnp.copy, (PARAMS, opt.init(PARAMS)))
+    advance = jax.jit(by_step(opt), donate_argnums=(0, 1))
+    memory = advance.lower(params, state, GRADS).compile().memory_analysis()
+    size = sum(p.nbytes for p in jax.tree.leaves(params))
+    assert memory.temp_size_in_bytes < size / 100
+    assert memory.alias_size_in_bytes >= size
+    for _ in range(3):
+        params, state = advance(params, state, GRADS)
+    assert advance._cache_size() == 1
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("wrapper", ["stochastic_rounding", "kahan", "low_bits"])
+def test_each_device_steps_its_part(wrapper, kind):
+    """With the random numbers that those have in the whole."""
+    mesh = make_mesh(kind, (2, 4), ("data", "model"))
+    opt = adamw(WRAPPERS[wrapper], fused=True)
+    params, grads = ({"w": x["wide"].astype(jnp.bfloat16)} for x in (PARAMS, GRADS))
+    expected = jax.jit(opt.step)(grads, opt.init(params), params)
+    params, grads = jax.device_put((params, grads), NamedSharding(mesh, P("model", "data")))
+    with jax.set_mesh(mesh):
+        state = opt.init(params)
+        advance = jax.jit(opt.step)
+        assert "all-gather" not in advance.lower(grads, state, params).compile().as_text()
+        found = advance(grads, state, params)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+def test_inside_zero1():
+    mesh = make_mesh(AxisType.Auto)
+    params, grads = jax.device_put((PARAMS, GRADS), NamedSharding(mesh, P()))
+    fused, plain = (sharding.zero1(adamw(adamjax.kahan, **kw), mesh=mesh, axis="data") for kw in ({"fused": True}, {}))
+    state = plain.init(params)
+    advance = jax.jit(fused.step).lower(grads, state, params).compile()
+    assert kernels.build().stem in advance.as_text()
+    found, expected = advance(grads, state, params), jax.jit(plain.step)(grads, state, params)
+    assert_same(*((p, s.inner) for p, s in (found, expected)), PARAMS)
+
+
+@pytest.mark.parametrize("wrapper", ["kahan", "master_weights", "low_bits"])
+def test_derivatives_are_those_of_the_plain_step(wrapper):
+    def loss(rate, **kw):
+        opt = WRAPPERS[wrapper](adamjax.adamw(rate, weight_decay=0.1, **kw))
+        new, state = opt.step(GRADS, opt.init(PARAMS), PARAMS)
+        if wrapper != "kahan":
+            new = opt.weights(new, state)
+        return sum(jnp.sum(x.astype(jnp.float32) ** 2) for x in jax.tree.leaves(new))
+
+    found, expected = (jax.jit(jax.value_and_grad(lambda x, kw=kw: loss(x, **kw)))(LR) for kw in ({"fused": True}, {}))
+    assert_close(found, expected, 4 * RECOMPILED)
+
+
+def test_a_platform_whose_kernel_does_not_land(monkeypatch):
+    class Engine:
+        KERNEL = None
+        gains = staticmethod(lambda leaf: True)
+        why_not = staticmethod(lambda leaf, g: None)
+
+    monkeypatch.setattr(_fused, "_engine", lambda: Engine)
+    params = {"w": PARAMS["matrix"]}
+    opt = adamw(adamjax.kahan, fused=True)
+    with pytest.raises(ValueError, match=r"cannot step params\['w'\]: .* does not round as the wrapper around it does"):
+        opt.step(params, opt.init(params), params)
+    auto, plain = adamw(adamjax.kahan, fused="auto"), adamw(adamjax.kahan)
+    with pytest.warns(UserWarning, match="does not round as the wrapper"):
+        found = jax.jit(auto.step)(params, auto.init(params), params)
+    expected = jax.jit(plain.step)(params, plain.init(params), params)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
