@@ -12,6 +12,7 @@ import numpy as np
 from jax import Array
 
 from adamjax import _checks, _stochastic, _trees
+from adamjax._landing import Narrow
 from adamjax._leafwise import Doing, Plan, carry_out
 from adamjax._owners import placed_like
 from adamjax._trees import PyTree
@@ -109,14 +110,14 @@ class Transformation(Value):
         return apply_updates(params, updates), state
 
     def _step_narrow(
-        self, grads: PyTree, state: PyTree, params: PyTree, narrow: Any, extra: Extra
+        self, grads: PyTree, state: PyTree, params: PyTree, narrow: Narrow, extra: Extra
     ) -> tuple[PyTree, PyTree, PyTree]:
         """One whole step, for a wrapper that lands half precision parameters.
 
         Args:
           grads, state: As for `step`, once they are checked.
           params: The parameters in float32, as this is to see them.
-          narrow: A `rounding.Narrow`: the parameters themselves, and how they land.
+          narrow: The parameters themselves, and how they land.
           extra: As for `step`.
 
         Returns:
@@ -274,7 +275,7 @@ class Chain(Transformation):
         return params, (*first, last)
 
     def _step_narrow(
-        self, grads: PyTree, state: PyTree, params: PyTree, narrow: Any, extra: Extra
+        self, grads: PyTree, state: PyTree, params: PyTree, narrow: Narrow, extra: Extra
     ) -> tuple[PyTree, PyTree, PyTree]:
         """One whole step, landed by the last member; see `Transformation._step_narrow`."""
         if not self.fuses_narrow:

@@ -9,6 +9,7 @@ import jax
 
 from adamjax import _checks, _trees
 from adamjax._base import Chain, Extra, Transformation, as_transformation
+from adamjax._landing import Narrow
 from adamjax._trees import PyTree
 from adamjax._value import static_field, value
 
@@ -92,7 +93,7 @@ class Groups(Transformation):
         return params, state
 
     def _step_narrow(
-        self, grads: PyTree, state: PyTree, params: PyTree, narrow: Any, extra: Extra
+        self, grads: PyTree, state: PyTree, params: PyTree, narrow: Narrow, extra: Extra
     ) -> tuple[PyTree, PyTree, PyTree]:
         """One whole step, each member's own; see `Transformation._step_narrow`."""
 

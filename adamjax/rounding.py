@@ -14,10 +14,9 @@ updates that come out are float32: for each half precision parameter p the diffe
 become, and p + u is exactly that, whether added by our `apply_updates`, optax's or flax's (not by equinox's, which
 leaves the sum in float32). Parameters in float32 or wider pass through as if there were no wrapper, and keep nothing.
 
-What an optimizer with ``fused=True`` steps on a CPU, its kernel lands as well, in the same pass; see `Landing`.
+What an optimizer with ``fused=True`` steps on a CPU, its kernel lands as well, in the same pass.
 """
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -29,51 +28,12 @@ from jax import Array, lax
 
 from adamjax import _checks, _stochastic, _trees
 from adamjax._base import Extra, Wrapper, apply_updates, say_unfused, widened
+from adamjax._landing import Landing, Narrow, Rule
 from adamjax._stochastic import Dither
 from adamjax._trees import PyTree
 from adamjax._value import static_field, value
 
 _FLOAT32 = jnp.dtype(jnp.float32)
-
-Rule = Callable[..., tuple[Array, Any]]
-
-
-class Landing(NamedTuple):
-    """How a half precision parameter lands.
-
-    Fields:
-      name: What it is called, to those that have it compiled otherwise.
-      read: From the parameter and what is kept: the parameter in float32, as the wrapped transformation sees it.
-      rule: From the parameter itself in float32, the update, what is kept, a dither and the parameter's dtype: the
-        difference to what the parameter is to become, and what is kept then.
-    """
-
-    name: str
-    read: Callable[[Array, Any], Array]
-    rule: Rule
-
-    def land(self, p: Array, u: Array, kept: Any, dither: Dither) -> tuple[Array, Any]:
-        """The parameter after the update, and what is kept then."""
-        u, kept = self.rule(p.astype(_FLOAT32), u, kept, dither, p.dtype)
-        return (p.astype(_FLOAT32) + u).astype(p.dtype), kept
-
-
-class Narrow(NamedTuple):
-    """Parameters for a step that lands them itself, or leaves it to `land`.
-
-    Fields:
-      params: The parameters, of which those in half precision are to land.
-      kept: What those cannot hold, if that is kept.
-      landing: How they do.
-      dither: That of a parameter, by its place among the leaves.
-      land: From updates in float32 (None where parameters are to stay): all parameters, and all that is kept.
-    """
-
-    params: PyTree
-    kept: PyTree
-    landing: Landing
-    dither: Callable[[int], Dither]
-    land: Callable[[PyTree], tuple[PyTree, PyTree]]
 
 
 class RoundingState(NamedTuple):

@@ -144,10 +144,10 @@ CALLS = {
     "tuning.Linear": Call({"low": 0.1, "high": 0.2}),
     "tuning.Log": Call({"low": 0.1, "high": 0.2}),
     "tuning.Space": Call({"ranges": {"learning_rate": tuning.Log(0.1, 0.2)}}),
-    "tuning.sweep": Call({"problem": BOWL, "space": SPACE, "steps": 2}, ("mesh", "memory"), cheap=False),
+    "tuning.sweep": Call({"problem": BOWL, "space": SPACE, "steps": 2}, ("mesh", "memory", "mode"), cheap=False),
     "tuning.tune": Call(
         {"problem": BOWL, "trials": 2, "steps": 2},
-        ("mesh", "memory", "space", "storage", "confirm", "out"),
+        ("mesh", "memory", "mode", "space", "storage", "confirm", "out"),
         cheap=False,
     ),
     "training.train": Call({"problem": BOWL, "optimizer": OPT, "steps": 2}, ("dtype", "start", "mesh")),

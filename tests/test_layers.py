@@ -12,7 +12,7 @@ import adamjax
 FLOORS = [
     ["_trees", "_extras", "_stochastic"],
     ["_checks"],
-    ["_value", "_numerics", "_codes", "_leafwise"],
+    ["_value", "_numerics", "_codes", "_leafwise", "_landing"],
     ["_across", "_owners", "_packing"],
     ["_base"],
     ["storage"],

@@ -12,6 +12,7 @@ from jax import Array
 
 from adamjax import _checks, _stochastic, _trees, storage
 from adamjax._base import Chain, Extra, Transformation
+from adamjax._landing import Narrow
 from adamjax._moments import AdamState, dithers_of
 from adamjax._packed import Packed
 from adamjax._packing import PackedTree, replaced, rest_of
@@ -20,7 +21,6 @@ from adamjax._trees import PyTree
 from adamjax._value import static_field, value
 from adamjax.kernels import _cpu, _group, _leaf
 from adamjax.kernels._leaf import Form, Numbers
-from adamjax.rounding import Narrow
 
 # Of arrays with fewer elements, XLA's step is as fast: a call has its price.
 CROSSOVER = 16384

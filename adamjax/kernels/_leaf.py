@@ -17,9 +17,9 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from adamjax import _across, _codes
 from adamjax._adam import Scalars, adam_step
 from adamjax._codes import QuantizedArray
+from adamjax._landing import Landing
 from adamjax._moments import Step, step_leaf
 from adamjax._stochastic import Dither
-from adamjax.rounding import Landing
 
 
 class Form(NamedTuple):
