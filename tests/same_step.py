@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from helpers import assert_equal
+from helpers import assert_equal, by_step
 from tolerances import FUSED, FUSED_ROUNDED
 
 from adamjax.storage import QuantizedArray
@@ -88,3 +88,16 @@ def assert_near_moments(name, g, found, expected, before):
     if expected.nu_max is not None:
         largest = np.maximum(largest, wide(before.nu_max[name]))
         assert_near(found.nu_max[name], expected.nu_max[name], 1e3 * largest, f"nu_max {name}")
+
+
+def assert_in_place(opt, params, grads):
+    """Of donated parameters and states, a step copies nothing, and is compiled once."""
+    advance = jax.jit(by_step(opt), donate_argnums=(0, 1))
+    params, state = jax.tree.map(jnp.copy, (params, opt.init(params)))
+    memory = advance.lower(params, state, grads).compile().memory_analysis()
+    size = sum(p.nbytes for p in jax.tree.leaves(params))
+    assert memory.temp_size_in_bytes < size / 100
+    assert memory.alias_size_in_bytes >= size
+    for _ in range(3):
+        params, state = advance(params, state, grads)
+    assert advance._cache_size() == 1

@@ -1,5 +1,5 @@
 // One Adam step of one array, in one pass over memory. The step is that of ../_adam.py, the formats are those of
-// ../storage.py, ../_stochastic.py and ../_codes.py; _leaf.py makes the operands.
+// ../storage.py, ../_stochastic.py, ../_codes.py and ../rounding.py; _leaf.py makes the operands.
 //
 // Arithmetic is in float32. Tiles of all arrays are brought into float32 in the cache, stepped there, and written back:
 // so a format is one loop that loads and one that stores, whatever the others are.
