@@ -44,7 +44,8 @@ class Fused(Chain):
 
     On a CPU it is C++, compiled for this machine when it is first needed, which takes a few seconds and a C++
     compiler, and kept (`adamjax kernels status`). Parameters, gradients and moments may be float32, bfloat16 or
-    float16, and moments quantised. Groups of `adamjax.packed` it steps as well, if there is one device.
+    float16, and moments quantised. Groups of `adamjax.packed` it steps as well, if there is one device, and no wrapper
+    that rounds.
 
     On a GPU it is Pallas, for quantised moments: where they are floats, XLA's step is one pass as it is, and is taken.
     It needs jax 0.11 and a Hopper or later. Parameters and gradients may be float32 or bfloat16; a moment beside a
