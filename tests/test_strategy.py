@@ -71,6 +71,17 @@ def test_a_stage_varies_what_it_is_for_around_the_best_so_far():
                 assert result.setting[name] == best[name]
 
 
+@pytest.mark.parametrize("weight_decay", [0.0, 1e-7])
+def test_what_a_stage_does_not_vary_may_lie_outside_of_its_range(weight_decay):
+    # 0 is the default of adam and amsgrad, and a logarithmic range has none.
+    done, stages = search(
+        lambda **s: distance(s["learning_rate"], 1e-2), defaults=DEFAULTS | {"weight_decay": weight_decay}
+    )
+    before = done[: stages.index("weight_decay")]
+    assert len(before) > 20
+    assert {r.setting["weight_decay"] for r in before} == {weight_decay}
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_it_finds_what_is_good(seed):
     def score(learning_rate, b1, b2, eps, weight_decay, amsgrad):

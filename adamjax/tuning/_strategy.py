@@ -129,7 +129,7 @@ def staged(
             ranges = {n: r if n in stage.arguments else Choice(best[n]) for n, r in region.ranges.items()}
             within = Space.of(ranges)
             points = within.points(stage.trials, method=method, seed=seed + i)
-            batch += [{n: _tidy(region.ranges[n], x) for n, x in point.items()} for point in points]
+            batch += [{n: _tidy(ranges[n], x) for n, x in point.items()} for point in points]
         if batch:
             done += yield Batch(stage.name, batch, within)
         batch = []
