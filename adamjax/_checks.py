@@ -236,6 +236,8 @@ def given(params: PyTree, grads: PyTree, who: str, call: str = "update(grads, st
 
 def _is_real(x: Any) -> bool:
     dtype = getattr(x, "dtype", np.void)
+    if _is_foreign_dtype(dtype):
+        return False
     return bool(jnp.issubdtype(dtype, np.floating) or jnp.issubdtype(dtype, np.integer))
 
 
@@ -244,8 +246,18 @@ def _shape(x: Any) -> tuple[int, ...]:
 
 
 @cache
+def _is_foreign_dtype(dtype: Any) -> bool:
+    """Whether it is one that JAX cannot interpret, such as torch's."""
+    try:
+        jnp.issubdtype(dtype, np.inexact)
+    except TypeError:
+        return True
+    return False
+
+
+@cache
 def _is_inexact_dtype(dtype: Any) -> bool:
-    return bool(jnp.issubdtype(dtype, np.inexact))
+    return not _is_foreign_dtype(dtype) and bool(jnp.issubdtype(dtype, np.inexact))
 
 
 def _is_inexact(x: Any) -> bool:
@@ -349,6 +361,11 @@ def _leaf_message(where: str, leaf: Any) -> str:
         return (
             f"{where} is {_describe(leaf)}, {expected}: pass arrays only, for instance "
             "equinox.filter(model, equinox.is_inexact_array) or the parameters that flax's init returned"
+        )
+    if hasattr(leaf, "dtype") and _is_foreign_dtype(leaf.dtype):
+        return (
+            f"{where} is {_describe(leaf)} of type {type(leaf).__name__}, {expected} of JAX or NumPy: convert it, "
+            "as in jnp.asarray(tensor.detach().numpy())"
         )
     if hasattr(leaf, "dtype") and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return f"{where} is a PRNG key, {expected}: keep keys outside the parameters"

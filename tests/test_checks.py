@@ -1,5 +1,7 @@
 """Bad input: what is refused, when, and what the message says."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +19,7 @@ BAD_ARGUMENTS = [
     (lambda: adamjax.adamw(NAN), ValueError, r"^Invalid learning rate: nan"),
     (lambda: adamjax.adamax(INF), ValueError, r"^Invalid learning rate: inf"),
     (lambda: adamjax.radam("fast"), TypeError, r"^Invalid learning rate: 'fast'"),
+    (lambda: adamjax.adam(SimpleNamespace(dtype="torch.float32", shape=())), TypeError, r"^Invalid learning rate: name"),
     (lambda: adamjax.adam(None), TypeError, r"^Invalid learning rate: None"),
     (lambda: adamjax.adam(True), TypeError, r"^Invalid learning rate: True"),
     (lambda: adamjax.adam(1j), TypeError, r"^Invalid learning rate: 1j"),
@@ -136,6 +139,7 @@ BAD_LEAVES = [
     ("relu", r"is 'relu' \(str\), expected"),
     (jax.nn.relu, r"is a function \(relu\), expected .*equinox\.filter"),
     (jax.ShapeDtypeStruct((2,), jnp.int32), r"is int32\[2\], expected"),
+    (SimpleNamespace(dtype="torch.float32", shape=(2,)), r"is torch.float32\[2\] .*of JAX or NumPy: convert it"),
 ]
 
 
