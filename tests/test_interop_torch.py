@@ -273,12 +273,19 @@ BAD = {
         {},
         r"too few for the 3 .*layer_0/bias, layer",
     ),
+    "within another": (
+        optim.adam(),
+        P,
+        {"model": {}, "optimizer": {"state": {0: entry()}, "param_groups": group()}},
+        {},
+        r"^the state_dict has 'model', 'optimizer', and no \"state\": give the part of it",
+    ),
     "shape": (
         optim.adam(),
         {"w": P},
         {"state": {0: entry((3, 4))}, "param_groups": group()},
         {},
-        r"^exp_avg of w has shape \(3, 4\), expected \(4, 3\); convert=",
+        r"^exp_avg of w has shape \(3, 4\), expected \(4, 3\); convert= changes layouts, and order=",
     ),
     "other": (
         optim.nadam(),

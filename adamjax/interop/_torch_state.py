@@ -262,6 +262,11 @@ def _read(state_dict: Any) -> Mapping[str, Any]:
         raise TypeError(f"state_dict is a {type(state_dict).__name__}, expected what optimizer.state_dict() returns")
     if "state" in state_dict:
         return state_dict
+    if stray := [key for key in state_dict if "." not in str(key)]:
+        raise ValueError(
+            f'the state_dict has {", ".join(map(repr, stray))}, and no "state": give the part of it that '
+            "optimizer.state_dict() returned"
+        )
     nested: dict[Any, dict[str, Any]] = {}
     for key, x in state_dict.items():
         *_, parameter, name = ("state", *str(key).split("."))
@@ -327,7 +332,10 @@ def _moment(path: str, name: str, x: Any, like: Any, convert: Convert | None) ->
     if np.iscomplexobj(x) and not jnp.issubdtype(like.dtype, jnp.complexfloating):
         x = np.stack([x.real, x.imag], axis=-1)
     if x.shape != like.shape:
-        raise ValueError(f"{name} of {path} has shape {x.shape}, expected {like.shape}; convert= changes layouts")
+        raise ValueError(
+            f"{name} of {path} has shape {x.shape}, expected {like.shape}; convert= changes layouts, "
+            "and order= says which parameter is which"
+        )
     if _trees.compute_dtype(x.dtype) != _trees.compute_dtype(like.dtype):
         raise ValueError(
             f"{name} of {path} is {x.dtype}, and opt keeps {like.dtype}: convert=lambda path, x: "
