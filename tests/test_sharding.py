@@ -569,7 +569,12 @@ PLAIN = {"w": jnp.ones((8, 8))}
         (lambda: sharding.init_sharded(ADAM, on(MESH), {"w": 0}), ValueError, "make it with state_sharding"),
         (lambda: sharding.zero1(ADAM, axis=None), TypeError, "Invalid axis value: None"),  # type: ignore[arg-type]
         (lambda: sharding.zero1(ADAM, axis="data", specs={"w": "x"}), TypeError, "Invalid specs value"),
-        (lambda: sharding.zero1(ADAM, axis="data").init(PLAIN), ValueError, r"params\['w'\] is on no mesh: put the"),
+        (
+            lambda: sharding.zero1(ADAM, mesh=MESH, axis="data").init(PLAIN),
+            ValueError,
+            r"params\['w'\] is on no mesh: put the parameters there, by .*\)\)$",
+        ),
+        (lambda: jax.jit(sharding.zero1(ADAM, axis="data").init)(PLAIN), ValueError, ", or give zero1 the mesh"),
         (lambda: sharding.zero1(ADAM, axis="data", specs={"v": P()}).init(on(MESH)), ValueError, "no tree like params"),
         (
             lambda: sharding.zero1(ADAM, axis="data", specs=P()).init(on(MESH, P("data"))),

@@ -152,11 +152,13 @@ def _mesh_of(leaves: list[tuple[Any, Any]], given: Any) -> Any:
         found = jax.typeof(p).sharding if isinstance(p, jax.core.Tracer) else _layout.sharding_of(p)
         mesh = getattr(found, "mesh", None)
         if mesh is None or mesh.empty:
-            if given is not None and isinstance(p, jax.core.Tracer):
+            traced = isinstance(p, jax.core.Tracer)
+            if traced and given is not None:
                 return given
             raise ValueError(
                 f"params{jax.tree_util.keystr(path)} is on no mesh: put the parameters there, by "
-                "jax.device_put(params, NamedSharding(mesh, PartitionSpec())), or give zero1 the mesh"
+                "jax.device_put(params, NamedSharding(mesh, PartitionSpec()))"
+                + (", or give zero1 the mesh" if traced else "")
             )
         if AxisType.Manual in mesh.axis_types:
             raise ValueError("zero1 is for arrays under jax.jit: inside of jax.shard_map, take zero1_mapped")
