@@ -55,8 +55,9 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         "--checkpoint-every", type=int, help="updates between checkpoints, which are made at reports (default: none)"
     )
     run.add_argument("--out", type=Path, help="folder to write (default: the next free runs/train-N)")
-    run.add_argument("--config", type=Path, help="config.json of a run to do again; other flags override it")
-    run.add_argument(
+    earlier = run.add_mutually_exclusive_group()
+    earlier.add_argument("--config", type=Path, help="config.json of a run to do again; other flags override it")
+    earlier.add_argument(
         "--resume",
         type=Path,
         metavar="FOLDER",
