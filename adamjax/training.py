@@ -59,7 +59,7 @@ def train(
     Args:
       problem: What to train.
       optimizer: One of this package's, or optax's. The loss of the batch is what one that watches it gets as `value`.
-      steps: Number of updates.
+      steps: Number of updates, those before `start` among them.
       seed: Of the parameters, the data order and the keys of the loss.
       dtype: Dtype of the parameters; None for what `problem.init` gives.
       report_every: Updates between reports.
