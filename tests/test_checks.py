@@ -19,7 +19,7 @@ BAD_ARGUMENTS = [
     (lambda: adamjax.adamw(NAN), ValueError, r"^Invalid learning rate: nan"),
     (lambda: adamjax.adamax(INF), ValueError, r"^Invalid learning rate: inf"),
     (lambda: adamjax.radam("fast"), TypeError, r"^Invalid learning rate: 'fast'"),
-    (lambda: adamjax.adam(SimpleNamespace(dtype="torch.float32", shape=())), TypeError, r"^Invalid learning rate: name"),
+    (lambda: adamjax.adam(SimpleNamespace(dtype="torch.float32", shape=())), TypeError, "Invalid learning rate: names"),
     (lambda: adamjax.adam(None), TypeError, r"^Invalid learning rate: None"),
     (lambda: adamjax.adam(True), TypeError, r"^Invalid learning rate: True"),
     (lambda: adamjax.adam(1j), TypeError, r"^Invalid learning rate: 1j"),
