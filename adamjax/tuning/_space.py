@@ -159,7 +159,7 @@ class Space:
             self.ranges[name] = r
         if not self.free:
             raise ValueError(
-                "Invalid space: it has no range, at least one argument must be a Log, a Linear or a Choice"
+                "Invalid space: it has no range, at least one argument must be a Log, a Linear or a Choice(a, b, ...)"
             )
 
     @classmethod
