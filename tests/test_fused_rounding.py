@@ -185,6 +185,21 @@ def test_frozen_and_absent():
 
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_masks_see_what_the_plain_step_shows_them(wrapper):
+    """The parameters in float32: a mask may ask for their dtype."""
+
+    def mask(params):
+        return jax.tree.map(lambda p: p.dtype == jnp.float32, params)
+
+    params = {"w": PARAMS["matrix"]}
+    fused, plain = pair(WRAPPERS[wrapper], mask=mask)
+    state = plain.init(params)
+    grads = jax.tree.map(jnp.zeros_like, params)  # the decay is all that moves
+    found, expected = jax.jit(fused.step)(grads, state, params), jax.jit(plain.step)(grads, state, params)
+    assert_same(found, expected, params)
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_many_at_once(wrapper):
     """Over parameters and their states, and over learning rates."""
     params = jax.tree.map(lambda x: jnp.stack([x, 2 * x]), PARAMS)

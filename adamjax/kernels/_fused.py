@@ -96,7 +96,7 @@ class Fused(Chain):
         def plain(grads: PyTree) -> tuple[PyTree, PyTree, PyTree]:
             return Transformation._step_narrow(self, grads, state, params, narrow, extra)
 
-        return self._step(grads, state, narrow.params, narrow, plain)
+        return self._step(grads, state, params, narrow, plain)
 
     def _step(
         self, grads: PyTree, state: PyTree, params: PyTree, narrow: Narrow | None, plain: Callable[[PyTree], Any]
@@ -105,8 +105,8 @@ class Fused(Chain):
         _checks.members(state, len(self.transforms), "a chain")
         moments = self._moments.checked(grads, state[0])
         rests = map(rest_of, (moments.mu, moments.nu, moments.nu_max))
-        kept = None if narrow is None else narrow.kept
-        structure, rows = _trees.flatten(grads, params, *rests, kept, *self._masks(params))
+        own, kept = (params, None) if narrow is None else (narrow.params, narrow.kept)
+        structure, rows = _trees.flatten(grads, own, *rests, kept, *self._masks(params))
         paths = [path for path, _ in jax.tree.leaves_with_path(grads, is_leaf=_trees.is_none)]
         leaves = [i for i, row in enumerate(rows) if self.takes(paths[i], row[0], row[1:6], narrow is not None)]
         groups = self._groups(moments, rows, paths) if narrow is None else {}
