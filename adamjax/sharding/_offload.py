@@ -62,7 +62,9 @@ def offload(opt: Any) -> Offload:
     """Keep the state of `opt` in the pinned memory of the host; it comes to the device for each step.
 
     That makes room on the device, for twice the bytes of the state over the bus at each step. Scalars
-    stay on the device. Put it outermost, around `zero1` too. Under `jax.jit`; donate the state.
+    stay on the device. Put it outermost, around `zero1` too. Under `jax.jit`; donate the state, but only with the
+    parameters before it, as `Transformation.step` says: JAX gives the memory of a donated array to the first result
+    of its shape, whichever memory that is, and the host's given to the parameters ends the process.
 
     Args:
       opt: A transformation, ours or optax's.
