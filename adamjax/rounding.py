@@ -331,6 +331,8 @@ def _add_to_bits(start: Array, u: Array, kept: Array, dither: Dither, dtype: np.
     master = _join(start, kept) + u
     # Where float32 or bfloat16 would be subnormal, some processors say 0: there are no bits to keep.
     master = jnp.where(jnp.abs(master) < jnp.finfo(_FLOAT32).tiny, 0.0, master)
+    # Of what is no number, there are bits that rounding would carry over.
+    master = jnp.where(jnp.isnan(master), jnp.nan, master)
     target = _upper_half(master)
     u = target - start
     low = lax.bitcast_convert_type(master, jnp.uint32).astype(jnp.uint16)

@@ -144,6 +144,17 @@ def test_numbers_at_the_edges(wrapper):
         params, state = expected
 
 
+@pytest.mark.parametrize("options", [{}, {"fused": True}])
+def test_what_is_no_number_stays_none(options):
+    """Whatever its other bits are: rounding must not carry them over."""
+    opt = adamw(WRAPPERS["low_bits"], **options)
+    params = {"w": jnp.ones((128, 256), jnp.bfloat16)}
+    grads = {"w": jnp.asarray(np.full((128, 256), 0xFFFFFFFF, np.uint32).view(np.float32))}
+    new, state = jax.jit(opt.step)(grads, opt.init(params), params)
+    assert np.all(np.isnan(np.asarray(new["w"], np.float32)))
+    assert np.all(np.isnan(opt.weights(new, state)["w"]))
+
+
 PARAMS, GRADS = draw(0), draw(1, size=1e-3)
 
 

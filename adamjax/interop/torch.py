@@ -50,7 +50,8 @@ def adam(
       maximize: Ascend instead of descend.
       decoupled_weight_decay: Shrink the parameters by lr * weight_decay instead.
       fused: True: `step` is one pass over memory, or a ValueError says what cannot be. "auto": where it can be;
-        else, after a warning, by XLA. See `adamjax.kernels.Fused`.
+        else, after a warning, by XLA. See `adamjax.kernels.Fused`; within the wrappers of `adamjax.rounding`, True is
+        refused.
       foreach, capturable, differentiable: Change nothing.
 
     Returns:

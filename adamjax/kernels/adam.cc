@@ -791,6 +791,7 @@ struct Job {
     for (int64_t i = 0; i < span.n; ++i) {
       uint32_t bits = Bits(tile.p[i]);
       if ((bits & 0x7F800000) == 0) bits = 0;  // what is not normal
+      if (tile.p[i] != tile.p[i]) bits = 0x7FC00000;
       high[i] = (bits + 0x8000) >> 16;
       low[i] = bits;
     }
