@@ -17,6 +17,7 @@ leaves the sum in float32). Parameters in float32 or wider pass through as if th
 What an optimizer with ``fused=True`` steps on a CPU, its kernel lands as well, in the same pass.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -113,8 +114,6 @@ class Rounding(Wrapper):
 
     def step(self, grads: PyTree, state: PyTree, params: PyTree, **extra: Any) -> tuple[PyTree, PyTree]:
         """One whole step, that of the wrapped transformation if it is one pass; see `Transformation.step`."""
-        if not self.inner.fuses_narrow:
-            return super().step(grads, state, params, **extra)
         _checks.given(params, grads, "step", "step(grads, state, params)")
         _checks.updates(grads, params)
         self._check(grads, state, params)
@@ -124,8 +123,7 @@ class Rounding(Wrapper):
             updates, kept = self._landed(updates, params, after)
             return apply_updates(params, updates), kept
 
-        dither = partial(_stochastic.dither, after.count, seed=state.seed)
-        narrow = Narrow(params, state.kept, self._landing, dither, land)
+        narrow = Narrow(params, state.kept, self._landing, _dithers(after), land)
         seen = self._seen(params, state.kept)
         params, kept, inner = self.inner._step_narrow(grads, state.inner, seen, narrow, extra)
         return params, after._replace(kept=kept, inner=inner)
@@ -144,13 +142,13 @@ class Rounding(Wrapper):
     def _landed(self, updates: PyTree, params: PyTree, state: RoundingState) -> tuple[PyTree, PyTree]:
         """The updates that land the parameters, and what is kept; of `state`, count and seed are those after it."""
         structure, rows = _trees.flatten(updates, params, state.kept)
+        dither = _dithers(state)
         landed: list[tuple[Any, Any]] = []
         for i, (u, p, kept) in enumerate(rows):
             if u is None:
                 landed.append((None, kept))
             elif _is_narrow(p):
-                dither = _stochastic.dither(state.count, i, state.seed)
-                landed.append(_land(p, u, kept, dither, rule=self._landing.rule))
+                landed.append(_land(p, u, kept, dither(i), rule=self._landing.rule))
             else:
                 landed.append((_trees.cast(u, _trees.dtype_of(p)), None))
         updates, kept = _trees.unflatten(structure, landed, 2)
@@ -160,6 +158,11 @@ class Rounding(Wrapper):
 @partial(jax.jit, static_argnames="rule")
 def _land(p: Array, u: Array, kept: Any, dither: Dither, *, rule: Rule) -> tuple[Array, Any]:
     return rule(p.astype(_FLOAT32), u.astype(_FLOAT32), kept, dither, p.dtype)
+
+
+def _dithers(state: RoundingState) -> Callable[[int], Dither]:
+    """That of each parameter, by its place among the leaves; of `state`, count and seed are those after the step."""
+    return partial(_stochastic.dither, state.count, seed=state.seed)
 
 
 def _is_narrow(p: Any) -> bool:
