@@ -1,0 +1,1 @@
+"""Arrays and trees: the ground floor, which knows no optimizer."""
