@@ -27,12 +27,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from adamjax import _checks, _stochastic, _trees
-from adamjax._base import Extra, Wrapper, apply_updates, say_unfused, widened
-from adamjax._landing import Landing, Narrow, Rule
-from adamjax._stochastic import Dither
-from adamjax._trees import PyTree
-from adamjax._value import static_field, value
+from adamjax._core import checks, low_precision, trees
+from adamjax._core.low_precision import Dither
+from adamjax._core.trees import PyTree
+from adamjax._core.value import static_field, value
+from adamjax._transforms.base import Extra, Wrapper, apply_updates, say_unfused, widened
+from adamjax._transforms.param_rounding import Landing, Narrow, Rule
 
 _FLOAT32 = jnp.dtype(jnp.float32)
 
@@ -86,8 +86,8 @@ class Rounding(Wrapper):
         raise NotImplementedError
 
     def _init(self, params: PyTree) -> RoundingState:
-        seed = _trees.fresh(lambda: jnp.asarray(self._seed()).astype(jnp.uint32), params)
-        return RoundingState(_trees.zero_count(params), seed, self._kept(params), self.inner._init(widened(params)))
+        seed = trees.fresh(lambda: jnp.asarray(self._seed()).astype(jnp.uint32), params)
+        return RoundingState(trees.zero_count(params), seed, self._kept(params), self.inner._init(widened(params)))
 
     def _kept(self, params: PyTree) -> PyTree:
         return jax.tree.map_with_path(
@@ -100,7 +100,7 @@ class Rounding(Wrapper):
         for path, p in jax.tree.leaves_with_path(params):
             if path in kept_at and not _is_narrow(p):
                 raise ValueError(
-                    f"params{jax.tree_util.keystr(path)} is {_trees.dtype_of(p)}, and was half precision at init: add "
+                    f"params{jax.tree_util.keystr(path)} is {trees.dtype_of(p)}, and was half precision at init: add "
                     "the float32 updates with adamjax.apply_updates or optax's, which keep the dtype"
                 )
 
@@ -108,16 +108,16 @@ class Rounding(Wrapper):
         self._check(updates, state, params)
         seen = self._seen(params, state.kept)
         updates, inner = self.inner._update(widened(updates), state.inner, seen, extra)
-        state = state._replace(count=_trees.increment(state.count), inner=inner)
+        state = state._replace(count=trees.increment(state.count), inner=inner)
         updates, kept = self._landed(updates, params, state)
         return updates, state._replace(kept=kept)
 
     def step(self, grads: PyTree, state: PyTree, params: PyTree, **extra: Any) -> tuple[PyTree, PyTree]:
         """One whole step, that of the wrapped transformation if it is one pass; see `Transformation.step`."""
-        _checks.given(params, grads, "step", "step(grads, state, params)")
-        _checks.updates(grads, params)
+        checks.given(params, grads, "step", "step(grads, state, params)")
+        checks.updates(grads, params)
         self._check(grads, state, params)
-        after = state._replace(count=_trees.increment(state.count))
+        after = state._replace(count=trees.increment(state.count))
 
         def land(updates: PyTree) -> tuple[PyTree, PyTree]:
             updates, kept = self._landed(updates, params, after)
@@ -129,19 +129,19 @@ class Rounding(Wrapper):
         return params, after._replace(kept=kept, inner=inner)
 
     def _check(self, updates: PyTree, state: PyTree, params: PyTree | None) -> None:
-        _checks.state(state, RoundingState, type(self).__name__)
-        _checks.given(params, updates, type(self).__name__)
+        checks.state(state, RoundingState, type(self).__name__)
+        checks.given(params, updates, type(self).__name__)
         self._check_widths(state.kept, params)
-        _checks.alike(state.kept, self._kept(_trees.shapes_of(params)), "state.kept")
+        checks.alike(state.kept, self._kept(trees.shapes_of(params)), "state.kept")
 
     def _seen(self, params: PyTree, kept: PyTree) -> PyTree:
         """The parameters as the wrapped transformation sees them."""
         read = self._landing.read
-        return _trees.map_leaves(lambda p, kept: read(p, kept) if _is_narrow(p) else p, params, kept)
+        return trees.map_leaves(lambda p, kept: read(p, kept) if _is_narrow(p) else p, params, kept)
 
     def _landed(self, updates: PyTree, params: PyTree, state: RoundingState) -> tuple[PyTree, PyTree]:
         """The updates that land the parameters, and what is kept; of `state`, count and seed are those after it."""
-        structure, rows = _trees.flatten(updates, params, state.kept)
+        structure, rows = trees.flatten(updates, params, state.kept)
         dither = _dithers(state)
         landed: list[tuple[Any, Any]] = []
         for i, (u, p, kept) in enumerate(rows):
@@ -150,8 +150,8 @@ class Rounding(Wrapper):
             elif _is_narrow(p):
                 landed.append(_land(p, u, kept, dither(i), rule=self._landing.rule))
             else:
-                landed.append((_trees.cast(u, _trees.dtype_of(p)), None))
-        updates, kept = _trees.unflatten(structure, landed, 2)
+                landed.append((trees.cast(u, trees.dtype_of(p)), None))
+        updates, kept = trees.unflatten(structure, landed, 2)
         return updates, kept
 
 
@@ -162,11 +162,11 @@ def _land(p: Array, u: Array, kept: Any, dither: Dither, *, rule: Rule) -> tuple
 
 def _dithers(state: RoundingState) -> Callable[[int], Dither]:
     """That of each parameter, by its place among the leaves; of `state`, count and seed are those after the step."""
-    return partial(_stochastic.dither, state.count, seed=state.seed)
+    return partial(low_precision.dither, state.count, seed=state.seed)
 
 
 def _is_narrow(p: Any) -> bool:
-    return p is not None and _stochastic.is_narrow(_trees.dtype_of(p))
+    return p is not None and low_precision.is_narrow(trees.dtype_of(p))
 
 
 def _as_it_is(p: Array, kept: Any) -> Array:
@@ -180,7 +180,7 @@ def _towards(start: Array, target: Array, dtype: np.dtype) -> tuple[Array, Array
     float32 does not hold the difference.
     """
     u = target - start
-    return u, _stochastic.to_nearest(start + u, dtype)
+    return u, low_precision.to_nearest(start + u, dtype)
 
 
 @value
@@ -193,7 +193,7 @@ class StochasticRounding(Rounding):
     def __post_init__(self) -> None:
         self._wrap("stochastic_rounding")
         if not (hasattr(self.seed, "dtype") and jnp.issubdtype(self.seed.dtype, jnp.integer)):
-            self._replace_field("seed", _checks.count("seed", self.seed, least=0))
+            self._replace_field("seed", checks.count("seed", self.seed, least=0))
             if self.seed >= 2**31:
                 raise ValueError(f"Invalid seed value: {self.seed}; seed must be below 2**31")
 
@@ -206,7 +206,7 @@ class StochasticRounding(Rounding):
 
 
 def _round_stochastically(start: Array, u: Array, kept: None, dither: Dither, dtype: np.dtype) -> tuple[Array, None]:
-    return _stochastic.stochastically(start + u, dither, dtype) - start, None
+    return low_precision.stochastically(start + u, dither, dtype) - start, None
 
 
 def stochastic_rounding(opt: Any, seed: Any = 0) -> StochasticRounding:
@@ -252,7 +252,7 @@ class Kahan(Rounding):
         self._wrap("kahan")
 
     def _keep(self, path: str, p: Any) -> Any:
-        return _trees.zeros_like(p, _trees.dtype_of(p))
+        return trees.zeros_like(p, trees.dtype_of(p))
 
     @property
     def _landing(self) -> Landing:
@@ -261,9 +261,9 @@ class Kahan(Rounding):
 
 def _compensate(start: Array, u: Array, kept: Array, dither: Dither, dtype: np.dtype) -> tuple[Array, Array]:
     wanted = u + kept.astype(_FLOAT32)
-    u, landed = _towards(start, _stochastic.to_nearest(start + wanted, dtype), dtype)
+    u, landed = _towards(start, low_precision.to_nearest(start + wanted, dtype), dtype)
     # To nearest, a residual that has grown would itself lose small steps.
-    return u, _stochastic.stochastically(wanted - (landed - start), dither, dtype).astype(dtype)
+    return u, low_precision.stochastically(wanted - (landed - start), dither, dtype).astype(dtype)
 
 
 def kahan(opt: Any) -> Kahan:
@@ -298,17 +298,17 @@ class MasterWeights(Rounding):
 
     def __post_init__(self) -> None:
         self._wrap("master_weights")
-        _checks.choice("low_bits", self.low_bits, (False, True))
+        checks.choice("low_bits", self.low_bits, (False, True))
 
     def _keep(self, path: str, p: Any) -> Any:
         if not self.low_bits:
             return widened(p)
-        if _trees.dtype_of(p) != jnp.bfloat16:
+        if trees.dtype_of(p) != jnp.bfloat16:
             raise ValueError(
-                f"{path} is {_trees.dtype_of(p)}: low_bits completes bfloat16 parameters only, whose bits are "
+                f"{path} is {trees.dtype_of(p)}: low_bits completes bfloat16 parameters only, whose bits are "
                 "the upper half of a float32's; use low_bits=False"
             )
-        return _trees.zeros_like(p, jnp.dtype(jnp.uint16))
+        return trees.zeros_like(p, jnp.dtype(jnp.uint16))
 
     @property
     def _landing(self) -> Landing:
@@ -327,7 +327,7 @@ def _master(p: Array, kept: Array) -> Array:
 
 def _add_to_master(start: Array, u: Array, kept: Array, dither: Dither, dtype: np.dtype) -> tuple[Array, Array]:
     kept = kept + u
-    return _stochastic.to_nearest(kept, dtype) - start, kept
+    return low_precision.to_nearest(kept, dtype) - start, kept
 
 
 def _add_to_bits(start: Array, u: Array, kept: Array, dither: Dither, dtype: np.dtype) -> tuple[Array, Array]:

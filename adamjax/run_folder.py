@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from adamjax._extras import require
+from adamjax._core.optional import require
 
 Record = dict[str, Any]
 

@@ -16,10 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from adamjax import _across, _checks, _moments, _stochastic, _trees
-from adamjax._base import Chain, Extra, Foreign, Transformation, Wrapper
-from adamjax._trees import PyTree
-from adamjax._value import Value, static_field, value
+from adamjax._core import checks, collectives, low_precision, trees
+from adamjax._core.trees import PyTree
+from adamjax._core.value import Value, static_field, value
+from adamjax._transforms import moments
+from adamjax._transforms.base import Chain, Extra, Foreign, Transformation, Wrapper
 
 _SCALES = [2.0**k for k in range(25)]
 
@@ -72,21 +73,21 @@ class SkipNonfinite(Wrapper):
 
     inner: Any
     max_consecutive: int | None = static_field(default=None)
-    axis_name: _across.AxisName = static_field(default=None)
+    axis_name: collectives.AxisName = static_field(default=None)
 
     holds = True
 
     def __post_init__(self) -> None:
         self._wrap("skip_nonfinite")
         if self.max_consecutive is not None:
-            self._replace_field("max_consecutive", _checks.count("max_consecutive", self.max_consecutive))
-        _across.check_axis_name(self.axis_name)
+            self._replace_field("max_consecutive", checks.count("max_consecutive", self.max_consecutive))
+        collectives.check_axis_name(self.axis_name)
 
     def _init(self, params: PyTree) -> SkipState:
-        paths = tuple(_trees.path_of(path) for path, _ in jax.tree.leaves_with_path(params))
-        skipped, consecutive = _trees.zero_count(params), _trees.zero_count(params)
-        exceeded = _trees.fresh(lambda: jnp.zeros((), jnp.bool), params)
-        counts = _trees.fresh(lambda: jnp.zeros(len(paths), jnp.int32), params)
+        paths = tuple(trees.path_of(path) for path, _ in jax.tree.leaves_with_path(params))
+        skipped, consecutive = trees.zero_count(params), trees.zero_count(params)
+        exceeded = trees.fresh(lambda: jnp.zeros((), jnp.bool), params)
+        counts = trees.fresh(lambda: jnp.zeros(len(paths), jnp.int32), params)
         return SkipState(skipped, consecutive, exceeded, LeafCounts(counts, paths), self.inner._init(params))
 
     def _update(self, updates: PyTree, state: PyTree, params: PyTree | None, extra: Extra) -> tuple[PyTree, SkipState]:
@@ -97,7 +98,7 @@ class SkipNonfinite(Wrapper):
 
     def step(self, grads: PyTree, state: PyTree, params: PyTree, **extra: Any) -> tuple[PyTree, PyTree]:
         """One whole step, or none; see `Transformation.step`."""
-        _checks.updates(grads, params)
+        checks.updates(grads, params)
 
         def go(grads: PyTree, inner: PyTree) -> tuple[PyTree, PyTree]:
             return self.inner.step(grads, inner, params, **extra)
@@ -108,14 +109,14 @@ class SkipNonfinite(Wrapper):
         self, go: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]], grads: PyTree, state: PyTree, stay: PyTree = None
     ) -> tuple[PyTree, SkipState]:
         """What `go` makes of the gradients and the inner state, if they are finite; else `stay`, or updates of -0."""
-        _checks.state(state, SkipState, "skip_nonfinite")
+        checks.state(state, SkipState, "skip_nonfinite")
         _check_parts(state)
         bad = _nonfinite(grads, state.nonfinite.paths, self.axis_name)
         ok = ~jnp.any(bad)
 
         def hold(grads: PyTree, inner: PyTree) -> tuple[PyTree, PyTree]:
             made, after = jax.eval_shape(go, grads, inner)
-            found = _trees.put_together(inner, after)
+            found = trees.put_together(inner, after)
             # Where paths differ, the leaves are in the same order.
             structure: Any = jax.tree.structure(after)
             inner = jax.tree.unflatten(structure, jax.tree.leaves(inner)) if found is None else found
@@ -128,12 +129,12 @@ class SkipNonfinite(Wrapper):
             result, inner = jax.lax.cond(ok, go, hold, grads, state.inner)
         else:  # Where nothing is compiled, a branch would be, at each step.
             result, inner = (go if ok else hold)(grads, state.inner)
-        consecutive = jnp.where(ok, 0, _trees.increment(state.consecutive))
+        consecutive = jnp.where(ok, 0, trees.increment(state.consecutive))
         exceeded = state.exceeded
         if self.max_consecutive is not None:
             exceeded |= consecutive >= self.max_consecutive
-        skipped = jnp.where(ok, state.skipped, _trees.increment(state.skipped))
-        counts = jnp.where(bad, _trees.increment(state.nonfinite.counts), state.nonfinite.counts)
+        skipped = jnp.where(ok, state.skipped, trees.increment(state.skipped))
+        counts = jnp.where(bad, trees.increment(state.nonfinite.counts), state.nonfinite.counts)
         return result, SkipState(skipped, consecutive, exceeded, LeafCounts(counts, state.nonfinite.paths), inner)
 
 
@@ -183,20 +184,20 @@ def skip_nonfinite(
 
 def _minus_zeros(like: jax.ShapeDtypeStruct) -> Array:
     """Not 0: added to a parameter that is -0, it would make it 0."""
-    return _across.varying_like(-jnp.zeros(like.shape, like.dtype, device=like.sharding), like)
+    return collectives.varying_like(-jnp.zeros(like.shape, like.dtype, device=like.sharding), like)
 
 
 def _check_parts(state: SkipState) -> None:
     paths = getattr(state.nonfinite, "paths", ())
     expected = LeafCounts(jax.ShapeDtypeStruct((len(paths),), jnp.int32), paths)
-    _checks.alike(state.nonfinite, expected, "state.nonfinite")
-    _checks.alike(state.exceeded, jax.ShapeDtypeStruct((), jnp.bool), "state.exceeded")
-    _checks.arrays(state.inner, "state.inner")
+    checks.alike(state.nonfinite, expected, "state.nonfinite")
+    checks.alike(state.exceeded, jax.ShapeDtypeStruct((), jnp.bool), "state.exceeded")
+    checks.arrays(state.inner, "state.inner")
 
 
-def _nonfinite(grads: PyTree, paths: tuple[str, ...], axis_name: _across.AxisName) -> Array:
+def _nonfinite(grads: PyTree, paths: tuple[str, ...], axis_name: collectives.AxisName) -> Array:
     """bool[len(paths)]: of which parameters the gradient is not finite, on any device."""
-    found = {_trees.path_of(path): _across.sum_of_squares(g) for path, g in jax.tree.leaves_with_path(grads)}
+    found = {trees.path_of(path): collectives.sum_of_squares(g) for path, g in jax.tree.leaves_with_path(grads)}
     # Frameworks may wrap parameters and gradients differently: paths matter where some have no gradient.
     sums = dict(zip(paths, found.values(), strict=True)) if len(found) == len(paths) else found
     if unknown := sums.keys() - set(paths):
@@ -206,10 +207,10 @@ def _nonfinite(grads: PyTree, paths: tuple[str, ...], axis_name: _across.AxisNam
         )
     if not sums:
         return jnp.zeros(len(paths), jnp.bool)
-    dtype = _trees.compute_dtype(*(x.dtype for x in sums.values()))
+    dtype = trees.compute_dtype(*(x.dtype for x in sums.values()))
     fine = jnp.zeros((), dtype)
     bad = ~jnp.isfinite(jnp.stack([sums.get(path, fine).astype(dtype) for path in paths]))
-    return _across.largest(bad.astype(jnp.int32), axis_name) > 0
+    return collectives.largest(bad.astype(jnp.int32), axis_name) > 0
 
 
 class LossScaleState(NamedTuple):
@@ -242,39 +243,39 @@ class DynamicLossScale(Wrapper):
     def __post_init__(self) -> None:
         if not isinstance(self.inner, SkipNonfinite):
             raise TypeError(f"Invalid inner value: {self.inner!r}; inner must be what skip_nonfinite returns")
-        initial = _checks.number("initial", self.initial)
+        initial = checks.number("initial", self.initial)
         if not (isinstance(initial, float) and initial in _SCALES):
             raise ValueError(f"Invalid initial value: {self.initial!r}; initial must be a power of two from 1 to 2**24")
         self._replace_field("initial", initial)
-        self._replace_field("growth_interval", _checks.count("growth_interval", self.growth_interval))
+        self._replace_field("growth_interval", checks.count("growth_interval", self.growth_interval))
 
     def scale(self, loss: Array, state: LossScaleState) -> Array:
         """The loss to differentiate: `loss` times the scale of this step, in float32 or wider."""
-        _checks.state(state, LossScaleState, "dynamic_loss_scale")
-        dtype = _trees.compute_dtype(_trees.dtype_of(loss))
+        checks.state(state, LossScaleState, "dynamic_loss_scale")
+        dtype = trees.compute_dtype(trees.dtype_of(loss))
         return loss.astype(dtype) * state.scale.astype(dtype)
 
     def unscale(self, grads: PyTree, state: LossScaleState) -> PyTree:
         """The gradients of the loss itself, in float32 or wider; None stays."""
-        _checks.state(state, LossScaleState, "dynamic_loss_scale")
+        checks.state(state, LossScaleState, "dynamic_loss_scale")
         # Exact: a power of two.
-        return _trees.map_leaves(lambda g: _times(g, 1 / state.scale), grads)
+        return trees.map_leaves(lambda g: _times(g, 1 / state.scale), grads)
 
     def _init(self, params: PyTree) -> LossScaleState:
         for path, p in jax.tree.leaves_with_path(params):
-            if _stochastic.is_narrow(_trees.dtype_of(p)) and _has_foreign(self.inner.inner):
+            if low_precision.is_narrow(trees.dtype_of(p)) and _has_foreign(self.inner.inner):
                 raise ValueError(
-                    f"params{jax.tree_util.keystr(path)} is {_trees.dtype_of(p)}, and {self.inner.inner!r} would be "
+                    f"params{jax.tree_util.keystr(path)} is {trees.dtype_of(p)}, and {self.inner.inner!r} would be "
                     "given its gradient in that dtype, where it is lost once it is unscaled: put "
                     "adamjax.master_weights (or kahan) around what is not from adamjax"
                 )
-        scale = _trees.fresh(lambda: jnp.asarray(self.initial, jnp.float32), params)
-        return LossScaleState(scale, _trees.zero_count(params), self.inner._init(params))
+        scale = trees.fresh(lambda: jnp.asarray(self.initial, jnp.float32), params)
+        return LossScaleState(scale, trees.zero_count(params), self.inner._init(params))
 
     def _update(
         self, updates: PyTree, state: PyTree, params: PyTree | None, extra: Extra
     ) -> tuple[PyTree, LossScaleState]:
-        _checks.state(state, LossScaleState, "dynamic_loss_scale")
+        checks.state(state, LossScaleState, "dynamic_loss_scale")
 
         def go(grads: PyTree, inner: PyTree) -> tuple[PyTree, PyTree]:
             return self.inner.inner._update(self.unscale(grads, state), inner, params, extra)
@@ -283,8 +284,8 @@ class DynamicLossScale(Wrapper):
 
     def step(self, grads: PyTree, state: PyTree, params: PyTree, **extra: Any) -> tuple[PyTree, PyTree]:
         """One whole step, or none; see `Transformation.step`."""
-        _checks.updates(grads, params)
-        _checks.state(state, LossScaleState, "dynamic_loss_scale")
+        checks.updates(grads, params)
+        checks.state(state, LossScaleState, "dynamic_loss_scale")
 
         def go(grads: PyTree, inner: PyTree) -> tuple[PyTree, PyTree]:
             return self.inner.inner.step(self.unscale(grads, state), inner, params, **extra)
@@ -293,7 +294,7 @@ class DynamicLossScale(Wrapper):
 
     def _rescaled(self, state: LossScaleState, result: PyTree, inner: SkipState) -> tuple[PyTree, LossScaleState]:
         overflown = inner.consecutive > 0
-        good = jnp.where(overflown, 0, _trees.increment(state.good))
+        good = jnp.where(overflown, 0, trees.increment(state.good))
         grows = good >= self.growth_interval
         factor = jnp.where(overflown, np.float32(0.5), jnp.where(grows, np.float32(2), np.float32(1)))
         scale = jnp.clip(state.scale * factor, np.float32(_SCALES[0]), np.float32(_SCALES[-1]))
@@ -349,8 +350,8 @@ def dynamic_loss_scale(
 
 @partial(jax.jit, inline=True)
 def _times(g: Array, factor: Array) -> Array:
-    dtype = _trees.compute_dtype(g.dtype)
-    return g.astype(dtype) * factor.astype(_trees.real_dtype(dtype)).astype(dtype)
+    dtype = trees.compute_dtype(g.dtype)
+    return g.astype(dtype) * factor.astype(trees.real_dtype(dtype)).astype(dtype)
 
 
 def _has_foreign(opt: Transformation) -> bool:
@@ -384,11 +385,11 @@ def check(state: PyTree) -> None:
     2 steps were skipped, at least max_consecutive of them in
     """
     check_skipped(state)
-    for path, node in _moments.find(state):
+    for path, node in moments.find(state):
         for below, x in jax.tree.leaves_with_path(node):
             if jnp.issubdtype(x.dtype, jnp.inexact) and not jnp.all(jnp.isfinite(x)):
                 raise FloatingPointError(
-                    f"the state is not finite at {_trees.path_of((*path, *below))}, and never will be again: a "
+                    f"the state is not finite at {trees.path_of((*path, *below))}, and never will be again: a "
                     "gradient was not. Start from an earlier state, with adamjax.skip_nonfinite around the optimizer"
                 )
 

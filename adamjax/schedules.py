@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adamjax import _checks
-from adamjax._plateau import PlateauState as PlateauState
-from adamjax._plateau import reduce_on_plateau as reduce_on_plateau
-from adamjax._value import Value, is_static_callable, static_field, value
+from adamjax._core import checks
+from adamjax._core.value import Value, is_static_callable, static_field, value
+from adamjax._transforms.plateau import PlateauState as PlateauState
+from adamjax._transforms.plateau import reduce_on_plateau as reduce_on_plateau
 
 Number = Any  # a Python number, a 0-d array or a tracer
 
@@ -55,7 +55,7 @@ def _float(x: Any) -> jax.Array:
 
 
 def _steps(count: Any) -> jax.Array:
-    return _float(_checks.steps(count))
+    return _float(checks.steps(count))
 
 
 def _ramp(count: jax.Array, start: Any, steps: Any) -> jax.Array:
@@ -247,7 +247,7 @@ class WarmupStableDecay(Schedule):
         self._check_whole("warmup_steps", "decay_steps")
         self._check_whole("total_steps", low=1)
         self._check_fit("warmup_steps", "decay_steps")
-        _checks.choice("shape", self.shape, ("linear", "sqrt"))
+        checks.choice("shape", self.shape, ("linear", "sqrt"))
 
     def __call__(self, count: Any) -> jax.Array:
         count = _steps(count)

@@ -20,13 +20,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from adamjax import _checks, _codes, _stochastic, _trees
-from adamjax._base import as_transformation
-from adamjax._codes import QuantizedArray as QuantizedArray
-from adamjax._packing import PackedTree as PackedTree
-from adamjax._stochastic import Dither
-from adamjax._trees import PyTree
-from adamjax._value import Value, name_of, static_field, value
+from adamjax._core import checks, low_precision, quantization, trees
+from adamjax._core.low_precision import Dither
+from adamjax._core.packing import PackedTree as PackedTree
+from adamjax._core.quantization import QuantizedArray as QuantizedArray
+from adamjax._core.trees import PyTree
+from adamjax._core.value import Value, name_of, static_field, value
+from adamjax._transforms.base import as_transformation
 
 _FLOATS = ("bfloat16", "float16", "float32", "float64")
 _COMPLEX = ("complex64", "complex128")
@@ -43,10 +43,10 @@ class Quantized(Value):
     keep: Callable[[str], bool] | None = static_field(default=None)
 
     def __post_init__(self) -> None:
-        _checks.choice("format", self.name, tuple(_BLOCK_SIZES))
+        checks.choice("format", self.name, tuple(_BLOCK_SIZES))
         block_size = _BLOCK_SIZES[self.name] if self.block_size is None else self.block_size
-        self._replace_field("block_size", _checks.count("block_size", block_size))
-        self._replace_field("min_size", _checks.count("min_size", self.min_size, least=0))
+        self._replace_field("block_size", checks.count("block_size", block_size))
+        self._replace_field("min_size", checks.count("min_size", self.min_size, least=0))
         if self.keep is not None and not callable(self.keep):
             raise TypeError(f"Invalid keep value: {self.keep!r}; keep must be a function of a path, or None")
 
@@ -149,28 +149,28 @@ def empty(params: PyTree, name: str, format: np.dtype | Quantized | None, *, sig
 
     def of_leaf(path: Any, p: Any) -> Any:
         if isinstance(format, Quantized):
-            if format.takes(p, _trees.path_of(path), signed=signed):
+            if format.takes(p, trees.path_of(path), signed=signed):
                 return _empty_codes(p, format, signed)
         elif format is not None:
             if jax.dtypes.canonicalize_dtype(format) != format:
                 raise ValueError(f"{name}={format.name} needs 64-bit JAX: set jax_enable_x64, or choose {name}=float32")
-            return _trees.zeros_like(p, format)
-        dtype = _trees.compute_dtype(_trees.dtype_of(p))
-        return _trees.zeros_like(p, dtype if signed else _trees.real_dtype(dtype))
+            return trees.zeros_like(p, format)
+        dtype = trees.compute_dtype(trees.dtype_of(p))
+        return trees.zeros_like(p, dtype if signed else trees.real_dtype(dtype))
 
     return jax.tree.map_with_path(of_leaf, params)
 
 
 def _empty_codes(p: Any, format: Quantized, signed: bool) -> QuantizedArray:
-    zeros = _trees.zeros_like(p, jnp.dtype(jnp.float32))
-    if _trees.is_abstract(p):
-        return _codes.abstract(zeros, format.bits, signed, format.block_size)
+    zeros = trees.zeros_like(p, jnp.dtype(jnp.float32))
+    if trees.is_abstract(p):
+        return quantization.abstract(zeros, format.bits, signed, format.block_size)
     return _encode(zeros, format.bits, signed, format.block_size)
 
 
 @partial(jax.jit, static_argnums=(1, 2, 3))
 def _encode(x: Array, bits: int, signed: bool, block_size: int) -> QuantizedArray:
-    return _codes.encode(x, bits, signed, block_size, None)
+    return quantization.encode(x, bits, signed, block_size, None)
 
 
 def revive(moments: PyTree, updates: PyTree, format: Any, *, signed: bool) -> PyTree:
@@ -182,7 +182,7 @@ def revive(moments: PyTree, updates: PyTree, format: Any, *, signed: bool) -> Py
     if not isinstance(format, Quantized) or moments is None:
         return moments
     try:
-        structure, rows = _trees.flatten(updates, moments)
+        structure, rows = trees.flatten(updates, moments)
     except ValueError:  # Whoever checks the trees says where they differ.
         return moments
     revived = [
@@ -203,13 +203,13 @@ def check(*stored: Any) -> None:
 
 def is_rounded(stored: Any) -> bool:
     """Whether storing a moment as `stored` is rounds it."""
-    return isinstance(stored, QuantizedArray) or _stochastic.is_narrow(stored.dtype)
+    return isinstance(stored, QuantizedArray) or low_precision.is_narrow(stored.dtype)
 
 
 def load(stored: Any, dtype: np.dtype, like: Array) -> Array:
     """A stored moment for arithmetic in `dtype`, sharded as `like`."""
     if isinstance(stored, QuantizedArray):
-        return _codes.sharded_like(stored.decode(), like).astype(dtype)
+        return quantization.sharded_like(stored.decode(), like).astype(dtype)
     return stored.astype(dtype)
 
 
@@ -232,14 +232,14 @@ def settle_growing(x: Array, like: Any) -> Array:
     """A running maximum likewise, but to nearest; what is not 0 stays above 0."""
     if _is_wide(like):
         return x
-    nearest = _stochastic.to_nearest(_saturate(x, like.dtype).astype(jnp.float32), like.dtype)
+    nearest = low_precision.to_nearest(_saturate(x, like.dtype).astype(jnp.float32), like.dtype)
     return _as_stored(_keep_positive(x, nearest, like), x, like)
 
 
 def store(x: Array, like: Any, dither: Dither | None) -> Any:
     """A moment that is settled, as `like` is stored: in codes by a `dither`, or to nearest without one."""
     if isinstance(like, QuantizedArray):
-        made = _codes.encode(x.astype(jnp.float32), like.bits, like.signed, like.block_size, dither)
+        made = quantization.encode(x.astype(jnp.float32), like.bits, like.signed, like.block_size, dither)
         return dataclasses.replace(made, size=like.size)
     return x.astype(like.dtype)
 
@@ -248,7 +248,7 @@ def spacing(stored: Any) -> Array | None:
     """How far apart, in float32, the numbers around a stored moment are; None where none are left out."""
     if isinstance(stored, QuantizedArray):
         return stored.spacing()
-    return _stochastic.spacing(stored.astype(jnp.float32), stored.dtype) if is_rounded(stored) else None
+    return low_precision.spacing(stored.astype(jnp.float32), stored.dtype) if is_rounded(stored) else None
 
 
 class Precision(NamedTuple):
@@ -293,7 +293,7 @@ def precision(dtype: Any, eps: float = 1e-8, b2: float = 0.999) -> Precision:
     >>> f"{adamjax.storage.precision('float16', eps=1e-4).magnified:.0f}"
     '55'
     """
-    eps, b2 = _checks.number("eps", eps), _checks.number("b2", b2, below=1.0)
+    eps, b2 = checks.number("eps", eps), checks.number("b2", b2, below=1.0)
     found = _dtype("dtype", dtype, _FLOATS, f"dtype must be one of {', '.join(_FLOATS)}")
     info = jnp.finfo(found)
     rounded = float(np.asarray(eps, found))
@@ -326,19 +326,19 @@ def state_bytes(opt: Any, params: PyTree) -> int:
     >>> adamjax.storage.state_bytes(adamjax.adam(mu_dtype=int8, nu_dtype=int8), params) / 1e9
     2.064000004
     """
-    _checks.parameters(params)
+    checks.parameters(params)
     init = as_transformation(opt, "argument opt of state_bytes").init
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(init, params)))
 
 
 def _is_wide(stored: Any) -> bool:
-    return isinstance(stored, QuantizedArray) or not _stochastic.is_narrow(stored.dtype)
+    return isinstance(stored, QuantizedArray) or not low_precision.is_narrow(stored.dtype)
 
 
 def _rounded(x: Array, like: Any, dither: Dither | None) -> Array:
     if _is_wide(like) or dither is None:
         return x
-    return _stochastic.stochastically(_saturate(x, like.dtype).astype(jnp.float32), dither, like.dtype)
+    return low_precision.stochastically(_saturate(x, like.dtype).astype(jnp.float32), dither, like.dtype)
 
 
 def _as_stored(rounded: Array, x: Array, like: Any) -> Array:
@@ -358,5 +358,5 @@ def _keep_positive(x: Array, rounded: Array, like: Any) -> Array:
     """The smallest number instead of 0 where `x` is not 0: its root is a divisor."""
     if _is_wide(like):
         return rounded
-    smallest = jnp.float32(_stochastic.spacing_at_zero(like.dtype))
+    smallest = jnp.float32(low_precision.spacing_at_zero(like.dtype))
     return jnp.where((x > 0) & (rounded < smallest), smallest, rounded)

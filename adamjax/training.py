@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from adamjax import _checks
-from adamjax._base import Transformation, as_transformation
+from adamjax._core import checks
+from adamjax._transforms.base import Transformation, as_transformation
 from adamjax.diagnostics import AdamStats, measure
 from adamjax.problems import Problem, check
 from adamjax.safety import DynamicLossScale, check_skipped
@@ -94,12 +94,12 @@ def train(
     (200, True)
     """
     for name, x in (("steps", steps), ("report_every", report_every), ("evaluate_every", evaluate_every)):
-        _checks.count(name, x)
+        checks.count(name, x)
     check(problem)
     optimizer = as_transformation(optimizer, "argument optimizer of train")
-    _checks.integer("seed", seed)
-    _checks.function("stop", stop)
-    _checks.choice("diagnose", diagnose, (False, True))
+    checks.integer("seed", seed)
+    checks.function("stop", stop)
+    checks.choice("diagnose", diagnose, (False, True))
     if start is not None and not all(hasattr(start, name) for name in ("step", "params", "state")):
         raise TypeError(f"Invalid start value: {start!r}; start must be a Report of train, or a Checkpoint of one")
     shared = None if mesh is None else Shared(problem, mesh)
@@ -168,7 +168,7 @@ def keys_of(seed: Any) -> Keys:
     Raises:
       TypeError, ValueError: `seed` is no such int, or has more than 64 bits.
     """
-    return Keys(*jax.random.split(jax.random.key(_checks.integer("seed", seed)), 3))
+    return Keys(*jax.random.split(jax.random.key(checks.integer("seed", seed)), 3))
 
 
 def initial(problem: Problem, optimizer: Transformation, dtype: Any, keys: Keys) -> tuple[Any, Any]:

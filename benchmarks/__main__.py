@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from adamjax._extras import require
+from adamjax._core.optional import require
 from adamjax.run_folder import next_free
 from benchmarks._machine import machine
 from benchmarks._plots import draw

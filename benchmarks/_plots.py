@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from adamjax._extras import require
+from adamjax._core.optional import require
 from benchmarks._measure import Ratio
 from benchmarks._report import Bars, Curves, Table, shown
 

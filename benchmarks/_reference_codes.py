@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adamjax._base import Transformation
-from adamjax._value import value
+from adamjax._core.value import value
+from adamjax._transforms.base import Transformation
 
 
 def dynamic_map(signed: bool, exponent_bits: int, bits: int) -> np.ndarray:

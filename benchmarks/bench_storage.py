@@ -15,8 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import adamjax
-from adamjax import _codes, problems, storage
-from adamjax._stochastic import Dither, dither
+from adamjax import problems, storage
+from adamjax._core import quantization
+from adamjax._core.low_precision import Dither, dither
 from adamjax.training import keys_of
 from benchmarks._reference_codes import REFERENCES, Reference
 from benchmarks._report import Table, command, show
@@ -36,7 +37,7 @@ def independently(t: jax.Array, number: int) -> Dither:
 
 
 def coded(bits: int, signed: bool, block_size: int, numbers: Callable[..., Dither] = evenly) -> Trip:
-    return lambda x, t, number: _codes.encode(x, bits, signed, block_size, numbers(t, number)).decode()
+    return lambda x, t, number: quantization.encode(x, bits, signed, block_size, numbers(t, number)).decode()
 
 
 def bfloat16(x: jax.Array, t: jax.Array, number: int) -> jax.Array:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from adamjax._optimizers import adamw
+from adamjax.optimizers import adamw
 from adamjax.problems import digits
 from adamjax.tuning import tune
 from adamjax.tuning._question import space_of

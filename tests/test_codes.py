@@ -7,8 +7,9 @@ import pytest
 from tolerances import DIRECTION
 
 import adamjax
-from adamjax import _codes, problems
-from adamjax._stochastic import Dither
+from adamjax import problems
+from adamjax._core import quantization
+from adamjax._core.low_precision import Dither
 from adamjax.training import keys_of, train_step
 
 # (bits, signed): levels, power, and the magnitudes that a number greater than 0 can become
@@ -17,7 +18,7 @@ kinds = pytest.mark.parametrize(("bits", "signed"), KINDS)
 
 
 # Eager, each of its operations would be compiled alone.
-encode = jax.jit(_codes.encode, static_argnums=(1, 2, 3))
+encode = jax.jit(quantization.encode, static_argnums=(1, 2, 3))
 
 
 def draw(shape, signed, seed=0):

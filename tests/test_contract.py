@@ -341,13 +341,13 @@ def test_python_and_numpy_leaves():
 
 def test_a_thousand_leaves_trace_once_per_distinct_leaf(monkeypatch):
     calls = []
-    original = adamjax._adam.adam_step
+    original = adamjax._transforms.adam.adam_step
 
     def counted(*arguments):
         calls.append(arguments)
         return original(*arguments)
 
-    monkeypatch.setattr(adamjax._adam, "adam_step", counted)
+    monkeypatch.setattr(adamjax._transforms.adam, "adam_step", counted)
     opt = adamjax.adamw(LR)
     params = [jnp.ones((2 + i % 4,)) for i in range(200)]
     jax.jit(opt.step).lower(params, opt.init(params), params)

@@ -15,9 +15,9 @@ from tolerances import FUSED_ROUNDED, RECOMPILED
 
 import adamjax
 from adamjax import checkpoint, cli, kernels, schedules, sharding
-from adamjax._adam import adam_scalars
+from adamjax._transforms.adam import adam_scalars
 from adamjax.interop import torch as optim
-from adamjax.kernels import _build, _cpu, _fused, _gpu, _leaf
+from adamjax.kernels import _backend, _compile, _cpu, _fused, _pallas
 
 pytestmark = pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler")
 
@@ -506,7 +506,7 @@ def test_what_cannot_be_fused(options, params, why):
 @pytest.fixture
 def forgetful():
     """Nothing is remembered of compilers and kernels, before and after."""
-    remembered = (_build.target, _cpu._missing, _fused._say_once)
+    remembered = (_compile.target, _cpu._missing, _fused._say_once)
     for function in remembered:
         function.cache_clear()
     yield
@@ -536,10 +536,10 @@ def test_without_a_compiler(compiler, said, monkeypatch, forgetful, tmp_path):
 def test_the_gpu_kernel_reads_its_numbers_where_they_were_put(nesterov):
     """Here, for with a JAX that is too old for the kernel none of its own tests would say so."""
     adam = adam_scalars(adamjax.scale_by_adam(nesterov=nesterov), jnp.float32(3))
-    numbers = _leaf.Numbers(adam, *map(jnp.float32, (1, 2, 3, 4)))
-    row = _gpu.KERNEL.scalars(_leaf.Form(nesterov, None, True, True), numbers)
+    numbers = _backend.Numbers(adam, *map(jnp.float32, (1, 2, 3, 4)))
+    row = _pallas.KERNEL.scalars(_backend.Form(nesterov, None, True, True), numbers)
     assert all(np.shape(x) == () for x in row)
-    found = _gpu._numbers(row)
+    found = _pallas._numbers(row)
     if not nesterov:  # then nothing is looked ahead to
         found = found._replace(adam=found.adam._replace(c1_next=None))
     assert_equal(found, numbers)
@@ -573,7 +573,7 @@ def test_kernels_are_kept(monkeypatch, tmp_path, capsys):
     assert list(tmp_path.iterdir()) == [path]
     assert cli.main(["kernels", "build"]) == 0
     assert path.stat().st_mtime_ns == made
-    monkeypatch.setattr(_build, "_processor", lambda: "another one")
+    monkeypatch.setattr(_compile, "_processor", lambda: "another one")
     assert [kernel.current for kernel in kernels.status()] == [False]
     assert cli.main(["kernels", "status"]) == 0
     assert f"{path}  {path.stat().st_size} bytes" in capsys.readouterr().out

@@ -242,9 +242,9 @@ def test_all_buffers_are_used_again_and_little_more_is_needed():
 
 def test_traced_once_per_distinct_group_and_leaf(monkeypatch):
     steps, leaves = [], []
-    adam_step, land = adamjax._adam.adam_step, adamjax._base._add
-    monkeypatch.setattr(adamjax._adam, "adam_step", lambda *a: steps.append(a) or adam_step(*a))
-    monkeypatch.setattr(adamjax._base, "_add", lambda *a: leaves.append(a) or land(*a))
+    adam_step, land = adamjax._transforms.adam.adam_step, adamjax._transforms.base._add
+    monkeypatch.setattr(adamjax._transforms.adam, "adam_step", lambda *a: steps.append(a) or adam_step(*a))
+    monkeypatch.setattr(adamjax._transforms.base, "_add", lambda *a: leaves.append(a) or land(*a))
     opt = adamjax.packed(adamjax.adamw(LR))
     params = [jnp.ones(50 + i % 4) for i in range(1000)]
     jax.jit(opt.step).lower(params, opt.init(params), params)

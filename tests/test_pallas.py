@@ -14,15 +14,15 @@ from same_step import assert_near_steps, assert_same_step
 from tolerances import FUSED_ROUNDED, RECOMPILED
 
 import adamjax
-from adamjax._moments import dithers_of
-from adamjax.kernels import _fused, _gpu, _leaf
+from adamjax._transforms.moments import dithers_of
+from adamjax.kernels import _backend, _fused, _pallas
 
 pytestmark = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the kernel needs jax 0.11")
 on_gpu = jax.default_backend() == "gpu"
 DEVICES = jax.device_count()
 several = pytest.mark.skipif(DEVICES < 8, reason="fewer than 8 devices")
 
-COMPILED = _gpu.KERNEL
+COMPILED = _pallas.KERNEL
 LR = 1e-2
 INT8, INT4 = adamjax.quantized("int8"), adamjax.quantized("int4")
 FORMATS = {
@@ -45,8 +45,8 @@ def kernel(monkeypatch):
     if not on_gpu:
         # The interpreter has effects, which `custom_partitioning` does not take.
         monkeypatch.setattr(jax, "device_count", lambda: 1)
-        monkeypatch.setattr(_gpu, "KERNEL", _gpu.INTERPRETED)
-        monkeypatch.setattr(_fused, "_engine", lambda: _gpu)
+        monkeypatch.setattr(_pallas, "KERNEL", _pallas.INTERPRETED)
+        monkeypatch.setattr(_fused, "_engine", lambda: _pallas)
 
 
 def numbers(seed, dtype="float32", shapes=SHAPES):
@@ -182,10 +182,10 @@ def call_of(shape, format="int8"):
     state = opt.init(params)[0]
     count = state.count + 1
     scalars = opt.transforms[0]._scalars(count.astype(jnp.float32))
-    numbers_ = _leaf.Numbers(scalars, *map(jnp.float32, (1, 0, -LR, -LR * 0.1)))
+    numbers_ = _backend.Numbers(scalars, *map(jnp.float32, (1, 0, -LR, -LR * 0.1)))
     leaf = (params["w"], state.mu["w"], state.nu["w"], None, None)
     return (
-        _leaf.Form(nesterov=False, amsgrad=None, coupled=False, decays=True),
+        _backend.Form(nesterov=False, amsgrad=None, coupled=False, decays=True),
         leaf,
         grads["w"],
         numbers_,
@@ -196,7 +196,7 @@ def call_of(shape, format="int8"):
 def test_a_part_has_the_random_numbers_of_the_whole():
     """Of a cube that is cut along all axes: rows lie apart in the whole."""
     form, leaf, g, numbers_, dithers = call_of((4, 8, 1024))
-    whole = _leaf.step(_gpu.KERNEL, form, leaf, g, numbers_, dithers)
+    whole = _backend.step(_pallas.KERNEL, form, leaf, g, numbers_, dithers)
 
     def part(x):
         n = x.shape[-1]
@@ -204,10 +204,10 @@ def test_a_part_has_the_random_numbers_of_the_whole():
 
     p, m, v, *_ = leaf
     cut = jax.tree.map(part, (p, g, m, v))
-    call = _leaf.Call(form, p.shape, jax.tree.structure(leaf))
+    call = _backend.Call(form, p.shape, jax.tree.structure(leaf))
     places = jnp.stack([dithers[0].seed, dithers[0].turn, *map(jnp.uint32, (0, 0, 1, 4, 256))])
-    scalars = jnp.stack(list(map(jnp.float32, _gpu.KERNEL.scalars(form, numbers_))))
-    found = _gpu.KERNEL.run(call, scalars, places, *jax.tree.leaves(cut))
+    scalars = jnp.stack(list(map(jnp.float32, _pallas.KERNEL.scalars(form, numbers_))))
+    found = _pallas.KERNEL.run(call, scalars, places, *jax.tree.leaves(cut))
     for a, b in zip(found, jax.tree.leaves(jax.tree.map(part, whole)), strict=True):
         np.testing.assert_array_equal(a, b)
 
@@ -219,7 +219,7 @@ def test_each_device_steps_its_part(spec, kind, monkeypatch):
     if kind == AxisType.Auto:
         # No programs, and all rows as those that are left over: not interpreted.
         monkeypatch.setattr(jax, "device_count", lambda: DEVICES)
-        monkeypatch.setattr(_gpu, "_ROWS", 10**6)
+        monkeypatch.setattr(_pallas, "_ROWS", 10**6)
     mesh = make_mesh(kind, (2, 4), ("data", "model"))
     shapes = {"w": (8, 8, 512)}
     params, grads = numbers(0, shapes=shapes), gradients(1, shapes=shapes)
@@ -298,9 +298,9 @@ def test_where_there_is_no_kernel(version, capability, why, monkeypatch):
 
     monkeypatch.setattr(jax, "__version_info__", version)
     monkeypatch.setattr(jax, "devices", lambda: [Device])
-    _gpu._missing.cache_clear()
-    found = _gpu._missing()
-    _gpu._missing.cache_clear()
+    _pallas._missing.cache_clear()
+    found = _pallas._missing()
+    _pallas._missing.cache_clear()
     assert re.match(why, str(found))
 
 
@@ -316,5 +316,5 @@ def test_floats_are_left_to_xla(dtype):
 def test_it_lowers_without_a_gpu(format, devices, monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: devices)
     # Of a shape for each: what is traced for one number of devices is not traced again for another.
-    lowered = _leaf.step.trace(COMPILED, *call_of((16, 384 * devices), format)).lower(lowering_platforms=("cuda",))
+    lowered = _backend.step.trace(COMPILED, *call_of((16, 384 * devices), format)).lower(lowering_platforms=("cuda",))
     assert "mosaic_gpu" in lowered.as_text()

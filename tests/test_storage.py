@@ -10,9 +10,10 @@ import pytest
 from helpers import assert_equal, assert_same_types
 
 import adamjax
-from adamjax import _stochastic, storage
-from adamjax._codes import is_quantized
-from adamjax._stochastic import Dither
+from adamjax import storage
+from adamjax._core import low_precision
+from adamjax._core.low_precision import Dither
+from adamjax._core.quantization import is_quantized
 
 NARROW = ["bfloat16", "float16"]
 any_quantized: Any = adamjax.quantized  # with arguments of the wrong type
@@ -96,7 +97,8 @@ def test_wide_moments_are_not_rounded():
 
 def numbers(t, leaf, shape=(300, 300)):
     return np.asarray(
-        _stochastic.uniform(_stochastic.index_of(jnp.zeros(shape)), _stochastic.dither(jnp.int32(t), leaf)), np.float64
+        low_precision.uniform(low_precision.index_of(jnp.zeros(shape)), low_precision.dither(jnp.int32(t), leaf)),
+        np.float64,
     )
 
 

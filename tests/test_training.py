@@ -18,7 +18,7 @@ from helpers import assert_equal
 
 import adamjax
 from adamjax import cli, problems
-from adamjax._extras import require
+from adamjax._core.optional import require
 from adamjax.run_folder import RunFolder, next_free
 from adamjax.training import train
 

@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from adamjax import _checks, checkpoint, training
-from adamjax._extras import require
+from adamjax import checkpoint, training
+from adamjax._core import checks
+from adamjax._core.optional import require
 from adamjax.problems import Problem
 from adamjax.run_folder import Record, read_metrics
 
@@ -65,7 +66,7 @@ class Writer:
         self._directory, self._optimizer, self._seed, self._last = run / FOLDER, optimizer, options["seed"], done
         self._every: int | None = options.get("checkpoint_every")
         if self._every is not None:
-            _checks.count("checkpoint_every", self._every)
+            checks.count("checkpoint_every", self._every)
             require("orbax.checkpoint", "checkpoint", "--checkpoint-every")
 
     def offer(self, report: training.Report, *, last: bool = False) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh
 
-from adamjax import _checks
+from adamjax._core import checks
 from adamjax.cli._flags import CommandError, Flags, flag
 
 # Where a run is, and not what: another place gives the same result.
@@ -119,9 +119,9 @@ def joined(options: dict[str, Any]) -> Iterator[Group]:
 def _join(coordinator: str | None, processes: int | None, process_id: int | None) -> None:
     try:
         if processes is not None:
-            _checks.count("processes", processes)
+            checks.count("processes", processes)
         if process_id is not None:
-            _checks.count("process_id", process_id, least=0)
+            checks.count("process_id", process_id, least=0)
         if processes == 1:
             return
         if processes is not None and process_id is not None and process_id >= processes:

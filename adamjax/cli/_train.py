@@ -14,8 +14,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 import adamjax
-from adamjax import _checks, safety, schedules, training
-from adamjax._extras import require
+from adamjax import safety, schedules, training
+from adamjax._core import checks
+from adamjax._core.optional import require
 from adamjax.cli import _checkpoints, _distributed, _flags
 from adamjax.cli._diagnosis import Diagnosis
 from adamjax.run_folder import RunFolder, next_free
@@ -130,7 +131,7 @@ class _Run(NamedTuple):
 
 
 def _prepare(options: dict[str, Any], group: _distributed.Group, stop: Callable[[], bool]) -> _Run:
-    peak = _checks.number("learning_rate", options["learning_rate"])
+    peak = checks.number("learning_rate", options["learning_rate"])
     schedule = getattr(schedules, options["schedule"])(peak, **_flags.schedule_options(options))
     optimizer = _optimizer(schedule, options, group.mesh)
     problem = _flags.problem(options)

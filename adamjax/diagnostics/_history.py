@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from adamjax._extras import require
+from adamjax._core.optional import require
 from adamjax.diagnostics._explain import Course, Finding, courses, explain
 from adamjax.diagnostics._measure import AdamStats, check_stats
 

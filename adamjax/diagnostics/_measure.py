@@ -8,12 +8,14 @@ import numpy as np
 from jax import Array
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from adamjax import _across, _checks, _moments, _stochastic, _trees, storage
-from adamjax._adam import scale_by_adam
-from adamjax._codes import is_moment
-from adamjax._numerics import abs2
-from adamjax._trees import PyTree
-from adamjax._value import Value, static_field, value
+from adamjax import storage
+from adamjax._core import checks, collectives, low_precision, trees
+from adamjax._core.numerics import abs2
+from adamjax._core.quantization import is_moment
+from adamjax._core.trees import PyTree
+from adamjax._core.value import Value, static_field, value
+from adamjax._transforms.adam import scale_by_adam
+from adamjax._transforms.moments import find as find_moments
 
 _SAMPLE = 1024  # elements of a parameter that the quantiles are taken of
 _QUANTILES = (0.05, 0.5, 0.95)
@@ -122,7 +124,7 @@ def measure(
     params: PyTree,
     *,
     opt: Any = None,
-    axis_name: _across.AxisName = None,
+    axis_name: collectives.AxisName = None,
 ) -> AdamStats:
     """Measure one step of an optimizer of the Adam family.
 
@@ -156,12 +158,12 @@ def measure(
     for name, tree in (("grads", grads), ("updates", updates), ("params", params)):
         if tree is None:
             raise ValueError(f"{name} is None: measure takes the trees of one step")
-    _checks.parameters(params)
-    _checks.updates(grads, params)
-    _checks.updates(updates, params)
-    _across.check_axis_name(axis_name)
-    _, rows = _trees.flatten(grads, updates, params)
-    keys = [key for key, _ in jax.tree.leaves_with_path(grads, is_leaf=_trees.is_none)]
+    checks.parameters(params)
+    checks.updates(grads, params)
+    checks.updates(updates, params)
+    collectives.check_axis_name(axis_name)
+    _, rows = trees.flatten(grads, updates, params)
+    keys = [key for key, _ in jax.tree.leaves_with_path(grads, is_leaf=trees.is_none)]
     chosen = [(key, *row) for key, row in zip(keys, rows, strict=True) if row[0] is not None]
     if not chosen:
         raise ValueError("there are no gradients to measure: all of them are None, or the tree is empty")
@@ -170,7 +172,7 @@ def measure(
     for key, g, u, p in chosen:
         found = moments[key]
         total, quantiles = _leaf(g, u, p, found)
-        axes = _across.sharded_over(total, axis_name)
+        axes = collectives.sharded_over(total, axis_name)
         sums.append(jax.lax.psum(total, axes) if axes else total)
         rates.append(jax.lax.pmean(quantiles, axes) if axes else quantiles)
         hyper.append(jnp.stack([_float32("b2", found.member.b2), _float32("eps", found.member.eps)]))
@@ -182,9 +184,9 @@ def measure(
         jnp.max(jnp.stack(counts)),
         _figures(_Sums(*jnp.sum(table, axis=1)), mean_rates, jnp.max(hyper_table, axis=1)),
         _figures(_Sums(*table), rate_table, hyper_table),
-        tuple(_trees.path_of(key) for key, *_ in chosen),
+        tuple(trees.path_of(key) for key, *_ in chosen),
         tuple(np.shape(p) for *_, p in chosen),
-        tuple(_trees.dtype_of(p).name for *_, p in chosen),
+        tuple(trees.dtype_of(p).name for *_, p in chosen),
     )
 
 
@@ -201,7 +203,7 @@ class _Moments(NamedTuple):
 def _moments_by_path(state: PyTree, opt: Any, params: PyTree, needed: set[Any]) -> dict[Any, _Moments]:
     """The moments of the parameters, by their key paths: at least of those that are `needed`."""
     keys = [key for key, _ in jax.tree.leaves_with_path(params)]
-    nodes = _moments.find(state)
+    nodes = find_moments(state)
     if not nodes:
         raise ValueError("there are no moments in the state: measure takes what init or update of Adam returned")
     found: dict[Any, _Moments] = {}
@@ -254,7 +256,7 @@ def _members(opt: Any, nodes: list[Any]) -> list[Any]:
 
 
 def _float32(name: str, x: Any) -> Array:
-    return jnp.asarray(_checks.scalar(name, x, np.dtype(np.float32)))
+    return jnp.asarray(checks.scalar(name, x, np.dtype(np.float32)))
 
 
 def _leaf(g: Any, u: Any, p: Any, found: _Moments) -> tuple[Array, Array]:
@@ -263,8 +265,8 @@ def _leaf(g: Any, u: Any, p: Any, found: _Moments) -> tuple[Array, Array]:
     g, u, p = map(jnp.asarray, (g, u, p))
     if jnp.iscomplexobj(p) and m.shape != np.shape(p):  # as torch has them: real and imaginary parts
         g, u, p = (jnp.stack([x.real, x.imag], axis=-1) for x in (g, u, p))
-    dtype = _trees.compute_dtype(*map(_trees.dtype_of, (g, u, p)), m.dtype)
-    real = _trees.real_dtype(dtype)
+    dtype = trees.compute_dtype(*map(trees.dtype_of, (g, u, p)), m.dtype)
+    real = trees.real_dtype(dtype)
     lost = (u != 0) & (_landed(p, u, dtype) == p.astype(dtype))
     g, u, p = g.astype(dtype), u.astype(dtype), p.astype(dtype)
     v_loaded = storage.load(v, real, g)
@@ -326,7 +328,7 @@ def _summed(terms: list[Array]) -> Array:
 def _landed(p: Any, u: Any, dtype: np.dtype) -> Array:
     """Where `p + u` is once it is rounded to the dtype of `p`."""
     target = p.astype(dtype) + u.astype(dtype)
-    return _stochastic.to_nearest(target, p.dtype) if _stochastic.is_narrow(p.dtype) else target
+    return low_precision.to_nearest(target, p.dtype) if low_precision.is_narrow(p.dtype) else target
 
 
 def _some(x: Array) -> Array:

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from adamjax import _checks, _trees
-from adamjax._base import Chain, Extra, Transformation
-from adamjax._trees import PyTree
-from adamjax._value import value
+from adamjax._core import checks, trees
+from adamjax._core.trees import PyTree
+from adamjax._core.value import value
+from adamjax._transforms.base import Chain, Extra, Transformation
 from adamjax.kernels import Fused
 
 
@@ -26,13 +26,13 @@ class PerParameter(Transformation):
     inner: Transformation
 
     def _init(self, params: PyTree) -> PyTree:
-        return _trees.map_leaves(lambda p: self.inner._init(_parts(p)), params)
+        return trees.map_leaves(lambda p: self.inner._init(_parts(p)), params)
 
     def _update(self, updates: PyTree, state: PyTree, params: PyTree | None, extra: Extra) -> tuple[PyTree, PyTree]:
-        _checks.states(state, updates)
-        structure, rows = _trees.flatten(updates, state, params)
+        checks.states(state, updates)
+        structure, rows = trees.flatten(updates, state, params)
         results = [(None, s) if g is None else self._step(g, self._revived(s, g), p, extra) for g, s, p in rows]
-        direction, state = _trees.unflatten(structure, results, 2)
+        direction, state = trees.unflatten(structure, results, 2)
         return direction, state
 
     def _revived(self, state: PyTree, g: Any) -> PyTree:
@@ -41,14 +41,14 @@ class PerParameter(Transformation):
         """
         if not isinstance(state, Mapping):
             return state
-        found = _trees.put_together(state, self.inner._init(_parts(_trees.shapes_of(g))))
+        found = trees.put_together(state, self.inner._init(_parts(trees.shapes_of(g))))
         return state if found is None else found
 
     def _step(self, g: Any, state: PyTree, p: Any, extra: Extra) -> tuple[Array, PyTree]:
         whole = g if p is None else p
         if not jnp.iscomplexobj(whole):
             return self.inner._update(g, state, p, extra)
-        g = _trees.cast(g, _trees.dtype_of(whole))
+        g = trees.cast(g, trees.dtype_of(whole))
         direction, state = self.inner._update(_parts(g), state, None if p is None else _parts(p), extra)
         return jax.lax.complex(direction[..., 0], direction[..., 1]), state
 
@@ -61,16 +61,16 @@ class FusedPerParameter(Fused):
 
     def step(self, grads: PyTree, state: PyTree, params: PyTree, **extra: Any) -> tuple[PyTree, PyTree]:
         """One whole step; see `Transformation.step`."""
-        _checks.given(params, grads, "step", "step(grads, state, params)")
-        _checks.updates(grads, params)
-        _checks.members(state, len(self.transforms), "a chain")
+        checks.given(params, grads, "step", "step(grads, state, params)")
+        checks.updates(grads, params)
+        checks.members(state, len(self.transforms), "a chain")
         own, *shared = state
-        _checks.states(own, grads)
+        checks.states(own, grads)
         first: Any
         first, *others = self.transforms
         of_one = Fused((first.inner, *others), self.mode)
-        structure, rows = _trees.flatten(grads, own, params)
-        paths = [path for path, _ in jax.tree.leaves_with_path(grads, is_leaf=_trees.is_none)]
+        structure, rows = trees.flatten(grads, own, params)
+        paths = [path for path, _ in jax.tree.leaves_with_path(grads, is_leaf=trees.is_none)]
         taken = [
             g is not None and of_one.takes(path, g, (p, s.mu, s.nu, s.nu_max, None))
             for path, (g, s, p) in zip(paths, rows, strict=True)
@@ -78,12 +78,12 @@ class FusedPerParameter(Fused):
         left = [None if takes else g for (g, *_), takes in zip(rows, taken, strict=True)]
         new_params, new_state = Chain.step(self, jax.tree.unflatten(structure, left), state, params, **extra)
         new_own, *new_shared = new_state
-        _, stepped = _trees.flatten(grads, new_params, new_own)
+        _, stepped = trees.flatten(grads, new_params, new_own)
         for i, (g, s, p) in enumerate(rows):
             if taken[i]:
                 p, (s, *_) = of_one.step(g, (s, *shared), p)
                 stepped[i] = (g, p, s)
-        _, new_params, new_own = _trees.unflatten(structure, stepped, 3)
+        _, new_params, new_own = trees.unflatten(structure, stepped, 3)
         return new_params, (new_own, *new_shared)
 
 
@@ -91,7 +91,7 @@ def _parts(x: Any) -> Any:
     """A complex array as a real one of its parts; a real one as it is."""
     if not jnp.iscomplexobj(x):
         return x
-    if _trees.is_abstract(x):
-        return jax.ShapeDtypeStruct((*x.shape, 2), _trees.real_dtype(x.dtype))
+    if trees.is_abstract(x):
+        return jax.ShapeDtypeStruct((*x.shape, 2), trees.real_dtype(x.dtype))
     x = jnp.asarray(x)
     return jnp.stack([x.real, x.imag], axis=-1)

@@ -8,14 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adamjax import _checks, _trees
-from adamjax._adam import ScaleByAdam
-from adamjax._base import Chain, as_transformation
-from adamjax._extras import require
-from adamjax._groups import Groups
-from adamjax._transforms import AddDecayedWeights, Objective, ScaleByLearningRate, ScheduleState
-from adamjax._trees import PyTree
-from adamjax._variants import ScaleByAdamax
+from adamjax._core import checks, trees
+from adamjax._core.optional import require
+from adamjax._core.trees import PyTree
+from adamjax._transforms.adam import ScaleByAdam
+from adamjax._transforms.base import Chain, as_transformation
+from adamjax._transforms.groups import Groups
+from adamjax._transforms.radam import ScaleByAdamax
+from adamjax._transforms.weight_decay import AddDecayedWeights, Objective, ScaleByLearningRate, ScheduleState
 from adamjax.interop._per_parameter import PerParameter
 from adamjax.interop._torch_variants import ScaleByTorchNAdam, ScaleByTorchRAdam
 
@@ -83,7 +83,7 @@ def import_state(
     """
     state_dict = _read(state_dict)
     as_transformation(opt, "argument opt of import_state")
-    params = _trees.concrete(params)
+    params = trees.concrete(params)
     entries = _entries(state_dict, _places(opt, params, order))
     return _imported(opt, params, entries, state_dict.get("param_groups"), convert)
 
@@ -124,9 +124,9 @@ def export_state(
       ImportError: torch is not installed.
     """
     torch = require("torch", "torch", "exporting to torch")
-    _checks.parameters(params)
+    checks.parameters(params)
     start = jax.eval_shape(as_transformation(opt, "argument opt of export_state").init, params)
-    _checks.alike(state, start, "state")
+    checks.alike(state, start, "state")
     places = {path: i for i, path in enumerate(_places(opt, params, order))}
     exported: dict[int, dict[str, Any]] = {}
     groups = []
@@ -192,7 +192,7 @@ def _parts(opt: Any) -> _Parts:
 
 def _leaves(params: PyTree) -> dict[str, Any]:
     """The parameters by their paths."""
-    return {_trees.path_of(key): leaf for key, leaf in jax.tree.leaves_with_path(params)}
+    return {trees.path_of(key): leaf for key, leaf in jax.tree.leaves_with_path(params)}
 
 
 def _split(parts: _Parts, params: PyTree, state: PyTree) -> dict[str, Any]:
@@ -336,7 +336,7 @@ def _moment(path: str, name: str, x: Any, like: Any, convert: Convert | None) ->
             f"{name} of {path} has shape {x.shape}, expected {like.shape}; convert= changes layouts, "
             "and order= says which parameter is which"
         )
-    if _trees.compute_dtype(x.dtype) != _trees.compute_dtype(like.dtype):
+    if trees.compute_dtype(x.dtype) != trees.compute_dtype(like.dtype):
         raise ValueError(
             f"{name} of {path} is {x.dtype}, and opt keeps {like.dtype}: convert=lambda path, x: "
             f"x.astype({like.dtype.name!r}) if that is meant"

@@ -9,14 +9,14 @@ import jax.export
 import jax.numpy as jnp
 from jax import Array
 
-from adamjax import _checks, _trees
-from adamjax._adam import Parts, epsilon
-from adamjax._base import Extra, Transformation
-from adamjax._moments import AdamState, Keep, Moments, Step
-from adamjax._numerics import Decay, abs2, correction, decay, divide, mix, sqrt
-from adamjax._trees import PyTree
-from adamjax._value import value
-from adamjax._variants import RAdamScalars, ScaleByRAdam
+from adamjax._core import checks, trees
+from adamjax._core.numerics import Decay, abs2, correction, decay, divide, mix, sqrt
+from adamjax._core.trees import PyTree
+from adamjax._core.value import value
+from adamjax._transforms.adam import Parts, epsilon
+from adamjax._transforms.base import Extra, Transformation
+from adamjax._transforms.moments import AdamState, Keep, Moments, Step
+from adamjax._transforms.radam import RAdamScalars, ScaleByRAdam
 
 
 @value
@@ -93,7 +93,7 @@ class _NAdamMoments(Moments):
 
 def rate(opt: Any, t: Array) -> Array:
     """mu_t, with which the first moment of step t counts."""
-    b1, momentum_decay = (_checks.scalar(n, getattr(opt, n), t.dtype) for n in ("b1", "momentum_decay"))
+    b1, momentum_decay = (checks.scalar(n, getattr(opt, n), t.dtype) for n in ("b1", "momentum_decay"))
     return b1 * (1 - 0.5 * jnp.exp(t * momentum_decay * math.log(0.96)))
 
 
@@ -120,11 +120,11 @@ class ScaleByTorchNAdam(Transformation):
 
     def _init(self, params: PyTree) -> NAdamState:
         count, mu, nu, _ = self._moments(None)._init(params)
-        return NAdamState(count, mu, nu, _trees.fresh(lambda: jnp.ones((), jnp.float32), params))
+        return NAdamState(count, mu, nu, trees.fresh(lambda: jnp.ones((), jnp.float32), params))
 
     def _update(self, updates: PyTree, state: PyTree, params: PyTree | None, extra: Extra) -> tuple[PyTree, NAdamState]:
-        _checks.state(state, NAdamState, "torch's NAdam")
-        t = _trees.increment(state.count).astype(jnp.result_type(float))
+        checks.state(state, NAdamState, "torch's NAdam")
+        t = trees.increment(state.count).astype(jnp.result_type(float))
         product = state.mu_product * rate(self, t).astype(state.mu_product.dtype)
         adam = AdamState(state.count, state.mu, state.nu)
         direction, (count, mu, nu, _) = self._moments(product)._update(updates, adam, params, extra)

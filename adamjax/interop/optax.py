@@ -6,16 +6,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from adamjax import _checks, _trees
-from adamjax._adam import ScaleByAdam
-from adamjax._base import Chain, as_transformation
-from adamjax._codes import is_quantized
-from adamjax._extras import require
-from adamjax._moments import AdamState, Moments
-from adamjax._packed import Packed
-from adamjax._packing import packed_like, unpacked
-from adamjax._transforms import AddDecayedWeights, ScaleByLearningRate, ScheduleState
-from adamjax._trees import PyTree
+from adamjax._core import checks, trees
+from adamjax._core.optional import require
+from adamjax._core.packing import packed_like, unpacked
+from adamjax._core.quantization import is_quantized
+from adamjax._core.trees import PyTree
+from adamjax._transforms.adam import ScaleByAdam
+from adamjax._transforms.base import Chain, as_transformation
+from adamjax._transforms.moments import AdamState, Moments
+from adamjax._transforms.packed import Packed
+from adamjax._transforms.weight_decay import AddDecayedWeights, ScaleByLearningRate, ScheduleState
 
 
 def import_state(opt: Any, params: PyTree, state: PyTree) -> PyTree:
@@ -44,7 +44,7 @@ def import_state(opt: Any, params: PyTree, state: PyTree) -> PyTree:
             "opt keeps the maximum of uncorrected moments, as torch does, and optax that of corrected ones: "
             "use variant='corrected'"
         )
-    start = opt.init(_trees.concrete(params))
+    start = opt.init(trees.concrete(params))
     return _filled(start, state, "state")
 
 
@@ -65,11 +65,11 @@ def export_state(opt: Any, state: PyTree) -> PyTree:
     optax = require("optax", "optax", "exporting to optax")
     if not isinstance(opt, Chain):
         raise TypeError(f"{opt!r} is not one of adamjax's optimizers, such as adamjax.adamw")
-    _checks.members(state, len(opt.transforms), "opt")
+    checks.members(state, len(opt.transforms), "opt")
     exported = []
     for transform, part in zip(map(_within, opt.transforms), state, strict=True):
         if isinstance(transform, Moments) and getattr(transform, "amsgrad", None) != "torch":
-            _checks.state(part, AdamState, type(transform).__name__)
+            checks.state(part, AdamState, type(transform).__name__)
             count, mu, nu, nu_max = map(unpacked, part)
             if any(map(is_quantized, jax.tree.leaves((mu, nu), is_leaf=is_quantized))):
                 raise TypeError("moments that are quantised cannot be exported: optax has no such storage")
@@ -173,7 +173,7 @@ def _like(template: PyTree, x: PyTree, where: str) -> PyTree:
         name = where + jax.tree_util.keystr(path)
         if like.shape != jnp.shape(leaf):
             raise ValueError(f"{name} has shape {jnp.shape(leaf)}, expected {like.shape}")
-        if _trees.compute_dtype(_trees.dtype_of(leaf)) != _trees.compute_dtype(like.dtype):
+        if trees.compute_dtype(trees.dtype_of(leaf)) != trees.compute_dtype(like.dtype):
             raise ValueError(f"{name} is {leaf.dtype}, and opt keeps {like.dtype}")
     return jax.tree.map(lambda like, leaf: jnp.asarray(leaf).astype(like.dtype), template, x)
 

@@ -12,17 +12,17 @@ taken, so that calls can stay as they are, and change nothing. `fused=True` is w
 import math
 from typing import Any
 
-from adamjax import _checks
-from adamjax._adam import scale_by_adam
-from adamjax._base import Chain, Transformation, chain
-from adamjax._optimizers import of_objective
-from adamjax._transforms import AddDecayedWeights, ScaleByLearningRate
-from adamjax._variants import scale_by_adamax
+from adamjax._core import checks
+from adamjax._transforms.adam import scale_by_adam
+from adamjax._transforms.base import Chain, Transformation, chain
+from adamjax._transforms.radam import scale_by_adamax
+from adamjax._transforms.weight_decay import AddDecayedWeights, ScaleByLearningRate
 from adamjax.interop._per_parameter import FusedPerParameter, PerParameter
 from adamjax.interop._torch_state import export_state as export_state
 from adamjax.interop._torch_state import import_state as import_state
 from adamjax.interop._torch_variants import NAdamState as NAdamState
 from adamjax.interop._torch_variants import ScaleByTorchNAdam, ScaleByTorchRAdam
+from adamjax.optimizers import of_objective
 
 
 def adam(
@@ -71,7 +71,7 @@ def adam(
     """
     b1, b2 = _check(lr, betas, eps, weight_decay)
     _check_flags(amsgrad=amsgrad, decoupled_weight_decay=decoupled_weight_decay)
-    _checks.choice("fused", fused, (None, False, True, "auto"))
+    checks.choice("fused", fused, (None, False, True, "auto"))
     moments = scale_by_adam(b1, b2, eps, amsgrad=amsgrad)
     return _of_torch(moments, lr, weight_decay, maximize, decoupled_weight_decay, fused)
 
@@ -189,4 +189,4 @@ def _check(lr: Any, betas: Any, eps: Any, weight_decay: Any, momentum_decay: Any
 
 def _check_flags(**flags: Any) -> None:
     for name, x in flags.items():
-        _checks.choice(name, x, (False, True))
+        checks.choice(name, x, (False, True))

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from adamjax import _trees
-from adamjax.kernels import _build
-from adamjax.kernels._leaf import Call, Form, Kernel, Leaf, Numbers, changed
+from adamjax._core import trees
+from adamjax.kernels import _compile
+from adamjax.kernels._backend import Call, Form, Kernel, Leaf, Numbers, changed
 from adamjax.storage import QuantizedArray
 
 # As in adam.cc.
@@ -36,7 +36,7 @@ def _why_not_of(name: str, x: Any) -> str | None:
         if _TILE % x.block_size == 0:
             return None
         return f"its {name} is quantised in blocks of {x.block_size}, and the kernel steps {_TILE} numbers at a time"
-    dtype = _trees.dtype_of(x).name
+    dtype = trees.dtype_of(x).name
     return None if dtype in _DTYPES else f"its {name} is {dtype}, and the kernel steps {', '.join(_DTYPES)}"
 
 
@@ -44,7 +44,7 @@ def _why_not_of(name: str, x: Any) -> str | None:
 def _missing() -> str | None:
     """Why there is no kernel at all, if there is none."""
     try:
-        _build.target()
+        _compile.target()
     except RuntimeError as error:
         return str(error)
     return None
@@ -78,7 +78,7 @@ def _run(call: Call, scalars: Array, places: Array, *arrays: Array) -> Any:
     # In place: scalars and places come first, and of the arrays the second, the gradient, has no result.
     aliases = {2: 0} | {i + 3: i for i in range(1, len(like))}
     bits, block = zip(*call.formats, strict=True)
-    return jax.ffi.ffi_call(_build.target(), like, input_output_aliases=aliases)(
+    return jax.ffi.ffi_call(_compile.target(), like, input_output_aliases=aliases)(
         scalars,
         places,
         *arrays,

@@ -10,17 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from adamjax import _checks, _stochastic, _trees, storage
-from adamjax._base import Chain, Extra, Transformation
-from adamjax._landing import Narrow
-from adamjax._moments import AdamState, dithers_of
-from adamjax._packed import Packed
-from adamjax._packing import PackedTree, replaced, rest_of
-from adamjax._transforms import Objective, ScaleByLearningRate, mask_tree
-from adamjax._trees import PyTree
-from adamjax._value import static_field, value
-from adamjax.kernels import _cpu, _group, _leaf
-from adamjax.kernels._leaf import Form, Numbers
+from adamjax import storage
+from adamjax._core import checks, low_precision, trees
+from adamjax._core.packing import PackedTree, replaced, rest_of
+from adamjax._core.trees import PyTree
+from adamjax._core.value import static_field, value
+from adamjax._transforms.base import Chain, Extra, Transformation
+from adamjax._transforms.moments import AdamState, dithers_of
+from adamjax._transforms.packed import Packed
+from adamjax._transforms.param_rounding import Narrow
+from adamjax._transforms.weight_decay import Objective, ScaleByLearningRate, mask_tree
+from adamjax.kernels import _backend, _cpu, _packed_call
+from adamjax.kernels._backend import Form, Numbers
 
 # Of arrays with fewer elements, XLA's step is as fast: a call has its price.
 CROSSOVER = 16384
@@ -78,8 +79,8 @@ class Fused(Chain):
 
     def step(self, grads: PyTree, state: PyTree, params: PyTree, **extra: Any) -> tuple[PyTree, PyTree]:
         """One whole step; see `Transformation.step`."""
-        _checks.given(params, grads, "step", "step(grads, state, params)")
-        _checks.updates(grads, params)
+        checks.given(params, grads, "step", "step(grads, state, params)")
+        checks.updates(grads, params)
 
         def plain(grads: PyTree) -> tuple[PyTree, PyTree, PyTree]:
             new_params, new_state = Chain.step(self, grads, state, params, **extra)
@@ -102,12 +103,12 @@ class Fused(Chain):
         self, grads: PyTree, state: PyTree, params: PyTree, narrow: Narrow | None, plain: Callable[[PyTree], Any]
     ) -> tuple[PyTree, PyTree, PyTree]:
         """The new parameters, what they cannot hold, and the new state; `plain` steps what no kernel does."""
-        _checks.members(state, len(self.transforms), "a chain")
+        checks.members(state, len(self.transforms), "a chain")
         moments = self._moments.checked(grads, state[0])
         rests = map(rest_of, (moments.mu, moments.nu, moments.nu_max))
         own, kept = (params, None) if narrow is None else (narrow.params, narrow.kept)
-        structure, rows = _trees.flatten(grads, own, *rests, kept, *self._masks(params))
-        paths = [path for path, _ in jax.tree.leaves_with_path(grads, is_leaf=_trees.is_none)]
+        structure, rows = trees.flatten(grads, own, *rests, kept, *self._masks(params))
+        paths = [path for path, _ in jax.tree.leaves_with_path(grads, is_leaf=trees.is_none)]
         leaves = [i for i, row in enumerate(rows) if self.takes(paths[i], row[0], row[1:6], narrow is not None)]
         groups = self._groups(moments, rows, paths) if narrow is None else {}
         taken = {*leaves, *(i for members in groups.values() for i in members)}
@@ -118,36 +119,38 @@ class Fused(Chain):
             return new_params, new_kept, new_state
         count, *new = new_state[0]
         numbers_of = cache(partial(self._numbers, state, count))
-        _, stepped = _trees.flatten(grads, new_params, *map(rest_of, new), new_kept)
+        _, stepped = trees.flatten(grads, new_params, *map(rest_of, new), new_kept)
         for i in leaves:
             g, p, m, v, v_max, lacks, *masks = rows[i]
             storage.check(m, v, v_max)
             form, numbers = numbers_of(_takers(masks))
-            dithers: _leaf.Dithers = dithers_of(count, i, m, v)
+            dithers: _backend.Dithers = dithers_of(count, i, m, v)
             if narrow is not None and _is_narrow(p):
                 form, dithers = form._replace(landing=narrow.landing), (*dithers, narrow.dither(i))
-            stepped[i] = (g, *_leaf.step(_engine().KERNEL, form, (p, m, v, v_max, lacks), g, numbers, dithers))
-        of_groups: dict[int, _group.Moments] = {}
+            stepped[i] = (g, *_backend.step(_engine().KERNEL, form, (p, m, v, v_max, lacks), g, numbers, dithers))
+        of_groups: dict[int, _packed_call.Moments] = {}
         for k, members in groups.items():
             form, numbers = numbers_of(_takers(rows[members[0]][6:]))
             m, v, v_max = (None if tree is None else tree.groups[k] for tree in new)
             dithers = dithers_of(count, len(rows) + k, m, v)
             arrays = [rows[i][1] for i in members], (m, v, v_max), [rows[i][0] for i in members]
-            group, of_groups[k] = _group.step(form, *arrays, numbers, dithers)
+            group, of_groups[k] = _packed_call.step(form, *arrays, numbers, dithers)
             for i, p in zip(members, group, strict=True):
                 stepped[i] = (rows[i][0], p, None, None, None, None)
-        _, new_params, *columns, new_kept = _trees.unflatten(structure, stepped, 6)
-        trees = [
+        _, new_params, *columns, new_kept = trees.unflatten(structure, stepped, 6)
+        packed_again = [
             replaced(tree, rest, {k: moments[j] for k, moments in of_groups.items()})
             for j, (tree, rest) in enumerate(zip(new, columns, strict=True))
         ]
-        return new_params, None if kept is None else new_kept, (AdamState(count, *trees), *new_state[1:])
+        return new_params, None if kept is None else new_kept, (AdamState(count, *packed_again), *new_state[1:])
 
     def _groups(self, moments: AdamState, rows: list[tuple[Any, ...]], paths: list[Any]) -> dict[int, list[int]]:
         """The groups of small parameters that the kernel steps, with the numbers of those."""
         found: dict[int, list[int]] = {}
         grads = [g for g, *_ in rows if g is not None]
-        if _engine() is not _cpu or not _leaf.is_on_one_device(grads):  # where a parameter is, XLA sees, and not this
+        if _engine() is not _cpu or not _backend.is_on_one_device(
+            grads
+        ):  # where a parameter is, XLA sees, and not this
             return found
         for k, places in enumerate(moments.mu.layout if isinstance(moments.mu, PackedTree) else ()):
             members = [number for number, _ in places]
@@ -176,7 +179,7 @@ class Fused(Chain):
 
     def _numbers(self, state: PyTree, count: Array, takes: tuple[bool, ...]) -> tuple[Form, Numbers]:
         """The form and the numbers of this step, for the parameters that these members take."""
-        scalar = partial(_checks.scalar, dtype=jnp.dtype(jnp.float32))
+        scalar = partial(checks.scalar, dtype=jnp.dtype(jnp.float32))
         first = self.transforms[0]
         sign, coupled, is_coupled = 1.0, jnp.float32(0), False
         if isinstance(first, Objective):
@@ -219,7 +222,7 @@ class Fused(Chain):
             return False
         if lands and _is_narrow(p) and engine is not _cpu:
             return self._can(path, "the kernel of this platform does not round as the wrapper around it does")
-        return self._can(path, _leaf.why_not_here(g) or engine.why_not(leaf, g))
+        return self._can(path, _backend.why_not_here(g) or engine.why_not(leaf, g))
 
     def _can(self, path: Any, why: str | None) -> bool:
         """Whether the kernel can step a parameter, by the reason `why` it cannot; an error where it has to."""
@@ -235,7 +238,7 @@ class Fused(Chain):
 
 
 def _is_narrow(p: Any) -> bool:
-    return _stochastic.is_narrow(_trees.dtype_of(p))
+    return low_precision.is_narrow(trees.dtype_of(p))
 
 
 def _takers(masks: list[Any] | tuple[Any, ...]) -> tuple[bool, ...]:
@@ -246,9 +249,9 @@ def _takers(masks: list[Any] | tuple[Any, ...]) -> tuple[bool, ...]:
 def _engine() -> Any:
     """The module that has the kernel of this platform, if one has."""
     if (backend := jax.default_backend()) == "gpu":
-        from adamjax.kernels import _gpu  # and with it Pallas, which takes its time to import
+        from adamjax.kernels import _pallas  # and with it Pallas, which takes its time to import
 
-        return _gpu
+        return _pallas
     return _cpu if backend == "cpu" else None
 
 

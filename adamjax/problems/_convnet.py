@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from adamjax._trees import compute_dtype
+from adamjax._core.trees import compute_dtype
 from adamjax.problems._digits import DigitImages
 from adamjax.problems._parts import check_sizes, in_order, init_layers
 

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adamjax._extras import require
-from adamjax._trees import compute_dtype
+from adamjax._core.optional import require
+from adamjax._core.trees import compute_dtype
 from adamjax.problems._parts import check_size, check_sizes, choose, cross_entropy, in_order, init_layers, measure
 
 _VALIDATION = 360  # of 1797 images

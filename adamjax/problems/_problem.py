@@ -6,7 +6,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 
-from adamjax import _checks
+from adamjax._core import checks
 
 
 @runtime_checkable
@@ -62,7 +62,7 @@ def check(problem: Any) -> None:
         )
     key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype)
     params = jax.eval_shape(problem.init, key)
-    _checks.parameters(params)
+    checks.parameters(params)
     batch = jax.eval_shape(problem.batch, jax.ShapeDtypeStruct((), jnp.int32), key)
     loss = jax.eval_shape(problem.loss, params, batch, key)
     if not (isinstance(loss, jax.ShapeDtypeStruct) and loss.shape == () and jnp.issubdtype(loss.dtype, jnp.floating)):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adamjax._trees import compute_dtype
+from adamjax._core.trees import compute_dtype
 from adamjax.problems._parts import check_size, choose, cross_entropy, draw, in_order, measure
 
 _SENTENCES = 700  # of the training text, and of the validation text

@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from adamjax import _checks, _trees
-from adamjax._base import as_transformation
-from adamjax._codes import is_quantized
-from adamjax._owners import Key, owners
-from adamjax._packing import PackedTree
-from adamjax._trees import PyTree
+from adamjax._core import checks, trees
+from adamjax._core.ownership import Key, owners
+from adamjax._core.packing import PackedTree
+from adamjax._core.quantization import is_quantized
+from adamjax._core.trees import PyTree
+from adamjax._transforms.base import as_transformation
 
 Names = tuple[str, ...]
 
@@ -86,7 +86,7 @@ def init_sharded(opt: Any, params: PyTree, sharding: PyTree) -> PyTree:
     P('data',)
     """
     init = as_transformation(opt, "argument opt of init_sharded").init
-    _checks.parameters(params)
+    checks.parameters(params)
     if traced := [p for p in jax.tree.leaves(params) if isinstance(p, jax.core.Tracer)]:
         state = init(params)
         _check_sharding(sharding, state)
@@ -95,7 +95,7 @@ def init_sharded(opt: Any, params: PyTree, sharding: PyTree) -> PyTree:
         return pin(state, sharding)
     like = init(jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=sharding_of(p)), params))
     _check_sharding(sharding, like)
-    if _trees.any_abstract(params):
+    if trees.any_abstract(params):
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), like, sharding)
 
     def make(params: PyTree) -> list[Any]:
@@ -144,7 +144,7 @@ def describe(
         sizes = [math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize for s in pair]
         totals = [total + size for total, size in zip(totals, sizes, strict=True)]
         shape = f"[{','.join(map(str, x.shape))}]"
-        rows.append((_trees.path_of(path), shape, str(pair[1].spec), *map(str, sizes), why))
+        rows.append((trees.path_of(path), shape, str(pair[1].spec), *map(str, sizes), why))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     width = sum(widths[:3]) + 4
     lines = [_line(row, widths) for row in rows]
@@ -198,7 +198,7 @@ def plan(opt: Any, params: PyTree, mesh: Any, names: Names) -> Plan:
 
 def divided(opt: Any, params: PyTree, count: int) -> PyTree:
     """For each leaf of `params`, whole arrays, the axis that its state is divided along by `count`; -1 if none is."""
-    like = opt.init(_trees.shapes_of(params))
+    like = opt.init(trees.shapes_of(params))
     units, packed = _units(owners(like, params)), _packed(like)
 
     def axis(path: Key, p: Any) -> int:
@@ -220,13 +220,13 @@ def _units(owned: list[tuple[Key | None, Any]]) -> dict[Key, int]:
 
 def _packed(state: PyTree) -> set[Key]:
     """The paths of parameters whose moments are in groups, which are whole on each device."""
-    trees = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, PackedTree))
-    return {path for tree in trees if isinstance(tree, PackedTree) for path in tree.paths}
+    nodes = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, PackedTree))
+    return {path for tree in nodes if isinstance(tree, PackedTree) for path in tree.paths}
 
 
 def _plan_of(opt: Any, params: PyTree, mesh: Any, zero_axis: Any, who: str) -> Plan:
     opt = as_transformation(opt, f"argument opt of {who}")
-    _checks.parameters(params)
+    checks.parameters(params)
     if mesh is None:
         meshes = [s.mesh for p in jax.tree.leaves(params) if isinstance(s := sharding_of(p), NamedSharding)]
         if not meshes:
@@ -295,7 +295,7 @@ def pin(tree: PyTree, shardings: PyTree) -> PyTree:
     def place(x: Any, s: NamedSharding) -> Any:
         return jax.sharding.reshard(x, s) if is_explicit(s.mesh) else jax.lax.with_sharding_constraint(x, s)
 
-    return _trees.map_leaves(place, tree, shardings)
+    return trees.map_leaves(place, tree, shardings)
 
 
 def dimensions(sharding: NamedSharding, ndim: int) -> list[Names]:

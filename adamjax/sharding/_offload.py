@@ -5,10 +5,10 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from adamjax import _trees
-from adamjax._base import Extra, Wrapper
-from adamjax._trees import PyTree
-from adamjax._value import value
+from adamjax._core import trees
+from adamjax._core.trees import PyTree
+from adamjax._core.value import value
+from adamjax._transforms.base import Extra, Wrapper
 
 
 @value
@@ -39,7 +39,7 @@ def _move(state: PyTree, space: Any) -> PyTree:
     def move(x: Any) -> Any:
         if x.ndim == 0:
             return x
-        if not _trees.is_abstract(x):
+        if not trees.is_abstract(x):
             return jax.device_put(x, space)
         sharding = None if x.sharding is None else x.sharding.with_memory_kind("pinned_host")
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)

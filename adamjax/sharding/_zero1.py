@@ -8,10 +8,10 @@ import jax
 import jax.export
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from adamjax import _checks, _trees
-from adamjax._base import Extra, Wrapper
-from adamjax._trees import PyTree
-from adamjax._value import Value, static_field, value
+from adamjax._core import checks, trees
+from adamjax._core.trees import PyTree
+from adamjax._core.value import Value, static_field, value
+from adamjax._transforms.base import Extra, Wrapper
 from adamjax.sharding import _layout
 from adamjax.sharding._layout import Names, Plan
 
@@ -98,14 +98,14 @@ class Zero1(Wrapper):
     def _init(self, params: PyTree) -> Zero1State:
         leaves = jax.tree.leaves(params)
         given = [None] * len(leaves) if self.specs is None else self.specs.of(params)
-        if _trees.any_abstract(params) and not any(map(_layout.sharding_of, leaves)):
+        if trees.any_abstract(params) and not any(map(_layout.sharding_of, leaves)):
             return Zero1State(self.inner._init(params), _shortest(spec or PartitionSpec() for spec in given))
         plan, whole = self._plan(params, given, "zero1 was given specs that say")
         specs = _shortest(s.spec for s in jax.tree.leaves(whole))
         return Zero1State(_layout.init_sharded(self.inner, params, plan.state), specs)
 
     def _update(self, updates: PyTree, state: PyTree, params: PyTree | None, extra: Extra) -> tuple[PyTree, Zero1State]:
-        _checks.given(params, updates, "zero1")
+        checks.given(params, updates, "zero1")
         plan, whole = self._plan_of(state, params)
         updates, params = _layout.pin(updates, plan.params), _layout.pin(params, plan.params)
         updates, inner = self.inner._update(updates, state.inner, params, extra)
@@ -113,15 +113,15 @@ class Zero1(Wrapper):
 
     def step(self, grads: PyTree, state: PyTree, params: PyTree, **extra: Any) -> tuple[PyTree, PyTree]:
         """One whole step: each device steps its part of the parameters, and those parts are then brought together."""
-        _checks.given(params, grads, "step", "step(grads, state, params)")
-        _checks.updates(grads, params)
+        checks.given(params, grads, "step", "step(grads, state, params)")
+        checks.updates(grads, params)
         plan, whole = self._plan_of(state, params)
         grads, params = _layout.pin(grads, plan.params), _layout.pin(params, plan.params)
         params, inner = self.inner.step(grads, state.inner, params, **extra)
         return _layout.pin(params, whole), Zero1State(_layout.pin(inner, plan.state), state.specs)
 
     def _plan_of(self, state: PyTree, params: PyTree) -> tuple[Plan, PyTree]:
-        _checks.state(state, Zero1State, "zero1")
+        checks.state(state, Zero1State, "zero1")
         count = len(jax.tree.leaves(params))
         if len(state.specs) != count:
             raise ValueError(

@@ -6,11 +6,11 @@ import jax
 from jax import Array, lax
 from jax.sharding import AxisType
 
-from adamjax import _across, _checks, _trees
-from adamjax._base import Extra, Transformation, Wrapper
-from adamjax._codes import is_quantized
-from adamjax._trees import PyTree
-from adamjax._value import static_field, value
+from adamjax._core import checks, collectives, trees
+from adamjax._core.quantization import is_quantized
+from adamjax._core.trees import PyTree
+from adamjax._core.value import static_field, value
+from adamjax._transforms.base import Extra, Transformation, Wrapper
 from adamjax.sharding import _layout
 from adamjax.sharding._layout import Names
 
@@ -30,7 +30,7 @@ class Zero1Mapped(Wrapper):
         leaves = jax.tree.leaves(params)
         if any(isinstance(p, jax.core.Tracer) and AxisType.Manual in _axis_types(p) for p in leaves):
             raise ValueError("call init of zero1_mapped outside of jax.shard_map: the state goes in as an argument")
-        if _trees.any_abstract(params) and not any(map(_layout.sharding_of, leaves)):
+        if trees.any_abstract(params) and not any(map(_layout.sharding_of, leaves)):
             return self.inner._init(params)
         sharding = _layout.state_sharding(self.inner, params, zero_axis=self.axis)
         state = _layout.init_sharded(self.inner, params, sharding)
@@ -38,15 +38,15 @@ class Zero1Mapped(Wrapper):
         return state
 
     def _update(self, updates: PyTree, state: PyTree, params: PyTree | None, extra: Extra) -> tuple[PyTree, PyTree]:
-        _checks.given(params, updates, "zero1_mapped")
+        checks.given(params, updates, "zero1_mapped")
         parts = _Parts(self.inner, self.axis, params)
         updates, new = self.inner._update(parts.sum(updates), state, parts.take(params), extra)
         return parts.gather(updates), new
 
     def step(self, grads: PyTree, state: PyTree, params: PyTree, **extra: Any) -> tuple[PyTree, PyTree]:
         """One whole step: each device steps its part of the parameters, and those parts are then gathered."""
-        _checks.given(params, grads, "step", "step(grads, state, params)")
-        _checks.updates(grads, params)
+        checks.given(params, grads, "step", "step(grads, state, params)")
+        checks.updates(grads, params)
         parts = _Parts(self.inner, self.axis, params)
         params, new = self.inner.step(parts.sum(grads), state, parts.take(params), **extra)
         return parts.gather(params), new
@@ -64,24 +64,24 @@ class _Parts:
 
     def sum(self, grads: PyTree) -> PyTree:
         def of_leaf(g: Array, axis: int) -> Array:
-            if idle := _across.sharded_over(g, self.idle):
+            if idle := collectives.sharded_over(g, self.idle):
                 g = lax.psum(g, idle)
-            varying = _across.sharded_over(g, self.names)
+            varying = collectives.sharded_over(g, self.names)
             if axis >= 0 and len(varying) == len(self.names):
                 return lax.psum_scatter(g, self.names, scatter_dimension=axis, tiled=True)
             # Where all devices have the same, it is the sum already: jax.grad adds up what varies.
             return self._part(lax.psum(g, varying) if varying else g, axis)
 
-        return _trees.map_leaves(of_leaf, grads, self.axes)
+        return trees.map_leaves(of_leaf, grads, self.axes)
 
     def take(self, params: PyTree) -> PyTree:
-        return _trees.map_leaves(self._part, params, self.axes)
+        return trees.map_leaves(self._part, params, self.axes)
 
     def gather(self, tree: PyTree) -> PyTree:
         def of_leaf(x: Array, axis: int) -> Array:
             return x if axis < 0 else lax.all_gather(x, self.names, axis=axis, tiled=True, to="invarying")
 
-        return _trees.map_leaves(of_leaf, tree, self.axes)
+        return trees.map_leaves(of_leaf, tree, self.axes)
 
     def _part(self, x: Array, axis: int) -> Array:
         if axis < 0:
@@ -103,7 +103,7 @@ def _check_blocks(state: PyTree) -> None:
         size = bytes_here * (8 // x.bits)
         if bytes_here < x.codes.shape[-1] and size % x.block_size:
             raise ValueError(
-                f"the moments at {_trees.path_of(path)} are quantised in blocks of {x.block_size}, of which a device "
+                f"the moments at {trees.path_of(path)} are quantised in blocks of {x.block_size}, of which a device "
                 f"has parts: {size} numbers of each row. Choose a block_size that divides {size}, or take zero1"
             )
 

@@ -6,8 +6,8 @@ import numbers
 from collections.abc import Mapping
 from typing import Any
 
-from adamjax import _checks
-from adamjax._optimizers import adam
+from adamjax._core import checks
+from adamjax.optimizers import adam
 
 RULES = ("sqrt", "beta2_half_life")
 
@@ -42,7 +42,7 @@ def scale_for_batch(hparams: Mapping[str, Any], *, old: int, new: int, rule: str
     >>> scale_for_batch({"learning_rate": 1e-3, "b1": 0.9, "b2": 0.99, "eps": 1e-8}, old=256, new=1024)
     {'learning_rate': 0.002, 'b1': 0.6, 'b2': 0.96, 'eps': 5e-09}
     """
-    _checks.choice("rule", rule, RULES)
+    checks.choice("rule", rule, RULES)
     if not isinstance(hparams, Mapping):
         raise TypeError(f"Invalid hparams value: {hparams!r}; hparams must be a dict of an optimizer's arguments")
     for name, size in (("old", old), ("new", new)):
@@ -66,7 +66,7 @@ def scale_for_batch(hparams: Mapping[str, Any], *, old: int, new: int, rule: str
 
 
 def _number(name: str, x: Any) -> float:
-    checked = x if callable(x) else _checks.number(name, x, below=1.0 if name in ("b1", "b2") else math.inf)
+    checked = x if callable(x) else checks.number(name, x, below=1.0 if name in ("b1", "b2") else math.inf)
     if not isinstance(checked, float):
         raise TypeError(f"{name} is {x!r}, and only a number can be scaled: scale its peak, or each of its values")
     return checked

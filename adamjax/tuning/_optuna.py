@@ -4,7 +4,7 @@ import math
 import warnings
 from typing import Any
 
-from adamjax._extras import require
+from adamjax._core.optional import require
 from adamjax.tuning._space import Choice, Linear, OneMinus, Range, Setting, Space
 from adamjax.tuning._strategy import Batch, Strategy
 

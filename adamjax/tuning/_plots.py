@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from adamjax._extras import require
+from adamjax._core.optional import require
 from adamjax.tuning._trial import Trial
 
 LONGEST = 20  # name of a value; a longer one would leave no room for the picture

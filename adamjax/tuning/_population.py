@@ -14,7 +14,7 @@ from jax import lax
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from adamjax import _checks
+from adamjax._core import checks
 from adamjax.problems import Problem, check
 from adamjax.training import Keys, keys_of, train_step
 
@@ -90,7 +90,7 @@ class Runner:
     def __init__(
         self, problem: Problem, metric: str, *, execution: str, mesh: Mesh | None, memory: float | None
     ) -> None:
-        _checks.choice("execution", execution, EXECUTIONS)
+        checks.choice("execution", execution, EXECUTIONS)
         check(problem)
         if mesh is None and (execution == "sharded" or (execution == "auto" and jax.device_count() > 1)):
             mesh = jax.make_mesh((jax.device_count(),), ("settings",))
@@ -100,7 +100,7 @@ class Runner:
             # Where axes are explicit, members could not be moved between devices by their numbers.
             mesh = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
         self.problem, self.mesh = problem, mesh
-        self.memory = None if memory is None else _checks.number("memory", memory, low=1)
+        self.memory = None if memory is None else checks.number("memory", memory, low=1)
         self.order = execution if execution in ORDERS else None
         self.probe: dict[str, float] = {}
         key = jax.eval_shape(jax.random.key, 0)

@@ -10,8 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from adamjax._optimizers import adamw
-from adamjax._stochastic import is_narrow
+from adamjax._core.low_precision import is_narrow
+from adamjax.optimizers import adamw
 from adamjax.problems import Problem
 from adamjax.tuning._space import Setting, Space, printed
 from adamjax.tuning._strategy import RANGES

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from adamjax import _checks
-from adamjax._base import as_transformation
-from adamjax._extras import require
-from adamjax._optimizers import adamw
+from adamjax._core import checks
+from adamjax._core.optional import require
+from adamjax._transforms.base import as_transformation
+from adamjax.optimizers import adamw
 from adamjax.problems import Problem, check
 from adamjax.schedules import Exponential
 from adamjax.training import keys_of, train_step
@@ -45,7 +45,7 @@ class LrRange:
     mode: str = "ramp"
 
     def __post_init__(self) -> None:
-        _checks.choice("mode", self.mode, tuple(METHODS))
+        checks.choice("mode", self.mode, tuple(METHODS))
         rates, losses = (np.asarray(x, np.float64) for x in (self.learning_rates, self.losses))
         if rates.ndim != 1 or not rates.size or not (rates > 0).all() or not (np.diff(rates) > 0).all():
             raise ValueError("Invalid learning_rates value: learning_rates must be one row of positive, rising numbers")
@@ -113,7 +113,7 @@ class LrRange:
           ValueError: The curve does not say, since the loss does not fall, has no minimum inside the
             range, or blows up at once; or the mode has no such method.
         """
-        _checks.choice("method", method, METHODS[self.mode])
+        checks.choice("method", method, METHODS[self.mode])
         low, best = self._valley()
         if method == "valley":
             return float(low ** (1 / 3) * best ** (2 / 3))
@@ -249,16 +249,16 @@ def lr_range_test(
     >>> 1e-3 < found.suggestion() < 1e-1
     True
     """
-    _checks.choice("mode", mode, tuple(METHODS))
-    low, high = _checks.number("min_lr", min_lr), _checks.number("max_lr", max_lr)
+    checks.choice("mode", mode, tuple(METHODS))
+    low, high = checks.number("min_lr", min_lr), checks.number("max_lr", max_lr)
     if low <= 0:
         raise ValueError(f"Invalid min_lr value: {min_lr!r}; min_lr must be above 0, the range is logarithmic")
     if low >= high:
         raise ValueError(f"Invalid min_lr value: {min_lr!r}; min_lr must be below max_lr, which is {max_lr!r}")
     for name, x in (("num_steps", num_steps), ("num_rates", num_rates)):
-        _checks.count(name, x, FEWEST)
-    _checks.function("optimizer", optimizer)
-    _checks.integer("seed", seed)
+        checks.count(name, x, FEWEST)
+    checks.function("optimizer", optimizer)
+    checks.integer("seed", seed)
     if mode == "ramp":
         check(problem)
         losses = _ramp(problem, optimizer(learning_rate=Exponential(low, high, num_steps - 1)), num_steps, seed)

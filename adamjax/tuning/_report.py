@@ -12,8 +12,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from adamjax import _optimizers
-from adamjax._extras import require
+from adamjax import optimizers
+from adamjax._core.optional import require
 from adamjax.tuning import _plots, _trial
 from adamjax.tuning._page import page
 from adamjax.tuning._plots import Pictured
@@ -288,7 +288,7 @@ class Report:
             content["question"],
             _trial.parse(lines, path),
             content.get("defaults", {}),
-            getattr(_optimizers, name.removeprefix("adamjax."), None) if name.startswith("adamjax.") else None,
+            getattr(optimizers, name.removeprefix("adamjax."), None) if name.startswith("adamjax.") else None,
             curve and LrRange.from_json(curve),
             content.get("explored", {}),
             content.get("execution", ""),

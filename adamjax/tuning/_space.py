@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from adamjax import _checks
-from adamjax._extras import require
+from adamjax._core import checks
+from adamjax._core.optional import require
 
 Setting = dict[str, Any]
 
@@ -187,9 +187,9 @@ class Space:
         Raises:
           ValueError: `count` is less than 1 (of a grid, 2), `seed` less than 0, or `method` is not one of these.
         """
-        _checks.choice("method", method, METHODS)
-        _checks.integer("count", count)
-        _checks.count("seed", seed, 0)
+        checks.choice("method", method, METHODS)
+        checks.integer("count", count)
+        checks.count("seed", seed, 0)
         if count < (2 if method == "grid" else 1):
             raise ValueError(f"Invalid count value: {count}; a space has at least 1 point, a grid 2 along each range")
         rows: Iterable[Any]

@@ -10,10 +10,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from adamjax import _checks
-from adamjax._base import as_transformation
-from adamjax._extras import require
-from adamjax._optimizers import adamw
+from adamjax._core import checks
+from adamjax._core.optional import require
+from adamjax._transforms.base import as_transformation
+from adamjax.optimizers import adamw
 from adamjax.problems import Problem
 from adamjax.tuning._population import Runner
 from adamjax.tuning._space import Setting, Space
@@ -154,14 +154,14 @@ def sweep(
     """
     begin = time.perf_counter()
     for name, x in (("steps", steps), ("trials", trials), ("points", points)):
-        _checks.count(name, x)
-    seeds_ = np.asarray(seeds) if np.ndim(seeds) else np.arange(_checks.count("seeds", seeds))
+        checks.count(name, x)
+    seeds_ = np.asarray(seeds) if np.ndim(seeds) else np.arange(checks.count("seeds", seeds))
     if seeds_.ndim != 1 or not seeds_.size or not np.issubdtype(seeds_.dtype, np.integer):
         raise ValueError(
             f"Invalid seeds value: {seeds!r}; seeds must be a number of them, or at least one int in a row"
         )
-    _checks.choice("progress", progress, (False, True))
-    _checks.function("optimizer", optimizer)
+    checks.choice("progress", progress, (False, True))
+    checks.function("optimizer", optimizer)
     settings = space.points(trials, method=method) if isinstance(space, Space) else _settings(space)
     if not settings:
         raise ValueError("there are no settings: give a Space, or at least one dict of the optimizer's arguments")
@@ -197,7 +197,7 @@ def direction(metric: str, mode: Any) -> str:
         raise ValueError(
             f"Invalid mode value: None; say whether the lowest {metric} is the best ('min'), or the highest ('max')"
         )
-    chosen: str = _checks.choice("mode", mode, ("min", "max", None))
+    chosen: str = checks.choice("mode", mode, ("min", "max", None))
     return chosen or "min"
 
 

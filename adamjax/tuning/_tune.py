@@ -13,9 +13,9 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from adamjax import _checks
-from adamjax._extras import require
-from adamjax._optimizers import adamw
+from adamjax._core import checks
+from adamjax._core.optional import require
+from adamjax.optimizers import adamw
 from adamjax.problems import Problem
 from adamjax.tuning import _question, _range_test
 from adamjax.tuning._optuna import by_optuna, study_of
@@ -114,11 +114,11 @@ def tune(
     >>> report.best.optimizer == adamjax.adamw(**report.best.arguments)
     True
     """
-    trials, steps, seed = _checks.count("trials", trials), _checks.count("steps", steps), _checks.count("seed", seed, 0)
-    _checks.choice("halving", halving, (True, False, "auto"))
-    _checks.choice("resume", resume, (False, True))
-    _checks.choice("progress", progress, (False, True))
-    _checks.function("optimizer", optimizer)
+    trials, steps, seed = checks.count("trials", trials), checks.count("steps", steps), checks.count("seed", seed, 0)
+    checks.choice("halving", halving, (True, False, "auto"))
+    checks.choice("resume", resume, (False, True))
+    checks.choice("progress", progress, (False, True))
+    checks.function("optimizer", optimizer)
     confirm = _confirm(confirm)
     if seed + (confirm[1] if confirm else 0) >= 2**31:
         raise ValueError(f"Invalid seed value: {seed}; seed, and those after it that confirm, must be below 2**31")
@@ -214,7 +214,7 @@ def _confirm(confirm: Any) -> tuple[int, int] | None:
         return None
     if not isinstance(confirm, Sequence) or len(confirm) != 2:
         raise ValueError(f"Invalid confirm value: {confirm!r}; confirm must be two ints, or None")
-    best, seeds = (_checks.count(f"confirm[{i}]", x) for i, x in enumerate(confirm))
+    best, seeds = (checks.count(f"confirm[{i}]", x) for i, x in enumerate(confirm))
     return best, seeds
 
 

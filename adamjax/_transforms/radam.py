@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from adamjax import _checks
-from adamjax._adam import Parts, Scalars, adam_parts, adam_scalars, epsilon, first_moment, second_moment
-from adamjax._moments import Keep, Moments, Step
-from adamjax._numerics import Decay, correction, decay, divide, log, sqrt
-from adamjax._value import static_field, value
+from adamjax._core import checks
+from adamjax._core.numerics import Decay, correction, decay, divide, log, sqrt
+from adamjax._core.value import static_field, value
+from adamjax._transforms.adam import Parts, Scalars, adam_parts, adam_scalars, epsilon, first_moment, second_moment
+from adamjax._transforms.moments import Keep, Moments, Step
 
 
 class RAdamScalars(NamedTuple):
@@ -82,14 +82,14 @@ class ScaleByRAdam(Moments):
         self._check_numbers("eps", "eps_root")
         self._check_numbers("threshold", low=4.0)
         self._check_dtypes()
-        _checks.choice("nesterov", self.nesterov, (False, True))
+        checks.choice("nesterov", self.nesterov, (False, True))
 
     def _rule(self) -> tuple[Callable[..., Step], tuple[Any, ...]]:
         return radam_step, (self.nesterov,)
 
     def _scalars(self, t: Array) -> RAdamScalars:
         longest, length = sma_lengths(self.b2, t)
-        tractable = length >= jnp.maximum(_checks.scalar("threshold", self.threshold, t.dtype), 4.0)
+        tractable = length >= jnp.maximum(checks.scalar("threshold", self.threshold, t.dtype), 4.0)
         # Where it is not, any number does in their place, as long as its root has a slope.
         longest, length = jnp.where(tractable, longest, 6.0), jnp.where(tractable, length, 6.0)
         variance = (length - 4) / (longest - 4) * ((length - 2) / (longest - 2)) * (longest / length)
@@ -150,7 +150,7 @@ class ScaleByAdamax(Moments):
         return adamax_step, ()
 
     def _scalars(self, t: Array) -> AdamaxScalars:
-        decay1, b2 = decay("b1", self.b1, t.dtype), _checks.scalar("b2", self.b2, t.dtype)
+        decay1, b2 = decay("b1", self.b1, t.dtype), checks.scalar("b2", self.b2, t.dtype)
         return AdamaxScalars(decay1, correction(t, decay1), b2, epsilon(self.eps, t.dtype))
 
     def parts(self, m: Array, v: Array, v_max: Any, t: Array) -> Parts:

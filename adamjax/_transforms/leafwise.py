@@ -11,8 +11,8 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import numpy as np
 
-from adamjax import _trees
-from adamjax._trees import PyTree
+from adamjax._core import trees
+from adamjax._core.trees import PyTree
 
 T = TypeVar("T")
 
@@ -55,14 +55,14 @@ def carry_out(
         return updates, []
     ends = np.cumsum([len(plan.kept) for plan in plans]).tolist()
     spans = [slice(end - len(plan.kept), end) for plan, end in zip(plans, ends, strict=True)]
-    structure, rows = _trees.flatten(updates, params, where_none, *(tree for plan in plans for tree in plan.kept))
+    structure, rows = trees.flatten(updates, params, where_none, *(tree for plan in plans for tree in plan.kept))
     new: list[tuple[Any, ...]] = []
     for i, (u, p, otherwise, *kept) in enumerate(rows):
         if u is None:
             new.append((otherwise, *kept))
             continue
         functions, given, numbers, changed = [], [], [], []
-        dtype = _trees.dtype_of(u)
+        dtype = trees.dtype_of(u)
         for plan, span in zip(plans, spans, strict=True):
             doing = plan.at(i, dtype, p, tuple(kept[span]))
             if doing is not None:
@@ -76,8 +76,8 @@ def carry_out(
             for span, result in zip(changed, results, strict=True):
                 kept[span] = result
         new.append((u, *kept))
-    updates, *trees = _trees.unflatten(structure, new, 1 + ends[-1])
-    return updates, [plan.state(*trees[span]) for plan, span in zip(plans, spans, strict=True)]
+    updates, *columns = trees.unflatten(structure, new, 1 + ends[-1])
+    return updates, [plan.state(*columns[span]) for plan, span in zip(plans, spans, strict=True)]
 
 
 @jax.tree_util.register_static

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from adamjax import _checks
-from adamjax._moments import Keep, Moments, Step
-from adamjax._numerics import Decay, abs2, correction, decay, divide, mix, sqrt
-from adamjax._value import static_field, value
+from adamjax._core import checks
+from adamjax._core.numerics import Decay, abs2, correction, decay, divide, mix, sqrt
+from adamjax._core.value import static_field, value
+from adamjax._transforms.moments import Keep, Moments, Step
 
 
 class Parts(NamedTuple):
@@ -77,13 +77,13 @@ def adam_scalars(opt: Any, t: Array, amsgrad: str | None = None) -> Scalars:
     c1_next = correction(t + 1, decay1) if opt.nesterov else None
     if amsgrad == "paper":
         c1 = c1_next = c2 = jnp.ones_like(t)
-    eps_root = _checks.scalar("eps_root", opt.eps_root, t.dtype)
+    eps_root = checks.scalar("eps_root", opt.eps_root, t.dtype)
     return Scalars(decay1, decay2, c1, c1_next, c2, epsilon(opt.eps, t.dtype), eps_root)
 
 
 def epsilon(eps: Any, dtype: np.dtype) -> Any:
     """Not less than the root of the smallest number: where gradients have no squares, 0 / 0 is 0."""
-    least, eps = float(jnp.finfo(dtype).tiny) ** 0.5, _checks.scalar("eps", eps, dtype)
+    least, eps = float(jnp.finfo(dtype).tiny) ** 0.5, checks.scalar("eps", eps, dtype)
     return np.maximum(eps, np.asarray(least, dtype)) if isinstance(eps, np.ndarray) else jnp.maximum(eps, least)
 
 
@@ -104,8 +104,8 @@ class ScaleByAdam(Moments):
         self._check_numbers("b1", "b2", below=1.0)
         self._check_numbers("eps", "eps_root")
         self._check_dtypes()
-        _checks.choice("nesterov", self.nesterov, (False, True))
-        form = _checks.choice("amsgrad", self.amsgrad, (None, False, True, "torch", "corrected", "paper"))
+        checks.choice("nesterov", self.nesterov, (False, True))
+        form = checks.choice("amsgrad", self.amsgrad, (None, False, True, "torch", "corrected", "paper"))
         self._replace_field("amsgrad", "torch" if form is True else form or None)
 
     @property

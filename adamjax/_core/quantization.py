@@ -19,8 +19,8 @@ import numpy as np
 from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 
-from adamjax import _stochastic
-from adamjax._stochastic import Dither
+from adamjax._core import low_precision
+from adamjax._core.low_precision import Dither
 
 
 class Code(NamedTuple):
@@ -218,7 +218,7 @@ def encode(x: Array, bits: int, signed: bool, block_size: int, dither: Dither | 
     runs = _runs(x, block_size)
     tops = largest(largest(runs.reshape(*runs.shape[:-1], -1, rows), -2))
     scales = code.scale(tops, grows=dither is None)
-    threshold = 0.5 if dither is None else _stochastic.uniform(_stochastic.index_of(x), dither)
+    threshold = 0.5 if dither is None else low_precision.uniform(low_precision.index_of(x), dither)
     per_number = _spread(code.per_number(scales), block_size, x)
     stored = code.rounded(x, per_number, threshold) + code.offset
     codes = _pack(stored.astype(jnp.uint8)) if bits == 4 else stored.astype(jnp.int8 if signed else jnp.uint8)

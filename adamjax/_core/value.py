@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.tree_util import GetAttrKey
 
-from adamjax import _checks
+from adamjax._core import checks
 
 T = TypeVar("T")
 
@@ -88,7 +88,7 @@ class Value:
     def _check_numbers(self, *names: str, low: float = 0.0, below: float = math.inf) -> None:
         """For `__post_init__` only: check fields that hold numbers in [low, below)."""
         for name in names:
-            self._replace_field(name, _checks.number(name, getattr(self, name), low=low, below=below))
+            self._replace_field(name, checks.number(name, getattr(self, name), low=low, below=below))
 
     def _check_whole(self, *names: str, low: float = 0.0, below: float = math.inf) -> None:
         """For `__post_init__` only: check fields that hold whole numbers of steps in [low, below)."""

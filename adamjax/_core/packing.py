@@ -14,9 +14,9 @@ import numpy as np
 from jax import Array
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from adamjax import _trees
-from adamjax._codes import is_moment
-from adamjax._trees import PyTree
+from adamjax._core import trees
+from adamjax._core.quantization import is_moment
+from adamjax._core.trees import PyTree
 
 # For each group, its leaves: number in the tree (absent ones count), and shape.
 Layout = tuple[tuple[tuple[int, tuple[int, ...]], ...], ...]
@@ -145,8 +145,8 @@ def _groups(places: list[Any]) -> list[tuple[Any, ...]]:
 
 def join(leaves: Sequence[Any]) -> Array:
     """The numbers of all `leaves` behind each other, in one dtype that has them all."""
-    dtypes = {_trees.dtype_of(x) for x in leaves}
-    return _join(list(leaves), dtypes.pop() if len(dtypes) == 1 else _trees.compute_dtype(*dtypes))
+    dtypes = {trees.dtype_of(x) for x in leaves}
+    return _join(list(leaves), dtypes.pop() if len(dtypes) == 1 else trees.compute_dtype(*dtypes))
 
 
 @partial(jax.jit, static_argnums=1)

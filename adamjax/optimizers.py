@@ -2,11 +2,11 @@
 
 from typing import Any
 
-from adamjax import _checks
-from adamjax._adam import scale_by_adam
-from adamjax._base import Chain, Transformation, chain
-from adamjax._transforms import AddDecayedWeights, Objective, ScaleByLearningRate, number_or_schedule
-from adamjax._variants import scale_by_adamax, scale_by_radam
+from adamjax._core import checks
+from adamjax._transforms.adam import scale_by_adam
+from adamjax._transforms.base import Chain, Transformation, chain
+from adamjax._transforms.radam import scale_by_adamax, scale_by_radam
+from adamjax._transforms.weight_decay import AddDecayedWeights, Objective, ScaleByLearningRate, number_or_schedule
 from adamjax.kernels import Fused
 from adamjax.schedules import Proportional, as_schedule
 
@@ -111,7 +111,7 @@ def adamw(
     """
     moments = scale_by_adam(b1, b2, eps, eps_root, mu_dtype, nu_dtype=nu_dtype, nesterov=nesterov, amsgrad=amsgrad)
     direction = of_objective(moments, 0.0, None, maximize)
-    if _checks.choice("decay_schedule", decay_schedule, ("lr", "independent")) == "lr":
+    if checks.choice("decay_schedule", decay_schedule, ("lr", "independent")) == "lr":
         return _of(fused, direction, _decay(weight_decay, mask), ScaleByLearningRate(learning_rate))
     decay = _decay(_with_shape_of(learning_rate, weight_decay), mask, flip_sign=True)
     return _of(fused, direction, ScaleByLearningRate(learning_rate), decay)
@@ -150,7 +150,7 @@ def amsgrad(
     References:
       Reddi et al., 2018, https://openreview.net/forum?id=ryQu7f-RZ.
     """
-    variant = _checks.choice("variant", variant, ("torch", "corrected", "paper"))
+    variant = checks.choice("variant", variant, ("torch", "corrected", "paper"))
     return adam(
         learning_rate,
         b1,
@@ -319,7 +319,7 @@ def of_objective(moments: Transformation, weight_decay: Any, mask: Any, maximize
 
 
 def _of(fused: Any, *transforms: Transformation) -> Chain:
-    _checks.choice("fused", fused, (False, True, "auto"))
+    checks.choice("fused", fused, (False, True, "auto"))
     return Fused(transforms, fused) if fused else chain(*transforms)
 
 

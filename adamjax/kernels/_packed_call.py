@@ -7,11 +7,11 @@ import jax
 from jax import Array
 from jax.custom_batching import custom_vmap
 
-from adamjax import _across
-from adamjax._packing import join, split
-from adamjax.kernels import _build, _leaf
+from adamjax._core import collectives
+from adamjax._core.packing import join, split
+from adamjax.kernels import _backend, _compile
+from adamjax.kernels._backend import Call, Dithers, Form, Moment, Numbers
 from adamjax.kernels._cpu import KERNEL, attributes
-from adamjax.kernels._leaf import Call, Dithers, Form, Moment, Numbers
 
 Moments = tuple[Moment, Moment, Moment | None]
 
@@ -20,9 +20,9 @@ Moments = tuple[Moment, Moment, Moment | None]
 def _step(
     form: Form, params: list[Array], moments: Moments, grads: list[Array], numbers: Numbers, dithers: Dithers
 ) -> tuple[list[Array], Moments]:
-    """The parameters and their moments after one step, as of `_leaf.step` for what they are together."""
+    """The parameters and their moments after one step, as of `_backend.step` for what they are together."""
     kept = [x for x in moments if x is not None]
-    new = _batched(form, len(params))(*_leaf.rows(KERNEL, form, numbers, dithers, 1), *params, *grads, *kept)
+    new = _batched(form, len(params))(*_backend.rows(KERNEL, form, numbers, dithers, 1), *params, *grads, *kept)
     m, v, *v_max = new[len(params) :]
     return new[: len(params)], (m, v, v_max[0] if v_max else None)
 
@@ -38,7 +38,7 @@ step = jax.jit(_step, static_argnums=0)
 def _plain_step(
     form: Form, params: list[Array], moments: Moments, grads: list[Array], numbers: Numbers, dithers: Dithers
 ) -> tuple[list[Array], Moments]:
-    p, m, v, v_max, _ = _leaf.plain_step(form, (join(params), *moments, None), join(grads), numbers, dithers)
+    p, m, v, v_max, _ = _backend.plain_step(form, (join(params), *moments, None), join(grads), numbers, dithers)
     return split(p, tuple(x.shape for x in params)), (m, v, v_max)
 
 
@@ -50,7 +50,7 @@ def _batched(form: Form, count: int) -> Any:
         params, grads, kept = arrays[:count], arrays[count : 2 * count], arrays[2 * count :]
         whole = join(params)
         call = Call(form, whole.shape, jax.tree.structure((whole, *kept, *[None] * (4 - len(kept)))))
-        p, *new = _leaf.batched(KERNEL, call)(scalars, places, whole, join(grads), *kept)
+        p, *new = _backend.batched(KERNEL, call)(scalars, places, whole, join(grads), *kept)
         return [*split(p, tuple(x.shape for x in params)), *new]
 
     @custom_vmap
@@ -66,12 +66,12 @@ def _batched(form: Form, count: int) -> Any:
 
 
 def _run(form: Form, count: int, *operands: Array) -> list[Array]:
-    scalars, places, *arrays = _across.varying_alike(*operands)
+    scalars, places, *arrays = collectives.varying_alike(*operands)
     changed = [*range(count), *range(2 * count, len(arrays))]  # all but the gradients
     like = jax.eval_shape(lambda *arrays: [arrays[i] for i in changed], *arrays)
     # In place: scalars and places come first.
     aliases = {i + 2: result for result, i in enumerate(changed)}
-    new = jax.ffi.ffi_call(f"{_build.target()}-group", like, input_output_aliases=aliases)(
+    new = jax.ffi.ffi_call(f"{_compile.target()}-group", like, input_output_aliases=aliases)(
         scalars,
         places,
         *arrays,

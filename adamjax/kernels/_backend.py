@@ -14,12 +14,12 @@ from jax.custom_derivatives import SymbolicZero
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from adamjax import _across, _codes
-from adamjax._adam import Scalars, adam_step
-from adamjax._codes import QuantizedArray
-from adamjax._landing import Landing
-from adamjax._moments import Step, step_leaf
-from adamjax._stochastic import Dither
+from adamjax._core import collectives, quantization
+from adamjax._core.low_precision import Dither
+from adamjax._core.quantization import QuantizedArray
+from adamjax._transforms.adam import Scalars, adam_step
+from adamjax._transforms.moments import Step, step_leaf
+from adamjax._transforms.param_rounding import Landing
 
 
 class Form(NamedTuple):
@@ -207,11 +207,11 @@ def _placed(kernel: Kernel, call: Call, scalars: Array, places: Array, *arrays: 
             mesh=mesh,  # of the arrays: there need not be one set
             in_specs=(row, row, *[spec] * count),
             out_specs=[spec] * (count - 1),
-            check_vma=False,  # as in `_gpu.why_not`
+            check_vma=False,  # as in `_pallas.why_not`
         )
         rows = [jax.sharding.reshard(x, NamedSharding(mesh, row)) for x in (scalars, places)]
         new = part(*rows, *[jax.sharding.reshard(x, NamedSharding(mesh, spec)) for x in arrays])
-        return [_codes.sharded_like(x, like) for x, like in zip(new, changed(arrays), strict=True)]
+        return [quantization.sharded_like(x, like) for x, like in zip(new, changed(arrays), strict=True)]
     return _partitioned(kernel, call, tuple(x.shape for x in arrays))(scalars, places, *arrays)
 
 
@@ -271,7 +271,7 @@ def changed(arrays: Sequence[Any]) -> list[Any]:
 
 def _in_whole_blocks(call: Call, sharding: NamedSharding, shape: tuple[int, ...]) -> PartitionSpec:
     """How arrays are spread, with the last axis in one piece where devices would have parts of blocks."""
-    return (sharding if _codes.is_divisible(shape, sharding, call.unit) else _codes.whole(sharding)).spec
+    return (sharding if quantization.is_divisible(shape, sharding, call.unit) else quantization.whole(sharding)).spec
 
 
 def _of_row(spec: PartitionSpec, batch: int) -> PartitionSpec:
@@ -290,4 +290,4 @@ def _part(kernel: Kernel, call: Call, spec: PartitionSpec, scalars: Array, place
 
 
 def _run(kernel: Kernel, call: Call, *operands: Array) -> list[Array]:
-    return list(kernel.run(call, *_across.varying_alike(*operands)))
+    return list(kernel.run(call, *collectives.varying_alike(*operands)))

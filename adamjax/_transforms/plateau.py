@@ -8,11 +8,11 @@ import jax.export
 import jax.numpy as jnp
 from jax import Array
 
-from adamjax import _checks, _trees
-from adamjax._base import Extra, Transformation
-from adamjax._numerics import scale
-from adamjax._trees import PyTree
-from adamjax._value import static_field, value
+from adamjax._core import checks, trees
+from adamjax._core.numerics import scale
+from adamjax._core.trees import PyTree
+from adamjax._core.value import static_field, value
+from adamjax._transforms.base import Extra, Transformation
 
 
 class PlateauState(NamedTuple):
@@ -56,7 +56,7 @@ class ReduceOnPlateau(Transformation):
         self._check_whole("patience", "accumulation_size", low=1.0, below=2**31)
         self._check_whole("cooldown", below=2**31)
         self._check_numbers("rtol", "atol", "min_scale")
-        _checks.choice("mode", self.mode, ("min", "max"))
+        checks.choice("mode", self.mode, ("min", "max"))
 
     def _init(self, params: PyTree) -> PlateauState:
         def real(x: float) -> Array:
@@ -68,23 +68,23 @@ class ReduceOnPlateau(Transformation):
         def make() -> PlateauState:
             return PlateauState(real(1.0), real(jnp.inf), real(0.0), zero(), zero(), zero())
 
-        return _trees.fresh(make, params)
+        return trees.fresh(make, params)
 
     def _update(
         self, updates: PyTree, state: PyTree, params: PyTree | None, extra: Extra
     ) -> tuple[PyTree, PlateauState]:
-        _checks.state(state, PlateauState, type(self).__name__)
+        checks.state(state, PlateauState, type(self).__name__)
         if "value" not in extra:
             raise ValueError("ReduceOnPlateau needs what it watches: call update(grads, state, params, value=loss)")
-        state = self._judge(state, _checks.scalar("value", extra["value"], state.mean.dtype))
+        state = self._judge(state, checks.scalar("value", extra["value"], state.mean.dtype))
         factor = cache(lambda dtype: state.scale.astype(dtype))
-        return _trees.map_leaves(lambda u: scale(u, factor(_trees.compute_dtype(_trees.dtype_of(u)))), updates), state
+        return trees.map_leaves(lambda u: scale(u, factor(trees.compute_dtype(trees.dtype_of(u)))), updates), state
 
     def _judge(self, state: PlateauState, x: Array) -> PlateauState:
         """The state after one more value; it is judged once as many as asked for have come together."""
 
         def number(name: str, dtype: Any) -> Any:
-            return _checks.scalar(name, getattr(self, name), dtype)
+            return checks.scalar(name, getattr(self, name), dtype)
 
         real, whole = state.mean.dtype, jnp.dtype(jnp.int32)
         count = state.count + 1

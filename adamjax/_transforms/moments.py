@@ -12,12 +12,13 @@ import jax.export
 import numpy as np
 from jax import Array
 
-from adamjax import _checks, _trees, storage
-from adamjax._base import Leafwise
-from adamjax._leafwise import Doing, Plan, fixed
-from adamjax._packing import unpacked
-from adamjax._stochastic import Dither, dither
-from adamjax._trees import PyTree
+from adamjax import storage
+from adamjax._core import checks, trees
+from adamjax._core.low_precision import Dither, dither
+from adamjax._core.packing import unpacked
+from adamjax._core.trees import PyTree
+from adamjax._transforms.base import Leafwise
+from adamjax._transforms.leafwise import Doing, Plan, fixed
 
 Step = tuple[Array, Array, Array, Any]  # the direction, and the new m, v, v_max (or None)
 
@@ -91,20 +92,20 @@ class Moments(Leafwise):
             return storage.empty(params, "nu_dtype", self.nu_dtype, signed=False)
 
         mu = storage.empty(params, "mu_dtype", self.mu_dtype, signed=True)
-        return AdamState(_trees.zero_count(params), mu, empty_nu(), empty_nu() if self.keeps_maximum else None)
+        return AdamState(trees.zero_count(params), mu, empty_nu(), empty_nu() if self.keeps_maximum else None)
 
     def checked(self, updates: PyTree, state: PyTree) -> AdamState:
         """`state`, if it is one of these moments for such gradients; whole, where a framework took it apart."""
-        _checks.state(state, AdamState, type(self).__name__)
+        checks.state(state, AdamState, type(self).__name__)
         state = AdamState(
             state.count,
             storage.revive(state.mu, updates, self.mu_dtype, signed=True),
             *(storage.revive(x, updates, self.nu_dtype, signed=False) for x in (state.nu, state.nu_max)),
         )
-        _checks.moments(updates, state.mu, "state.mu")
-        _checks.moments(updates, state.nu, "state.nu", real=True)
+        checks.moments(updates, state.mu, "state.mu")
+        checks.moments(updates, state.nu, "state.nu", real=True)
         if self.keeps_maximum:
-            _checks.moments(updates, state.nu_max, "state.nu_max", real=True)
+            checks.moments(updates, state.nu_max, "state.nu_max", real=True)
         elif state.nu_max is not None:
             raise ValueError(
                 f"{type(self).__name__} was given a state with nu_max, which AMSGrad keeps: this state belongs to "
@@ -114,15 +115,15 @@ class Moments(Leafwise):
 
     def _plan(self, updates: PyTree, state: PyTree, params: PyTree | None) -> Plan:
         state = self.checked(updates, state)
-        count = _trees.increment(state.count)
+        count = trees.increment(state.count)
         step = _LeafStep(*self._rule())
         scalars = cache(lambda dtype: fixed(self._scalars(count.astype(dtype)), count))
 
         def at(place: int, dtype: np.dtype, p: Any, kept: tuple[Any, ...]) -> Doing:
             m, v, _ = kept
             storage.check(*kept)
-            dtype = _trees.compute_dtype(dtype, m.dtype, v.dtype)
-            return Doing(step, (scalars(_trees.real_dtype(dtype)), dithers_of(count, place, m, v)), dtype)
+            dtype = trees.compute_dtype(dtype, m.dtype, v.dtype)
+            return Doing(step, (scalars(trees.real_dtype(dtype)), dithers_of(count, place, m, v)), dtype)
 
         def after(mu: PyTree, nu: PyTree, nu_max: PyTree) -> AdamState:
             return AdamState(count, mu, nu, nu_max if self.keeps_maximum else None)
@@ -166,8 +167,8 @@ def step_leaf(
     """Load the moments of one leaf, step in float32 or wider, store them."""
     stored = (m, v, v_max)
     chex.assert_equal_shape([x for x in (g, *stored) if x is not None])
-    dtype = _trees.compute_dtype(g.dtype, m.dtype, v.dtype)
-    real = _trees.real_dtype(dtype)
+    dtype = trees.compute_dtype(g.dtype, m.dtype, v.dtype)
+    real = trees.real_dtype(dtype)
     g = g.astype(dtype)
     m, v = storage.load(m, dtype, g), storage.load(v, real, g)
     v_max = None if v_max is None else storage.load(v_max, real, g)

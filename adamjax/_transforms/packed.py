@@ -7,15 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adamjax import _across, _checks, _packing, _trees
-from adamjax._base import Chain, Extra, Transformation, Wrapper, as_transformation
-from adamjax._codes import is_quantized
-from adamjax._groups import Groups
-from adamjax._moments import AdamState, Moments
-from adamjax._packing import PackedTree
-from adamjax._transforms import Objective
-from adamjax._trees import PyTree
-from adamjax._value import static_field, value
+from adamjax._core import checks, collectives, packing, trees
+from adamjax._core.packing import PackedTree
+from adamjax._core.quantization import is_quantized
+from adamjax._core.trees import PyTree
+from adamjax._core.value import static_field, value
+from adamjax._transforms.base import Chain, Extra, Transformation, Wrapper, as_transformation
+from adamjax._transforms.groups import Groups
+from adamjax._transforms.moments import AdamState, Moments
+from adamjax._transforms.weight_decay import Objective
 
 _BELOW = 16384
 
@@ -30,31 +30,31 @@ class Packed(Wrapper):
     def __post_init__(self) -> None:
         if not isinstance(self.inner, Moments):
             raise TypeError(f"Invalid inner value: {self.inner!r}; inner must be what keeps moments, as scale_by_adam")
-        self._replace_field("below", _checks.count("below", self.below))
+        self._replace_field("below", checks.count("below", self.below))
 
     def _init(self, params: PyTree) -> AdamState:
-        like = self.inner._init(_trees.shapes_of(params))
-        structure, rows = _trees.flatten(params, like.mu, like.nu, like.nu_max)
+        like = self.inner._init(trees.shapes_of(params))
+        structure, rows = trees.flatten(params, like.mu, like.nu, like.nu_max)
         small = [
-            (i, np.shape(p), (_trees.dtype_of(p), m.dtype, v.dtype))
+            (i, np.shape(p), (trees.dtype_of(p), m.dtype, v.dtype))
             for i, (p, m, v, v_max) in enumerate(rows)
             if p is not None and np.size(p) < self.below and not any(map(is_quantized, (m, v, v_max)))
         ]
-        layout = _packing.layout_of(small)
+        layout = packing.layout_of(small)
         packed = {i for i, *_ in small}
         rest = self.inner._init(structure.unflatten([None if i in packed else p for i, (p, *_) in enumerate(rows)]))
-        sizes = [(places[0][0], size) for places, size in zip(layout, _packing.sizes_of(layout), strict=True)]
+        sizes = [(places[0][0], size) for places, size in zip(layout, packing.sizes_of(layout), strict=True)]
         columns = [1, 2, 3] if self.inner.keeps_maximum else [1, 2]
 
         def zeros() -> list[tuple[Any, ...]]:
             return [tuple(jnp.zeros(size, rows[first][j].dtype) for first, size in sizes) for j in columns]
 
-        trees = zip((rest.mu, rest.nu, rest.nu_max), _trees.fresh(zeros, params), strict=False)
-        return AdamState(_trees.zero_count(params), *(PackedTree(tree, groups, layout) for tree, groups in trees))
+        pairs = zip((rest.mu, rest.nu, rest.nu_max), trees.fresh(zeros, params), strict=False)
+        return AdamState(trees.zero_count(params), *(PackedTree(tree, groups, layout) for tree, groups in pairs))
 
     def checked(self, updates: PyTree, state: PyTree) -> AdamState:
         """`state`, if it is one of these moments for such gradients."""
-        _checks.state(state, AdamState, "packed")
+        checks.state(state, AdamState, "packed")
         kept = {"state.mu": state.mu, "state.nu": state.nu}
         if self.inner.keeps_maximum:
             kept["state.nu_max"] = state.nu_max
@@ -64,31 +64,31 @@ class Packed(Wrapper):
                     f"{name} of packed is {type(tree).__name__}, expected PackedTree: call init(params); moments to go "
                     f"on with are put in its place by {name}.pack(moments) of that"
                 )
-            _checks.groups(tree.groups, _packing.sizes_of(tree.layout), name)
+            checks.groups(tree.groups, packing.sizes_of(tree.layout), name)
             if tree.layout != state.mu.layout:
                 raise ValueError(f"{name} has other groups than state.mu: they belong to different optimizers")
-        _checks.moments(updates, state.mu.like(), "state.mu")
+        checks.moments(updates, state.mu.like(), "state.mu")
         return state
 
     def _update(self, updates: PyTree, state: PyTree, params: PyTree | None, extra: Extra) -> tuple[PyTree, AdamState]:
         state = self.checked(updates, state)
         layout = state.mu.layout
-        rest, groups = _packing.taken_apart(updates, layout)
+        rest, groups = packing.taken_apart(updates, layout)
         for places, group in zip(layout, groups, strict=True):
             _check_alike(updates, [number for number, _ in places], group)
         grads = PackedTree(rest, tuple(map(_joined, groups, state.mu.shapes)), layout)
         direction, new = self.inner._update(grads, state, None, extra)
         frozen = [tuple(g is None for g in group) for group in groups]
-        trees = (_kept(after, before, frozen) for after, before in zip(new[1:], state[1:], strict=True))
-        direction = _trees.map_leaves(lambda g, u: _packing.sharded_like(u, g), updates, direction.unpack())
-        return direction, AdamState(new.count, *trees)
+        after = (_kept(new_tree, before, frozen) for new_tree, before in zip(new[1:], state[1:], strict=True))
+        direction = trees.map_leaves(lambda g, u: packing.sharded_like(u, g), updates, direction.unpack())
+        return direction, AdamState(new.count, *after)
 
 
 def _check_alike(updates: PyTree, numbers: list[int], group: list[Any]) -> None:
     """Check that gradients of a group differ over the same mapped axes, as far as JAX knows."""
-    axes = [None if g is None else _across.varying_over(g) for g in group]
+    axes = [None if g is None else collectives.varying_over(g) for g in group]
     if len(known := {found for found in axes if found is not None}) > 1:
-        paths = [path for path, _ in jax.tree.leaves_with_path(updates, is_leaf=_trees.is_none)]
+        paths = [path for path, _ in jax.tree.leaves_with_path(updates, is_leaf=trees.is_none)]
         said = " and ".join(
             f"that for params{jax.tree_util.keystr(paths[numbers[axes.index(found)]])} "
             f"over {', '.join(map(repr, sorted(found))) or 'none'}"
@@ -105,8 +105,8 @@ def _joined(group: list[Any], shapes: tuple[tuple[int, ...], ...]) -> Any:
     given = [g for g in group if g is not None]
     if not given:
         return None
-    dtype = _trees.dtype_of(given[0])
-    return _packing.join([jnp.zeros(s, dtype) if g is None else g for g, s in zip(group, shapes, strict=True)])
+    dtype = trees.dtype_of(given[0])
+    return packing.join([jnp.zeros(s, dtype) if g is None else g for g, s in zip(group, shapes, strict=True)])
 
 
 def _kept(new: Any, old: Any, frozen: list[tuple[bool, ...]]) -> Any:
@@ -114,7 +114,7 @@ def _kept(new: Any, old: Any, frozen: list[tuple[bool, ...]]) -> Any:
     if new is None:
         return None
     groups = [
-        _packing.pinned(_packing.restored(a, b, shapes, which) if any(which) and not all(which) else a)
+        packing.pinned(packing.restored(a, b, shapes, which) if any(which) and not all(which) else a)
         for a, b, shapes, which in zip(new.groups, old.groups, new.shapes, frozen, strict=True)
     ]
     return dataclasses.replace(new, groups=tuple(groups))
@@ -159,7 +159,7 @@ def packed(opt: Any, below: int = _BELOW) -> Transformation:
     >>> state[0].mu.unpack()[0].shape
     (100,)
     """
-    found, places = _packed(as_transformation(opt, "argument opt of packed"), _checks.count("below", below))
+    found, places = _packed(as_transformation(opt, "argument opt of packed"), checks.count("below", below))
     if not places:
         raise TypeError(
             f"packed found nothing to pack in {opt!r}: it packs the moments of adamjax's optimizers. Those of "

@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from adamjax import _checks, _stochastic, _trees
-from adamjax._landing import Narrow
-from adamjax._leafwise import Doing, Plan, carry_out
-from adamjax._owners import placed_like
-from adamjax._trees import PyTree
-from adamjax._value import Value, name_of, static_field, value
+from adamjax._core import checks, low_precision, trees
+from adamjax._core.ownership import placed_like
+from adamjax._core.trees import PyTree
+from adamjax._core.value import Value, name_of, static_field, value
+from adamjax._transforms.leafwise import Doing, Plan, carry_out
+from adamjax._transforms.param_rounding import Narrow
 
 Extra = Mapping[str, Any]
 
@@ -55,7 +55,7 @@ class Transformation(Value):
         Raises:
           TypeError: A leaf is not a floating point or complex array; the message has its path.
         """
-        _checks.parameters(params)
+        checks.parameters(params)
         return self._init(params)
 
     def update(
@@ -79,7 +79,7 @@ class Transformation(Value):
         Raises:
           TypeError, ValueError: The trees do not fit each other; the message names the path.
         """
-        _checks.updates(updates, params)
+        checks.updates(updates, params)
         direction, state = self._update(updates, state, params, extra)
         if not self.lands:
             direction = _round(direction, updates, params)
@@ -105,7 +105,7 @@ class Transformation(Value):
         Raises:
           TypeError, ValueError: The trees do not fit each other; the message names the path.
         """
-        _checks.given(params, grads, "step", "step(grads, state, params)")
+        checks.given(params, grads, "step", "step(grads, state, params)")
         updates, state = self.update(grads, state, params, **extra)
         return apply_updates(params, updates), state
 
@@ -186,7 +186,7 @@ class Foreign(Transformation):
     transform: Any = static_field()
 
     def _init(self, params: PyTree) -> PyTree:
-        if _trees.any_abstract(params):
+        if trees.any_abstract(params):
             return placed_like(jax.eval_shape(self.transform.init, params), params)
         return self.transform.init(params)
 
@@ -239,7 +239,7 @@ class Chain(Transformation):
         self, grads: PyTree, state: PyTree, params: PyTree | None, extra: Extra
     ) -> tuple[PyTree, list[Plan], tuple[PyTree, ...]]:
         """The updates, what the last members are still to do to each leaf of them, and the new states of the others."""
-        _checks.members(state, len(self.transforms), "a chain")
+        checks.members(state, len(self.transforms), "a chain")
         updates = grads
         states: list[PyTree] = []
         plans: list[Plan] = []
@@ -260,16 +260,16 @@ class Chain(Transformation):
 
     def step(self, grads: PyTree, state: PyTree, params: PyTree, **extra: Any) -> tuple[PyTree, PyTree]:
         """One whole step, the last member's own; see `Transformation.step`."""
-        _checks.given(params, grads, "step", "step(grads, state, params)")
+        checks.given(params, grads, "step", "step(grads, state, params)")
         own = self.transforms and type(self.transforms[-1]).step is not Transformation.step
         if self.lands and not own:
             return super().step(grads, state, params, **extra)
-        _checks.updates(grads, params)
+        checks.updates(grads, params)
         if not own:
             updates, plans, states = self._run(grads, state, params, extra)
             params, (*last, _) = carry_out([*plans, Plan(_land_at, tuple)], updates, params, where_none=params)
             return params, (*states, *last)
-        _checks.members(state, len(self.transforms), "a chain")
+        checks.members(state, len(self.transforms), "a chain")
         updates, first = self._before_last(grads, state, params, extra)
         params, last = self.transforms[-1].step(updates, state[-1], params, **extra)
         return params, (*first, last)
@@ -280,7 +280,7 @@ class Chain(Transformation):
         """One whole step, landed by the last member; see `Transformation._step_narrow`."""
         if not self.fuses_narrow:
             return super()._step_narrow(grads, state, params, narrow, extra)
-        _checks.members(state, len(self.transforms), "a chain")
+        checks.members(state, len(self.transforms), "a chain")
         updates, first = self._before_last(widened(grads), state, params, extra)
         params, kept, last = self.transforms[-1]._step_narrow(updates, state[-1], params, narrow, extra)
         return params, kept, (*first, last)
@@ -336,9 +336,9 @@ def widened(tree: PyTree) -> PyTree:
     """The tree, in float32 where it is of half precision."""
 
     def widen(x: Any) -> Any:
-        if not _stochastic.is_narrow(_trees.dtype_of(x)):
+        if not low_precision.is_narrow(trees.dtype_of(x)):
             return x
-        if _trees.is_abstract(x):
+        if trees.is_abstract(x):
             return jax.ShapeDtypeStruct(x.shape, jnp.dtype(jnp.float32), sharding=x.sharding)
         return x.astype(jnp.float32)
 
@@ -363,15 +363,15 @@ def apply_updates(params: PyTree, updates: PyTree) -> PyTree:
     >>> adamjax.apply_updates({"w": jnp.array([1.0, 2.0])}, {"w": jnp.array([0.5, -0.5])})
     {'w': Array([1.5, 1.5], dtype=float32)}
     """
-    _checks.given(params, updates, "apply_updates", "apply_updates(params, updates)")
-    _checks.updates(updates, params)
-    structure, rows = _trees.flatten(updates, params)
+    checks.given(params, updates, "apply_updates", "apply_updates(params, updates)")
+    checks.updates(updates, params)
+    structure, rows = trees.flatten(updates, params)
     return jax.tree.unflatten(structure, [p if u is None else _add(p, u) for u, p in rows])
 
 
 @partial(jax.jit, inline=True)
 def _add(p: Array, u: Array) -> Array:
-    dtype = _trees.compute_dtype(p.dtype, u.dtype)
+    dtype = trees.compute_dtype(p.dtype, u.dtype)
     return (p.astype(dtype) + u.astype(dtype)).astype(p.dtype)
 
 
@@ -388,24 +388,24 @@ def _round(updates: PyTree, grads: PyTree, params: PyTree | None) -> PyTree:
     """Round to the dtypes of the parameters, or of the gradients where those are not given."""
 
     def round_to(u: Any, x: Any) -> Any:
-        return _trees.cast(u, _rounded_dtype(_trees.dtype_of(u), _trees.dtype_of(x)))
+        return trees.cast(u, _rounded_dtype(trees.dtype_of(u), trees.dtype_of(x)))
 
-    return _trees.map_leaves(round_to, updates, grads if params is None else params)
+    return trees.map_leaves(round_to, updates, grads if params is None else params)
 
 
 def _rounded_dtype(update: np.dtype, target: np.dtype) -> np.dtype:
     # A complex parameter may have a real gradient, but no real update.
     is_complex = jnp.issubdtype(update, jnp.complexfloating)
-    return _trees.compute_dtype(target, jnp.dtype(jnp.complex64)) if is_complex else target
+    return trees.compute_dtype(target, jnp.dtype(jnp.complex64)) if is_complex else target
 
 
 def _fill(updates: PyTree, params: PyTree, *, wide: bool) -> PyTree:
     """Zeros in place of None: in the dtypes of the parameters or, if `wide`, in float32 at least."""
 
     def zeros(p: Any) -> jax.Array:
-        dtype = _trees.dtype_of(p)
+        dtype = trees.dtype_of(p)
         # Not 0: added to a parameter that is -0, it would make it 0.
-        return -_trees.zeros_like(p, _trees.compute_dtype(dtype) if wide else dtype)
+        return -trees.zeros_like(p, trees.compute_dtype(dtype) if wide else dtype)
 
-    structure, rows = _trees.flatten(updates, params)
+    structure, rows = trees.flatten(updates, params)
     return jax.tree.unflatten(structure, [jax.tree.map(zeros, p) if u is None else u for u, p in rows])

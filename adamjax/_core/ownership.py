@@ -4,8 +4,8 @@ from typing import Any
 
 import jax
 
-from adamjax._codes import is_quantized
-from adamjax._trees import PyTree
+from adamjax._core.quantization import is_quantized
+from adamjax._core.trees import PyTree
 
 Key = tuple[Any, ...]
 

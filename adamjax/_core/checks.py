@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adamjax import _trees
-from adamjax._trees import PyTree
+from adamjax._core import trees
+from adamjax._core.trees import PyTree
 
 # torch.optim's wording, so that whoever comes from there recognises the message.
 _WORDING = {
@@ -117,7 +117,7 @@ def updates(grads: PyTree, like: PyTree, name: str = "params") -> None:
     A None in `grads` may stand for anything. `like` is None where nothing is known but `grads`.
     """
     try:
-        _, rows = _trees.flatten(grads, like)
+        _, rows = trees.flatten(grads, like)
     except ValueError:
         raise ValueError(f"the gradients {_difference(grads, like, name)}; {_remedy(name)}") from None
     if like is None:
@@ -185,7 +185,7 @@ def moments(grads: PyTree, found: PyTree, name: str, *, real: bool = False) -> N
     if found is None and jax.tree.leaves(grads):
         raise ValueError(f"{name} is None, expected an array for each gradient; {_remedy(name)}")
     if real:
-        grads = _trees.map_leaves(lambda g: jax.ShapeDtypeStruct(_shape(g), np.float32), grads)
+        grads = trees.map_leaves(lambda g: jax.ShapeDtypeStruct(_shape(g), np.float32), grads)
     updates(grads, found, name)
 
 
@@ -223,7 +223,7 @@ def arrays(found: PyTree, name: str) -> None:
 def states(found: PyTree, grads: PyTree) -> None:
     """Check that the tree `found` has a state for each gradient."""
     try:
-        _trees.flatten(grads, found)
+        trees.flatten(grads, found)
     except ValueError:
         raise ValueError(f"the gradients {_difference(grads, found, 'state')}; {_remedy('state')}") from None
 
@@ -277,13 +277,13 @@ def _fits(g: Any, p: Any) -> bool:
         and _is_inexact(p)
         and _shape(g) == _shape(p)
         # A real gradient of a complex parameter loses nothing; the reverse would.
-        and (not _is_complex_dtype(_trees.dtype_of(g)) or _is_complex_dtype(_trees.dtype_of(p)))
+        and (not _is_complex_dtype(trees.dtype_of(g)) or _is_complex_dtype(trees.dtype_of(p)))
     )
 
 
 def _raise_first_misfit(grads: PyTree, like: PyTree, name: str) -> None:
-    _, rows = _trees.flatten(grads, like)
-    paths = [path for path, _ in jax.tree.leaves_with_path(grads, is_leaf=_trees.is_none)]
+    _, rows = trees.flatten(grads, like)
+    paths = [path for path, _ in jax.tree.leaves_with_path(grads, is_leaf=trees.is_none)]
     for path, (g, p) in zip(paths, rows, strict=True):
         where = _at(name, path)
         if g is None or (_is_inexact(g) if like is None else _fits(g, p)):
@@ -307,8 +307,8 @@ def _raise_first_misfit(grads: PyTree, like: PyTree, name: str) -> None:
             else "the moment of a complex parameter needs mu_dtype=None or a complex one"
         )
         raise TypeError(
-            f"the gradient for {where} is complex ({_trees.dtype_of(g)}), expected a real one "
-            f"({_trees.dtype_of(p)}): {remedy}"
+            f"the gradient for {where} is complex ({trees.dtype_of(g)}), expected a real one "
+            f"({trees.dtype_of(p)}): {remedy}"
         )
 
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import jax
 
-from adamjax import _checks, _trees
-from adamjax._base import Chain, Extra, Transformation, as_transformation
-from adamjax._landing import Narrow
-from adamjax._trees import PyTree
-from adamjax._value import static_field, value
+from adamjax._core import checks, trees
+from adamjax._core.trees import PyTree
+from adamjax._core.value import static_field, value
+from adamjax._transforms.base import Chain, Extra, Transformation, as_transformation
+from adamjax._transforms.param_rounding import Narrow
 
 
 @value
@@ -46,7 +46,7 @@ class Groups(Transformation):
         default = [i for i, pattern in enumerate(self.patterns) if pattern is None]
         owners, unused = [], {pattern for _, pattern in named}
         for key, leaf in jax.tree.leaves_with_path(params):
-            path = _trees.path_of(key)
+            path = trees.path_of(key)
             found = [i for i, pattern in named if re.search(pattern, path)]
             unused -= {self.patterns[i] for i in found}
             if len(found) > 1:
@@ -67,7 +67,7 @@ class Groups(Transformation):
 
     def _apart(self, tree: PyTree, owners: list[int]) -> list[PyTree]:
         structure: Any
-        leaves, structure = jax.tree.flatten(tree, is_leaf=_trees.is_none)
+        leaves, structure = jax.tree.flatten(tree, is_leaf=trees.is_none)
         return [
             structure.unflatten([x if owner == i else None for x, owner in zip(leaves, owners, strict=True)])
             for i in range(len(self.members))
@@ -79,17 +79,17 @@ class Groups(Transformation):
     def _numbers(self, tree: PyTree) -> list[int]:
         """The group of each leaf of `tree`, absent ones included (for which any will do)."""
         owners = iter(self._owners(tree))
-        return [0 if x is None else next(owners)[2] for x in jax.tree.leaves(tree, is_leaf=_trees.is_none)]
+        return [0 if x is None else next(owners)[2] for x in jax.tree.leaves(tree, is_leaf=trees.is_none)]
 
     def _update(self, updates: PyTree, state: PyTree, params: PyTree | None, extra: Extra) -> tuple[PyTree, PyTree]:
-        updates, state = self._by_each(lambda member, *trees: member._update(*trees, extra), updates, state, params)
+        updates, state = self._by_each(lambda member, *args: member._update(*args, extra), updates, state, params)
         return updates, state
 
     def step(self, grads: PyTree, state: PyTree, params: PyTree, **extra: Any) -> tuple[PyTree, PyTree]:
         """One whole step, each member's own; see `Transformation.step`."""
-        _checks.given(params, grads, "step", "step(grads, state, params)")
-        _checks.updates(grads, params)
-        params, state = self._by_each(lambda member, *trees: member.step(*trees, **extra), grads, state, params)
+        checks.given(params, grads, "step", "step(grads, state, params)")
+        checks.updates(grads, params)
+        params, state = self._by_each(lambda member, *args: member.step(*args, **extra), grads, state, params)
         return params, state
 
     def _step_narrow(
@@ -114,15 +114,15 @@ class Groups(Transformation):
         *more: PyTree,
     ) -> tuple[PyTree, ...]:
         """What `act` makes of each member and of its part of all trees: trees, put together again, and the state."""
-        _checks.members(state, len(self.members), "groups")
+        checks.members(state, len(self.members), "groups")
         owners = self._numbers(updates if params is None else params)
         grads = self._apart(updates, owners)
         others = [[None] * len(grads) if x is None else self._apart(x, owners) for x in (params, *more)]
         *made, states = zip(*map(act, self.members, grads, state, *others), strict=True)
         structure: Any
         results = []
-        for trees in made:
-            structure, rows = _trees.flatten(updates, *trees)
+        for columns in made:
+            structure, rows = trees.flatten(updates, *columns)
             chosen = [row[1 + owner] for row, owner in zip(rows, owners, strict=True)]
             results.append(structure.unflatten(chosen))
         return *results, states

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from adamjax import _checks
+from adamjax._core import checks
 
 
 class Decay(NamedTuple):
@@ -32,7 +32,7 @@ def decay(name: str, b: Any, dtype: np.dtype) -> Decay:
         slow = b > 0.5
         numbers = (b, 1 - b, log(b), 1.0 if slow else b, 1.0 if slow else 0.0)
         return Decay(*(np.asarray(x, dtype) for x in numbers))
-    b = _checks.scalar(name, b, dtype)
+    b = checks.scalar(name, b, dtype)
     slow = b > 0.5
     return Decay(b, 1 - b, jnp.log1p(-(1 - b)), jnp.where(slow, 1, b), jnp.where(slow, 1, jnp.zeros_like(b)))
 

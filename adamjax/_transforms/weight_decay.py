@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from adamjax import _across, _checks, _trees
-from adamjax._base import Extra, Leafwise, Transformation, chain
-from adamjax._leafwise import Doing, Plan, carry_out, fixed
-from adamjax._numerics import scale, sqrt
-from adamjax._trees import PyTree
-from adamjax._value import static_field, value
+from adamjax._core import checks, collectives, trees
+from adamjax._core.numerics import scale, sqrt
+from adamjax._core.trees import PyTree
+from adamjax._core.value import static_field, value
+from adamjax._transforms.base import Extra, Leafwise, Transformation, chain
+from adamjax._transforms.leafwise import Doing, Plan, carry_out, fixed
 from adamjax.schedules import as_schedule
 
 
@@ -35,7 +35,7 @@ jax.export.register_namedtuple_serialization(ScheduleState, serialized_name="ada
 
 def number_or_schedule(name: str, x: Any, low: float = 0.0) -> Any:
     """Check a hyperparameter that may be a schedule; a plain function becomes one."""
-    return as_schedule(x) if callable(x) else _checks.number(name, x, low=low)
+    return as_schedule(x) if callable(x) else checks.number(name, x, low=low)
 
 
 class Scheduled(Leafwise):
@@ -48,15 +48,15 @@ class Scheduled(Leafwise):
         raise NotImplementedError
 
     def _init(self, params: PyTree) -> PyTree:
-        return ScheduleState(_trees.zero_count(params)) if callable(self._hyperparameter()) else ()
+        return ScheduleState(trees.zero_count(params)) if callable(self._hyperparameter()) else ()
 
     def _advance(self, state: PyTree) -> tuple[Any, PyTree]:
         """The hyperparameter at this step, and the state after it."""
         x = self._hyperparameter()
         if not callable(x):
             return x, state
-        _checks.state(state, ScheduleState, type(self).__name__)
-        return x(state.count), ScheduleState(_trees.increment(state.count))
+        checks.state(state, ScheduleState, type(self).__name__)
+        return x(state.count), ScheduleState(trees.increment(state.count))
 
 
 @value
@@ -68,7 +68,7 @@ class ScaleByLearningRate(Scheduled):
 
     def __post_init__(self) -> None:
         self._replace_field("learning_rate", number_or_schedule("learning_rate", self.learning_rate))
-        _checks.choice("flip_sign", self.flip_sign, (False, True))
+        checks.choice("flip_sign", self.flip_sign, (False, True))
 
     def _hyperparameter(self) -> Any:
         return self.learning_rate
@@ -76,10 +76,10 @@ class ScaleByLearningRate(Scheduled):
     def _plan(self, updates: PyTree, state: PyTree, params: PyTree | None) -> Plan:
         rate, state = self._advance(state)
         sign = -1 if self.flip_sign else 1
-        factor = cache(lambda dtype: fixed(sign * _checks.scalar("learning_rate", rate, dtype), updates))
+        factor = cache(lambda dtype: fixed(sign * checks.scalar("learning_rate", rate, dtype), updates))
 
         def at(place: int, dtype: np.dtype, p: Any, kept: tuple[Any, ...]) -> Doing:
-            dtype = _trees.compute_dtype(dtype)
+            dtype = trees.compute_dtype(dtype)
             return Doing(_scale, factor(dtype), dtype)
 
         return Plan(at, lambda: state)
@@ -123,7 +123,7 @@ class AddDecayedWeights(Scheduled):
         return self.weight_decay
 
     def _plan(self, updates: PyTree, state: PyTree, params: PyTree | None) -> Plan:
-        _checks.given(params, updates, type(self).__name__)
+        checks.given(params, updates, type(self).__name__)
         weight_decay, state = self._advance(state)
         sign = -1 if self.flip_sign else 1
         return Plan(_adding_weights(updates, params, weight_decay, self.mask, sign), lambda: state)
@@ -174,7 +174,7 @@ class Objective(Transformation):
     def __post_init__(self) -> None:
         self._replace_field("weight_decay", number_or_schedule("weight_decay", self.weight_decay))
         self._replace_field("mask", _as_mask(self.mask))
-        _checks.choice("maximize", self.maximize, (False, True))
+        checks.choice("maximize", self.maximize, (False, True))
 
     def _init(self, params: PyTree) -> PyTree:
         return self.inner._init(params)
@@ -183,10 +183,10 @@ class Objective(Transformation):
         plans = [Plan(_negate_at, tuple)] if self.maximize else []
         # optax.inject_hyperparams makes arrays of all numbers: a 0 among them needs no parameters.
         if not (params is None and _is_zero(self.weight_decay)):
-            _checks.given(params, updates, "coupled weight decay")
+            checks.given(params, updates, "coupled weight decay")
             weight_decay = self.weight_decay
             if callable(weight_decay):
-                _checks.counted(state, "coupled weight decay")
+                checks.counted(state, "coupled weight decay")
                 weight_decay = weight_decay(state.count)
             plans.append(Plan(_adding_weights(updates, params, weight_decay, self.mask, 1), tuple))
         if isinstance(self.inner, Leafwise):
@@ -206,18 +206,18 @@ class ClipByGlobalNorm(Transformation):
 
     def __post_init__(self) -> None:
         self._check_numbers("max_norm")
-        _across.check_axis_name(self.axis_name)
+        collectives.check_axis_name(self.axis_name)
 
     def _update(self, updates: PyTree, state: PyTree, params: PyTree | None, extra: Extra) -> tuple[PyTree, PyTree]:
         leaves = jax.tree.leaves(updates)
-        dtype = _trees.real_dtype(_trees.compute_dtype(*map(_trees.dtype_of, leaves)))
-        norm = sqrt(_across.total([_across.sum_of_squares(x) for x in leaves], self.axis_name, dtype))
-        limit = _checks.scalar("max_norm", self.max_norm, norm.dtype)
+        dtype = trees.real_dtype(trees.compute_dtype(*map(trees.dtype_of, leaves)))
+        norm = sqrt(collectives.total([collectives.sum_of_squares(x) for x in leaves], self.axis_name, dtype))
+        limit = checks.scalar("max_norm", self.max_norm, norm.dtype)
         # Not `norm > limit`: a NaN must reach all updates, instead of passing unclipped.
         exceeds = ~(norm <= limit)
         shrink = jnp.where(exceeds, limit / jnp.where(exceeds, norm, 1.0), 1.0)
         factor = cache(lambda dtype: shrink.astype(dtype))
-        return _trees.map_leaves(lambda u: scale(u, factor(_compute_dtype(u))), updates), state
+        return trees.map_leaves(lambda u: scale(u, factor(_compute_dtype(u))), updates), state
 
 
 def clip_by_global_norm(max_norm: Any, *, axis_name: str | tuple[str, ...] | None = None) -> ClipByGlobalNorm:
@@ -249,7 +249,7 @@ def clip_by_global_norm(max_norm: Any, *, axis_name: str | tuple[str, ...] | Non
 
 
 def _compute_dtype(x: Any) -> Any:
-    return _trees.compute_dtype(_trees.dtype_of(x))
+    return trees.compute_dtype(trees.dtype_of(x))
 
 
 def _scale(u: Array, p: Any, kept: Any, factor: Array) -> tuple[Array, Any]:
@@ -270,13 +270,13 @@ def _negate(u: Array, p: Any, kept: Any, numbers: None) -> tuple[Array, Any]:
 
 def _adding_weights(updates: PyTree, params: PyTree, weight_decay: Any, mask: Any, sign: int) -> Any:
     """Add `sign * weight_decay * params` where the mask is True."""
-    factor = cache(lambda dtype: fixed(sign * _checks.scalar("weight_decay", weight_decay, dtype), updates))
-    _, rows = _trees.flatten(updates, None if mask is None else mask_tree(mask, params))
+    factor = cache(lambda dtype: fixed(sign * checks.scalar("weight_decay", weight_decay, dtype), updates))
+    _, rows = trees.flatten(updates, None if mask is None else mask_tree(mask, params))
 
     def at(place: int, dtype: np.dtype, p: Any, kept: tuple[Any, ...]) -> Doing | None:
         if rows[place][1] is False:
             return None
-        dtype = _trees.compute_dtype(dtype, _trees.dtype_of(p))
+        dtype = trees.compute_dtype(dtype, trees.dtype_of(p))
         return Doing(_add_scaled, factor(dtype), dtype)
 
     return at
@@ -286,7 +286,7 @@ class TreeMask:
     """A mask given as a tree of True and False, as a hashable value."""
 
     def __init__(self, tree: PyTree) -> None:
-        _checks.mask(tree)
+        checks.mask(tree)
         self.tree = jax.tree.map(bool, tree)
 
     def __call__(self, params: PyTree) -> PyTree:
@@ -313,8 +313,8 @@ def _as_mask(mask: Any) -> Callable[[PyTree], PyTree] | None:
 def mask_tree(mask: Callable[[PyTree], PyTree], params: PyTree) -> PyTree:
     """The bools that a mask stands for, one for each parameter."""
     tree = mask(params)
-    _checks.mask(tree)
-    _checks.prefix(tree, params)
+    checks.mask(tree)
+    checks.prefix(tree, params)
     return jax.tree.map(bool, jax.tree.broadcast(tree, params))
 
 

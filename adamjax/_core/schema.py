@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from adamjax._trees import PyTree
-from adamjax._value import Value
+from adamjax._core.trees import PyTree
+from adamjax._core.value import Value
 
 Description = dict[str, Any]
 

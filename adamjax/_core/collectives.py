@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from adamjax import _trees
-from adamjax._numerics import abs2
+from adamjax._core import trees
+from adamjax._core.numerics import abs2
 
 AxisName = str | tuple[str, ...] | None
 
@@ -24,7 +24,7 @@ def check_axis_name(axis_name: Any) -> None:
 @partial(jax.jit, inline=True)
 def sum_of_squares(x: Array) -> Array:
     """Of the elements of one array, in float32 or wider."""
-    return jnp.sum(abs2(x.astype(_trees.compute_dtype(x.dtype))))
+    return jnp.sum(abs2(x.astype(trees.compute_dtype(x.dtype))))
 
 
 def total(parts: Sequence[Array], axis_name: AxisName, dtype: Any) -> Array:

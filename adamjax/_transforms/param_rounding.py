@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
-from adamjax._stochastic import Dither
-from adamjax._trees import PyTree
+from adamjax._core.low_precision import Dither
+from adamjax._core.trees import PyTree
 
 Rule = Callable[..., tuple[Array, Any]]
 

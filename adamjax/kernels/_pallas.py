@@ -20,13 +20,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu
 from jax.extend.core import primitives
 
-from adamjax import _stochastic, _trees
-from adamjax._adam import Scalars, adam_step
-from adamjax._codes import Code, QuantizedArray, largest
-from adamjax._moments import Keep, Step
-from adamjax._numerics import Decay
-from adamjax._stochastic import Dither
-from adamjax.kernels._leaf import OFFSETS, Call, Form, Kernel, Leaf, Numbers, add_rounded, around
+from adamjax._core import low_precision, trees
+from adamjax._core.low_precision import Dither
+from adamjax._core.numerics import Decay
+from adamjax._core.quantization import Code, QuantizedArray, largest
+from adamjax._transforms.adam import Scalars, adam_step
+from adamjax._transforms.moments import Keep, Step
+from adamjax.kernels._backend import OFFSETS, Call, Form, Kernel, Leaf, Numbers, add_rounded, around
 
 # Of what is used, some is newer than the oldest jax that the rest works with.
 plgpu: Any = mosaic_gpu
@@ -47,7 +47,7 @@ def why_not(leaf: Leaf, g: Array) -> str | None:
     """Why the kernel cannot step a parameter whose moments are quantised, if it cannot."""
     p, *moments, _ = leaf
     for name, array in (("parameter", p), ("gradient", g)):
-        if (dtype := _trees.dtype_of(array).name) not in ("float32", "bfloat16"):
+        if (dtype := trees.dtype_of(array).name) not in ("float32", "bfloat16"):
             return f"its {name} is {dtype}, and the kernel steps float32, bfloat16"
     for x in moments:
         if x is not None and x.dtype != jnp.float32:
@@ -121,7 +121,7 @@ def _rows_of(call: Call) -> _Rows:
 
 def _scalars(form: Form, numbers: Numbers) -> Sequence[Any]:
     # What this form does without (a correction of the next step, say) has its place among them all the same.
-    return [jnp.float32(0) if x is None else x for x in jax.tree.leaves(numbers, is_leaf=_trees.is_none)]
+    return [jnp.float32(0) if x is None else x for x in jax.tree.leaves(numbers, is_leaf=trees.is_none)]
 
 
 def _numbers(scalars: Sequence[Any]) -> Numbers:
@@ -232,7 +232,7 @@ def _store(x: Array, like: Any, dither: Dither | None, index: Array) -> Any:
     for _ in range(x.ndim - like.scales.ndim):
         top = largest(top)
     scales = code.scale(top, grows=dither is None)
-    threshold = 0.5 if dither is None else _stochastic.uniform(index, dither)
+    threshold = 0.5 if dither is None else low_precision.uniform(index, dither)
     q = code.rounded(x, _spread(code.per_number(scales), x.shape), threshold) + code.offset
     q = lax.bitcast_convert_type(q + _WHOLE, jnp.uint32)
     if like.bits == 4:
