@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from adamjax._core import checks, schema
 from adamjax._core.optional import require
-from adamjax._core.trees import PyTree
+from adamjax._core.typing import PyTree
 from adamjax._transforms.base import as_transformation
 
 # Of what is in a step. A change of it that old steps do not fit gets a new number.
@@ -81,8 +81,8 @@ def save(
         "versions": {"adamjax": version("adamjax"), "jax": jax.__version__},
         "key": _key_to_json(key),
         "optimizer": _describe_optimizer(optimizer),
-        "params": schema.of_tree("params", params := _as_arrays(params)),
-        "state": schema.of_tree("state", state := _as_arrays(state)),
+        "params": schema.tree_schema("params", params := _as_arrays(params)),
+        "state": schema.tree_schema("state", state := _as_arrays(state)),
     }
     there = steps(directory)
     if there and step <= there[-1]:
@@ -189,7 +189,7 @@ def _manager(directory: str | os.PathLike[str], **options: Any) -> Any:
 
 
 def _describe_optimizer(optimizer: Any) -> schema.Description:
-    return schema.of_numbers("optimizer", as_transformation(optimizer, "argument optimizer"))
+    return schema.hyperparameter_schema("optimizer", as_transformation(optimizer, "argument optimizer"))
 
 
 def _refuse_others(
@@ -198,15 +198,15 @@ def _refuse_others(
     if found.get("format") != FORMAT:
         raise ValueError(f"{where} has format {found.get('format')}, expected {FORMAT}: update adamjax to restore it")
     here, there = _describe_optimizer(optimizer), found["optimizer"]
-    if (what := schema.difference(there, here, numbers=False)) is not None:
+    if (what := schema.first_difference(there, here, numbers=False)) is not None:
         raise ValueError(f"{where} is of another optimizer: {what}; restore it with the one that was saved")
-    if not new_hyperparameters and (what := schema.difference(there, here)) is not None:
+    if not new_hyperparameters and (what := schema.first_difference(there, here)) is not None:
         raise ValueError(
             f"{where} is of an optimizer with other hyperparameters: {what}; "
             "if that is meant, restore it with new_hyperparameters=True"
         )
     for name, tree in (("params", params), ("state", state)):
-        if (what := schema.difference(found[name], schema.of_tree(name, tree))) is not None:
+        if (what := schema.first_difference(found[name], schema.tree_schema(name, tree))) is not None:
             raise ValueError(
                 f"{where} does not fit: {what}; nothing is cast or reshaped, restore it into what was saved "
                 "and convert that"

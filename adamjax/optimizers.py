@@ -4,9 +4,13 @@ from typing import Any
 
 from adamjax._core import checks
 from adamjax._transforms.adam import scale_by_adam
-from adamjax._transforms.base import Chain, Transformation, chain
-from adamjax._transforms.radam import scale_by_adamax, scale_by_radam
-from adamjax._transforms.weight_decay import AddDecayedWeights, Objective, ScaleByLearningRate, number_or_schedule
+from adamjax._transforms.adamax import scale_by_adamax
+from adamjax._transforms.base import Transformation
+from adamjax._transforms.chain import Chain, chain
+from adamjax._transforms.learning_rate import ScaleByLearningRate
+from adamjax._transforms.radam import scale_by_radam
+from adamjax._transforms.schedule import number_or_schedule
+from adamjax._transforms.weight_decay import AddDecayedWeights, with_coupled_decay
 from adamjax.kernels import Fused
 from adamjax.schedules import Proportional, as_schedule
 
@@ -61,7 +65,8 @@ def adam(
     Array([ 0.9, -0.9], dtype=float32)
     """
     moments = scale_by_adam(b1, b2, eps, eps_root, mu_dtype, nu_dtype=nu_dtype, nesterov=nesterov, amsgrad=amsgrad)
-    return _of(fused, of_objective(moments, weight_decay, mask, maximize), ScaleByLearningRate(learning_rate))
+    direction = with_coupled_decay(moments, weight_decay, mask, maximize)
+    return _chain_or_fused(fused, direction, ScaleByLearningRate(learning_rate))
 
 
 def adamw(
@@ -110,11 +115,11 @@ def adamw(
     (AddDecayedWeights(weight_decay=0.1), ScaleByLearningRate(learning_rate=0.0003))
     """
     moments = scale_by_adam(b1, b2, eps, eps_root, mu_dtype, nu_dtype=nu_dtype, nesterov=nesterov, amsgrad=amsgrad)
-    direction = of_objective(moments, 0.0, None, maximize)
+    direction = with_coupled_decay(moments, 0.0, None, maximize)
     if checks.choice("decay_schedule", decay_schedule, ("lr", "independent")) == "lr":
-        return _of(fused, direction, _decay(weight_decay, mask), ScaleByLearningRate(learning_rate))
-    decay = _decay(_with_shape_of(learning_rate, weight_decay), mask, flip_sign=True)
-    return _of(fused, direction, ScaleByLearningRate(learning_rate), decay)
+        return _chain_or_fused(fused, direction, _decay(weight_decay, mask), ScaleByLearningRate(learning_rate))
+    decay = _decay(_decay_like(learning_rate, weight_decay), mask, flip_sign=True)
+    return _chain_or_fused(fused, direction, ScaleByLearningRate(learning_rate), decay)
 
 
 def amsgrad(
@@ -311,14 +316,7 @@ def adamaxw(
     )
 
 
-def of_objective(moments: Transformation, weight_decay: Any, mask: Any, maximize: bool) -> Transformation:
-    """`moments` of the objective; `moments` itself where that is the function as it is."""
-    objective = Objective(moments, weight_decay, mask, maximize)
-    plain = isinstance(objective.weight_decay, float) and objective.weight_decay == 0 and not maximize
-    return moments if plain else objective
-
-
-def _of(fused: Any, *transforms: Transformation) -> Chain:
+def _chain_or_fused(fused: Any, *transforms: Transformation) -> Chain:
     checks.choice("fused", fused, (False, True, "auto"))
     return Fused(transforms, fused) if fused else chain(*transforms)
 
@@ -327,7 +325,7 @@ def _decay(weight_decay: Any, mask: Any, flip_sign: bool = False) -> AddDecayedW
     return AddDecayedWeights(number_or_schedule("weight_decay", weight_decay), mask, flip_sign)
 
 
-def _with_shape_of(learning_rate: Any, weight_decay: Any) -> Any:
+def _decay_like(learning_rate: Any, weight_decay: Any) -> Any:
     if not callable(learning_rate):
         return weight_decay
     schedule = as_schedule(learning_rate)

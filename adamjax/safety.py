@@ -17,10 +17,13 @@ import numpy as np
 from jax import Array
 
 from adamjax._core import checks, collectives, low_precision, trees
-from adamjax._core.trees import PyTree
+from adamjax._core.trees import Leaves
+from adamjax._core.typing import AxisName, Extra, GradientTransformation, PyTree
 from adamjax._core.value import Value, static_field, value
-from adamjax._transforms import moments
-from adamjax._transforms.base import Chain, Extra, Foreign, Transformation, Wrapper
+from adamjax._transforms.base import Foreign, MaySkip, Result, Transformation
+from adamjax._transforms.chain import Chain
+from adamjax._transforms.delivery import Delivery
+from adamjax._transforms.moments import find_moments
 
 _SCALES = [2.0**k for k in range(25)]
 
@@ -68,14 +71,12 @@ jax.export.register_namedtuple_serialization(SkipState, serialized_name="adamjax
 
 
 @value
-class SkipNonfinite(Wrapper):
+class SkipNonfinite(MaySkip):
     """See `skip_nonfinite`."""
 
     inner: Any
     max_consecutive: int | None = static_field(default=None)
-    axis_name: collectives.AxisName = static_field(default=None)
-
-    holds = True
+    axis_name: AxisName = static_field(default=None)
 
     def __post_init__(self) -> None:
         self._wrap("skip_nonfinite")
@@ -86,60 +87,61 @@ class SkipNonfinite(Wrapper):
     def _init(self, params: PyTree) -> SkipState:
         paths = tuple(trees.path_of(path) for path, _ in jax.tree.leaves_with_path(params))
         skipped, consecutive = trees.zero_count(params), trees.zero_count(params)
-        exceeded = trees.fresh(lambda: jnp.zeros((), jnp.bool), params)
-        counts = trees.fresh(lambda: jnp.zeros(len(paths), jnp.int32), params)
+        exceeded = trees.make_on_mesh_of(lambda: jnp.zeros((), jnp.bool), params)
+        counts = trees.make_on_mesh_of(lambda: jnp.zeros(len(paths), jnp.int32), params)
         return SkipState(skipped, consecutive, exceeded, LeafCounts(counts, paths), self.inner._init(params))
 
-    def _update(self, updates: PyTree, state: PyTree, params: PyTree | None, extra: Extra) -> tuple[PyTree, SkipState]:
-        def go(grads: PyTree, inner: PyTree) -> tuple[PyTree, PyTree]:
-            return self.inner._update(grads, inner, params, extra)
+    def _run(
+        self, updates: Leaves, state: PyTree, params: Leaves | None, extra: Extra, delivery: Delivery | None
+    ) -> Result:
+        def apply(grads: Leaves, inner: PyTree) -> Result:
+            return self.inner._run(grads, inner, params, extra, delivery)
 
-        return self.guard(go, updates, state)
+        return self._step_if_finite(apply, updates, state, params, delivery)
 
-    def step(self, grads: PyTree, state: PyTree, params: PyTree, **extra: Any) -> tuple[PyTree, PyTree]:
-        """One whole step, or none; see `Transformation.step`."""
-        checks.updates(grads, params)
-
-        def go(grads: PyTree, inner: PyTree) -> tuple[PyTree, PyTree]:
-            return self.inner.step(grads, inner, params, **extra)
-
-        return self.guard(go, grads, state, params)
-
-    def guard(
-        self, go: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]], grads: PyTree, state: PyTree, stay: PyTree = None
-    ) -> tuple[PyTree, SkipState]:
-        """What `go` makes of the gradients and the inner state, if they are finite; else `stay`, or updates of -0."""
+    def _step_if_finite(
+        self,
+        apply: Callable[[Leaves, PyTree], Result],
+        grads: Leaves,
+        state: PyTree,
+        params: Leaves | None,
+        delivery: Delivery | None,
+    ) -> Result:
+        """Apply the gradients if they are finite; else deliver results that change nothing."""
         checks.state(state, SkipState, "skip_nonfinite")
         _check_parts(state)
-        bad = _nonfinite(grads, state.nonfinite.paths, self.axis_name)
+        bad = _nonfinite(grads.tree, state.nonfinite.paths, self.axis_name)
         ok = ~jnp.any(bad)
 
-        def hold(grads: PyTree, inner: PyTree) -> tuple[PyTree, PyTree]:
-            made, after = jax.eval_shape(go, grads, inner)
-            found = trees.put_together(inner, after)
+        def skip(grads: Leaves, inner: PyTree) -> Result:
+            made, delivered, after = jax.eval_shape(apply, grads, inner)
+            found = trees.unflatten_by_path(inner, after)
             # Where paths differ, the leaves are in the same order.
             structure: Any = jax.tree.structure(after)
             inner = jax.tree.unflatten(structure, jax.tree.leaves(inner)) if found is None else found
-            if stay is not None:
-                return stay, inner
-            return jax.tree.map(_minus_zeros, made), inner
+            ps = [None] * len(made.leaves) if params is None else params.leaves
+            unchanged = [None if delivery is None else delivery.unchanged(i, p) for i, p in enumerate(ps)]
+            same = made.map(lambda like, x: _minus_zeros(like) if x is None else x, unchanged)
+            kept = delivered if delivery is None or delivery.leaf_states is None else list(delivery.leaf_states)
+            return same, kept, inner
 
         if isinstance(ok, jax.core.Tracer):
             # A branch, and not a selection by element, which would need the old moments beside the new ones.
-            result, inner = jax.lax.cond(ok, go, hold, grads, state.inner)
+            result, delivered, inner = jax.lax.cond(ok, apply, skip, grads, state.inner)
         else:  # Where nothing is compiled, a branch would be, at each step.
-            result, inner = (go if ok else hold)(grads, state.inner)
+            result, delivered, inner = (apply if ok else skip)(grads, state.inner)
         consecutive = jnp.where(ok, 0, trees.increment(state.consecutive))
         exceeded = state.exceeded
         if self.max_consecutive is not None:
             exceeded |= consecutive >= self.max_consecutive
         skipped = jnp.where(ok, state.skipped, trees.increment(state.skipped))
         counts = jnp.where(bad, trees.increment(state.nonfinite.counts), state.nonfinite.counts)
-        return result, SkipState(skipped, consecutive, exceeded, LeafCounts(counts, state.nonfinite.paths), inner)
+        state = SkipState(skipped, consecutive, exceeded, LeafCounts(counts, state.nonfinite.paths), inner)
+        return result, delivered, state
 
 
 def skip_nonfinite(
-    opt: Any, *, max_consecutive: int | None = None, axis_name: str | tuple[str, ...] | None = None
+    opt: GradientTransformation, *, max_consecutive: int | None = None, axis_name: AxisName = None
 ) -> SkipNonfinite:
     """Skip the steps at which a gradient is NaN, infinite, or too large for its square to be finite.
 
@@ -166,7 +168,7 @@ def skip_nonfinite(
       every number that it is added to as it is.
 
     Raises:
-      TypeError, ValueError: `opt` is no transformation, or an argument is not as above.
+      TypeError, ValueError: `opt` is not a transformation, or an argument is not as above.
 
     >>> import adamjax, jax.numpy as jnp
     >>> opt = adamjax.skip_nonfinite(adamjax.adam(0.1))
@@ -184,18 +186,18 @@ def skip_nonfinite(
 
 def _minus_zeros(like: jax.ShapeDtypeStruct) -> Array:
     """Not 0: added to a parameter that is -0, it would make it 0."""
-    return collectives.varying_like(-jnp.zeros(like.shape, like.dtype, device=like.sharding), like)
+    return collectives.pcast_like(-jnp.zeros(like.shape, like.dtype, device=like.sharding), like)
 
 
 def _check_parts(state: SkipState) -> None:
     paths = getattr(state.nonfinite, "paths", ())
     expected = LeafCounts(jax.ShapeDtypeStruct((len(paths),), jnp.int32), paths)
-    checks.alike(state.nonfinite, expected, "state.nonfinite")
-    checks.alike(state.exceeded, jax.ShapeDtypeStruct((), jnp.bool), "state.exceeded")
+    checks.same_structure(state.nonfinite, expected, "state.nonfinite")
+    checks.same_structure(state.exceeded, jax.ShapeDtypeStruct((), jnp.bool), "state.exceeded")
     checks.arrays(state.inner, "state.inner")
 
 
-def _nonfinite(grads: PyTree, paths: tuple[str, ...], axis_name: collectives.AxisName) -> Array:
+def _nonfinite(grads: PyTree, paths: tuple[str, ...], axis_name: AxisName) -> Array:
     """bool[len(paths)]: of which parameters the gradient is not finite, on any device."""
     found = {trees.path_of(path): collectives.sum_of_squares(g) for path, g in jax.tree.leaves_with_path(grads)}
     # Frameworks may wrap parameters and gradients differently: paths matter where some have no gradient.
@@ -210,7 +212,7 @@ def _nonfinite(grads: PyTree, paths: tuple[str, ...], axis_name: collectives.Axi
     dtype = trees.compute_dtype(*(x.dtype for x in sums.values()))
     fine = jnp.zeros((), dtype)
     bad = ~jnp.isfinite(jnp.stack([sums.get(path, fine).astype(dtype) for path in paths]))
-    return collectives.largest(bad.astype(jnp.int32), axis_name) > 0
+    return collectives.pmax(bad.astype(jnp.int32), axis_name) > 0
 
 
 class LossScaleState(NamedTuple):
@@ -231,14 +233,12 @@ jax.export.register_namedtuple_serialization(LossScaleState, serialized_name="ad
 
 
 @value
-class DynamicLossScale(Wrapper):
+class DynamicLossScale(MaySkip):
     """See `dynamic_loss_scale`."""
 
     inner: SkipNonfinite
     initial: float = static_field(default=2.0**15)
     growth_interval: int = static_field(default=2000)
-
-    holds = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.inner, SkipNonfinite):
@@ -263,51 +263,44 @@ class DynamicLossScale(Wrapper):
 
     def _init(self, params: PyTree) -> LossScaleState:
         for path, p in jax.tree.leaves_with_path(params):
-            if low_precision.is_narrow(trees.dtype_of(p)) and _has_foreign(self.inner.inner):
+            if low_precision.is_low_precision(trees.dtype_of(p)) and _has_foreign(self.inner.inner):
                 raise ValueError(
                     f"params{jax.tree_util.keystr(path)} is {trees.dtype_of(p)}, and {self.inner.inner!r} would be "
                     "given its gradient in that dtype, where it is lost once it is unscaled: put "
                     "adamjax.master_weights (or kahan) around what is not from adamjax"
                 )
-        scale = trees.fresh(lambda: jnp.asarray(self.initial, jnp.float32), params)
+        scale = trees.make_on_mesh_of(lambda: jnp.asarray(self.initial, jnp.float32), params)
         return LossScaleState(scale, trees.zero_count(params), self.inner._init(params))
 
-    def _update(
-        self, updates: PyTree, state: PyTree, params: PyTree | None, extra: Extra
-    ) -> tuple[PyTree, LossScaleState]:
+    def _run(
+        self, updates: Leaves, state: PyTree, params: Leaves | None, extra: Extra, delivery: Delivery | None
+    ) -> Result:
         checks.state(state, LossScaleState, "dynamic_loss_scale")
 
-        def go(grads: PyTree, inner: PyTree) -> tuple[PyTree, PyTree]:
-            return self.inner.inner._update(self.unscale(grads, state), inner, params, extra)
+        def apply(grads: Leaves, inner: PyTree) -> Result:
+            unscaled = grads.map(lambda g: _times(g, 1 / state.scale))
+            return self.inner.inner._run(unscaled, inner, params, extra, delivery)
 
-        return self._rescaled(state, *self.inner.guard(go, updates, state.inner))
+        found, delivered, inner = self.inner._step_if_finite(apply, updates, state.inner, params, delivery)
+        return found, delivered, self._rescaled(state, inner)
 
-    def step(self, grads: PyTree, state: PyTree, params: PyTree, **extra: Any) -> tuple[PyTree, PyTree]:
-        """One whole step, or none; see `Transformation.step`."""
-        checks.updates(grads, params)
-        checks.state(state, LossScaleState, "dynamic_loss_scale")
-
-        def go(grads: PyTree, inner: PyTree) -> tuple[PyTree, PyTree]:
-            return self.inner.inner.step(self.unscale(grads, state), inner, params, **extra)
-
-        return self._rescaled(state, *self.inner.guard(go, grads, state.inner, params))
-
-    def _rescaled(self, state: LossScaleState, result: PyTree, inner: SkipState) -> tuple[PyTree, LossScaleState]:
+    def _rescaled(self, state: LossScaleState, inner: SkipState) -> LossScaleState:
+        """The state after a step that left `inner`."""
         overflown = inner.consecutive > 0
         good = jnp.where(overflown, 0, trees.increment(state.good))
         grows = good >= self.growth_interval
         factor = jnp.where(overflown, np.float32(0.5), jnp.where(grows, np.float32(2), np.float32(1)))
         scale = jnp.clip(state.scale * factor, np.float32(_SCALES[0]), np.float32(_SCALES[-1]))
-        return result, LossScaleState(scale, jnp.where(grows, 0, good), inner)
+        return LossScaleState(scale, jnp.where(grows, 0, good), inner)
 
 
 def dynamic_loss_scale(
-    opt: Any,
+    opt: GradientTransformation,
     *,
     initial: float = 2.0**15,
     growth_interval: int = 2000,
     max_consecutive: int | None = None,
-    axis_name: str | tuple[str, ...] | None = None,
+    axis_name: AxisName = None,
 ) -> DynamicLossScale:
     """Gradients of a scaled loss, for float16: without it, those below 6e-8 are 0.
 
@@ -385,7 +378,7 @@ def check(state: PyTree) -> None:
     2 steps were skipped, at least max_consecutive of them in
     """
     check_skipped(state)
-    for path, node in moments.find(state):
+    for path, node in find_moments(state):
         for below, x in jax.tree.leaves_with_path(node):
             if jnp.issubdtype(x.dtype, jnp.inexact) and not jnp.all(jnp.isfinite(x)):
                 raise FloatingPointError(

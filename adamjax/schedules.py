@@ -5,7 +5,6 @@ it can be printed, compared, stacked by `jax.vmap` and differentiated, and chang
 numbers compiles nothing. Every argument may be a Python number, an array or a tracer.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,61 +12,27 @@ import jax.numpy as jnp
 import numpy as np
 
 from adamjax._core import checks
-from adamjax._core.value import Value, is_static_callable, static_field, value
+from adamjax._core.value import static_field, value
 from adamjax._transforms.plateau import PlateauState as PlateauState
 from adamjax._transforms.plateau import reduce_on_plateau as reduce_on_plateau
+from adamjax._transforms.schedule import FromFunction as FromFunction
+from adamjax._transforms.schedule import Schedule as Schedule
+from adamjax._transforms.schedule import as_schedule as as_schedule
+from adamjax._transforms.schedule import to_float, to_steps
 
 Number = Any  # a Python number, a 0-d array or a tracer
 
 
-class Schedule(Value):
-    """Base of all schedules.
-
-    Calling one with a step count (an int or an integer array of any shape, 0 for the first update)
-    gives the value there: of the count's shape, in float32 (float64 under `jax_enable_x64`).
-    `peak` is the largest value it reaches.
-
-    Raises:
-      ValueError, TypeError: At construction, a number is out of range, or not one; phases do not fit into
-        `total_steps`. When it is called, the count is not a real number.
-    """
-
-    peak: Number
-
-    def __call__(self, count: Any) -> jax.Array:
-        raise NotImplementedError
-
-    def _check_fit(self, *phases: str) -> None:
-        lengths = [getattr(self, name) for name in (*phases, "total_steps")]
-        if all(isinstance(n, float) for n in lengths) and sum(lengths[:-1]) > lengths[-1]:
-            raise ValueError(
-                f"Invalid {phases[0]} value: {lengths[0]:g}; {' + '.join(phases)} is {sum(lengths[:-1]):g}, "
-                f"it must fit into total_steps, which is {lengths[-1]:g}"
-            )
-
-
-def _float(x: Any) -> jax.Array:
-    """A count or a number in the precision of the schedule; strong, whatever it came as."""
-    dtype = jnp.result_type(float)
-    if isinstance(x, (int, float, np.ndarray, np.generic)):
-        x = np.asarray(x, dtype)  # not by way of JAX's int32, for which some counts are too large
-    return jnp.asarray(x).astype(dtype)
-
-
-def _steps(count: Any) -> jax.Array:
-    return _float(checks.steps(count))
-
-
 def _ramp(count: jax.Array, start: Any, steps: Any) -> jax.Array:
     """0 up to `start`, then linearly to exactly 1 `steps` later; a jump where `steps` is 0."""
-    elapsed = count - _float(start)
-    length = _float(steps)
+    elapsed = count - to_float(start)
+    length = to_float(steps)
     return jnp.where(length > 0, jnp.clip(elapsed / jnp.maximum(length, 1), 0, 1), (elapsed >= 0).astype(count.dtype))
 
 
 def _mix(a: Any, b: Any, weight: jax.Array) -> jax.Array:
     """From `a` (weight 0) to `b` (weight 1), exact at both, where `a + w * (b - a)` is not."""
-    return (1 - weight) * _float(a) + weight * _float(b)
+    return (1 - weight) * to_float(a) + weight * to_float(b)
 
 
 def _cosine(fraction: jax.Array) -> jax.Array:
@@ -76,7 +41,7 @@ def _cosine(fraction: jax.Array) -> jax.Array:
 
 
 def _larger(a: Any, b: Any) -> Any:
-    return max(a, b) if isinstance(a, float) and isinstance(b, float) else jnp.maximum(_float(a), _float(b))
+    return max(a, b) if isinstance(a, float) and isinstance(b, float) else jnp.maximum(to_float(a), to_float(b))
 
 
 @value
@@ -98,7 +63,7 @@ class Constant(Schedule):
         return self.value
 
     def __call__(self, count: Any) -> jax.Array:
-        return jnp.full(_steps(count).shape, _float(self.value))
+        return jnp.full(to_steps(count).shape, to_float(self.value))
 
 
 @value
@@ -130,7 +95,7 @@ class Linear(Schedule):
         return _larger(self.init, self.end)
 
     def __call__(self, count: Any) -> jax.Array:
-        return _mix(self.init, self.end, _ramp(_steps(count), 0, self.total_steps))
+        return _mix(self.init, self.end, _ramp(to_steps(count), 0, self.total_steps))
 
 
 @value
@@ -154,8 +119,8 @@ class Exponential(Schedule):
             raise ValueError(f"Invalid init value: {self.init}; init must be above 0, and below peak ({self.peak})")
 
     def __call__(self, count: Any) -> jax.Array:
-        fraction = _ramp(_steps(count), 0, self.total_steps)
-        init, peak = _float(self.init), _float(self.peak)
+        fraction = _ramp(to_steps(count), 0, self.total_steps)
+        init, peak = to_float(self.init), to_float(self.peak)
         return jnp.where(fraction < 1, init * jnp.exp(fraction * jnp.log(peak / init)), peak)
 
 
@@ -178,7 +143,7 @@ class Cosine(Schedule):
         self._check_whole("total_steps", low=1)
 
     def __call__(self, count: Any) -> jax.Array:
-        return _mix(self.peak, self.end, _cosine(_ramp(_steps(count), 0, self.total_steps)))
+        return _mix(self.peak, self.end, _cosine(_ramp(to_steps(count), 0, self.total_steps)))
 
 
 @value
@@ -211,9 +176,9 @@ class WarmupCosine(Schedule):
         self._check_fit("warmup_steps")
 
     def __call__(self, count: Any) -> jax.Array:
-        count = _steps(count)
+        count = to_steps(count)
         rise = _ramp(count, 0, self.warmup_steps)
-        fall = _ramp(count, self.warmup_steps, _float(self.total_steps) - _float(self.warmup_steps))
+        fall = _ramp(count, self.warmup_steps, to_float(self.total_steps) - to_float(self.warmup_steps))
         return jnp.where(rise < 1, _mix(self.init, self.peak, rise), _mix(self.peak, self.end, _cosine(fall)))
 
 
@@ -250,9 +215,9 @@ class WarmupStableDecay(Schedule):
         checks.choice("shape", self.shape, ("linear", "sqrt"))
 
     def __call__(self, count: Any) -> jax.Array:
-        count = _steps(count)
+        count = to_steps(count)
         rise = _ramp(count, 0, self.warmup_steps)
-        fall = _ramp(count, _float(self.total_steps) - _float(self.decay_steps), self.decay_steps)
+        fall = _ramp(count, to_float(self.total_steps) - to_float(self.decay_steps), self.decay_steps)
         if self.shape == "sqrt":
             # Guarded so that the slope at the start of the decay, where it is infinite, is not NaN.
             fall = jnp.where(fall > 0, jnp.sqrt(jnp.where(fall > 0, fall, 1)), 0)
@@ -283,10 +248,10 @@ class InverseSqrt(Schedule):
         self._check_whole("warmup_steps", low=1)
 
     def __call__(self, count: Any) -> jax.Array:
-        count, warmup = _steps(count), _float(self.warmup_steps)
+        count, warmup = to_steps(count), to_float(self.warmup_steps)
         decay = jnp.sqrt(warmup / jnp.maximum(count, warmup))
         rise = _ramp(count, 0, warmup)
-        return jnp.where(rise < 1, _mix(self.init, self.peak, rise), decay * _float(self.peak))
+        return jnp.where(rise < 1, _mix(self.init, self.peak, rise), decay * to_float(self.peak))
 
 
 @value
@@ -314,29 +279,15 @@ class OneCycle(Schedule):
         self._check_whole("total_steps", low=1)
 
     def __call__(self, count: Any) -> jax.Array:
-        count, total = _steps(count), _float(self.total_steps)
-        start = _float(self.peak) / _float(self.div_factor)
-        top = jnp.round(_float(self.pct_start) * total)
+        count, total = to_steps(count), to_float(self.total_steps)
+        start = to_float(self.peak) / to_float(self.div_factor)
+        top = jnp.round(to_float(self.pct_start) * total)
         rise, fall = _ramp(count, 0, top), _ramp(count, top, total - top)
         return jnp.where(
             rise < 1,
             _mix(start, self.peak, _cosine(rise)),
-            _mix(self.peak, start / _float(self.final_div_factor), _cosine(fall)),
+            _mix(self.peak, start / to_float(self.final_div_factor), _cosine(fall)),
         )
-
-
-@value
-class FromFunction(Schedule):
-    """Any callable of the step count (optax's schedules among them), kept static; without `peak`."""
-
-    function: Callable[[Any], Any] = static_field()
-
-    def __post_init__(self) -> None:
-        if not callable(self.function):
-            raise TypeError(f"Invalid function value: {self.function!r}; function must be one of the step count")
-
-    def __call__(self, count: Any) -> jax.Array:
-        return self.function(count)
 
 
 @value
@@ -362,26 +313,9 @@ class Proportional(Schedule):
 
     def __call__(self, count: Any) -> jax.Array:
         level = self.level(count) if callable(self.level) else self.level
-        peak = _float(self.schedule.peak)
-        share = jnp.where(peak > 0, _float(self.schedule(count)) / jnp.where(peak > 0, peak, 1), 0)
-        return _float(level) * share
-
-
-def as_schedule(x: Any) -> Any:
-    """A plain function as a schedule; schedules and other callable pytrees as they are.
-
-    Args:
-      x: A callable of the step count.
-
-    Returns:
-      `x`, if it has leaves of its own; else a `FromFunction`, whose function is static.
-
-    Raises:
-      TypeError: `x` cannot be called.
-    """
-    if not callable(x):
-        raise TypeError(f"Invalid schedule: {x!r}; a schedule is a function of the step count")
-    return FromFunction(x) if is_static_callable(x) else x
+        peak = to_float(self.schedule.peak)
+        share = jnp.where(peak > 0, to_float(self.schedule(count)) / jnp.where(peak > 0, peak, 1), 0)
+        return to_float(level) * share
 
 
 constant = Constant

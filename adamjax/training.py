@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from adamjax._core import checks
-from adamjax._transforms.base import Transformation, as_transformation
+from adamjax._transforms.base import Transformation, as_transformation, may_skip
 from adamjax.diagnostics import AdamStats, measure
 from adamjax.problems import Problem, check
 from adamjax.safety import DynamicLossScale, check_skipped
@@ -252,7 +252,7 @@ def _run(
     diagnose: bool,
 ) -> Iterator[Report]:
     keys = keys_of(seed)
-    skips = optimizer.holds
+    skips = may_skip(optimizer)
     first = 0 if start is None else start.step + 1
     if start is not None:
         params, state = start.params, start.state

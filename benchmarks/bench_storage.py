@@ -41,7 +41,7 @@ def coded(bits: int, signed: bool, block_size: int, numbers: Callable[..., Dithe
 
 
 def bfloat16(x: jax.Array, t: jax.Array, number: int) -> jax.Array:
-    return storage.settle_decaying(x, jnp.zeros((), jnp.bfloat16), dither(t, number))
+    return storage.round_second_moment(x, jnp.zeros((), jnp.bfloat16), dither(t, number))
 
 
 def nearest(x: jax.Array, t: jax.Array, number: int) -> jax.Array:

@@ -139,7 +139,7 @@ def test_what_does_not_fit_is_named(name):
     ("opt", "message"),
     [
         (adamjax.amsgrad(), r"^optax has nothing like ScaleByAdam"),
-        (adamjax.adam(maximize=True), r"^optax has nothing like Objective"),
+        (adamjax.adam(maximize=True), r"^optax has nothing like CoupledDecay"),
         (adamjax.scale_by_adam(), r"is not one of adamjax's optimizers"),
         (adamjax.adam(mu_dtype=INT8), r"quantised cannot be exported"),
     ],

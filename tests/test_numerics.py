@@ -66,9 +66,9 @@ def test_a_mean_of_equals_stays_and_a_rate_of_zero_forgets():
     for b in (0.0, 0.3, 0.9, 0.999):
         for given in (b, jnp.float32(b)):
             rate = numerics.decay("b1", given, jnp.dtype("float32"))
-            assert numerics.mix(x, x, rate) == x
+            assert numerics.ema(x, x, rate) == x
             if b == 0:
-                assert numerics.mix(jnp.float32(1e8), x, rate) == x
+                assert numerics.ema(jnp.float32(1e8), x, rate) == x
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])

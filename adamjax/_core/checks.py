@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from adamjax._core import trees
-from adamjax._core.trees import PyTree
+from adamjax._core.trees import Leaves
+from adamjax._core.typing import PyTree
 
 # torch.optim's wording, so that whoever comes from there recognises the message.
 _WORDING = {
@@ -82,6 +83,17 @@ def choice(name: str, x: Any, allowed: tuple[Any, ...]) -> Any:
     return x
 
 
+def dtype(name: str, x: Any, allowed: tuple[str, ...], expected: str) -> np.dtype:
+    """Check an argument that is a dtype with one of these names; the message of an error ends with `expected`."""
+    try:
+        found = jnp.dtype("None" if x is None else x)  # None would be float64 to NumPy
+    except TypeError:
+        raise TypeError(f"Invalid {name} value: {x!r}; {expected}") from None
+    if found.name not in allowed:
+        raise ValueError(f"Invalid {name} value: {found.name}; {expected}")
+    return found
+
+
 def steps(x: Any) -> Any:
     """Check a step count that a schedule is called with: a real number, or an array of them."""
     if not (isinstance(x, (int, float)) or _is_real(x)):
@@ -89,7 +101,7 @@ def steps(x: Any) -> Any:
     return x
 
 
-def scalar(name: str, x: Any, dtype: np.dtype) -> Any:
+def as_scalar(name: str, x: Any, dtype: np.dtype) -> Any:
     """The hyperparameter `x`, a number or a 0-d array, as a 0-d array of `dtype`."""
     if isinstance(x, (float, int)):
         return np.asarray(x, dtype)
@@ -111,21 +123,40 @@ def parameters(params: PyTree) -> None:
                 raise TypeError(_leaf_message(_at("params", path), leaf))
 
 
-def updates(grads: PyTree, like: PyTree, name: str = "params") -> None:
-    """Check that `grads` has the structure, shapes and kinds of dtype of the tree `like`.
+def updates(grads: PyTree, like: PyTree, name: str = "params") -> tuple[Leaves, Leaves | None]:
+    """Check that `grads` has the structure, shapes and kinds of dtype of the tree `like`; return both, flattened.
 
     A None in `grads` may stand for anything. `like` is None where nothing is known but `grads`.
     """
-    try:
-        _, rows = trees.flatten(grads, like)
-    except ValueError:
-        raise ValueError(f"the gradients {_difference(grads, like, name)}; {_remedy(name)}") from None
+    found = Leaves.of(grads)
     if like is None:
-        ok = all(g is None or _is_inexact(g) for g, _ in rows)
-    else:
-        ok = all(g is None or _fits(g, p) for g, p in rows)
-    if not ok:
-        _raise_first_misfit(grads, like, name)
+        for g in found.leaves:
+            if g is not None and not _is_inexact(g):
+                _raise_first_misfit(found, None, name)
+        return found, None
+    return found, found.like(_fitting(found, like, name))
+
+
+def moments(grads: Leaves, found: PyTree, name: str, *, real: bool = False) -> list[Any]:
+    """Check that the tree `found` has an array of the gradient's shape for each gradient; return those in order.
+
+    A `real` moment may belong to a complex gradient.
+    """
+    if found is None and any(g is not None for g in grads.leaves):
+        raise ValueError(f"{name} is None, expected an array for each gradient; {_remedy(name)}")
+    return _fitting(grads, found, name, real)
+
+
+def _fitting(grads: Leaves, like: PyTree, name: str, real: bool = False) -> list[Any]:
+    """Return the nodes of `like` at the places of the gradients, if they fit them."""
+    try:
+        column = grads.column(like)
+    except ValueError:
+        raise ValueError(f"the gradients {_difference(grads.tree, like, name)}; {_remedy(name)}") from None
+    for g, x in zip(grads.leaves, column, strict=True):
+        if g is not None and not _fits(g, x, real):
+            _raise_first_misfit(grads, column, name, real)
+    return column
 
 
 def mask(tree: PyTree) -> None:
@@ -163,14 +194,14 @@ def state(found: Any, expected: type, who: str) -> None:
             )
 
 
-def counted(found: Any, who: str) -> None:
+def has_count(found: Any, who: str) -> None:
     """Check that `found` is a state with a step count."""
     state(found, tuple, who)
     if "count" not in getattr(found, "_fields", ()):
         raise TypeError(f"{who} was given a state without a count: this state belongs to another optimizer")
 
 
-def members(found: Any, count: int, who: str) -> None:
+def member_states(found: Any, count: int, who: str) -> None:
     """Check that `found` is the state of `who`, which has `count` members."""
     state(found, tuple, who)
     if len(found) != count:
@@ -180,16 +211,7 @@ def members(found: Any, count: int, who: str) -> None:
         )
 
 
-def moments(grads: PyTree, found: PyTree, name: str, *, real: bool = False) -> None:
-    """Check that the tree `found` has an array of the gradient's shape for each gradient; `real`, if it is to be."""
-    if found is None and jax.tree.leaves(grads):
-        raise ValueError(f"{name} is None, expected an array for each gradient; {_remedy(name)}")
-    if real:
-        grads = trees.map_leaves(lambda g: jax.ShapeDtypeStruct(_shape(g), np.float32), grads)
-    updates(grads, found, name)
-
-
-def alike(found: PyTree, expected: PyTree, name: str) -> None:
+def same_structure(found: PyTree, expected: PyTree, name: str) -> None:
     """Check that the part `name` of a state has the structure, shapes and dtypes of `expected`."""
     rows = jax.tree.leaves_with_path(expected)
     if not rows and (found is None or expected is None):
@@ -220,15 +242,15 @@ def arrays(found: PyTree, name: str) -> None:
             raise TypeError(f"{_at(name, path)} is {_describe(x)}, expected an array; {_remedy(name)}")
 
 
-def states(found: PyTree, grads: PyTree) -> None:
-    """Check that the tree `found` has a state for each gradient."""
+def per_param_states(found: PyTree, grads: Leaves) -> list[Any]:
+    """Check that the tree `found` has a state for each gradient; return those in order."""
     try:
-        trees.flatten(grads, found)
+        return grads.column(found)
     except ValueError:
-        raise ValueError(f"the gradients {_difference(grads, found, 'state')}; {_remedy('state')}") from None
+        raise ValueError(f"the gradients {_difference(grads.tree, found, 'state')}; {_remedy('state')}") from None
 
 
-def given(params: PyTree, grads: PyTree, who: str, call: str = "update(grads, state, params)") -> None:
+def params_given(params: PyTree, grads: PyTree, who: str, call: str = "update(grads, state, params)") -> None:
     """Check that parameters were passed to `who`, which reads them, if there are any."""
     if params is None and jax.tree.leaves(grads):
         raise ValueError(f"{who} needs the parameters: call {call}")
@@ -271,29 +293,33 @@ def _is_complex_dtype(dtype: Any) -> bool:
     return bool(jnp.issubdtype(dtype, np.complexfloating))
 
 
-def _fits(g: Any, p: Any) -> bool:
-    return (
-        _is_inexact(g)
-        and _is_inexact(p)
-        and _shape(g) == _shape(p)
-        # A real gradient of a complex parameter loses nothing; the reverse would.
-        and (not _is_complex_dtype(trees.dtype_of(g)) or _is_complex_dtype(trees.dtype_of(p)))
-    )
+@cache
+def _dtype_fits(g: Any, p: Any, real: bool) -> bool:
+    # A real gradient of a complex parameter loses nothing; the reverse would.
+    known = _is_inexact_dtype(g) and _is_inexact_dtype(p)
+    return known and (real or _is_complex_dtype(p) or not _is_complex_dtype(g))
 
 
-def _raise_first_misfit(grads: PyTree, like: PyTree, name: str) -> None:
-    _, rows = trees.flatten(grads, like)
-    paths = [path for path, _ in jax.tree.leaves_with_path(grads, is_leaf=trees.is_none)]
-    for path, (g, p) in zip(paths, rows, strict=True):
+def _fits(g: Any, p: Any, real: bool = False) -> bool:
+    try:
+        return g.shape == p.shape and _dtype_fits(g.dtype, p.dtype, real)
+    except AttributeError:  # Python's numbers
+        known = _is_inexact(g) and _is_inexact(p)
+        return known and _shape(g) == _shape(p) and _dtype_fits(trees.dtype_of(g), trees.dtype_of(p), real)
+
+
+def _raise_first_misfit(grads: Leaves, like: list[Any] | None, name: str, real: bool = False) -> None:
+    for path, g, p in zip(grads.paths(), grads.leaves, like or grads.leaves, strict=True):
         where = _at(name, path)
-        if g is None or (_is_inexact(g) if like is None else _fits(g, p)):
+        if g is None or (_is_inexact(g) if like is None else _fits(g, p, real)):
             continue
         if not _is_inexact(g):
             raise TypeError(_leaf_message(f"the gradient for {where}", g))
         if p is None:
             raise ValueError(f"{where} is None, but its gradient is {_describe(g)}: make both None, or neither")
         if _is_node(p):
-            raise ValueError(f"the gradients {_difference(grads, like, name)}; {_remedy(name)}")
+            whole = grads.like(like or []).tree
+            raise ValueError(f"the gradients {_difference(grads.tree, whole, name)}; {_remedy(name)}")
         if not _is_inexact(p):
             raise TypeError(_leaf_message(where, p))
         if _shape(g) != _shape(p):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from adamjax._core import trees
-from adamjax._core.numerics import abs2
+from adamjax._core.numerics import abs_sq
 
 AxisName = str | tuple[str, ...] | None
 
@@ -24,27 +24,27 @@ def check_axis_name(axis_name: Any) -> None:
 @partial(jax.jit, inline=True)
 def sum_of_squares(x: Array) -> Array:
     """Of the elements of one array, in float32 or wider."""
-    return jnp.sum(abs2(x.astype(trees.compute_dtype(x.dtype))))
+    return jnp.sum(abs_sq(x.astype(trees.compute_dtype(x.dtype))))
 
 
-def total(parts: Sequence[Array], axis_name: AxisName, dtype: Any) -> Array:
+def psum_of_scalars(parts: Sequence[Array], axis_name: AxisName, dtype: Any) -> Array:
     """The sum of scalars in `dtype`, each over those of the axes that it is a shard's over."""
     if axis_name is None:
         return sum((x.astype(dtype) for x in parts), start=jnp.zeros((), dtype))
     sums: dict[tuple[str, ...], Array] = {}
     for x in parts:
-        axes = sharded_over(x, axis_name)
+        axes = axes_varying(x, axis_name)
         sums[axes] = sums.get(axes, jnp.zeros((), dtype)) + x.astype(dtype)
     return sum((jax.lax.psum(x, axes) if axes else x for axes, x in sums.items()), start=jnp.zeros((), dtype))
 
 
-def largest(x: Array, axis_name: AxisName) -> Array:
+def pmax(x: Array, axis_name: AxisName) -> Array:
     """The largest over the axes, element by element."""
-    axes = sharded_over(x, axis_name)
+    axes = axes_varying(x, axis_name)
     return jax.lax.pmax(x, axes) if axes else x
 
 
-def sharded_over(x: Array, axis_name: AxisName) -> tuple[str, ...]:
+def axes_varying(x: Array, axis_name: AxisName) -> tuple[str, ...]:
     """Those of the axes over which `x` may differ: where JAX does not track that, all of them."""
     if axis_name is None:
         return ()
@@ -54,16 +54,16 @@ def sharded_over(x: Array, axis_name: AxisName) -> tuple[str, ...]:
     return tuple(sorted(axes & varying_over(x) if tracked else axes))
 
 
-def varying_like(x: Array, like: Any) -> Array:
+def pcast_like(x: Array, like: Any) -> Array:
     """`x`, marked as what may differ over the axes that `like` (a `jax.ShapeDtypeStruct`) may differ over."""
     found = like.manual_axis_type
     return x if found is None else _vary(x, found.varying)
 
 
-def varying_alike(*arrays: Array) -> list[Array]:
+def pcast_all(*arrays: Array) -> list[Array]:
     """`arrays`, each marked as what may differ over the axes that any of them may differ over."""
     axes: frozenset[str] = frozenset().union(*map(varying_over, arrays))
-    return [_vary(x, axes) for x in arrays]
+    return [_vary(x, axes) for x in arrays] if axes else list(arrays)
 
 
 def _vary(x: Array, axes: frozenset[str]) -> Array:

@@ -8,7 +8,7 @@ fraction, modulo 1. Over any run of steps these numbers lie more evenly than ind
 one time or two, where coin tosses would be off by the root of the number of steps.
 """
 
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -17,8 +17,9 @@ import numpy as np
 from jax import Array, lax
 
 
-def is_narrow(dtype: np.dtype) -> bool:
-    """Whether `dtype` holds fewer digits than float32."""
+@cache
+def is_low_precision(dtype: np.dtype) -> bool:
+    """Return whether `dtype` holds fewer digits than float32."""
     return jnp.finfo(dtype).bits < 32
 
 
@@ -26,22 +27,22 @@ class Dither(NamedTuple):
     """Where the random numbers of one array at one step come from: uint32 scalars."""
 
     seed: Array
-    turn: Array  # by how much they have moved on, in parts of 2**32
-    skip: Any = np.uint32(0)  # upper bits that are left to another array
+    phase: Array  # by how much they have moved on, in parts of 2**32
+    shift: Any = np.uint32(0)  # upper bits that are left to another array
 
-    def other(self) -> "Dither":
+    def second_array(self) -> "Dither":
         """That of a second array in the same place, from the same hashes, which are what costs most."""
-        return self._replace(skip=np.uint32(9))
+        return self._replace(shift=np.uint32(9))
 
 
 # Of all constants tried, the one by which both arrays move most evenly: any run of up to 3000 steps is at most 6 %
 # more uneven than by the golden ratio, for which this is least, and so lie the pairs of both.
-_MOVE = np.uint32(0xB94A434B)
+_WEYL_STEP = np.uint32(0xB94A434B)
 
 
 def dither(count: Array, number: int, seed: Any = 0) -> Dither:
     """That of the array with a `number` of its own, at step `count`."""
-    return Dither(_hash(jnp.uint32(number) ^ jnp.uint32(seed)), count.astype(jnp.uint32) * _MOVE)
+    return Dither(_hash(jnp.uint32(number) ^ jnp.uint32(seed)), count.astype(jnp.uint32) * _WEYL_STEP)
 
 
 def uniform(index: Array, dither: Dither) -> Array:
@@ -60,27 +61,27 @@ def index_of(like: Array) -> Array:
 
 def _random(index: Array, dither: Dither) -> Array:
     """The same as uint32 integers, of which the upper 23 bits are random."""
-    return (_hash(index ^ dither.seed) + dither.turn) << dither.skip
+    return (_hash(index ^ dither.seed) + dither.phase) << dither.shift
 
 
 def _fraction(random: Array) -> Array:
     return (random >> 9).astype(jnp.float32) * np.float32(2**-23)
 
 
-def to_nearest(x: Array, dtype: np.dtype) -> Array:
+def round_to_nearest(x: Array, dtype: np.dtype) -> Array:
     """The float32 `x` rounded to what the narrow `dtype` can hold, as float32; ties to even.
 
     By the spacing of the narrow numbers around `x` and not by way of a conversion to them: XLA
     takes a conversion to bfloat16 and back for nothing, and leaves it out.
     """
-    step = spacing(x, dtype)
+    step = ulp(x, dtype)
     # By its inverse, which a power of two has: a division XLA would take for too dear to fuse, and keep in memory.
     inverse = lax.bitcast_convert_type(np.uint32(254 << 23) - lax.bitcast_convert_type(step, jnp.uint32), jnp.float32)
     return jnp.round(x * inverse) * step
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
-def stochastically(x: Array, dither: Dither, dtype: np.dtype) -> Array:
+def stochastic_round(x: Array, dither: Dither, dtype: np.dtype) -> Array:
     """The float32 `x` as one of its two neighbours in the narrow `dtype`, as float32: on average `x`."""
     info, random = jnp.finfo(dtype), _random(index_of(x), dither)
     # A random number that is added to the bits which are to be cut carries rightly.
@@ -89,18 +90,18 @@ def stochastically(x: Array, dither: Dither, dtype: np.dtype) -> Array:
     rounded = lax.bitcast_convert_type(bits & np.uint32(2**32 - 2**cut), jnp.float32)
     if info.tiny > jnp.finfo(jnp.float32).tiny:
         # Below the smallest normal number neighbours are no closer.
-        smallest = spacing_at_zero(dtype)
+        smallest = ulp_at_zero(dtype)
         subnormal = jnp.floor(x * np.float32(1 / smallest) + _fraction(random)) * np.float32(smallest)
         rounded = jnp.where(jnp.abs(x) < np.float32(info.tiny), subnormal, rounded)
     return jnp.where(jnp.isnan(x), x, rounded)
 
 
-@stochastically.defjvp
+@stochastic_round.defjvp
 def _straight_through(dtype: np.dtype, primals: Any, tangents: Any) -> tuple[Array, Array]:
-    return stochastically(*primals, dtype), tangents[0]
+    return stochastic_round(*primals, dtype), tangents[0]
 
 
-def spacing(x: Array, dtype: np.dtype) -> Array:
+def ulp(x: Array, dtype: np.dtype) -> Array:
     """The distance between neighbours in the narrow `dtype` around the float32 `x`: a power of two."""
     info = jnp.finfo(dtype)
     exponent = (lax.bitcast_convert_type(x, jnp.uint32) >> 23) & np.uint32(0xFF)
@@ -108,7 +109,7 @@ def spacing(x: Array, dtype: np.dtype) -> Array:
     return lax.bitcast_convert_type((exponent - np.uint32(info.nmant)) << 23, jnp.float32)
 
 
-def spacing_at_zero(dtype: np.dtype) -> float:
+def ulp_at_zero(dtype: np.dtype) -> float:
     """The smallest number that is rounded to, but for 0."""
     return 2.0 ** (_lowest_exponent(dtype) - jnp.finfo(dtype).nmant - 127)
 

@@ -5,12 +5,12 @@ from typing import Any
 import jax
 
 from adamjax._core.quantization import is_quantized
-from adamjax._core.trees import PyTree
+from adamjax._core.typing import PyTree
 
 Key = tuple[Any, ...]
 
 
-def owners(state: PyTree, params: PyTree) -> list[tuple[Key | None, Any]]:
+def params_of_state(state: PyTree, params: PyTree) -> list[tuple[Key | None, Any]]:
     """For each array of `state` (one that is quantised counts as one), the path of the parameter that it belongs to.
 
     It is the longest path that the array's own contains, of a parameter of its shape, or of a complex one
@@ -32,11 +32,11 @@ def owners(state: PyTree, params: PyTree) -> list[tuple[Key | None, Any]]:
     return [(owner(path, x), x) for path, x in leaves]
 
 
-def placed_like(state: PyTree, params: PyTree) -> PyTree:
+def with_param_shardings(state: PyTree, params: PyTree) -> PyTree:
     """`state`, of `jax.ShapeDtypeStruct`s, each where the parameter is that it belongs to; None says of others."""
     where: dict[Key | None, Any] = {path: getattr(p, "sharding", None) for path, p in jax.tree.leaves_with_path(params)}
     leaves = [
         jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where.get(path), weak_type=x.weak_type)
-        for path, x in owners(state, params)
+        for path, x in params_of_state(state, params)
     ]
     return jax.tree.unflatten(jax.tree.structure(state), leaves)

@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.export
@@ -16,7 +16,9 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from adamjax._core import trees
 from adamjax._core.quantization import is_moment
-from adamjax._core.trees import PyTree
+from adamjax._core.typing import PyTree
+
+T = TypeVar("T")
 
 # For each group, its leaves: number in the tree (absent ones count), and shape.
 Layout = tuple[tuple[tuple[int, tuple[int, ...]], ...], ...]
@@ -46,8 +48,8 @@ class PackedTree:
 
     def pack(self, tree: PyTree) -> "PackedTree":
         """Another tree of arrays of these shapes, laid out in the same way."""
-        rest, groups = taken_apart(tree, self.layout)
-        return replace(self, rest=rest, groups=tuple(map(join, groups)))
+        rest, groups = split_groups(tree, self.layout)
+        return replace(self, rest=rest, groups=tuple(map(concat, groups, self.shapes)))
 
     def like(self) -> PyTree:
         """The tree, with only shape and dtype of each leaf in a group."""
@@ -81,7 +83,7 @@ def _leaves(tree: PyTree) -> tuple[list[Any], Any]:
     return jax.tree.flatten(tree, is_leaf=is_moment)
 
 
-def taken_apart(tree: PyTree, layout: Layout) -> tuple[PyTree, list[list[Any]]]:
+def split_groups(tree: PyTree, layout: Layout) -> tuple[PyTree, list[list[Any]]]:
     """A tree without the leaves of groups, and those."""
     leaves, structure = _leaves(tree)
     groups = [[leaves[number] for number, _ in places] for places in layout]
@@ -134,7 +136,7 @@ def layout_of(small: Sequence[tuple[int, tuple[int, ...], Any]]) -> Layout:
     return tuple(layout)
 
 
-def sizes_of(layout: Layout) -> list[int]:
+def group_sizes(layout: Layout) -> list[int]:
     """How many numbers each group has."""
     return [sum(math.prod(shape) for _, shape in places) for places in layout]
 
@@ -143,21 +145,28 @@ def _groups(places: list[Any]) -> list[tuple[Any, ...]]:
     return [tuple(places[i : i + _GROUP]) for i in range(0, len(places), _GROUP)]
 
 
-def join(leaves: Sequence[Any]) -> Array:
-    """The numbers of all `leaves` behind each other, in one dtype that has them all."""
-    dtypes = {trees.dtype_of(x) for x in leaves}
-    return _join(list(leaves), dtypes.pop() if len(dtypes) == 1 else trees.compute_dtype(*dtypes))
+def concat_dtype(dtypes: Sequence[np.dtype]) -> np.dtype:
+    """The dtype in which leaves of these dtypes stand in one group."""
+    return dtypes[0] if len(set(dtypes)) == 1 else trees.compute_dtype(*dtypes)
+
+
+def concat(leaves: Sequence[Any], shapes: tuple[tuple[int, ...], ...]) -> Array:
+    """Put the numbers of all leaves behind each other; a leaf that is None counts as zeros."""
+    dtype = concat_dtype([trees.dtype_of(x) for x in leaves if x is not None])
+    return _concat(
+        [jnp.zeros(shape, dtype) if x is None else x for x, shape in zip(leaves, shapes, strict=True)], dtype
+    )
 
 
 @partial(jax.jit, static_argnums=1)
-def _join(leaves: list[Array], dtype: np.dtype) -> Array:
-    return pinned(jnp.concatenate([_whole(x.astype(dtype)).reshape(-1) for x in leaves]))
+def _concat(leaves: list[Array], dtype: np.dtype) -> Array:
+    return replicated(jnp.concatenate([_reshard_replicated(x.astype(dtype)).reshape(-1) for x in leaves]))
 
 
 @partial(jax.jit, static_argnums=1)
 def split(x: Array, shapes: tuple[tuple[int, ...], ...]) -> list[Array]:
     """The leaves that a group is made of; there may be axes in front, of a population."""
-    x = pinned(x)
+    x = replicated(x)
     ends = np.cumsum([math.prod(shape) for shape in shapes]).tolist()
     return [
         x[..., begin:end].reshape(*x.shape[:-1], *shape)
@@ -165,21 +174,25 @@ def split(x: Array, shapes: tuple[tuple[int, ...], ...]) -> list[Array]:
     ]
 
 
+def where_frozen(new: T, old: T, shapes: tuple[tuple[int, ...], ...], frozen: tuple[bool, ...]) -> T:
+    """The group `new` (a tree of such arrays), with the frozen leaves as they were in `old`."""
+    return jax.tree.map(lambda a, b: replicated(_where_frozen(a, b, shapes, frozen) if any(frozen) else a), new, old)
+
+
 @partial(jax.jit, static_argnums=(2, 3))
-def restored(new: Array, old: Array, shapes: tuple[tuple[int, ...], ...], frozen: tuple[bool, ...]) -> Array:
-    """The group `new`, with those leaves that are frozen from `old`."""
+def _where_frozen(new: Array, old: Array, shapes: tuple[tuple[int, ...], ...], frozen: tuple[bool, ...]) -> Array:
     parts = zip(split(new, shapes), split(old, shapes), frozen, strict=True)
     return jnp.concatenate([(b if keep else a).reshape(-1) for a, b, keep in parts])
 
 
-def _whole(x: Array) -> Array:
+def _reshard_replicated(x: Array) -> Array:
     """All of `x` on each device, where that is part of its type."""
     if not _is_typed(x):
         return x
     return jax.sharding.reshard(x, NamedSharding(jax.typeof(x).sharding.mesh, PartitionSpec(*[None] * x.ndim)))
 
 
-def pinned(x: Array) -> Array:
+def replicated(x: Array) -> Array:
     """The same, where it is not part of its type: the compiler would put it where most of the leaves are."""
     mesh = jax.typeof(x).sharding.mesh
     if mesh.empty or set(mesh.axis_types) != {AxisType.Auto}:
@@ -195,18 +208,6 @@ def sharded_like(x: Array, like: Any) -> Array:
 def _is_typed(x: Any) -> bool:
     sharding = jax.typeof(x).sharding
     return AxisType.Explicit in sharding.mesh.axis_types and any(sharding.spec)
-
-
-def rest_of(tree: PyTree) -> PyTree:
-    """A tree without what is in groups."""
-    return tree.rest if isinstance(tree, PackedTree) else tree
-
-
-def replaced(tree: PyTree, rest: PyTree, groups: dict[int, Any]) -> PyTree:
-    """The opposite: `tree` with that in place of its rest, and with these groups, by number."""
-    if not isinstance(tree, PackedTree):
-        return None if tree is None else rest
-    return replace(tree, rest=rest, groups=tuple(groups.get(k, x) for k, x in enumerate(tree.groups)))
 
 
 def unpacked(tree: PyTree) -> PyTree:

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from adamjax._core.trees import PyTree
+from adamjax._core.typing import PyTree
 from adamjax._core.value import Value
 
 Description = dict[str, Any]
@@ -16,7 +16,7 @@ Description = dict[str, Any]
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
-def of_tree(name: str, tree: PyTree) -> Description:
+def tree_schema(name: str, tree: PyTree) -> Description:
     """By path, what stands there: the type of a node and its static fields; the dtype and shape of an array.
 
     Parents come before what is below them. A Python number stands for itself.
@@ -36,12 +36,12 @@ def of_tree(name: str, tree: PyTree) -> Description:
     return described
 
 
-def of_numbers(name: str, tree: PyTree) -> Description:
+def hyperparameter_schema(name: str, tree: PyTree) -> Description:
     """The same for a tree of hyperparameters, of which arrays count by the numbers they hold."""
-    return of_tree(name, jax.tree.map(lambda x: np.asarray(x).tolist() if hasattr(x, "dtype") else x, tree))
+    return tree_schema(name, jax.tree.map(lambda x: np.asarray(x).tolist() if hasattr(x, "dtype") else x, tree))
 
 
-def difference(there: Description, here: Description, *, numbers: bool = True) -> str | None:
+def first_difference(there: Description, here: Description, *, numbers: bool = True) -> str | None:
     """The first difference, in words; None if there is none.
 
     Args:

@@ -5,6 +5,7 @@ gradients alone it freezes whatever stands at its place in the other trees.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache, reduce
 from typing import Any
 
@@ -13,11 +14,56 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-PyTree = Any
+from adamjax._core.typing import Path
+from adamjax._core.typing import PyTree as PyTree
 
 
 def is_none(x: Any) -> bool:
     return x is None
+
+
+@jax.tree_util.register_pytree_node_class
+@dataclass(eq=False, slots=True)
+class Leaves:
+    """A tree taken apart, once a step: its structure, in which None is a leaf, and its leaves in order."""
+
+    leaves: list[Any]
+    structure: Any
+
+    @classmethod
+    def of(cls, tree: PyTree) -> "Leaves":
+        """Take a tree apart."""
+        return cls(*jax.tree.flatten(tree, is_leaf=is_none))
+
+    @property
+    def tree(self) -> PyTree:
+        """The tree, put together again."""
+        return self.structure.unflatten(self.leaves)
+
+    def like(self, leaves: list[Any]) -> "Leaves":
+        """Other leaves in the same structure."""
+        return Leaves(leaves, self.structure)
+
+    def column(self, tree: PyTree) -> list[Any]:
+        """The nodes of `tree` at the places of these leaves; None for each where `tree` is None as a whole."""
+        return [None] * len(self.leaves) if tree is None else self.structure.flatten_up_to(tree)
+
+    def map(self, f: Callable[..., Any], *columns: list[Any]) -> "Leaves":
+        """`f` of each leaf and what `columns` hold at its place; a leaf that is None stays None."""
+        return self.like([None if x is None else f(x, *rest) for x, *rest in zip(self.leaves, *columns, strict=True)])
+
+    def paths(self) -> list[Path]:
+        """The key path of each leaf."""
+        return [path for path, _ in jax.tree.leaves_with_path(self.tree, is_leaf=is_none)]
+
+    def tree_flatten(self) -> tuple[tuple[list[Any]], Any]:
+        """For JAX: the leaves are children, the structure is static."""
+        return (self.leaves,), self.structure
+
+    @classmethod
+    def tree_unflatten(cls, structure: Any, children: tuple[list[Any]]) -> "Leaves":
+        """For JAX."""
+        return cls(*children, structure)
 
 
 def flatten(tree: PyTree, *others: PyTree) -> tuple[Any, list[tuple[Any, ...]]]:
@@ -45,7 +91,7 @@ def map_leaves(f: Callable[..., Any], tree: PyTree, *others: PyTree) -> PyTree:
 
 def dtype_of(x: Any) -> np.dtype:
     """The dtype JAX gives to an array, a tracer, a `ShapeDtypeStruct` or a Python number."""
-    if isinstance(x, (np.ndarray, np.generic, float, complex)) or is_abstract(x):
+    if isinstance(x, (np.ndarray, np.generic, float, complex, jax.ShapeDtypeStruct)):
         return jnp.result_type(x)
     return x.dtype
 
@@ -71,7 +117,7 @@ def path_of(key: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(key, simple=True, separator="/")
 
 
-def put_together(tree: PyTree, like: PyTree) -> PyTree | None:
+def unflatten_by_path(tree: PyTree, like: PyTree) -> PyTree | None:
     """The leaves of `tree` in the structure of `like`, by their paths; None where those differ, or are not unique.
 
     Frameworks take nodes of a state apart, into mappings whose fields are in another order and lack what is None.
@@ -98,7 +144,7 @@ def any_abstract(tree: PyTree) -> bool:
     return any(map(is_abstract, jax.tree.leaves(tree)))
 
 
-def shapes_of(tree: PyTree) -> PyTree:
+def abstract_like(tree: PyTree) -> PyTree:
     """`tree`, of `jax.ShapeDtypeStruct`s that say nothing of where anything is."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), dtype_of(x)), tree)
 
@@ -115,7 +161,7 @@ def zeros_like(x: Any, dtype: np.dtype) -> Any:
     return jnp.zeros_like(x, dtype=dtype)
 
 
-def fresh(make: Callable[[], PyTree], like: PyTree) -> PyTree:
+def make_on_mesh_of(make: Callable[[], PyTree], like: PyTree) -> PyTree:
     """What `make` makes for a new state; abstract where a leaf of `like` is, else on all devices of its mesh."""
     if any_abstract(like):
         return jax.eval_shape(make)
@@ -138,7 +184,7 @@ def _mesh_of(tree: PyTree) -> Any:
 
 def zero_count(like: PyTree) -> Any:
     """The step count before the first step: an int32 scalar, abstract where a leaf of `like` is."""
-    return fresh(lambda: jnp.zeros((), jnp.int32), like)
+    return make_on_mesh_of(lambda: jnp.zeros((), jnp.int32), like)
 
 
 def increment(count: jax.Array) -> jax.Array:

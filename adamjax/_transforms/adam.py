@@ -1,6 +1,6 @@
-"""The Adam step of one array, and Adam as a transformation."""
+"""The Adam rule of one array, and Adam as a transformation."""
 
-from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -8,82 +8,76 @@ import numpy as np
 from jax import Array
 
 from adamjax._core import checks
-from adamjax._core.numerics import Decay, abs2, correction, decay, divide, mix, sqrt
+from adamjax._core.numerics import Decay, abs_sq, bias_correction, decay, divide_by_real, ema, sqrt_with_zero_slope
+from adamjax._core.typing import AMSGrad, Scalar
 from adamjax._core.value import static_field, value
-from adamjax._transforms.moments import Keep, Moments, Step
+from adamjax._transforms.moment_storage import MomentFormat
+from adamjax._transforms.moments import Moments, Parts
 
 
-class Parts(NamedTuple):
-    """What the direction of one array is made of, for who wants to see it: m_hat / (root + eps)."""
-
-    m_hat: Array
-    root: Array
-    eps: Any
-
-
-class Scalars(NamedTuple):
+class AdamScalars(NamedTuple):
     """The hyperparameters and bias corrections of step t: 0-d arrays in the dtype of the step."""
 
     decay1: Decay
     decay2: Decay
     c1: Any  # 1 - b1**t
-    c1_next: Any  # 1 - b1**(t + 1), where it is looked ahead
+    c1_next: Any  # 1 - b1**(t + 1), for Nesterov's look ahead
     c2: Any  # 1 - b2**t
     eps: Any
     eps_root: Any
 
 
-def adam_step(
-    g: Array, m: Array, v: Array, v_max: Any, s: Scalars, keep: Keep, nesterov: bool, amsgrad: str | None
-) -> Step:
-    """One step of one array (Kingma & Ba, 2015, Algorithm 1): the direction and the new moments."""
-    m, m_hat = first_moment(g, m, s, keep, nesterov)
-    v, v_max, v_hat = second_moment(g, v, v_max, s, keep, amsgrad)
-    return divide(m_hat, sqrt(v_hat + s.eps_root) + s.eps), m, v, v_max
+@dataclass(frozen=True)
+class AdamRule:
+    """The step of one array (Kingma & Ba, 2015, Algorithm 1); `s` are the `AdamScalars` of the step."""
+
+    nesterov: bool = False
+    amsgrad: AMSGrad | None = None
+
+    def accumulate(self, g: Array, m: Array, v: Array, s: Any) -> tuple[Array, Array]:
+        """The new moments."""
+        return ema(m, g, s.decay1), ema(v, abs_sq(g), s.decay2)
+
+    def maximum(self, v: Array, v_max: Array, s: Any) -> Array:
+        """AMSGrad's running maximum (Reddi et al., 2018)."""
+        return jnp.maximum(v_max, v / s.c2 if self.amsgrad == "corrected" else v)
+
+    def direction(self, g: Array, m: Array, v: Array, v_max: Array | None, s: Any) -> Array:
+        """The direction, from the new moments."""
+        return divide_by_real(self.m_hat(g, m, s), self.root(v, v_max, s) + s.eps)
+
+    def m_hat(self, g: Array, m: Array, s: Any) -> Array:
+        """The first moment without its bias."""
+        if self.nesterov:  # Dozat (2016), with a constant b1
+            return s.decay1.b * m / s.c1_next + s.decay1.one_minus_b * g / s.c1
+        return m / s.c1
+
+    def root(self, v: Array, v_max: Array | None, s: Any) -> Array:
+        """The root of the second moment without its bias."""
+        # For "paper" (Reddi et al., 2018), all bias corrections are 1.
+        v = v if v_max is None else v_max
+        v_hat = v if self.amsgrad == "corrected" else v / s.c2
+        return sqrt_with_zero_slope(v_hat + s.eps_root)
+
+    def parts(self, m: Array, v: Array, v_max: Array | None, s: Any) -> Parts:
+        """The parts of the direction; of Nesterov's, without the part that the gradient itself has."""
+        return Parts(divide_by_real(m, s.c1), self.root(v, v_max, s), s.eps)
 
 
-def first_moment(g: Array, m: Array, s: Any, keep: Keep, nesterov: bool) -> tuple[Array, Array]:
-    m = keep.mu(mix(m, g, s.decay1))
-    if nesterov:  # Dozat (2016), with a constant b1
-        return m, s.decay1.b * m / s.c1_next + s.decay1.a * g / s.c1
-    return m, m / s.c1
-
-
-def second_moment(
-    g: Array, v: Array, v_max: Any, s: Scalars, keep: Keep, amsgrad: str | None
-) -> tuple[Array, Any, Array]:
-    v = keep.nu(mix(v, abs2(g), s.decay2))
-    if amsgrad is not None:
-        v_max = keep.nu_max(jnp.maximum(v_max, v / s.c2 if amsgrad == "corrected" else v))
-    return v, v_max, corrected(v, v_max, s.c2, amsgrad)
-
-
-def corrected(v: Array, v_max: Any, c2: Any, amsgrad: str | None) -> Array:
-    """The second moment that the step divides by."""
-    if amsgrad is None:
-        return v / c2
-    # Else "torch", or "paper" (Reddi et al., 2018), for which all bias corrections are 1.
-    return v_max if amsgrad == "corrected" else v_max / c2
-
-
-def adam_parts(m: Array, v: Array, v_max: Any, s: Scalars, amsgrad: str | None) -> Parts:
-    return Parts(divide(m, s.c1), sqrt(corrected(v, v_max, s.c2, amsgrad) + s.eps_root), s.eps)
-
-
-def adam_scalars(opt: Any, t: Array, amsgrad: str | None = None) -> Scalars:
+def adam_scalars(opt: Any, t: Array, amsgrad: AMSGrad | None = None) -> AdamScalars:
     """The scalars of step `t`, in its dtype, for an `opt` that has Adam's hyperparameters and `nesterov`."""
     decay1, decay2 = decay("b1", opt.b1, t.dtype), decay("b2", opt.b2, t.dtype)
-    c1, c2 = correction(t, decay1), correction(t, decay2)
-    c1_next = correction(t + 1, decay1) if opt.nesterov else None
+    c1, c2 = bias_correction(t, decay1), bias_correction(t, decay2)
+    c1_next = bias_correction(t + 1, decay1) if opt.nesterov else None
     if amsgrad == "paper":
         c1 = c1_next = c2 = jnp.ones_like(t)
-    eps_root = checks.scalar("eps_root", opt.eps_root, t.dtype)
-    return Scalars(decay1, decay2, c1, c1_next, c2, epsilon(opt.eps, t.dtype), eps_root)
+    eps_root = checks.as_scalar("eps_root", opt.eps_root, t.dtype)
+    return AdamScalars(decay1, decay2, c1, c1_next, c2, epsilon(opt.eps, t.dtype), eps_root)
 
 
-def epsilon(eps: Any, dtype: np.dtype) -> Any:
-    """Not less than the root of the smallest number: where gradients have no squares, 0 / 0 is 0."""
-    least, eps = float(jnp.finfo(dtype).tiny) ** 0.5, checks.scalar("eps", eps, dtype)
+def epsilon(eps: Scalar, dtype: np.dtype) -> Any:
+    """The `eps` of a step, at least the root of the smallest number: where gradients have no squares, 0 / 0 is 0."""
+    least, eps = float(jnp.finfo(dtype).tiny) ** 0.5, checks.as_scalar("eps", eps, dtype)
     return np.maximum(eps, np.asarray(least, dtype)) if isinstance(eps, np.ndarray) else jnp.maximum(eps, least)
 
 
@@ -91,47 +85,47 @@ def epsilon(eps: Any, dtype: np.dtype) -> Any:
 class ScaleByAdam(Moments):
     """Adam's direction; see `scale_by_adam`."""
 
-    b1: Any
-    b2: Any
-    eps: Any
-    eps_root: Any
-    mu_dtype: Any = static_field(default=None)
-    nu_dtype: Any = static_field(default=None)
+    b1: Scalar
+    b2: Scalar
+    eps: Scalar
+    eps_root: Scalar
+    mu_dtype: MomentFormat = static_field(default=None)
+    nu_dtype: MomentFormat = static_field(default=None)
     nesterov: bool = static_field(default=False)
-    amsgrad: Any = static_field(default=None)
+    amsgrad: bool | AMSGrad | None = static_field(default=None)
 
     def __post_init__(self) -> None:
         self._check_numbers("b1", "b2", below=1.0)
         self._check_numbers("eps", "eps_root")
         self._check_dtypes()
         checks.choice("nesterov", self.nesterov, (False, True))
-        form = checks.choice("amsgrad", self.amsgrad, (None, False, True, "torch", "corrected", "paper"))
-        self._replace_field("amsgrad", "torch" if form is True else form or None)
+        variant = checks.choice("amsgrad", self.amsgrad, (None, False, True, "torch", "corrected", "paper"))
+        self._replace_field("amsgrad", "torch" if variant is True else variant or None)
 
     @property
-    def keeps_maximum(self) -> bool:
+    def tracks_max(self) -> bool:
+        """Whether the state has `nu_max`."""
         return self.amsgrad is not None
 
-    def _rule(self) -> tuple[Callable[..., Step], tuple[Any, ...]]:
-        return adam_step, (self.nesterov, self.amsgrad)
+    @property
+    def rule(self) -> AdamRule:
+        """The rule of one array."""
+        return AdamRule(self.nesterov, self.amsgrad)  # type: ignore[arg-type]  # normalised by __post_init__
 
-    def _scalars(self, t: Array) -> Scalars:
-        return adam_scalars(self, t, self.amsgrad)
-
-    def parts(self, m: Array, v: Array, v_max: Any, t: Array) -> Parts:
-        return adam_parts(m, v, v_max, self._scalars(t), self.amsgrad)
+    def _scalars(self, t: Array) -> AdamScalars:
+        return adam_scalars(self, t, self.rule.amsgrad)
 
 
 def scale_by_adam(
-    b1: Any = 0.9,
-    b2: Any = 0.999,
-    eps: Any = 1e-8,
-    eps_root: Any = 0.0,
-    mu_dtype: Any = None,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-8,
+    eps_root: Scalar = 0.0,
+    mu_dtype: MomentFormat = None,
     *,
-    nu_dtype: Any = None,
+    nu_dtype: MomentFormat = None,
     nesterov: bool = False,
-    amsgrad: bool | str = False,
+    amsgrad: bool | AMSGrad = False,
 ) -> ScaleByAdam:
     r"""Adam's direction, :math:`\hat m / (\sqrt{\hat v + \bar\varepsilon} + \varepsilon)`.
 
@@ -152,10 +146,10 @@ def scale_by_adam(
         it counts as that: no smaller gradient has a square in float32, and 0 / 0 would be NaN.
       eps_root: At least 0, added under the root, as for differentiating through the optimizer. The
         slope at a zero gradient is finite without it.
-      mu_dtype: How the first moment is stored: bfloat16, float16, float32, float64, complex64 or
+      mu_dtype: The storage of the first moment: bfloat16, float16, float32, float64, complex64 or
         complex128, or a format of `adamjax.quantized`. None: as the parameter, but at least float32.
-        What is narrower than float32 is rounded stochastically (see `adamjax.storage`), since
-        nearest rounding would stop a moment where one step changes it by less than it can store.
+        A moment narrower than float32 is rounded stochastically (see `adamjax.storage`), since
+        nearest rounding would stop it where one step changes it by less than it can store.
       nu_dtype: The same for the second moment, real.
       nesterov: Look ahead by one step (Dozat, 2016; NAdam with a constant `b1`).
       amsgrad: Divide by the largest second moment so far (Reddi et al., 2018). "torch" (or True):

@@ -1,24 +1,24 @@
-"""What every transformation is: a value with `init`, `update` and `step`, alone or in a chain."""
+"""The base of every transformation: a value with `init`, `update` and `step`."""
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from collections.abc import Callable, Iterator
+from functools import cached_property
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import Array
 
-from adamjax._core import checks, low_precision, trees
-from adamjax._core.ownership import placed_like
-from adamjax._core.trees import PyTree
+from adamjax._core import checks, trees
+from adamjax._core.ownership import with_param_shardings
+from adamjax._core.trees import Leaves
+from adamjax._core.typing import Extra, FusedMode, GradientTransformation, PyTree
 from adamjax._core.value import Value, name_of, static_field, value
-from adamjax._transforms.leafwise import Doing, Plan, carry_out
-from adamjax._transforms.param_rounding import Narrow
+from adamjax._transforms.delivery import AddToParam, AsUpdate, Delivery, deliver
+from adamjax._transforms.leafwise import LeafTransform, run_leafwise
 
-Extra = Mapping[str, Any]
+# What a step gives: results, the leaf states of the delivery, and the new state.
+Result = tuple[Leaves, list[Any], PyTree]
 
 
 class Transformation(Value):
@@ -30,23 +30,14 @@ class Transformation(Value):
     optax takes a transformation.
     """
 
-    # Whether the updates are made for the values that the parameters are to have: not to be rounded.
-    lands = False
-    # Whether there are steps at which nothing in it moves: what counts steps around it would not know.
-    holds = False
-    # Whether its step is to be one pass over memory, which what is made of its updates is not; see `kernels.Fused`.
-    fused: bool | str = False
-    # Whether `_step_narrow` is that, too.
-    fuses_narrow = False
-
     def __iter__(self) -> Iterator[Callable[..., Any]]:
         return iter((self.init, self.update))
 
     def init(self, params: PyTree) -> PyTree:
-        """The state before the first step.
+        """Make the state before the first step.
 
         Args:
-          params: A pytree of floating point or complex arrays; None is an absent parameter. Of
+          params: A pytree of floating point or complex arrays; None is an absent parameter. For
             `jax.ShapeDtypeStruct`s the state is made of those too, and nothing is allocated.
 
         Returns:
@@ -64,10 +55,10 @@ class Transformation(Value):
         """Transform the gradients: one step, without applying it.
 
         Args:
-          updates: The gradients, or what the transformation before this one made of them: like
-            `params` in structure and shapes. A None freezes what stands at its place in `params`.
-          state: What `init` or the last `update` returned.
-          params: The current parameters. Needed by weight decay only, but see Returns.
+          updates: The gradients, or the updates of the transformation before this one: like
+            `params` in structure and shapes. A None freezes the parameter at its place.
+          state: The state that `init` or the last `update` returned.
+          params: The current parameters. Only weight decay needs them, but see Returns.
           **extra: Passed on to the members of a chain that take them, ignored by the others.
 
         Returns:
@@ -79,22 +70,27 @@ class Transformation(Value):
         Raises:
           TypeError, ValueError: The trees do not fit each other; the message names the path.
         """
-        checks.updates(updates, params)
-        direction, state = self._update(updates, state, params, extra)
-        if not self.lands:
-            direction = _round(direction, updates, params)
-        # Zeros and not None: what applies the updates may not know None.
-        return direction if params is None else _fill(direction, params, wide=self.lands), state
+        grads, leaves = checks.updates(updates, params)
+        delivery = AsUpdate((grads if leaves is None else leaves).leaves)
+        found, _, state = self._run(grads, state, leaves, extra, delivery)
+        if leaves is not None and any(u is None for u in found.leaves):
+            # Zeros instead of None: optax.apply_updates and others do not accept None.
+            wide = any(isinstance(t, RoundsParams) for t in delivering(self))
+            pairs = zip(found.leaves, leaves.leaves, strict=True)
+            found = found.like([_minus_zeros(p, wide) if u is None else u for u, p in pairs])
+        return found.tree, state
 
     def step(self, grads: PyTree, state: PyTree, params: PyTree, **extra: Any) -> tuple[PyTree, PyTree]:
-        """One whole step: `update`, then `apply_updates`.
+        """Make one whole step: `update`, then `apply_updates`, in one pass.
 
-        To have it done in place, donate parameters and state to a jitted function that takes them in the order
-        in which it returns them: JAX gives the memory of a donated array to the first result of its shape.
+        `adamjax.training.step_fn` compiles it such that it runs in place. If you compile it yourself, donate
+        parameters and state to a jitted function that takes them in the order in which it returns them: JAX gives the
+        memory of a donated array to the first result of its shape. `jax.jit(opt.step, donate_argnums=(1, 2))` gives
+        the memory of the first moments to the parameters and copies everything, 4 to 8 times the time of a step.
 
         Args:
-          grads: The gradients: like `params` in structure and shapes. A None freezes what stands at its place.
-          state: What `init` or the last step returned.
+          grads: The gradients: like `params` in structure and shapes. A None freezes the parameter at its place.
+          state: The state that `init` or the last step returned.
           params: The current parameters.
           **extra: As for `update`.
 
@@ -105,75 +101,105 @@ class Transformation(Value):
         Raises:
           TypeError, ValueError: The trees do not fit each other; the message names the path.
         """
-        checks.given(params, grads, "step", "step(grads, state, params)")
-        updates, state = self.update(grads, state, params, **extra)
-        return apply_updates(params, updates), state
-
-    def _step_narrow(
-        self, grads: PyTree, state: PyTree, params: PyTree, narrow: Narrow, extra: Extra
-    ) -> tuple[PyTree, PyTree, PyTree]:
-        """One whole step, for a wrapper that lands half precision parameters.
-
-        Args:
-          grads, state: As for `step`, once they are checked.
-          params: The parameters in float32, as this is to see them.
-          narrow: The parameters themselves, and how they land.
-          extra: As for `step`.
-
-        Returns:
-          The new parameters, what they cannot hold, and the new state.
-        """
-        updates, state = self._update(widened(grads), state, params, extra)
-        return *narrow.land(updates), state
+        checks.params_given(params, grads, "step", "step(grads, state, params)")
+        updates, leaves = checks.updates(grads, params)
+        if leaves is None:  # no parameters, no gradients
+            leaves = updates
+        found, _, state = self._run(updates, state, leaves, extra, AddToParam())
+        pairs = zip(found.leaves, updates.column(params), strict=True)
+        return found.like([p if new is None else new for new, p in pairs]).tree, state
 
     def _init(self, params: PyTree) -> PyTree:
-        """What `init` does once the parameters are checked."""
+        """Make the state; `params` are checked."""
         return ()
 
-    def _update(self, updates: PyTree, state: PyTree, params: PyTree | None, extra: Extra) -> tuple[PyTree, PyTree]:
-        """What `update` does once the trees are checked.
+    def _run(
+        self, updates: Leaves, state: PyTree, params: Leaves | None, extra: Extra, delivery: Delivery | None
+    ) -> Result:
+        """Run one step, the only way through it: `update`, `step` and the wrappers differ by the delivery.
 
-        Takes and returns updates in any dtype; arithmetic is in float32 or wider, and only the end
-        of the outermost `update` rounds to the dtype of the parameters.
+        Args:
+          updates: The updates so far, in any dtype; they fit the parameters. None is a frozen leaf.
+          state: This transformation's state, not checked yet.
+          params: The parameters as this transformation sees them.
+          extra: Keyword arguments of `update`.
+          delivery: The last operation on each leaf; None to hand the updates to the next transformation.
+
+        Returns:
+          What is delivered for each leaf (None where it is frozen), the new leaf states of the delivery, and the
+          new state.
+        """
+        new, state = self._update(updates.tree, state, None if params is None else params.tree, extra)
+        return *deliver(updates.like(updates.column(new)), params, delivery), state
+
+    def _update(self, updates: PyTree, state: PyTree, params: PyTree | None, extra: Extra) -> tuple[PyTree, PyTree]:
+        """Transform whole trees, of a transformation that is neither leafwise nor made of others.
+
+        Updates come and go in any dtype; arithmetic is in float32 or wider, and only the delivery rounds.
         """
         raise NotImplementedError
+
+    def _delivered_by(self) -> tuple["Transformation", ...]:
+        """The transformations inside this one whose steps deliver its result."""
+        return ()
+
+    def _kernel_mode(self) -> FusedMode:
+        """True or "auto" if `step` is to run by a kernel, in one pass over memory; see `kernels.Fused`."""
+        return False
 
 
 class Leafwise(Transformation):
     """Base of the transformations that treat each leaf by itself.
 
-    Those that follow each other in a chain are carried out together; see `_leafwise`.
+    Those that follow each other in a chain run together, as one leaf program.
     """
 
-    def _plan(self, updates: PyTree, state: PyTree, params: PyTree | None) -> Plan:
-        """What a step does; of the `updates` only structure and shapes are those that it will be given."""
+    def _leaf_transforms(self, updates: Leaves, state: PyTree, params: Leaves | None) -> list[LeafTransform]:
+        """Plan a step of each leaf; the last transform makes the new state.
+
+        Of the `updates`, only structure and shapes are those that the step will be given.
+        """
         raise NotImplementedError
 
-    def _update(self, updates: PyTree, state: PyTree, params: PyTree | None, extra: Extra) -> tuple[PyTree, PyTree]:
-        updates, (state,) = carry_out([self._plan(updates, state, params)], updates, params)
-        return updates, state
+    def _run(
+        self, updates: Leaves, state: PyTree, params: Leaves | None, extra: Extra, delivery: Delivery | None
+    ) -> Result:
+        transforms = self._leaf_transforms(updates, state, params)
+        new, states = run_leafwise([*transforms, *([] if delivery is None else [delivery])], updates, params)
+        return new, states[-1], transforms[-1].new_state(states[len(transforms) - 1])
 
 
 class Wrapper(Transformation):
-    """Base of the transformations around another one: they land, hold and fuse as that does, or say otherwise."""
+    """Base of the transformations around another one."""
 
     inner: Any
-
-    @property
-    def lands(self) -> bool:  # type: ignore[override]
-        return self.inner.lands
-
-    @property
-    def holds(self) -> bool:  # type: ignore[override]
-        return self.inner.holds
-
-    @property
-    def fused(self) -> bool | str:  # type: ignore[override]
-        return self.inner.fused
 
     def _wrap(self, name: str) -> None:
         """For `__post_init__` only: put `inner` in place as a transformation; `name` is the public function's."""
         self._replace_field("inner", as_transformation(self.inner, f"argument opt of {name}"))
+
+    def _delivered_by(self) -> tuple[Transformation, ...]:
+        return (self.inner,)
+
+
+class RoundsParams(Wrapper):
+    """Base of the wrappers that round parameters: their updates are exact, and nothing may change them afterwards."""
+
+
+class MaySkip(Wrapper):
+    """Base of the wrappers that may skip a step as a whole: a wrapper that counts steps must not go around them."""
+
+
+def delivering(opt: Transformation) -> Iterator[Transformation]:
+    """Yield `opt` and all transformations inside it that deliver its result: of a chain, the last."""
+    yield opt
+    for inner in opt._delivered_by():
+        yield from delivering(inner)
+
+
+def may_skip(opt: Transformation) -> bool:
+    """Return whether `opt`, or a transformation that it wraps, may skip a step as a whole."""
+    return isinstance(opt, MaySkip) or (isinstance(opt, Wrapper) and may_skip(opt.inner))
 
 
 @value
@@ -183,229 +209,52 @@ class Foreign(Transformation):
     Its hyperparameters live in closures, so all of it is static.
     """
 
-    transform: Any = static_field()
+    transform: GradientTransformation = static_field()
 
     def _init(self, params: PyTree) -> PyTree:
         if trees.any_abstract(params):
-            return placed_like(jax.eval_shape(self.transform.init, params), params)
+            return with_param_shardings(jax.eval_shape(self.transform.init, params), params)
         return self.transform.init(params)
 
+    @cached_property
+    def _accepted(self) -> set[str] | None:
+        """The keyword arguments that `update` takes; None for all."""
+        found = inspect.signature(self.transform.update).parameters
+        return None if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in found.values()) else set(found)
+
     def _update(self, updates: PyTree, state: PyTree, params: PyTree | None, extra: Extra) -> tuple[PyTree, PyTree]:
-        accepted = inspect.signature(self.transform.update).parameters
-        if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in accepted.values()):
-            extra = {name: x for name, x in extra.items() if name in accepted}
-        return self.transform.update(updates, state, params, **extra)
+        accepted = self._accepted
+        taken = {name: x for name, x in extra.items() if accepted is None or name in accepted}
+        return self.transform.update(updates, state, params, **taken)
 
     def __repr__(self) -> str:
         return f"Foreign({name_of(self.transform.update)})"
 
 
-@value
-class Chain(Transformation):
-    """Transformations one after another; the state is the tuple of theirs."""
-
-    transforms: tuple[Transformation, ...]
-
-    def __post_init__(self) -> None:
-        for transform in self.transforms[:-1]:
-            if transform.lands:
-                raise ValueError(
-                    f"{transform!r} must be the last of a chain: what comes after it would change where "
-                    "the parameters land"
-                )
-            say_unfused(transform, "anywhere but at the end of a chain")
-
-    @property
-    def lands(self) -> bool:  # type: ignore[override]
-        return bool(self.transforms) and self.transforms[-1].lands
-
-    @property
-    def fused(self) -> bool | str:  # type: ignore[override]
-        return bool(self.transforms) and self.transforms[-1].fused
-
-    @property
-    def fuses_narrow(self) -> bool:  # type: ignore[override]
-        return bool(self.transforms) and self.transforms[-1].fuses_narrow
-
-    def _init(self, params: PyTree) -> PyTree:
-        return tuple(t._init(params) for t in self.transforms)
-
-    def _update(self, updates: PyTree, state: PyTree, params: PyTree | None, extra: Extra) -> tuple[PyTree, PyTree]:
-        updates, plans, state = self._run(updates, state, params, extra)
-        updates, last = carry_out(plans, updates, params)
-        return updates, (*state, *last)
-
-    def _run(
-        self, grads: PyTree, state: PyTree, params: PyTree | None, extra: Extra
-    ) -> tuple[PyTree, list[Plan], tuple[PyTree, ...]]:
-        """The updates, what the last members are still to do to each leaf of them, and the new states of the others."""
-        checks.members(state, len(self.transforms), "a chain")
-        updates = grads
-        states: list[PyTree] = []
-        plans: list[Plan] = []
-        for transform, part in zip(self.transforms, state, strict=True):
-            if isinstance(transform, Leafwise):
-                plans.append(transform._plan(updates, part, params))
-                continue
-            if plans:
-                updates, done = carry_out(plans, updates, params)
-                plans, states = [], [*states, *done]
-            if isinstance(transform, Foreign) and updates is not grads:
-                # Others keep their state in the dtype of what they are given: hand them that of
-                # the parameters, not our wider intermediate one.
-                updates = _round(updates, grads, params)
-            updates, part = transform._update(updates, part, params, extra)
-            states.append(part)
-        return updates, plans, tuple(states)
-
-    def step(self, grads: PyTree, state: PyTree, params: PyTree, **extra: Any) -> tuple[PyTree, PyTree]:
-        """One whole step, the last member's own; see `Transformation.step`."""
-        checks.given(params, grads, "step", "step(grads, state, params)")
-        own = self.transforms and type(self.transforms[-1]).step is not Transformation.step
-        if self.lands and not own:
-            return super().step(grads, state, params, **extra)
-        checks.updates(grads, params)
-        if not own:
-            updates, plans, states = self._run(grads, state, params, extra)
-            params, (*last, _) = carry_out([*plans, Plan(_land_at, tuple)], updates, params, where_none=params)
-            return params, (*states, *last)
-        checks.members(state, len(self.transforms), "a chain")
-        updates, first = self._before_last(grads, state, params, extra)
-        params, last = self.transforms[-1].step(updates, state[-1], params, **extra)
-        return params, (*first, last)
-
-    def _step_narrow(
-        self, grads: PyTree, state: PyTree, params: PyTree, narrow: Narrow, extra: Extra
-    ) -> tuple[PyTree, PyTree, PyTree]:
-        """One whole step, landed by the last member; see `Transformation._step_narrow`."""
-        if not self.fuses_narrow:
-            return super()._step_narrow(grads, state, params, narrow, extra)
-        checks.members(state, len(self.transforms), "a chain")
-        updates, first = self._before_last(widened(grads), state, params, extra)
-        params, kept, last = self.transforms[-1]._step_narrow(updates, state[-1], params, narrow, extra)
-        return params, kept, (*first, last)
-
-    def _before_last(self, grads: PyTree, state: PyTree, params: PyTree, extra: Extra) -> tuple[PyTree, PyTree]:
-        return Chain(self.transforms[:-1])._update(grads, state[:-1], params, extra)
-
-    def __repr__(self) -> str:
-        members = ", ".join(map(repr, self.transforms))
-        return f"Chain(({members}{',' if len(self.transforms) == 1 else ''}))"
-
-
-def chain(*transforms: Any) -> Chain:
-    """Apply transformations one after another.
-
-    Args:
-      *transforms: Ours, optax's, or any object with `init` and `update`. None at all: the identity.
-
-    Returns:
-      A transformation whose state is the tuple of its members' states. Extra keyword arguments of
-      `update` reach those members whose own `update` takes them.
-
-    Raises:
-      TypeError: An argument has no `init` and `update`.
-      ValueError: One of `adamjax.rounding`'s wrappers is not the last.
-
-    >>> import adamjax
-    >>> adamjax.chain(adamjax.clip_by_global_norm(1.0), adamjax.scale_by_learning_rate(0.1))
-    Chain((ClipByGlobalNorm(max_norm=1.0), ScaleByLearningRate(learning_rate=0.1)))
-    """
-    return Chain(tuple(as_transformation(t, f"argument {i} of chain") for i, t in enumerate(transforms)))
-
-
-def as_transformation(x: Any, where: str) -> Transformation:
-    """`x` as one of ours; `where` it stands is for the message if it has no `init` and `update`."""
+def as_transformation(x: object, where: str) -> Transformation:
+    """Return `x` as one of ours; the message of an error says that it stands at `where`."""
     if isinstance(x, Transformation):
         return x
     if isinstance(x, type) or not (callable(getattr(x, "init", None)) and callable(getattr(x, "update", None))):
         hint = f": call it, {name_of(x)}(...)" if callable(x) else ""
         raise TypeError(f"{where} is {x!r}, expected a transformation with init and update{hint}")
-    return Foreign(x)
+    return Foreign(x)  # type: ignore[arg-type]
 
 
-def say_unfused(transform: Transformation, where: str) -> None:
-    """Refuse what is to step in one pass over memory, `where` it cannot; or warn, if it is to where it can."""
-    if transform.fused is True:
-        raise ValueError(f"{transform!r} cannot step in one pass {where}: take fused=False, or 'auto'")
-    if transform.fused:
+def check_not_fused(opt: Transformation, where: str) -> None:
+    """Raise if `fused=True` cannot be honoured at `where`; warn if `fused="auto"` cannot."""
+    modes = [t._kernel_mode() for t in delivering(opt)]
+    if True in modes:
+        raise ValueError(f"{opt!r} cannot step in one pass {where}: take fused=False, or 'auto'")
+    if "auto" in modes:
         warnings.warn(f"fused='auto' leaves the step to XLA {where}", stacklevel=2)
 
 
-def widened(tree: PyTree) -> PyTree:
-    """The tree, in float32 where it is of half precision."""
+def _minus_zeros(p: Any, wide: bool) -> Any:
+    """The update of a frozen parameter. Adding 0 would turn a parameter that is -0 into 0; adding -0 does not."""
 
-    def widen(x: Any) -> Any:
-        if not low_precision.is_narrow(trees.dtype_of(x)):
-            return x
-        if trees.is_abstract(x):
-            return jax.ShapeDtypeStruct(x.shape, jnp.dtype(jnp.float32), sharding=x.sharding)
-        return x.astype(jnp.float32)
+    def of_array(x: Any) -> jax.Array:
+        dtype: np.dtype = trees.dtype_of(x)
+        return -trees.zeros_like(x, trees.compute_dtype(dtype) if wide else dtype)
 
-    return jax.tree.map(widen, tree)
-
-
-def apply_updates(params: PyTree, updates: PyTree) -> PyTree:
-    """Add updates to parameters: `params + updates`, rounded once to the parameters' dtype.
-
-    Args:
-      params: The parameters.
-      updates: What `update` returned: the structure and shapes of `params`. The sum is taken in
-        float32 or wider. A None leaves what stands at its place as it is.
-
-    Returns:
-      The new parameters, with the structure, shapes and dtypes of `params`.
-
-    Raises:
-      TypeError, ValueError: The trees do not fit each other; the message names the path.
-
-    >>> import adamjax, jax.numpy as jnp
-    >>> adamjax.apply_updates({"w": jnp.array([1.0, 2.0])}, {"w": jnp.array([0.5, -0.5])})
-    {'w': Array([1.5, 1.5], dtype=float32)}
-    """
-    checks.given(params, updates, "apply_updates", "apply_updates(params, updates)")
-    checks.updates(updates, params)
-    structure, rows = trees.flatten(updates, params)
-    return jax.tree.unflatten(structure, [p if u is None else _add(p, u) for u, p in rows])
-
-
-@partial(jax.jit, inline=True)
-def _add(p: Array, u: Array) -> Array:
-    dtype = trees.compute_dtype(p.dtype, u.dtype)
-    return (p.astype(dtype) + u.astype(dtype)).astype(p.dtype)
-
-
-def _land_at(place: int, dtype: np.dtype, p: Any, kept: tuple[Any, ...]) -> Doing:
-    return Doing(_land, None, dtype)
-
-
-def _land(u: Array, p: Array, kept: Any, numbers: None) -> tuple[Array, Any]:
-    """The parameter that comes of an update: rounded to its dtype and added."""
-    return _add(p, u.astype(_rounded_dtype(u.dtype, p.dtype))), kept
-
-
-def _round(updates: PyTree, grads: PyTree, params: PyTree | None) -> PyTree:
-    """Round to the dtypes of the parameters, or of the gradients where those are not given."""
-
-    def round_to(u: Any, x: Any) -> Any:
-        return trees.cast(u, _rounded_dtype(trees.dtype_of(u), trees.dtype_of(x)))
-
-    return trees.map_leaves(round_to, updates, grads if params is None else params)
-
-
-def _rounded_dtype(update: np.dtype, target: np.dtype) -> np.dtype:
-    # A complex parameter may have a real gradient, but no real update.
-    is_complex = jnp.issubdtype(update, jnp.complexfloating)
-    return trees.compute_dtype(target, jnp.dtype(jnp.complex64)) if is_complex else target
-
-
-def _fill(updates: PyTree, params: PyTree, *, wide: bool) -> PyTree:
-    """Zeros in place of None: in the dtypes of the parameters or, if `wide`, in float32 at least."""
-
-    def zeros(p: Any) -> jax.Array:
-        dtype = trees.dtype_of(p)
-        # Not 0: added to a parameter that is -0, it would make it 0.
-        return -trees.zeros_like(p, trees.compute_dtype(dtype) if wide else dtype)
-
-    structure, rows = trees.flatten(updates, params)
-    return jax.tree.unflatten(structure, [jax.tree.map(zeros, p) if u is None else u for u, p in rows])
+    return jax.tree.map(of_array, p)

@@ -2,16 +2,18 @@
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 
 from adamjax._core import checks, trees
-from adamjax._core.trees import PyTree
+from adamjax._core.trees import Leaves
+from adamjax._core.typing import Extra, PyTree
 from adamjax._core.value import static_field, value
-from adamjax._transforms.base import Chain, Extra, Transformation, as_transformation
-from adamjax._transforms.param_rounding import Narrow
+from adamjax._transforms.base import Result, RoundsParams, Transformation, as_transformation, delivering
+from adamjax._transforms.chain import Chain
+from adamjax._transforms.delivery import Delivery
 
 
 @value
@@ -21,15 +23,8 @@ class Groups(Transformation):
     members: tuple[Transformation, ...]
     patterns: tuple[str | None, ...] = static_field()  # None: whatever no other matches
 
-    @property
-    def fused(self) -> bool | str:  # type: ignore[override]
-        modes = [member.fused for member in self.members]
-        return next((mode for mode in (True, "auto") if mode in modes), False)
-
-    @property
-    def fuses_narrow(self) -> bool:  # type: ignore[override]
-        fused = [member.fuses_narrow for member in self.members if member.fused]
-        return bool(fused) and all(fused)
+    def _delivered_by(self) -> tuple[Transformation, ...]:
+        return self.members
 
     def describe(self, params: PyTree) -> str:
         """A table: each parameter's path and shape, what matched it, and its optimizer."""
@@ -61,71 +56,40 @@ class Groups(Transformation):
             raise ValueError(f"{', '.join(map(repr, sorted(unused)))} matches no parameter; those are {paths}")
         return owners
 
-    def apart(self, params: PyTree) -> list[PyTree]:
+    def split_params(self, params: PyTree) -> list[PyTree]:
         """The parameters of each member: a tree in which those of the others are None."""
-        return self._apart(params, self._numbers(params))
+        leaves = Leaves.of(params)
+        owners = self._assign_groups(leaves)
+        return [_select(leaves, owners, i).tree for i in range(len(self.members))]
 
-    def _apart(self, tree: PyTree, owners: list[int]) -> list[PyTree]:
-        structure: Any
-        leaves, structure = jax.tree.flatten(tree, is_leaf=trees.is_none)
-        return [
-            structure.unflatten([x if owner == i else None for x, owner in zip(leaves, owners, strict=True)])
-            for i in range(len(self.members))
-        ]
+    def _assign_groups(self, leaves: Leaves) -> list[int]:
+        """The group of each leaf, absent ones included (for which any will do)."""
+        owners = iter(self._owners(leaves.tree))
+        return [0 if x is None else next(owners)[2] for x in leaves.leaves]
 
     def _init(self, params: PyTree) -> tuple[PyTree, ...]:
-        return tuple(member._init(part) for member, part in zip(self.members, self.apart(params), strict=True))
+        return tuple([member._init(part) for member, part in zip(self.members, self.split_params(params), strict=True)])
 
-    def _numbers(self, tree: PyTree) -> list[int]:
-        """The group of each leaf of `tree`, absent ones included (for which any will do)."""
-        owners = iter(self._owners(tree))
-        return [0 if x is None else next(owners)[2] for x in jax.tree.leaves(tree, is_leaf=trees.is_none)]
+    def _run(
+        self, updates: Leaves, state: PyTree, params: Leaves | None, extra: Extra, delivery: Delivery | None
+    ) -> Result:
+        checks.member_states(state, len(self.members), "groups")
+        owners = self._assign_groups(updates if params is None else params)
+        results, delivered, states = [], [], []
+        for i, (member, part) in enumerate(zip(self.members, state, strict=True)):
+            own = None if params is None else _select(params, owners, i)
+            found, of_delivery, part = member._run(_select(updates, owners, i), part, own, extra, delivery)
+            results.append(found.leaves)
+            delivered.append(of_delivery)
+            states.append(part)
+        merged = [results[owner][k] for k, owner in enumerate(owners)]
+        kept = [] if delivery is None else [delivered[owner][k] for k, owner in enumerate(owners)]
+        return updates.like(merged), kept, tuple(states)
 
-    def _update(self, updates: PyTree, state: PyTree, params: PyTree | None, extra: Extra) -> tuple[PyTree, PyTree]:
-        updates, state = self._by_each(lambda member, *args: member._update(*args, extra), updates, state, params)
-        return updates, state
 
-    def step(self, grads: PyTree, state: PyTree, params: PyTree, **extra: Any) -> tuple[PyTree, PyTree]:
-        """One whole step, each member's own; see `Transformation.step`."""
-        checks.given(params, grads, "step", "step(grads, state, params)")
-        checks.updates(grads, params)
-        params, state = self._by_each(lambda member, *args: member.step(*args, **extra), grads, state, params)
-        return params, state
-
-    def _step_narrow(
-        self, grads: PyTree, state: PyTree, params: PyTree, narrow: Narrow, extra: Extra
-    ) -> tuple[PyTree, PyTree, PyTree]:
-        """One whole step, each member's own; see `Transformation._step_narrow`."""
-
-        def act(
-            member: Transformation, grads: PyTree, state: PyTree, params: PyTree, part: PyTree, kept: PyTree
-        ) -> tuple[PyTree, ...]:
-            return member._step_narrow(grads, state, params, narrow._replace(params=part, kept=kept), extra)
-
-        params, kept, state = self._by_each(act, grads, state, params, narrow.params, narrow.kept)
-        return params, kept, state
-
-    def _by_each(
-        self,
-        act: Callable[..., tuple[PyTree, ...]],
-        updates: PyTree,
-        state: PyTree,
-        params: PyTree | None,
-        *more: PyTree,
-    ) -> tuple[PyTree, ...]:
-        """What `act` makes of each member and of its part of all trees: trees, put together again, and the state."""
-        checks.members(state, len(self.members), "groups")
-        owners = self._numbers(updates if params is None else params)
-        grads = self._apart(updates, owners)
-        others = [[None] * len(grads) if x is None else self._apart(x, owners) for x in (params, *more)]
-        *made, states = zip(*map(act, self.members, grads, state, *others), strict=True)
-        structure: Any
-        results = []
-        for columns in made:
-            structure, rows = trees.flatten(updates, *columns)
-            chosen = [row[1 + owner] for row, owner in zip(rows, owners, strict=True)]
-            results.append(structure.unflatten(chosen))
-        return *results, states
+def _select(leaves: Leaves, owners: list[int], i: int) -> Leaves:
+    """The leaves of group `i`; None in place of the others."""
+    return leaves.like([x if owner == i else None for x, owner in zip(leaves.leaves, owners, strict=True)])
 
 
 def groups(members: Mapping[str, Any], *, default: Any = None) -> Groups:
@@ -172,7 +136,7 @@ def groups(members: Mapping[str, Any], *, default: Any = None) -> Groups:
     if not given:
         raise ValueError("groups needs at least one group, or a default")
     for name, transform in given:
-        if transform.lands:
+        if any(isinstance(t, RoundsParams) for t in delivering(transform)):
             raise ValueError(
                 f"the group {name!r} rounds parameters ({transform!r}): put that around groups(...) instead"
             )

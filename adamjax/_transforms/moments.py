@@ -1,10 +1,10 @@
-"""What makes a transformation of a pytree out of the step of one array: state, dtypes, storage."""
+"""Moments: the state of Adam and its kin, and the step of one leaf around the rule of one array."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import chex
 import jax
@@ -12,19 +12,20 @@ import jax.export
 import numpy as np
 from jax import Array
 
-from adamjax import storage
 from adamjax._core import checks, trees
 from adamjax._core.low_precision import Dither, dither
-from adamjax._core.packing import unpacked
-from adamjax._core.trees import PyTree
+from adamjax._core.packing import Layout, unpacked
+from adamjax._core.quantization import QuantizedArray
+from adamjax._core.trees import Leaves
+from adamjax._core.typing import PyTree
+from adamjax._transforms import moment_storage as storage
 from adamjax._transforms.base import Leafwise
-from adamjax._transforms.leafwise import Doing, Plan, fixed
-
-Step = tuple[Array, Array, Array, Any]  # the direction, and the new m, v, v_max (or None)
+from adamjax._transforms.leafwise import LeafOp, LeafTransform, as_constants
+from adamjax._transforms.moment_storage import Moment, Quantized
 
 
 class AdamState(NamedTuple):
-    """What the next step needs of the last ones.
+    """The numbers that the next step needs from the last ones.
 
     Fields:
       count: int32 scalar, the number of steps done; stays at its largest value once there.
@@ -43,8 +44,8 @@ class AdamState(NamedTuple):
 jax.export.register_namedtuple_serialization(AdamState, serialized_name="adamjax.AdamState")
 
 
-def find(state: PyTree) -> list[tuple[tuple[Any, ...], Any]]:
-    """All nodes of a state that hold moments, ours or optax's, each with its path; none of their trees is packed."""
+def find_moments(state: PyTree) -> list[tuple[tuple[Any, ...], Any]]:
+    """Find all nodes of a state that hold moments, ours or optax's: each with its path, and unpacked."""
 
     def holds_moments(x: Any) -> bool:
         return {"count", "mu", "nu"} <= set(getattr(x, "_fields", ()))
@@ -53,137 +54,186 @@ def find(state: PyTree) -> list[tuple[tuple[Any, ...], Any]]:
     return [(path, type(x)(*map(unpacked, x))) for path, x in nodes if holds_moments(x)]
 
 
-class Keep(NamedTuple):
-    """What a step goes on with of each of its new moments: see `storage.settle_signed`."""
+class Parts(NamedTuple):
+    """The parts of the direction of one array, for who wants to see them: m_hat / (root + eps)."""
 
-    mu: Callable[[Array], Array]
-    nu: Callable[[Array], Array]
-    nu_max: Callable[[Array], Array]
+    m_hat: Array
+    root: Array
+    eps: Any
+
+
+class Rule(Protocol):
+    """The step of one array, in float32 or wider; `s` holds the scalars of the step. Hashable."""
+
+    def accumulate(self, g: Array, m: Array, v: Array, s: Any) -> tuple[Array, Array]:
+        """The new first and second moment."""
+
+    def maximum(self, v: Array, v_max: Array, s: Any) -> Array:
+        """The new running maximum of the second moment."""
+
+    def direction(self, g: Array, m: Array, v: Array, v_max: Array | None, s: Any) -> Array:
+        """The direction of the step, from the new moments."""
+
+    def parts(self, m: Array, v: Array, v_max: Array | None, s: Any) -> Parts:
+        """The parts of the direction that the moments have."""
 
 
 class Moments(Leafwise):
     """Base of the transformations that keep two moments per parameter.
 
-    A member has the fields `mu_dtype` and `nu_dtype`, and says what the step of one array is.
+    A member has the fields `mu_dtype` and `nu_dtype`, and says the rule of one array.
     """
 
     mu_dtype: Any
     nu_dtype: Any
 
     @property
-    def keeps_maximum(self) -> bool:
+    def tracks_max(self) -> bool:
         """Whether the state has `nu_max`."""
         return False
 
-    def _rule(self) -> tuple[Callable[..., Step], tuple[Any, ...]]:
-        """The step of one array, called as `rule(g, m, v, v_max, scalars, keep, *options)`."""
+    @property
+    def rule(self) -> Rule:
+        """The rule of one array."""
         raise NotImplementedError
 
     def _scalars(self, t: Array) -> Any:
-        """What the rule needs of the hyperparameters at step `t` (1 for the first), in its dtype."""
+        """The hyperparameters of step `t` (1 for the first) and what follows from them, in the dtype of `t`."""
         raise NotImplementedError
+
+    def parts(self, m: Array, v: Array, v_max: Array | None, t: Array) -> Parts:
+        """The parts of the direction at step `t`."""
+        return self.rule.parts(m, v, v_max, self._scalars(t))
 
     def _check_dtypes(self) -> None:
         self._replace_field("mu_dtype", storage.moment_format("mu_dtype", self.mu_dtype, signed=True))
         self._replace_field("nu_dtype", storage.moment_format("nu_dtype", self.nu_dtype, signed=False))
 
     def _init(self, params: PyTree) -> AdamState:
-        def empty_nu() -> PyTree:
-            return storage.empty(params, "nu_dtype", self.nu_dtype, signed=False)
+        def second() -> PyTree:
+            return storage.init_moments(params, "nu_dtype", self.nu_dtype, signed=False)
 
-        mu = storage.empty(params, "mu_dtype", self.mu_dtype, signed=True)
-        return AdamState(trees.zero_count(params), mu, empty_nu(), empty_nu() if self.keeps_maximum else None)
+        mu = storage.init_moments(params, "mu_dtype", self.mu_dtype, signed=True)
+        return AdamState(trees.zero_count(params), mu, second(), second() if self.tracks_max else None)
 
-    def checked(self, updates: PyTree, state: PyTree) -> AdamState:
-        """`state`, if it is one of these moments for such gradients; whole, where a framework took it apart."""
+    def _leaf_transforms(self, updates: Leaves, state: PyTree, params: Leaves | None) -> list[LeafTransform]:
+        columns = self._columns(updates, state)
+        return [StepMoments.of(self, state.count, columns, lambda column: updates.like(column).tree)]
+
+    def _columns(self, updates: Leaves, state: PyTree) -> list[list[Any]]:
+        """The moments in the order of the updates, if `state` fits those."""
         checks.state(state, AdamState, type(self).__name__)
-        state = AdamState(
-            state.count,
-            storage.revive(state.mu, updates, self.mu_dtype, signed=True),
-            *(storage.revive(x, updates, self.nu_dtype, signed=False) for x in (state.nu, state.nu_max)),
-        )
-        checks.moments(updates, state.mu, "state.mu")
-        checks.moments(updates, state.nu, "state.nu", real=True)
-        if self.keeps_maximum:
-            checks.moments(updates, state.nu_max, "state.nu_max", real=True)
-        elif state.nu_max is not None:
+        columns = [self._column(updates, state, "mu"), self._column(updates, state, "nu")]
+        if self.tracks_max:
+            return [*columns, self._column(updates, state, "nu_max")]
+        if state.nu_max is not None:
             raise ValueError(
                 f"{type(self).__name__} was given a state with nu_max, which AMSGrad keeps: this state belongs to "
                 "another optimizer, call init(params)"
             )
-        return state
+        return [*columns, [None] * len(updates.leaves)]
 
-    def _plan(self, updates: PyTree, state: PyTree, params: PyTree | None) -> Plan:
-        state = self.checked(updates, state)
-        count = trees.increment(state.count)
-        step = _LeafStep(*self._rule())
-        scalars = cache(lambda dtype: fixed(self._scalars(count.astype(dtype)), count))
-
-        def at(place: int, dtype: np.dtype, p: Any, kept: tuple[Any, ...]) -> Doing:
-            m, v, _ = kept
-            storage.check(*kept)
-            dtype = trees.compute_dtype(dtype, m.dtype, v.dtype)
-            return Doing(step, (scalars(trees.real_dtype(dtype)), dithers_of(count, place, m, v)), dtype)
-
-        def after(mu: PyTree, nu: PyTree, nu_max: PyTree) -> AdamState:
-            return AdamState(count, mu, nu, nu_max if self.keeps_maximum else None)
-
-        return Plan(at, after, (state.mu, state.nu, state.nu_max))
+    def _column(self, updates: Leaves, state: PyTree, name: str) -> list[Any]:
+        signed, found = name == "mu", getattr(state, name)
+        format = self.mu_dtype if signed else self.nu_dtype
+        if isinstance(format, Quantized):
+            found = storage.rebuild_quantized(found, updates, format, signed=signed)
+        return checks.moments(updates, found, f"state.{name}", real=not signed)
 
 
 @dataclass(frozen=True)
-class _LeafStep:
-    """`step_leaf` by a rule, for a `Plan`."""
+class StepMoments(LeafTransform):
+    """The step of the moments of each leaf.
 
-    rule: Callable[..., Step]
-    options: tuple[Any, ...]
+    Fields:
+      rule: The rule of one array.
+      scalars: From a real dtype, the scalars of this step in it.
+      count: The number of this step.
+      finish: Makes the new state, called with lists of the new m, v and v_max.
+      leaf_states: m, v and v_max of each leaf, and of each group.
+      layout: The groups whose moments are packed.
+    """
 
-    def __call__(self, u: Array, p: Any, kept: tuple[Any, ...], numbers: tuple[Any, Any]) -> tuple[Any, Any]:
-        m, v, v_max = kept
-        direction, *new = step_leaf(u, m, v, v_max, *numbers, rule=self.rule, options=self.options)
-        return direction, tuple(new)
+    rule: Rule
+    scalars: Callable[[np.dtype], Any]
+    count: Array
+    finish: Callable[..., PyTree]
+    leaf_states: Sequence[Any]
+    layout: Layout = ()
+
+    @classmethod
+    def of(
+        cls,
+        member: Moments,
+        count: Array,
+        columns: list[list[Any]],
+        rebuild: Callable[[list[Any]], PyTree],
+        layout: Layout = (),
+    ) -> "StepMoments":
+        """Make the next step of a `member` whose state has this `count`.
+
+        `columns` are its mu, nu and nu_max taken apart (None for each leaf of nu_max, if it has none); `rebuild` puts
+        one of them together again.
+        """
+        count = trees.increment(count)
+
+        def finish(mu: list[Any], nu: list[Any], nu_max: list[Any]) -> AdamState:
+            return AdamState(count, rebuild(mu), rebuild(nu), rebuild(nu_max) if member.tracks_max else None)
+
+        scalars = cache(lambda dtype: as_constants(member._scalars(count.astype(dtype)), count))
+        return cls(member.rule, scalars, count, finish, list(zip(*columns, strict=True)), layout)
+
+    def ops_for(self, index: int, dtype: np.dtype, p: Any) -> Sequence[LeafOp]:
+        """Step the moments of leaf `index`."""
+        m, v, v_max = self.leaf_states[index]
+        for x in (m, v, v_max):
+            if isinstance(x, QuantizedArray):
+                x.check()
+        dtype = trees.compute_dtype(dtype, m.dtype, v.dtype)
+        operands = self.scalars(trees.real_dtype(dtype)), moment_dithers(self.count, index, m, v)
+        return (LeafOp(StepLeaf(self.rule), operands, dtype),)
+
+    def new_state(self, leaf_states: list[Any]) -> PyTree:
+        """The state with the new moments."""
+        return self.finish(*([list(column) for column in zip(*leaf_states, strict=True)] or [[], [], []]))
 
 
-def dithers_of(count: Array, number: int, m: Any, v: Any) -> tuple[Dither | None, Dither | None]:
-    """By what the moments of parameter `number` are rounded at step `count`; None where they are not."""
-    first, second = map(storage.is_rounded, (m, v))
+def moment_dithers(count: Array, index: int, m: Moment, v: Moment) -> tuple[Dither | None, Dither | None]:
+    """The dithers of the moments of parameter `index` at step `count`; None where they are not rounded."""
+    first, second = storage.needs_dither(m), storage.needs_dither(v)
     if not (first or second):
         return None, None
-    both = dither(count, number)
-    return both if first else None, both.other() if second else None
+    both = dither(count, index)
+    return both if first else None, both.second_array() if second else None
 
 
-def step_leaf(
-    g: Array,
-    m: Any,
-    v: Any,
-    v_max: Any,
-    scalars: Any,
-    dithers: tuple[Dither | None, ...],
-    *,
-    rule: Callable[..., Step],
-    options: tuple[Any, ...],
-) -> Step:
-    """Load the moments of one leaf, step in float32 or wider, store them."""
-    stored = (m, v, v_max)
-    chex.assert_equal_shape([x for x in (g, *stored) if x is not None])
-    dtype = trees.compute_dtype(g.dtype, m.dtype, v.dtype)
-    real = trees.real_dtype(dtype)
-    g = g.astype(dtype)
-    m, v = storage.load(m, dtype, g), storage.load(v, real, g)
-    v_max = None if v_max is None else storage.load(v_max, real, g)
-    keep = Keep(
-        lambda x: storage.settle_signed(x, stored[0], dithers[0]),
-        lambda x: storage.settle_decaying(x, stored[1], dithers[1]),
-        lambda x: storage.settle_growing(x, stored[2]),
-    )
-    # Real scalars times complex arrays are meant, even where promotion is strict.
-    with jax.numpy_dtype_promotion("standard") if dtype != real else contextlib.nullcontext():
-        direction, m, v, v_max = rule(g, m, v, v_max, scalars, keep, *options)
-    kept = (
-        storage.store(m, stored[0], dithers[0]),
-        storage.store(v, stored[1], dithers[1]),
-        None if v_max is None else storage.store(v_max, stored[2], None),
-    )
-    chex.assert_trees_all_equal_shapes_and_dtypes(kept, stored)
-    return direction, *kept
+@dataclass(frozen=True)
+class StepLeaf:
+    """A `LeafFunction`: load the moments of one leaf, step in float32 or wider, and store them."""
+
+    rule: Rule
+
+    def __call__(self, g: Array, p: Any, stored: Any, operands: Any) -> tuple[Array, Any]:
+        scalars, (dither1, dither2) = operands
+        m_stored, v_stored, max_stored = stored
+        chex.assert_equal_shape([x for x in (g, *stored) if x is not None])
+        dtype = trees.compute_dtype(g.dtype, m_stored.dtype, v_stored.dtype)
+        real = trees.real_dtype(dtype)
+        g = g.astype(dtype)
+        m, v = storage.load(m_stored, dtype, g), storage.load(v_stored, real, g)
+        v_max = None if max_stored is None else storage.load(max_stored, real, g)
+        # Real scalars times complex arrays are meant, even where promotion is strict.
+        with jax.numpy_dtype_promotion("standard") if dtype != real else contextlib.nullcontext():
+            m, v = self.rule.accumulate(g, m, v, scalars)
+            m = storage.round_first_moment(m, m_stored, dither1)
+            v = storage.round_second_moment(v, v_stored, dither2)
+            if v_max is not None:
+                v_max = storage.round_max(self.rule.maximum(v, v_max, scalars), max_stored)
+            direction = self.rule.direction(g, m, v, v_max, scalars)
+        new = (
+            storage.store(m, m_stored, dither1),
+            storage.store(v, v_stored, dither2),
+            None if v_max is None else storage.store(v_max, max_stored, None),
+        )
+        chex.assert_trees_all_equal_shapes_and_dtypes(new, stored)
+        return direction, new

@@ -10,30 +10,33 @@ import numpy as np
 from adamjax._core import checks, collectives, packing, trees
 from adamjax._core.packing import PackedTree
 from adamjax._core.quantization import is_quantized
-from adamjax._core.trees import PyTree
+from adamjax._core.trees import Leaves
+from adamjax._core.typing import GradientTransformation, PyTree
 from adamjax._core.value import static_field, value
-from adamjax._transforms.base import Chain, Extra, Transformation, Wrapper, as_transformation
+from adamjax._transforms.base import Leafwise, Transformation, Wrapper, as_transformation
+from adamjax._transforms.chain import Chain
 from adamjax._transforms.groups import Groups
-from adamjax._transforms.moments import AdamState, Moments
-from adamjax._transforms.weight_decay import Objective
+from adamjax._transforms.leafwise import LeafTransform
+from adamjax._transforms.moments import AdamState, Moments, StepMoments
+from adamjax._transforms.weight_decay import CoupledDecay
 
-_BELOW = 16384
+_MAX_PACKED_SIZE = 16384
 
 
 @value
-class Packed(Wrapper):
-    """See `packed`; `inner` is what keeps the moments."""
+class Packed(Leafwise):
+    """See `packed`; `inner` keeps the moments."""
 
-    inner: Any
-    below: int = static_field(default=_BELOW)
+    inner: Moments
+    below: int = static_field(default=_MAX_PACKED_SIZE)
 
     def __post_init__(self) -> None:
         if not isinstance(self.inner, Moments):
-            raise TypeError(f"Invalid inner value: {self.inner!r}; inner must be what keeps moments, as scale_by_adam")
+            raise TypeError(f"Invalid inner value: {self.inner!r}; inner must keep moments, as scale_by_adam does")
         self._replace_field("below", checks.count("below", self.below))
 
     def _init(self, params: PyTree) -> AdamState:
-        like = self.inner._init(trees.shapes_of(params))
+        like = self.inner._init(trees.abstract_like(params))
         structure, rows = trees.flatten(params, like.mu, like.nu, like.nu_max)
         small = [
             (i, np.shape(p), (trees.dtype_of(p), m.dtype, v.dtype))
@@ -41,56 +44,55 @@ class Packed(Wrapper):
             if p is not None and np.size(p) < self.below and not any(map(is_quantized, (m, v, v_max)))
         ]
         layout = packing.layout_of(small)
-        packed = {i for i, *_ in small}
-        rest = self.inner._init(structure.unflatten([None if i in packed else p for i, (p, *_) in enumerate(rows)]))
-        sizes = [(places[0][0], size) for places, size in zip(layout, packing.sizes_of(layout), strict=True)]
-        columns = [1, 2, 3] if self.inner.keeps_maximum else [1, 2]
+        grouped = {i for i, *_ in small}
+        rest = self.inner._init(structure.unflatten([None if i in grouped else p for i, (p, *_) in enumerate(rows)]))
+        sizes = [(places[0][0], size) for places, size in zip(layout, packing.group_sizes(layout), strict=True)]
+        columns = [1, 2, 3] if self.inner.tracks_max else [1, 2]
 
         def zeros() -> list[tuple[Any, ...]]:
             return [tuple(jnp.zeros(size, rows[first][j].dtype) for first, size in sizes) for j in columns]
 
-        pairs = zip((rest.mu, rest.nu, rest.nu_max), trees.fresh(zeros, params), strict=False)
+        pairs = zip((rest.mu, rest.nu, rest.nu_max), trees.make_on_mesh_of(zeros, params), strict=False)
         return AdamState(trees.zero_count(params), *(PackedTree(tree, groups, layout) for tree, groups in pairs))
 
-    def checked(self, updates: PyTree, state: PyTree) -> AdamState:
-        """`state`, if it is one of these moments for such gradients."""
+    def _leaf_transforms(self, updates: Leaves, state: PyTree, params: Leaves | None) -> list[LeafTransform]:
+        columns = self._columns(updates, state)
+        layout, count = state.mu.layout, len(updates.leaves)
+        for places in layout:
+            _check_varying_alike(updates, [index for index, _ in places])
+
+        def rebuild(column: list[Any]) -> PackedTree:
+            return PackedTree(updates.like(column[:count]).tree, tuple(column[count:]), layout)
+
+        return [StepMoments.of(self.inner, state.count, columns, rebuild, layout)]
+
+    def _columns(self, updates: Leaves, state: PyTree) -> list[list[Any]]:
+        """The moments of each leaf (None in a group) and then of each group, if `state` fits the updates."""
         checks.state(state, AdamState, "packed")
-        kept = {"state.mu": state.mu, "state.nu": state.nu}
-        if self.inner.keeps_maximum:
-            kept["state.nu_max"] = state.nu_max
-        for name, tree in kept.items():
+        columns = []
+        for name in ("mu", "nu", "nu_max") if self.inner.tracks_max else ("mu", "nu"):
+            tree = getattr(state, name)
             if not isinstance(tree, PackedTree):
                 raise TypeError(
-                    f"{name} of packed is {type(tree).__name__}, expected PackedTree: call init(params); moments to go "
-                    f"on with are put in its place by {name}.pack(moments) of that"
+                    f"state.{name} of packed is {type(tree).__name__}, expected PackedTree: call init(params); to go "
+                    f"on with other moments, put them in its place by state.{name}.pack(moments)"
                 )
-            checks.groups(tree.groups, packing.sizes_of(tree.layout), name)
+            checks.groups(tree.groups, packing.group_sizes(tree.layout), f"state.{name}")
             if tree.layout != state.mu.layout:
-                raise ValueError(f"{name} has other groups than state.mu: they belong to different optimizers")
-        checks.moments(updates, state.mu.like(), "state.mu")
-        return state
-
-    def _update(self, updates: PyTree, state: PyTree, params: PyTree | None, extra: Extra) -> tuple[PyTree, AdamState]:
-        state = self.checked(updates, state)
-        layout = state.mu.layout
-        rest, groups = packing.taken_apart(updates, layout)
-        for places, group in zip(layout, groups, strict=True):
-            _check_alike(updates, [number for number, _ in places], group)
-        grads = PackedTree(rest, tuple(map(_joined, groups, state.mu.shapes)), layout)
-        direction, new = self.inner._update(grads, state, None, extra)
-        frozen = [tuple(g is None for g in group) for group in groups]
-        after = (_kept(new_tree, before, frozen) for new_tree, before in zip(new[1:], state[1:], strict=True))
-        direction = trees.map_leaves(lambda g, u: packing.sharded_like(u, g), updates, direction.unpack())
-        return direction, AdamState(new.count, *after)
+                raise ValueError(f"state.{name} has other groups than state.mu: they belong to different optimizers")
+            checks.moments(updates, tree.like(), f"state.{name}", real=name != "mu")
+            columns.append([*updates.column(tree.rest), *tree.groups])
+        return columns if self.inner.tracks_max else [*columns, [None] * len(columns[0])]
 
 
-def _check_alike(updates: PyTree, numbers: list[int], group: list[Any]) -> None:
+def _check_varying_alike(updates: Leaves, indices: list[int]) -> None:
     """Check that gradients of a group differ over the same mapped axes, as far as JAX knows."""
-    axes = [None if g is None else collectives.varying_over(g) for g in group]
-    if len(known := {found for found in axes if found is not None}) > 1:
-        paths = [path for path, _ in jax.tree.leaves_with_path(updates, is_leaf=trees.is_none)]
+    axes = {i: collectives.varying_over(updates.leaves[i]) for i in indices if updates.leaves[i] is not None}
+    if len(known := set(axes.values())) > 1:
+        paths = updates.paths()
+        first = {found: next(i for i, x in axes.items() if x == found) for found in known}
         said = " and ".join(
-            f"that for params{jax.tree_util.keystr(paths[numbers[axes.index(found)]])} "
+            f"that for params{jax.tree_util.keystr(paths[first[found]])} "
             f"over {', '.join(map(repr, sorted(found))) or 'none'}"
             for found in sorted(known, key=sorted)
         )
@@ -100,27 +102,7 @@ def _check_alike(updates: PyTree, numbers: list[int], group: list[Any]) -> None:
         )
 
 
-def _joined(group: list[Any], shapes: tuple[tuple[int, ...], ...]) -> Any:
-    """The gradients of a group; of those that are frozen, any number will do. None if all are."""
-    given = [g for g in group if g is not None]
-    if not given:
-        return None
-    dtype = trees.dtype_of(given[0])
-    return packing.join([jnp.zeros(s, dtype) if g is None else g for g, s in zip(group, shapes, strict=True)])
-
-
-def _kept(new: Any, old: Any, frozen: list[tuple[bool, ...]]) -> Any:
-    """The moments to keep: the new ones, but for those that are frozen."""
-    if new is None:
-        return None
-    groups = [
-        packing.pinned(packing.restored(a, b, shapes, which) if any(which) and not all(which) else a)
-        for a, b, shapes, which in zip(new.groups, old.groups, new.shapes, frozen, strict=True)
-    ]
-    return dataclasses.replace(new, groups=tuple(groups))
-
-
-def packed(opt: Any, below: int = _BELOW) -> Transformation:
+def packed(opt: GradientTransformation, below: int = _MAX_PACKED_SIZE) -> Transformation:
     """Keep the moments of small parameters in a few flat arrays, and step those together.
 
     For a model of a thousand small arrays, handing them all over, and compiling a step of each, takes longer than
@@ -178,11 +160,11 @@ def _packed(opt: Transformation, below: int) -> tuple[Any, int]:
         name = "transforms" if isinstance(opt, Chain) else "members"
         pairs = [_packed(member, below) for member in getattr(opt, name)]
         return _with(opt, name, tuple(member for member, _ in pairs)), sum(places for _, places in pairs)
-    if isinstance(opt, Wrapper | Objective):
+    if isinstance(opt, Wrapper | CoupledDecay):
         inner, places = _packed(opt.inner, below)
         return _with(opt, "inner", inner), places
     return opt, 0
 
 
-def _with(opt: Any, name: str, content: Any) -> Any:
+def _with(opt: GradientTransformation, name: str, content: Any) -> Any:
     return dataclasses.replace(opt, **{name: content})

@@ -1,51 +1,211 @@
-"""How half precision parameters take their updates: what a wrapper tells the step that it wraps."""
+"""Rounding of half precision parameters: the delivery of a step inside a wrapper that keeps their residuals."""
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple, NoReturn
 
+import jax
+import jax.export
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
+from adamjax._core import checks, low_precision, trees
 from adamjax._core.low_precision import Dither
-from adamjax._core.trees import PyTree
+from adamjax._core.trees import Leaves
+from adamjax._core.typing import Extra, PyTree
+from adamjax._transforms.base import Result, RoundsParams, Wrapper, check_not_fused, delivering, may_skip
+from adamjax._transforms.delivery import AddToParam, AsUpdate, Delivery
+from adamjax._transforms.leafwise import LeafOp
 
-Rule = Callable[..., tuple[Array, Any]]
+_FLOAT32 = jnp.dtype(jnp.float32)
 
 
-class Landing(NamedTuple):
-    """How a half precision parameter lands.
+class ParamRounding(NamedTuple):
+    """The way a half precision parameter takes an update.
 
     Fields:
-      name: What it is called, to those that have it compiled otherwise.
-      read: From the parameter and what is kept: the parameter in float32, as the wrapped transformation sees it.
-      rule: From the parameter itself in float32, the update, what is kept, a dither and the parameter's dtype: the
-        difference to what the parameter is to become, and what is kept then.
+      name: Its name, to a kernel that has it compiled.
+      to_float32: From the parameter and its residual: the parameter in float32, as the wrapped transformation sees it.
+      update_rule: From the parameter itself in float32, the update, the residual, a dither and the parameter's dtype:
+        the exact difference to the new parameter, and the new residual.
     """
 
     name: str
-    read: Callable[[Array, Any], Array]
-    rule: Rule
-
-    def land(self, p: Array, u: Array, kept: Any, dither: Dither) -> tuple[Array, Any]:
-        """The parameter after the update, and what is kept then."""
-        wide = p.astype(jnp.float32)
-        u, kept = self.rule(wide, u, kept, dither, p.dtype)
-        return (wide + u).astype(p.dtype), kept
+    to_float32: Callable[[Array, Any], Array]
+    update_rule: Callable[..., tuple[Array, Any]]
 
 
-class Narrow(NamedTuple):
-    """Parameters for a step that lands them itself, or leaves it to `land`.
+@dataclass(frozen=True)
+class RoundParam:
+    """A `LeafFunction` that delivers a half precision parameter; its leaf state is the parameter and its residual.
 
     Fields:
-      params: The parameters, of which those in half precision are to land.
-      kept: What those cannot hold, if that is kept.
-      landing: How they do.
-      dither: That of a parameter, by its place among the leaves.
-      land: From updates in float32 (None where parameters are to stay): all parameters, and all that is kept.
+      rounding: The way the parameter takes the update.
+      as_update: True to deliver the exact difference in float32, False to deliver the new parameter.
     """
 
-    params: PyTree
+    rounding: ParamRounding
+    as_update: bool
+
+    def __call__(self, u: Array, seen: Any, state: tuple[Array, Any], dither: Dither) -> tuple[Array, Any]:
+        p, residual = state
+        wide = p.astype(_FLOAT32)
+        u, residual = self.rounding.update_rule(wide, u.astype(_FLOAT32), residual, dither, p.dtype)
+        return u if self.as_update else (wide + u).astype(p.dtype), (p, residual)
+
+
+class RoundParams(Delivery):
+    """Deliver half precision parameters by a `ParamRounding`, and the others as the wrapper is asked to.
+
+    Fields:
+      leaf_states: Each parameter itself, and its residual.
+    """
+
+    def __init__(
+        self,
+        rounding: ParamRounding,
+        plain: Delivery,
+        leaf_states: Sequence[Any],
+        dither: Callable[[int], Dither],
+    ) -> None:
+        self.leaf_states = leaf_states
+        self._function = RoundParam(rounding, isinstance(plain, AsUpdate))
+        self._plain = plain
+        self._dither = dither
+
+    def ops_for(self, index: int, dtype: np.dtype, p: Any) -> Sequence[LeafOp]:
+        """Deliver leaf `index`."""
+        own, _ = self.leaf_states[index]
+        if not is_low_precision(own):
+            return self._plain.ops_for(index, dtype, own)
+        return (LeafOp(self._function, self._dither(index), _FLOAT32 if self._function.as_update else own.dtype),)
+
+    def unchanged(self, index: int, p: Any) -> Any:
+        """The parameter itself, if parameters are delivered."""
+        return None if self._function.as_update else self.leaf_states[index][0]
+
+
+class RoundingState(NamedTuple):
+    """State of the three wrappers.
+
+    Fields:
+      count: int32 scalar, the number of steps done.
+      seed: uint32 scalar; with `count`, the source of the random bits.
+      kept: The residuals, which the parameters themselves cannot hold: trees like them, with None where a parameter
+        is float32 or wider. `kahan`: what they lack, in their dtype. `master_weights`: the parameters
+        in float32, or the lower halves of their bits in uint16. `stochastic_rounding`: None.
+      inner: The state of the wrapped transformation.
+    """
+
+    count: Array  # type: ignore[assignment]  # tuple.count, which nobody counts with
+    seed: Array
     kept: PyTree
-    landing: Landing
-    dither: Callable[[int], Dither]
-    land: Callable[[PyTree], tuple[PyTree, PyTree]]
+    inner: PyTree
+
+
+jax.export.register_namedtuple_serialization(RoundingState, serialized_name="adamjax.RoundingState")
+
+
+class Rounding(RoundsParams):
+    """Base of the wrappers: a member says the residual that it keeps, and how a parameter takes an update."""
+
+    def _wrap(self, name: str) -> None:
+        super()._wrap(name)
+        if any(isinstance(t, RoundsParams) for t in delivering(self.inner)):
+            raise ValueError(f"{name} around {self.inner!r}, which rounds the parameters already: take one of the two")
+        for t in delivering(self.inner):
+            if isinstance(t, Wrapper):  # it may want to see the whole updates
+                check_not_fused(t, f"inside of {name}")
+        if may_skip(self.inner):
+            raise ValueError(
+                f"{name} around {self.inner!r} would count the steps that are skipped, and round: put it inside of that"
+            )
+
+    def _seed(self) -> Any:
+        return 0
+
+    def _init_residual(self, path: str, p: Any) -> Any:
+        """The residual of a half precision parameter before the first step."""
+        return None
+
+    @property
+    def _rounding(self) -> ParamRounding:
+        raise NotImplementedError
+
+    def _init_residuals(self, params: PyTree) -> PyTree:
+        def of_leaf(path: Any, p: Any) -> Any:
+            return self._init_residual("params" + jax.tree_util.keystr(path), p) if is_low_precision(p) else None
+
+        return jax.tree.map_with_path(of_leaf, params)
+
+    def _init(self, params: PyTree) -> RoundingState:
+        seed = trees.make_on_mesh_of(lambda: jnp.asarray(self._seed()).astype(jnp.uint32), params)
+        inner = self.inner._init(jax.tree.map(to_float32, params))
+        return RoundingState(trees.zero_count(params), seed, self._init_residuals(params), inner)
+
+    def _run(
+        self, updates: Leaves, state: PyTree, params: Leaves | None, extra: Extra, delivery: Delivery | None
+    ) -> Result:
+        checks.state(state, RoundingState, type(self).__name__)
+        checks.params_given(params, updates, type(self).__name__)
+        params = updates if params is None else params  # without parameters, there are no gradients
+        residuals = self._checked_residuals(updates, params, state.kept)
+        after = state._replace(count=trees.increment(state.count))
+        rounded = RoundParams(
+            self._rounding,
+            delivery or AddToParam(),
+            list(zip(params.leaves, residuals, strict=True)),
+            partial(low_precision.dither, after.count, seed=after.seed),
+        )
+        seen = self._float32_params(params, residuals)
+        found, delivered, inner = self.inner._run(updates.map(to_float32), state.inner, seen, extra, rounded)
+        kept = params.like([residual for _, residual in delivered]).tree
+        return found, [], after._replace(kept=kept, inner=inner)
+
+    def _float32_params(self, params: Leaves, residuals: list[Any]) -> Leaves:
+        """The parameters as the wrapped transformation sees them."""
+        read = self._rounding.to_float32
+        return params.map(lambda p, residual: read(p, residual) if is_low_precision(p) else p, residuals)
+
+    def _checked_residuals(self, updates: Leaves, params: Leaves, kept: PyTree) -> list[Any]:
+        """The residuals in the order of the parameters, if they are those of such parameters."""
+        try:
+            residuals = params.column(kept)
+            for u, p, residual in zip(updates.leaves, params.leaves, residuals, strict=True):
+                expected = self._init_residual("", trees.abstract_like(p)) if is_low_precision(p) else None
+                if u is not None and _kind(residual) != _kind(expected):
+                    raise ValueError
+        except ValueError:
+            self._raise_misfit(params.tree, kept)
+        return residuals
+
+    def _raise_misfit(self, params: PyTree, kept: PyTree) -> NoReturn:
+        kept_at = {path for path, _ in jax.tree.leaves_with_path(kept)}
+        for path, p in jax.tree.leaves_with_path(params):
+            if path in kept_at and not is_low_precision(p):
+                raise ValueError(
+                    f"params{jax.tree_util.keystr(path)} is {trees.dtype_of(p)}, and was half precision at init: add "
+                    "the float32 updates with adamjax.apply_updates or optax's, which keep the dtype"
+                )
+        checks.same_structure(kept, self._init_residuals(trees.abstract_like(params)), "state.kept")
+        raise AssertionError("the residuals fit after all")
+
+
+def is_low_precision(p: Any) -> bool:
+    """Return whether `p` is an array of half precision, and not an absent parameter or a part of the tree."""
+    return hasattr(p, "dtype") and low_precision.is_low_precision(p.dtype)
+
+
+def to_float32(x: Any) -> Any:
+    """Convert an array, or a `jax.ShapeDtypeStruct`, of half precision to float32; return others as they are."""
+    if not is_low_precision(x):
+        return x
+    if trees.is_abstract(x):
+        return jax.ShapeDtypeStruct(x.shape, _FLOAT32, sharding=x.sharding)
+    return x.astype(_FLOAT32)
+
+
+def _kind(x: Any) -> Any:
+    return None if x is None else (getattr(x, "shape", None), getattr(x, "dtype", None))

@@ -10,9 +10,9 @@ from jax import Array
 
 from adamjax._core import checks, trees
 from adamjax._core.numerics import scale
-from adamjax._core.trees import PyTree
+from adamjax._core.typing import Extra, PyTree
 from adamjax._core.value import static_field, value
-from adamjax._transforms.base import Extra, Transformation
+from adamjax._transforms.base import Transformation
 
 
 class PlateauState(NamedTuple):
@@ -68,7 +68,7 @@ class ReduceOnPlateau(Transformation):
         def make() -> PlateauState:
             return PlateauState(real(1.0), real(jnp.inf), real(0.0), zero(), zero(), zero())
 
-        return trees.fresh(make, params)
+        return trees.make_on_mesh_of(make, params)
 
     def _update(
         self, updates: PyTree, state: PyTree, params: PyTree | None, extra: Extra
@@ -76,7 +76,7 @@ class ReduceOnPlateau(Transformation):
         checks.state(state, PlateauState, type(self).__name__)
         if "value" not in extra:
             raise ValueError("ReduceOnPlateau needs what it watches: call update(grads, state, params, value=loss)")
-        state = self._judge(state, checks.scalar("value", extra["value"], state.mean.dtype))
+        state = self._judge(state, checks.as_scalar("value", extra["value"], state.mean.dtype))
         factor = cache(lambda dtype: state.scale.astype(dtype))
         return trees.map_leaves(lambda u: scale(u, factor(trees.compute_dtype(trees.dtype_of(u)))), updates), state
 
@@ -84,7 +84,7 @@ class ReduceOnPlateau(Transformation):
         """The state after one more value; it is judged once as many as asked for have come together."""
 
         def number(name: str, dtype: Any) -> Any:
-            return checks.scalar(name, getattr(self, name), dtype)
+            return checks.as_scalar(name, getattr(self, name), dtype)
 
         real, whole = state.mean.dtype, jnp.dtype(jnp.int32)
         count = state.count + 1

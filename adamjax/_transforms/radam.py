@@ -1,6 +1,5 @@
-"""RAdam and Adamax: what differs from Adam."""
+"""RAdam: its difference from Adam."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -8,28 +7,39 @@ import numpy as np
 from jax import Array
 
 from adamjax._core import checks
-from adamjax._core.numerics import Decay, correction, decay, divide, log, sqrt
+from adamjax._core.numerics import Decay, decay, log
+from adamjax._core.typing import Scalar
 from adamjax._core.value import static_field, value
-from adamjax._transforms.adam import Parts, Scalars, adam_parts, adam_scalars, epsilon, first_moment, second_moment
-from adamjax._transforms.moments import Keep, Moments, Step
+from adamjax._transforms.adam import AdamRule, adam_scalars
+from adamjax._transforms.moment_storage import MomentFormat
+from adamjax._transforms.moments import Moments
 
 
 class RAdamScalars(NamedTuple):
-    adam: Scalars
+    """Those of `AdamScalars`, and two more."""
+
+    decay1: Decay
+    decay2: Decay
+    c1: Any
+    c1_next: Any
+    c2: Any
+    eps: Any
+    eps_root: Any
     tractable: Array  # whether the second moment rests on enough gradients to divide by it
     rectifier: Array
 
 
-def radam_step(g: Array, m: Array, v: Array, v_max: None, s: RAdamScalars, keep: Keep, nesterov: bool) -> Step:
-    """One step of one array (Liu et al., 2020, Algorithm 2)."""
-    m, m_hat = first_moment(g, m, s.adam, keep, nesterov)
-    v, _, v_hat = second_moment(g, v, None, s.adam, keep, None)
-    adaptive = s.rectifier * divide(m_hat, sqrt(v_hat + s.adam.eps_root) + s.adam.eps)
-    return jnp.where(s.tractable, adaptive, m_hat), m, v, None
+class RAdamRule(AdamRule):
+    """The step of one array (Liu et al., 2020, Algorithm 2)."""
+
+    def direction(self, g: Array, m: Array, v: Array, v_max: Array | None, s: Any) -> Array:
+        """Adam's direction, rectified; the first moment alone while the second is not tractable."""
+        adaptive = s.rectifier * super().direction(g, m, v, v_max, s)
+        return jnp.where(s.tractable, adaptive, self.m_hat(g, m, s))
 
 
-def sma_lengths(b: Any, t: Array) -> tuple[Any, Array]:
-    """Liu et al.'s rho, the length of the second moment's average: in the end, and at step t.
+def sma_lengths(b: Scalar, t: Array) -> tuple[Any, Array]:
+    """Return Liu et al.'s rho, the length of the second moment's average: in the end, and at step t.
 
     2 / (1 - b) - 1 - 2 t b**t / (1 - b**t) is a small difference of numbers as large as 2 / (1 - b).
     With x = -t log(b) and phi(x) = 1 - x / (exp(x) - 1) it is bracket - 2 / log(b) * phi(x), where
@@ -50,31 +60,17 @@ def sma_lengths(b: Any, t: Array) -> tuple[Any, Array]:
     return 2 / a - 1, bracket - 2 / log_b * phi
 
 
-class AdamaxScalars(NamedTuple):
-    decay1: Decay
-    c1: Any
-    b2: Any
-    eps: Any
-
-
-def adamax_step(g: Array, m: Array, v: Array, v_max: None, s: AdamaxScalars, keep: Keep) -> Step:
-    """One step of one array (Kingma & Ba, 2015, Algorithm 2); `v` is the infinity norm."""
-    m, m_hat = first_moment(g, m, s, keep, nesterov=False)
-    v = keep.nu(jnp.maximum(s.b2 * v, jnp.abs(g) + s.eps))
-    return divide(m_hat, v), m, v, None
-
-
 @value
 class ScaleByRAdam(Moments):
     """RAdam's direction; see `scale_by_radam`."""
 
-    b1: Any
-    b2: Any
-    eps: Any
-    eps_root: Any
-    threshold: Any
-    mu_dtype: Any = static_field(default=None)
-    nu_dtype: Any = static_field(default=None)
+    b1: Scalar
+    b2: Scalar
+    eps: Scalar
+    eps_root: Scalar
+    threshold: Scalar
+    mu_dtype: MomentFormat = static_field(default=None)
+    nu_dtype: MomentFormat = static_field(default=None)
     nesterov: bool = static_field(default=False)
 
     def __post_init__(self) -> None:
@@ -84,30 +80,29 @@ class ScaleByRAdam(Moments):
         self._check_dtypes()
         checks.choice("nesterov", self.nesterov, (False, True))
 
-    def _rule(self) -> tuple[Callable[..., Step], tuple[Any, ...]]:
-        return radam_step, (self.nesterov,)
+    @property
+    def rule(self) -> RAdamRule:
+        """The rule of one array."""
+        return RAdamRule(self.nesterov)
 
     def _scalars(self, t: Array) -> RAdamScalars:
         longest, length = sma_lengths(self.b2, t)
-        tractable = length >= jnp.maximum(checks.scalar("threshold", self.threshold, t.dtype), 4.0)
+        tractable = length >= jnp.maximum(checks.as_scalar("threshold", self.threshold, t.dtype), 4.0)
         # Where it is not, any number does in their place, as long as its root has a slope.
         longest, length = jnp.where(tractable, longest, 6.0), jnp.where(tractable, length, 6.0)
         variance = (length - 4) / (longest - 4) * ((length - 2) / (longest - 2)) * (longest / length)
-        return RAdamScalars(adam_scalars(self, t), tractable, jnp.sqrt(variance))
-
-    def parts(self, m: Array, v: Array, v_max: Any, t: Array) -> Parts:
-        return adam_parts(m, v, None, self._scalars(t).adam, None)
+        return RAdamScalars(*adam_scalars(self, t), tractable, jnp.sqrt(variance))
 
 
 def scale_by_radam(
-    b1: Any = 0.9,
-    b2: Any = 0.999,
-    eps: Any = 1e-8,
-    eps_root: Any = 0.0,
-    threshold: Any = 5.0,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-8,
+    eps_root: Scalar = 0.0,
+    threshold: Scalar = 5.0,
     *,
-    mu_dtype: Any = None,
-    nu_dtype: Any = None,
+    mu_dtype: MomentFormat = None,
+    nu_dtype: MomentFormat = None,
     nesterov: bool = False,
 ) -> ScaleByRAdam:
     """Rectified Adam's direction: the first moment alone until the second can be trusted.
@@ -129,54 +124,3 @@ def scale_by_radam(
       Liu et al., 2020, https://arxiv.org/abs/1908.03265.
     """
     return ScaleByRAdam(b1, b2, eps, eps_root, threshold, mu_dtype, nu_dtype, nesterov)
-
-
-@value
-class ScaleByAdamax(Moments):
-    """Adamax' direction; see `scale_by_adamax`."""
-
-    b1: Any
-    b2: Any
-    eps: Any
-    mu_dtype: Any = static_field(default=None)
-    nu_dtype: Any = static_field(default=None)
-
-    def __post_init__(self) -> None:
-        self._check_numbers("b1", "b2", below=1.0)
-        self._check_numbers("eps")
-        self._check_dtypes()
-
-    def _rule(self) -> tuple[Callable[..., Step], tuple[Any, ...]]:
-        return adamax_step, ()
-
-    def _scalars(self, t: Array) -> AdamaxScalars:
-        decay1, b2 = decay("b1", self.b1, t.dtype), checks.scalar("b2", self.b2, t.dtype)
-        return AdamaxScalars(decay1, correction(t, decay1), b2, epsilon(self.eps, t.dtype))
-
-    def parts(self, m: Array, v: Array, v_max: Any, t: Array) -> Parts:
-        s = self._scalars(t)
-        return Parts(divide(m, s.c1), jnp.maximum(v - s.eps, 0.0), s.eps)
-
-
-def scale_by_adamax(
-    b1: Any = 0.9, b2: Any = 0.999, eps: Any = 1e-8, *, mu_dtype: Any = None, nu_dtype: Any = None
-) -> ScaleByAdamax:
-    """Adamax' direction: the first moment over a decaying maximum of the gradients' magnitudes.
-
-    Arguments are those of `scale_by_adam`, but for these.
-
-    Args:
-      b2: Decay rate of the maximum, in [0, 1).
-      eps: At least 0, added to each magnitude.
-
-    Returns:
-      A transformation with state `AdamState`, whose `nu` holds the maxima.
-
-    Raises:
-      ValueError: A number is out of range, or a dtype is not one that moments can have.
-      TypeError: A hyperparameter is not a number.
-
-    References:
-      Kingma & Ba, 2015, section 7.1, https://arxiv.org/abs/1412.6980.
-    """
-    return ScaleByAdamax(b1, b2, eps, mu_dtype, nu_dtype)

@@ -1,135 +1,86 @@
-"""What stands beside Adam in a chain: weight decay, learning rate, clipping, the objective."""
+"""Weight decay, decoupled from the gradient or coupled to it, and the masks that say which parameters decay."""
 
 import math
-from collections.abc import Callable
-from functools import cache
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import jax
-import jax.export
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from adamjax._core import checks, collectives, trees
-from adamjax._core.numerics import scale, sqrt
-from adamjax._core.trees import PyTree
+from adamjax._core import checks, trees
+from adamjax._core.trees import Leaves
+from adamjax._core.typing import Mask, PyTree, ScalarOrSchedule
 from adamjax._core.value import static_field, value
-from adamjax._transforms.base import Extra, Leafwise, Transformation, chain
-from adamjax._transforms.leafwise import Doing, Plan, carry_out, fixed
-from adamjax.schedules import as_schedule
+from adamjax._transforms.base import Leafwise
+from adamjax._transforms.leafwise import LeafOp, LeafTransform
+from adamjax._transforms.learning_rate import signed_factor
+from adamjax._transforms.schedule import Scheduled, number_or_schedule
 
 
-class ScheduleState(NamedTuple):
-    """How far a schedule has come.
+@dataclass(frozen=True)
+class DecayLeaves(LeafTransform):
+    """Add the parameter times a factor to each leaf that decays.
 
     Fields:
-      count: int32 scalar, the number of steps done; stays at its largest value once there.
+      factor: From a dtype, the factor in it.
+      decays: For each leaf whether it decays; None for all.
+      state: The transformation's state after the step.
     """
 
-    count: Array  # type: ignore[assignment]  # tuple.count, which nobody counts with
+    factor: Callable[[np.dtype], Any]
+    decays: Sequence[bool | None] | None
+    state: PyTree = ()
+
+    def ops_for(self, index: int, dtype: np.dtype, p: Any) -> Sequence[LeafOp]:
+        """Let leaf `index` decay."""
+        if self.decays is not None and self.decays[index] is False:
+            return ()
+        dtype = trees.compute_dtype(dtype, trees.dtype_of(p))
+        return (LeafOp(add_scaled_param, self.factor(dtype), dtype),)
+
+    def new_state(self, leaf_states: list[Any]) -> PyTree:
+        """The state after the step."""
+        return self.state
 
 
-jax.export.register_namedtuple_serialization(ScheduleState, serialized_name="adamjax.ScheduleState")
+def add_scaled_param(u: Array, p: Array, state: Any, factor: Array) -> tuple[Array, Any]:
+    """A `LeafFunction`: the update plus the factor times the parameter."""
+    return u.astype(factor.dtype) + factor * p.astype(factor.dtype), state
 
 
-def number_or_schedule(name: str, x: Any, low: float = 0.0) -> Any:
-    """Check a hyperparameter that may be a schedule; a plain function becomes one."""
-    return as_schedule(x) if callable(x) else checks.number(name, x, low=low)
-
-
-class Scheduled(Leafwise):
-    """Base of the transformations by one hyperparameter that may be a schedule.
-
-    The state is then a `ScheduleState`, else empty.
-    """
-
-    def _hyperparameter(self) -> Any:
-        raise NotImplementedError
-
-    def _init(self, params: PyTree) -> PyTree:
-        return ScheduleState(trees.zero_count(params)) if callable(self._hyperparameter()) else ()
-
-    def _advance(self, state: PyTree) -> tuple[Any, PyTree]:
-        """The hyperparameter at this step, and the state after it."""
-        x = self._hyperparameter()
-        if not callable(x):
-            return x, state
-        checks.state(state, ScheduleState, type(self).__name__)
-        return x(state.count), ScheduleState(trees.increment(state.count))
-
-
-@value
-class ScaleByLearningRate(Scheduled):
-    """See `scale_by_learning_rate`."""
-
-    learning_rate: Any
-    flip_sign: bool = static_field(default=True)
-
-    def __post_init__(self) -> None:
-        self._replace_field("learning_rate", number_or_schedule("learning_rate", self.learning_rate))
-        checks.choice("flip_sign", self.flip_sign, (False, True))
-
-    def _hyperparameter(self) -> Any:
-        return self.learning_rate
-
-    def _plan(self, updates: PyTree, state: PyTree, params: PyTree | None) -> Plan:
-        rate, state = self._advance(state)
-        sign = -1 if self.flip_sign else 1
-        factor = cache(lambda dtype: fixed(sign * checks.scalar("learning_rate", rate, dtype), updates))
-
-        def at(place: int, dtype: np.dtype, p: Any, kept: tuple[Any, ...]) -> Doing:
-            dtype = trees.compute_dtype(dtype)
-            return Doing(_scale, factor(dtype), dtype)
-
-        return Plan(at, lambda: state)
-
-
-def scale_by_learning_rate(learning_rate: Any, *, flip_sign: bool = True) -> Transformation:
-    """Multiply by the learning rate, and turn the direction of ascent into one of descent.
-
-    Args:
-      learning_rate: At least 0; or a schedule: any callable of the step count, which is 0 for the
-        first update. None for no scaling (and no change of sign), as in optax.
-      flip_sign: False to go on uphill.
-
-    Returns:
-      A transformation; its state counts the steps where the learning rate is a schedule.
-
-    Raises:
-      ValueError, TypeError: `learning_rate` is not such a number.
-
-    >>> import adamjax, jax.numpy as jnp
-    >>> opt = adamjax.scale_by_learning_rate(0.5)
-    >>> opt.update(jnp.array([2.0, -4.0]), opt.init(jnp.zeros(2)))[0]
-    Array([-1.,  2.], dtype=float32)
-    """
-    return chain() if learning_rate is None else ScaleByLearningRate(learning_rate, flip_sign)
+def _decay_leaves(
+    updates: Leaves, params: Leaves | None, weight_decay: Any, mask: Any, sign: int, state: PyTree = ()
+) -> DecayLeaves:
+    decays = None if mask is None or params is None else updates.column(mask_tree(mask, params.tree))
+    return DecayLeaves(signed_factor("weight_decay", weight_decay, sign, updates), decays, state)
 
 
 @value
 class AddDecayedWeights(Scheduled):
     """See `add_decayed_weights`; `flip_sign` subtracts, for after the learning rate."""
 
-    weight_decay: Any
-    mask: Any = static_field(default=None)
+    weight_decay: ScalarOrSchedule
+    mask: Mask = static_field(default=None)
     flip_sign: bool = static_field(default=False)
 
     def __post_init__(self) -> None:
         self._replace_field("weight_decay", number_or_schedule("weight_decay", self.weight_decay, low=-math.inf))
         self._replace_field("mask", _as_mask(self.mask))
 
-    def _hyperparameter(self) -> Any:
+    @property
+    def _schedule(self) -> ScalarOrSchedule:
         return self.weight_decay
 
-    def _plan(self, updates: PyTree, state: PyTree, params: PyTree | None) -> Plan:
-        checks.given(params, updates, type(self).__name__)
-        weight_decay, state = self._advance(state)
+    def _leaf_transforms(self, updates: Leaves, state: PyTree, params: Leaves | None) -> list[LeafTransform]:
+        checks.params_given(params, updates, type(self).__name__)
+        weight_decay, state = self._current_value(state)
         sign = -1 if self.flip_sign else 1
-        return Plan(_adding_weights(updates, params, weight_decay, self.mask, sign), lambda: state)
+        return [_decay_leaves(updates, params, weight_decay, self.mask, sign, state)]
 
 
-def add_decayed_weights(weight_decay: Any = 0.0, mask: Any = None) -> AddDecayedWeights:
+def add_decayed_weights(weight_decay: ScalarOrSchedule = 0.0, mask: Mask = None) -> AddDecayedWeights:
     """Add `weight_decay * params` to the updates.
 
     After Adam and before the learning rate, this is decoupled weight decay (Loshchilov & Hutter,
@@ -138,7 +89,7 @@ def add_decayed_weights(weight_decay: Any = 0.0, mask: Any = None) -> AddDecayed
     Args:
       weight_decay: A number or a schedule of the step count. This building block takes a negative
         one too (it drives the parameters away from 0); the optimizers refuse it.
-      mask: Which leaves decay: a tree of True and False with the structure of the parameters (or a
+      mask: The leaves that decay: a tree of True and False with the structure of the parameters (or a
         prefix of it), or a function that makes one of them. None for all.
 
     Returns:
@@ -158,17 +109,30 @@ def add_decayed_weights(weight_decay: Any = 0.0, mask: Any = None) -> AddDecayed
     return AddDecayedWeights(weight_decay, mask)
 
 
+class NegateLeaves(LeafTransform):
+    """Change the sign of each leaf."""
+
+    def ops_for(self, index: int, dtype: np.dtype, p: Any) -> Sequence[LeafOp]:
+        """Negate leaf `index`."""
+        return (LeafOp(negate, None, dtype),)
+
+
+def negate(u: Array, p: Any, state: Any, operands: None) -> tuple[Array, Any]:
+    """A `LeafFunction`: the update with the other sign."""
+    return -u, state
+
+
 @value
-class Objective(Transformation):
+class CoupledDecay(Leafwise):
     """`inner`, given the gradient of the objective that torch.optim's coupled options describe.
 
-    That is f(params) + weight_decay / 2 * |params|^2, or, to maximize f, the same with -f. The
+    The objective is f(params) + weight_decay / 2 * |params|^2, or, to maximize f, the same with -f. The
     state is `inner`'s, whose count a schedule of the weight decay follows.
     """
 
-    inner: Transformation
-    weight_decay: Any
-    mask: Any = static_field(default=None)
+    inner: Leafwise
+    weight_decay: ScalarOrSchedule
+    mask: Mask = static_field(default=None)
     maximize: bool = static_field(default=False)
 
     def __post_init__(self) -> None:
@@ -179,107 +143,24 @@ class Objective(Transformation):
     def _init(self, params: PyTree) -> PyTree:
         return self.inner._init(params)
 
-    def _update(self, updates: PyTree, state: PyTree, params: PyTree | None, extra: Extra) -> tuple[PyTree, PyTree]:
-        plans = [Plan(_negate_at, tuple)] if self.maximize else []
+    def _leaf_transforms(self, updates: Leaves, state: PyTree, params: Leaves | None) -> list[LeafTransform]:
+        before: list[LeafTransform] = [NegateLeaves()] if self.maximize else []
         # optax.inject_hyperparams makes arrays of all numbers: a 0 among them needs no parameters.
         if not (params is None and _is_zero(self.weight_decay)):
-            checks.given(params, updates, "coupled weight decay")
+            checks.params_given(params, updates, "coupled weight decay")
             weight_decay = self.weight_decay
             if callable(weight_decay):
-                checks.counted(state, "coupled weight decay")
+                checks.has_count(state, "coupled weight decay")
                 weight_decay = weight_decay(state.count)
-            plans.append(Plan(_adding_weights(updates, params, weight_decay, self.mask, 1), tuple))
-        if isinstance(self.inner, Leafwise):
-            plans.append(self.inner._plan(updates, state, params))
-            updates, states = carry_out(plans, updates, params)
-            return updates, states[-1]
-        updates, _ = carry_out(plans, updates, params)
-        return self.inner._update(updates, state, params, extra)
+            before.append(_decay_leaves(updates, params, weight_decay, self.mask, 1))
+        return [*before, *self.inner._leaf_transforms(updates, state, params)]
 
 
-@value
-class ClipByGlobalNorm(Transformation):
-    """See `clip_by_global_norm`."""
-
-    max_norm: Any
-    axis_name: Any = static_field(default=None)
-
-    def __post_init__(self) -> None:
-        self._check_numbers("max_norm")
-        collectives.check_axis_name(self.axis_name)
-
-    def _update(self, updates: PyTree, state: PyTree, params: PyTree | None, extra: Extra) -> tuple[PyTree, PyTree]:
-        leaves = jax.tree.leaves(updates)
-        dtype = trees.real_dtype(trees.compute_dtype(*map(trees.dtype_of, leaves)))
-        norm = sqrt(collectives.total([collectives.sum_of_squares(x) for x in leaves], self.axis_name, dtype))
-        limit = checks.scalar("max_norm", self.max_norm, norm.dtype)
-        # Not `norm > limit`: a NaN must reach all updates, instead of passing unclipped.
-        exceeds = ~(norm <= limit)
-        shrink = jnp.where(exceeds, limit / jnp.where(exceeds, norm, 1.0), 1.0)
-        factor = cache(lambda dtype: shrink.astype(dtype))
-        return trees.map_leaves(lambda u: scale(u, factor(_compute_dtype(u))), updates), state
-
-
-def clip_by_global_norm(max_norm: Any, *, axis_name: str | tuple[str, ...] | None = None) -> ClipByGlobalNorm:
-    """Scale all updates by one factor, so that their joint norm is at most `max_norm`.
-
-    Args:
-      max_norm: At least 0.
-      axis_name: Where `update` runs inside `jax.shard_map` or `jax.pmap` on shards of the gradients:
-        the mapped axis (or axes) over which they are sharded. Without it each shard would be
-        clipped by its own norm. Under `jax.shard_map` a leaf that is replicated over the axis is
-        recognised and counted once; under `jax.pmap`, or with `check_vma=False`, every leaf is taken for
-        a shard. Gradients that are whole, and sharded arrays under `jax.jit`, need no axis.
-
-    Returns:
-      A transformation without state.
-
-    Raises:
-      ValueError, TypeError: An argument is not as above.
-
-    References:
-      Pascanu et al., 2013, https://arxiv.org/abs/1211.5063.
-
-    >>> import adamjax, jax.numpy as jnp
-    >>> opt = adamjax.clip_by_global_norm(1.0)
-    >>> opt.update({"a": jnp.array([3.0]), "b": jnp.array([4.0])}, ())[0]
-    {'a': Array([0.6], dtype=float32), 'b': Array([0.8], dtype=float32)}
-    """
-    return ClipByGlobalNorm(max_norm, axis_name)
-
-
-def _compute_dtype(x: Any) -> Any:
-    return trees.compute_dtype(trees.dtype_of(x))
-
-
-def _scale(u: Array, p: Any, kept: Any, factor: Array) -> tuple[Array, Any]:
-    return scale(u, factor), kept
-
-
-def _add_scaled(u: Array, p: Array, kept: Any, factor: Array) -> tuple[Array, Any]:
-    return u.astype(factor.dtype) + factor * p.astype(factor.dtype), kept
-
-
-def _negate_at(place: int, dtype: np.dtype, p: Any, kept: tuple[Any, ...]) -> Doing:
-    return Doing(_negate, None, dtype)
-
-
-def _negate(u: Array, p: Any, kept: Any, numbers: None) -> tuple[Array, Any]:
-    return -u, kept
-
-
-def _adding_weights(updates: PyTree, params: PyTree, weight_decay: Any, mask: Any, sign: int) -> Any:
-    """Add `sign * weight_decay * params` where the mask is True."""
-    factor = cache(lambda dtype: fixed(sign * checks.scalar("weight_decay", weight_decay, dtype), updates))
-    _, rows = trees.flatten(updates, None if mask is None else mask_tree(mask, params))
-
-    def at(place: int, dtype: np.dtype, p: Any, kept: tuple[Any, ...]) -> Doing | None:
-        if rows[place][1] is False:
-            return None
-        dtype = trees.compute_dtype(dtype, trees.dtype_of(p))
-        return Doing(_add_scaled, factor(dtype), dtype)
-
-    return at
+def with_coupled_decay(moments: Leafwise, weight_decay: ScalarOrSchedule, mask: Mask, maximize: bool) -> Leafwise:
+    """`moments` with coupled options; `moments` itself where they say nothing."""
+    coupled = CoupledDecay(moments, weight_decay, mask, maximize)
+    plain = isinstance(coupled.weight_decay, float) and coupled.weight_decay == 0 and not maximize
+    return moments if plain else coupled
 
 
 class TreeMask:
@@ -303,7 +184,7 @@ class TreeMask:
         return repr(self.tree)
 
 
-def _as_mask(mask: Any) -> Callable[[PyTree], PyTree] | None:
+def _as_mask(mask: Mask) -> Callable[[PyTree], PyTree] | None:
     # A model that is a pytree may be callable too: what it holds decides whether it is a tree.
     if mask is None or isinstance(mask, TreeMask) or (callable(mask) and all(map(callable, jax.tree.leaves(mask)))):
         return mask
@@ -311,14 +192,14 @@ def _as_mask(mask: Any) -> Callable[[PyTree], PyTree] | None:
 
 
 def mask_tree(mask: Callable[[PyTree], PyTree], params: PyTree) -> PyTree:
-    """The bools that a mask stands for, one for each parameter."""
+    """Return the bools that a mask stands for, one for each parameter."""
     tree = mask(params)
     checks.mask(tree)
     checks.prefix(tree, params)
     return jax.tree.map(bool, jax.tree.broadcast(tree, params))
 
 
-def _is_zero(x: Any) -> bool:
+def _is_zero(x: object) -> bool:
     if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer):
         x = x.item() if x.ndim == 0 else x
     return isinstance(x, (int, float)) and x == 0

@@ -8,14 +8,14 @@ import numpy as np
 from jax import Array
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from adamjax import storage
+from adamjax._transforms import moment_storage
 from adamjax._core import checks, collectives, low_precision, trees
-from adamjax._core.numerics import abs2
+from adamjax._core.numerics import abs_sq
 from adamjax._core.quantization import is_moment
-from adamjax._core.trees import PyTree
+from adamjax._core.typing import PyTree
 from adamjax._core.value import Value, static_field, value
 from adamjax._transforms.adam import scale_by_adam
-from adamjax._transforms.moments import find as find_moments
+from adamjax._transforms.moments import find_moments
 
 _SAMPLE = 1024  # elements of a parameter that the quantiles are taken of
 _QUANTILES = (0.05, 0.5, 0.95)
@@ -172,7 +172,7 @@ def measure(
     for key, g, u, p in chosen:
         found = moments[key]
         total, quantiles = _leaf(g, u, p, found)
-        axes = collectives.sharded_over(total, axis_name)
+        axes = collectives.axes_varying(total, axis_name)
         sums.append(jax.lax.psum(total, axes) if axes else total)
         rates.append(jax.lax.pmean(quantiles, axes) if axes else quantiles)
         hyper.append(jnp.stack([_float32("b2", found.member.b2), _float32("eps", found.member.eps)]))
@@ -256,7 +256,7 @@ def _members(opt: Any, nodes: list[Any]) -> list[Any]:
 
 
 def _float32(name: str, x: Any) -> Array:
-    return jnp.asarray(checks.scalar(name, x, np.dtype(np.float32)))
+    return jnp.asarray(checks.as_scalar(name, x, np.dtype(np.float32)))
 
 
 def _leaf(g: Any, u: Any, p: Any, found: _Moments) -> tuple[Array, Array]:
@@ -269,26 +269,26 @@ def _leaf(g: Any, u: Any, p: Any, found: _Moments) -> tuple[Array, Array]:
     real = trees.real_dtype(dtype)
     lost = (u != 0) & (_landed(p, u, dtype) == p.astype(dtype))
     g, u, p = g.astype(dtype), u.astype(dtype), p.astype(dtype)
-    v_loaded = storage.load(v, real, g)
-    v_max = None if found.v_max is None else storage.load(found.v_max, real, g)
+    v_loaded = moment_storage.load(v, real, g)
+    v_max = None if found.v_max is None else moment_storage.load(found.v_max, real, g)
     t = jnp.maximum(found.count, 1).astype(real)
-    parts = found.member.parts(storage.load(m, dtype, g), v_loaded, v_max, t)
+    parts = found.member.parts(moment_storage.load(m, dtype, g), v_loaded, v_max, t)
     # No second moment, no direction.
     alive = parts.root > 0
     scale = jnp.where(alive, 1 / jnp.where(alive, parts.root + parts.eps, 1), 0)
-    direction = abs2(parts.m_hat) * scale * scale
+    direction = abs_sq(parts.m_hat) * scale * scale
     error = jnp.zeros_like(scale)
-    if (step := storage.spacing(m)) is not None:
+    if (step := moment_storage.ulp(m)) is not None:
         # Rounded stochastically, a number is off by its spacing over the root of 6, in the mean square.
         off = found.member.parts(step.astype(dtype), v_loaded, v_max, t).m_hat
-        error += abs2(off) * scale * scale / 6
-    if (step := storage.spacing(v)) is not None:
+        error += abs_sq(off) * scale * scale / 6
+    if (step := moment_storage.ulp(v)) is not None:
         error += direction * (step.astype(real) / jnp.where(v_loaded > 0, v_loaded, 1)) ** 2 / 24
     terms = _Sums(
         size=jnp.ones_like(scale),
-        gradient=abs2(g),
-        update=abs2(u),
-        parameter=abs2(p),
+        gradient=abs_sq(g),
+        update=abs_sq(u),
+        parameter=abs_sq(p),
         product=g.real * u.real + g.imag * u.imag if jnp.iscomplexobj(g) else g * u,
         zero=g == 0,
         nonfinite=~jnp.isfinite(g),
@@ -296,7 +296,7 @@ def _leaf(g: Any, u: Any, p: Any, found: _Moments) -> tuple[Array, Array]:
         lost=lost,
         alive=alive,
         dominated=alive & (parts.root < parts.eps),
-        signal=abs2(parts.m_hat),
+        signal=abs_sq(parts.m_hat),
         noise=parts.root**2,
         direction=direction,
         error=error,
@@ -328,7 +328,7 @@ def _summed(terms: list[Array]) -> Array:
 def _landed(p: Any, u: Any, dtype: np.dtype) -> Array:
     """Where `p + u` is once it is rounded to the dtype of `p`."""
     target = p.astype(dtype) + u.astype(dtype)
-    return low_precision.to_nearest(target, p.dtype) if low_precision.is_narrow(p.dtype) else target
+    return low_precision.round_to_nearest(target, p.dtype) if low_precision.is_low_precision(p.dtype) else target
 
 
 def _some(x: Array) -> Array:

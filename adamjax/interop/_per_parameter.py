@@ -1,21 +1,24 @@
 """Transformations that treat each parameter as if there were no other."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from adamjax._core import checks, trees
-from adamjax._core.trees import PyTree
+from adamjax._core.trees import Leaves
+from adamjax._core.typing import PyTree
 from adamjax._core.value import value
-from adamjax._transforms.base import Chain, Extra, Transformation
-from adamjax.kernels import Fused
+from adamjax._transforms.base import Leafwise
+from adamjax._transforms.leafwise import LeafFunction, LeafOp, LeafTransform
 
 
 @value
-class PerParameter(Transformation):
+class PerParameter(Leafwise):
     """`inner` on each parameter by itself, as torch.optim does it.
 
     The state is a tree like the parameters, with a state of `inner` in place of each: each has its own
@@ -23,71 +26,87 @@ class PerParameter(Transformation):
     of real and imaginary parts, along a last axis of 2.
     """
 
-    inner: Transformation
+    inner: Leafwise
 
     def _init(self, params: PyTree) -> PyTree:
-        return trees.map_leaves(lambda p: self.inner._init(_parts(p)), params)
+        return trees.map_leaves(lambda p: self.inner._init(_real_and_imag(p)), params)
 
-    def _update(self, updates: PyTree, state: PyTree, params: PyTree | None, extra: Extra) -> tuple[PyTree, PyTree]:
-        checks.states(state, updates)
-        structure, rows = trees.flatten(updates, state, params)
-        results = [(None, s) if g is None else self._step(g, self._revived(s, g), p, extra) for g, s, p in rows]
-        direction, state = trees.unflatten(structure, results, 2)
-        return direction, state
+    def _leaf_transforms(self, updates: Leaves, state: PyTree, params: Leaves | None) -> list[LeafTransform]:
+        column = checks.per_param_states(state, updates)
+        ps = [None] * len(column) if params is None else params.leaves
+        rows = zip(updates.leaves, column, ps, strict=True)
+        steps = [None if g is None else self._transforms_of_one(g, s, p) for g, s, p in rows]
+        return [StepPerParameter(steps, updates, column)]
 
-    def _revived(self, state: PyTree, g: Any) -> PyTree:
-        """`state` itself, where there is a mapping of its fields: flax's nnx.Optimizer takes apart what is in place
-        of a parameter.
-        """
-        if not isinstance(state, Mapping):
-            return state
-        found = trees.put_together(state, self.inner._init(_parts(trees.shapes_of(g))))
-        return state if found is None else found
-
-    def _step(self, g: Any, state: PyTree, p: Any, extra: Extra) -> tuple[Array, PyTree]:
-        whole = g if p is None else p
-        if not jnp.iscomplexobj(whole):
-            return self.inner._update(g, state, p, extra)
-        g = trees.cast(g, trees.dtype_of(whole))
-        direction, state = self.inner._update(_parts(g), state, None if p is None else _parts(p), extra)
-        return jax.lax.complex(direction[..., 0], direction[..., 1]), state
+    def _transforms_of_one(self, g: Any, state: PyTree, p: Any) -> list[LeafTransform]:
+        """The step of one parameter."""
+        if isinstance(state, Mapping):
+            # flax's nnx.Optimizer takes apart what stands in place of a parameter.
+            found = trees.unflatten_by_path(state, self.inner._init(_real_and_imag(trees.abstract_like(g))))
+            state = state if found is None else found
+        if jnp.iscomplexobj(whole := g if p is None else p):
+            g = _real_and_imag(trees.abstract_like(whole))
+            p = None if p is None else g
+        return self.inner._leaf_transforms(Leaves.of(g), state, None if p is None else Leaves.of(p))
 
 
-@value
-class FusedPerParameter(Fused):
-    """A chain that begins with a `PerParameter`, whose `step` is one pass over memory; see `kernels.Fused`."""
+@dataclass(frozen=True)
+class StepPerParameter(LeafTransform):
+    """The steps of all parameters, each with the transforms of one.
 
-    fuses_narrow = False
+    Fields:
+      steps: The transforms of each; None where it is frozen.
+      updates: For their structure.
+      states: The state of each before the step.
+    """
 
-    def step(self, grads: PyTree, state: PyTree, params: PyTree, **extra: Any) -> tuple[PyTree, PyTree]:
-        """One whole step; see `Transformation.step`."""
-        checks.given(params, grads, "step", "step(grads, state, params)")
-        checks.updates(grads, params)
-        checks.members(state, len(self.transforms), "a chain")
-        own, *shared = state
-        checks.states(own, grads)
-        first: Any
-        first, *others = self.transforms
-        of_one = Fused((first.inner, *others), self.mode)
-        structure, rows = trees.flatten(grads, own, params)
-        paths = [path for path, _ in jax.tree.leaves_with_path(grads, is_leaf=trees.is_none)]
-        taken = [
-            g is not None and of_one.takes(path, g, (p, s.mu, s.nu, s.nu_max, None))
-            for path, (g, s, p) in zip(paths, rows, strict=True)
-        ]
-        left = [None if takes else g for (g, *_), takes in zip(rows, taken, strict=True)]
-        new_params, new_state = Chain.step(self, jax.tree.unflatten(structure, left), state, params, **extra)
-        new_own, *new_shared = new_state
-        _, stepped = trees.flatten(grads, new_params, new_own)
-        for i, (g, s, p) in enumerate(rows):
-            if taken[i]:
-                p, (s, *_) = of_one.step(g, (s, *shared), p)
-                stepped[i] = (g, p, s)
-        _, new_params, new_own = trees.unflatten(structure, stepped, 3)
-        return new_params, (new_own, *new_shared)
+    steps: list[list[LeafTransform] | None]
+    updates: Leaves
+    states: list[Any]
+
+    @property
+    def leaf_states(self) -> list[Any]:
+        """The leaf state of the last transform of each, which makes its new state."""
+        return [() if step is None else step[-1].leaf_states[0] for step in self.steps]  # type: ignore[index]
+
+    def ops_for(self, index: int, dtype: np.dtype, p: Any) -> Sequence[LeafOp]:
+        """The operations of one parameter; on real and imaginary parts, where it is complex."""
+        whole = dtype if p is None else trees.dtype_of(p)
+        is_complex = jnp.issubdtype(whole, np.complexfloating)
+        if is_complex:
+            dtype = trees.real_dtype(whole)
+            p = None if p is None else _real_and_imag(trees.abstract_like(p))
+        ops: list[LeafOp] = []
+        for transform in self.steps[index] or ():
+            for op in transform.ops_for(0, dtype, p):
+                ops.append(op)
+                dtype = op.dtype
+        if not is_complex:
+            return ops
+        together = OnRealAndImag(tuple([op.function for op in ops]))
+        return (LeafOp(together, [op.operands for op in ops], trees.compute_dtype(dtype, jnp.dtype(jnp.complex64))),)
+
+    def new_state(self, leaf_states: list[Any]) -> PyTree:
+        """A state for each parameter."""
+        rows = zip(self.steps, self.states, leaf_states, strict=True)
+        return self.updates.like([s if step is None else step[-1].new_state([new]) for step, s, new in rows]).tree
 
 
-def _parts(x: Any) -> Any:
+@dataclass(frozen=True)
+class OnRealAndImag:
+    """A `LeafFunction`: other ones, on the real and imaginary parts of a complex update and parameter."""
+
+    functions: tuple[LeafFunction, ...]
+
+    def __call__(self, u: Array, p: Any, state: Any, operands: list[Any]) -> tuple[Array, Any]:
+        u = _real_and_imag(u if p is None else trees.cast(u, p.dtype))
+        p = None if p is None else _real_and_imag(p)
+        for function, operand in zip(self.functions, operands, strict=True):
+            u, state = function(u, p, state, operand)
+        return jax.lax.complex(u[..., 0], u[..., 1]), state
+
+
+def _real_and_imag(x: Any) -> Any:
     """A complex array as a real one of its parts; a real one as it is."""
     if not jnp.iscomplexobj(x):
         return x

@@ -10,12 +10,15 @@ import numpy as np
 
 from adamjax._core import checks, trees
 from adamjax._core.optional import require
-from adamjax._core.trees import PyTree
+from adamjax._core.typing import PyTree
 from adamjax._transforms.adam import ScaleByAdam
-from adamjax._transforms.base import Chain, as_transformation
+from adamjax._transforms.adamax import ScaleByAdamax
+from adamjax._transforms.base import as_transformation
+from adamjax._transforms.chain import Chain
 from adamjax._transforms.groups import Groups
-from adamjax._transforms.radam import ScaleByAdamax
-from adamjax._transforms.weight_decay import AddDecayedWeights, Objective, ScaleByLearningRate, ScheduleState
+from adamjax._transforms.learning_rate import ScaleByLearningRate
+from adamjax._transforms.schedule import ScheduleState
+from adamjax._transforms.weight_decay import AddDecayedWeights, CoupledDecay
 from adamjax.interop._per_parameter import PerParameter
 from adamjax.interop._torch_variants import ScaleByTorchNAdam, ScaleByTorchRAdam
 
@@ -92,7 +95,7 @@ def _imported(opt: Any, params: PyTree, entries: Entries, groups: Any, convert: 
     if isinstance(opt, Groups):
         return tuple(
             _imported(member, part, {path: entries[path] for path in _leaves(part) if path in entries}, groups, convert)
-            for member, part in zip(opt.members, opt.apart(params), strict=True)
+            for member, part in zip(opt.members, opt.split_params(params), strict=True)
         )
     parts, start = _parts(opt), opt.init(params)
     _check_names(parts, entries, groups)
@@ -126,7 +129,7 @@ def export_state(
     torch = require("torch", "torch", "exporting to torch")
     checks.parameters(params)
     start = jax.eval_shape(as_transformation(opt, "argument opt of export_state").init, params)
-    checks.alike(state, start, "state")
+    checks.same_structure(state, start, "state")
     places = {path: i for i, path in enumerate(_places(opt, params, order))}
     exported: dict[int, dict[str, Any]] = {}
     groups = []
@@ -154,7 +157,7 @@ def _members(opt: Any, params: PyTree, state: PyTree) -> list[tuple[Any, PyTree,
         return [(opt, params, state)]
     return [
         found
-        for member, part, s in zip(opt.members, opt.apart(params), state, strict=True)
+        for member, part, s in zip(opt.members, opt.split_params(params), state, strict=True)
         for found in _members(member, part, s)
     ]
 
@@ -168,7 +171,7 @@ def _parts(opt: Any) -> _Parts:
         moments, *decay, rate = opt.transforms
         if isinstance(moments, PerParameter):
             found["per_parameter"], moments = True, moments.inner
-        if isinstance(moments, Objective):
+        if isinstance(moments, CoupledDecay):
             found |= {"maximize": moments.maximize, "coupled": moments.weight_decay}
             if moments.mask is not None:
                 raise TypeError("its weight decay has a mask")
@@ -248,7 +251,8 @@ def _paths(opt: Any, params: PyTree) -> list[str]:
     """The paths of the parameters, of `adamjax.groups` member after member."""
     if not isinstance(opt, Groups):
         return list(_leaves(params))
-    return [path for member, part in zip(opt.members, opt.apart(params), strict=True) for path in _paths(member, part)]
+    parts = zip(opt.members, opt.split_params(params), strict=True)
+    return [path for member, part in parts for path in _paths(member, part)]
 
 
 def _read(state_dict: Any) -> Mapping[str, Any]:

@@ -1,21 +1,24 @@
 """RAdam and NAdam as torch.optim has them: what differs from ours."""
 
 import math
-from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
 import jax.export
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from adamjax._core import checks, trees
-from adamjax._core.numerics import Decay, abs2, correction, decay, divide, mix, sqrt
-from adamjax._core.trees import PyTree
+from adamjax._core.numerics import Decay, bias_correction, decay
+from adamjax._core.trees import Leaves
+from adamjax._core.typing import PyTree, Scalar
 from adamjax._core.value import value
-from adamjax._transforms.adam import Parts, epsilon
-from adamjax._transforms.base import Extra, Transformation
-from adamjax._transforms.moments import AdamState, Keep, Moments, Step
+from adamjax._transforms.adam import AdamRule, epsilon
+from adamjax._transforms.base import Leafwise
+from adamjax._transforms.leafwise import LeafTransform
+from adamjax._transforms.moments import AdamState, Moments, Parts, StepMoments
 from adamjax._transforms.radam import RAdamScalars, ScaleByRAdam
 
 
@@ -23,11 +26,11 @@ from adamjax._transforms.radam import RAdamScalars, ScaleByRAdam
 class ScaleByTorchRAdam(ScaleByRAdam):
     """RAdam whose eps is added to the root of the uncorrected second moment, and whose gate is rho > 5."""
 
-    threshold: Any = math.nextafter(5.0, 6.0)
+    threshold: Scalar = math.nextafter(5.0, 6.0)
 
     def _scalars(self, t: Array) -> RAdamScalars:
         scalars = super()._scalars(t)
-        return scalars._replace(adam=scalars.adam._replace(eps=scalars.adam.eps / jnp.sqrt(scalars.adam.c2)))
+        return scalars._replace(eps=scalars.eps / jnp.sqrt(scalars.c2))
 
 
 class NAdamState(NamedTuple):
@@ -50,42 +53,52 @@ jax.export.register_namedtuple_serialization(NAdamState, serialized_name="adamja
 
 
 class NAdamScalars(NamedTuple):
+    """The hyperparameters of a step, and what Dozat's schedule of the momentum makes of them."""
+
     decay1: Decay
     decay2: Decay
+    c1: Any
     c2: Any
     eps: Any
-    of_g: Array
-    of_m: Array
+    eps_root: Any
+    grad_weight: Array
+    moment_weight: Array
 
 
-def torch_nadam_step(g: Array, m: Array, v: Array, v_max: None, s: NAdamScalars, keep: Keep) -> Step:
-    """One step of one array (Dozat, 2016, with his schedule of the momentum)."""
-    m, v = keep.mu(mix(m, g, s.decay1)), keep.nu(mix(v, abs2(g), s.decay2))
-    return divide(s.of_g * g + s.of_m * m, sqrt(v / s.c2) + s.eps), m, v, None
+class TorchNAdamRule(AdamRule):
+    """The step of one array (Dozat, 2016, with his schedule of the momentum)."""
+
+    def m_hat(self, g: Array, m: Array, s: Any) -> Array:
+        """The first moment, with a look ahead and without its bias."""
+        return s.grad_weight * g + s.moment_weight * m
 
 
 @value
 class _NAdamMoments(Moments):
     """The moments of one step, given the product of the rates up to and with it."""
 
-    b1: Any
-    b2: Any
-    eps: Any
-    momentum_decay: Any
+    b1: Scalar
+    b2: Scalar
+    eps: Scalar
+    momentum_decay: Scalar
     product: Any
     mu_dtype = nu_dtype = None
 
-    def _rule(self) -> tuple[Callable[..., Step], tuple[Any, ...]]:
-        return torch_nadam_step, ()
+    @property
+    def rule(self) -> TorchNAdamRule:
+        """The rule of one array."""
+        return TorchNAdamRule()
 
     def _scalars(self, t: Array) -> NAdamScalars:
-        decay2, product = decay("b2", self.b2, t.dtype), self.product.astype(t.dtype)
-        now, following = rate(self, t), rate(self, t + 1)
+        decay1, decay2 = decay("b1", self.b1, t.dtype), decay("b2", self.b2, t.dtype)
+        product, now, following = self.product.astype(t.dtype), rate(self, t), rate(self, t + 1)
         return NAdamScalars(
-            decay("b1", self.b1, t.dtype),
+            decay1,
             decay2,
-            correction(t, decay2),
+            bias_correction(t, decay1),
+            bias_correction(t, decay2),
             epsilon(self.eps, t.dtype),
+            np.zeros((), t.dtype),
             (1 - now) / (1 - product),
             following / (1 - product * following),
         )
@@ -93,18 +106,18 @@ class _NAdamMoments(Moments):
 
 def rate(opt: Any, t: Array) -> Array:
     """mu_t, with which the first moment of step t counts."""
-    b1, momentum_decay = (checks.scalar(n, getattr(opt, n), t.dtype) for n in ("b1", "momentum_decay"))
+    b1, momentum_decay = (checks.as_scalar(n, getattr(opt, n), t.dtype) for n in ("b1", "momentum_decay"))
     return b1 * (1 - 0.5 * jnp.exp(t * momentum_decay * math.log(0.96)))
 
 
 @value
-class ScaleByTorchNAdam(Transformation):
+class ScaleByTorchNAdam(Leafwise):
     """NAdam with a schedule of the momentum, as in torch.optim.NAdam."""
 
-    b1: Any
-    b2: Any
-    eps: Any
-    momentum_decay: Any
+    b1: Scalar
+    b2: Scalar
+    eps: Scalar
+    momentum_decay: Scalar
 
     def __post_init__(self) -> None:
         self._check_numbers("b1", "b2", below=1.0)
@@ -114,18 +127,23 @@ class ScaleByTorchNAdam(Transformation):
         return _NAdamMoments(self.b1, self.b2, self.eps, self.momentum_decay, product)
 
     def parts(self, m: Array, v: Array, v_max: None, t: Array) -> Parts:
-        """For who wants to see them: the two moments, without the part that the gradient itself has."""
-        c1, c2 = (correction(t, decay(name, getattr(self, name), t.dtype)) for name in ("b1", "b2"))
-        return Parts(divide(m, c1), sqrt(v / c2), epsilon(self.eps, t.dtype))
+        """The parts of the direction that the two moments have, at step `t`."""
+        return self._moments(jnp.zeros_like(t)).parts(m, v, v_max, t)
 
     def _init(self, params: PyTree) -> NAdamState:
         count, mu, nu, _ = self._moments(None)._init(params)
-        return NAdamState(count, mu, nu, trees.fresh(lambda: jnp.ones((), jnp.float32), params))
+        return NAdamState(count, mu, nu, trees.make_on_mesh_of(lambda: jnp.ones((), jnp.float32), params))
 
-    def _update(self, updates: PyTree, state: PyTree, params: PyTree | None, extra: Extra) -> tuple[PyTree, NAdamState]:
+    def _leaf_transforms(self, updates: Leaves, state: PyTree, params: Leaves | None) -> list[LeafTransform]:
         checks.state(state, NAdamState, "torch's NAdam")
         t = trees.increment(state.count).astype(jnp.result_type(float))
         product = state.mu_product * rate(self, t).astype(state.mu_product.dtype)
-        adam = AdamState(state.count, state.mu, state.nu)
-        direction, (count, mu, nu, _) = self._moments(product)._update(updates, adam, params, extra)
-        return direction, NAdamState(count, mu, nu, product)
+        moments = self._moments(product)
+        columns = moments._columns(updates, AdamState(state.count, state.mu, state.nu))
+        step = StepMoments.of(moments, state.count, columns, lambda column: updates.like(column).tree)
+
+        def finish(*new: list[Any]) -> NAdamState:
+            count, mu, nu, _ = step.finish(*new)
+            return NAdamState(count, mu, nu, product)
+
+        return [replace(step, finish=finish)]

@@ -10,12 +10,15 @@ from adamjax._core import checks, trees
 from adamjax._core.optional import require
 from adamjax._core.packing import packed_like, unpacked
 from adamjax._core.quantization import is_quantized
-from adamjax._core.trees import PyTree
+from adamjax._core.typing import PyTree
 from adamjax._transforms.adam import ScaleByAdam
-from adamjax._transforms.base import Chain, as_transformation
+from adamjax._transforms.base import as_transformation
+from adamjax._transforms.chain import Chain
+from adamjax._transforms.learning_rate import ScaleByLearningRate
 from adamjax._transforms.moments import AdamState, Moments
 from adamjax._transforms.packed import Packed
-from adamjax._transforms.weight_decay import AddDecayedWeights, ScaleByLearningRate, ScheduleState
+from adamjax._transforms.schedule import ScheduleState
+from adamjax._transforms.weight_decay import AddDecayedWeights
 
 
 def import_state(opt: Any, params: PyTree, state: PyTree) -> PyTree:
@@ -65,7 +68,7 @@ def export_state(opt: Any, state: PyTree) -> PyTree:
     optax = require("optax", "optax", "exporting to optax")
     if not isinstance(opt, Chain):
         raise TypeError(f"{opt!r} is not one of adamjax's optimizers, such as adamjax.adamw")
-    checks.members(state, len(opt.transforms), "opt")
+    checks.member_states(state, len(opt.transforms), "opt")
     exported = []
     for transform, part in zip(map(_within, opt.transforms), state, strict=True):
         if isinstance(transform, Moments) and getattr(transform, "amsgrad", None) != "torch":

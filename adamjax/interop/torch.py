@@ -14,15 +14,17 @@ from typing import Any
 
 from adamjax._core import checks
 from adamjax._transforms.adam import scale_by_adam
-from adamjax._transforms.base import Chain, Transformation, chain
-from adamjax._transforms.radam import scale_by_adamax
-from adamjax._transforms.weight_decay import AddDecayedWeights, ScaleByLearningRate
-from adamjax.interop._per_parameter import FusedPerParameter, PerParameter
+from adamjax._transforms.adamax import scale_by_adamax
+from adamjax._transforms.base import Transformation
+from adamjax._transforms.chain import Chain, chain
+from adamjax._transforms.learning_rate import ScaleByLearningRate
+from adamjax._transforms.weight_decay import AddDecayedWeights, with_coupled_decay
+from adamjax.interop._per_parameter import PerParameter
 from adamjax.interop._torch_state import export_state as export_state
 from adamjax.interop._torch_state import import_state as import_state
 from adamjax.interop._torch_variants import NAdamState as NAdamState
 from adamjax.interop._torch_variants import ScaleByTorchNAdam, ScaleByTorchRAdam
-from adamjax.optimizers import of_objective
+from adamjax.kernels import Fused
 
 
 def adam(
@@ -163,10 +165,10 @@ def _of_torch(
     moments: Transformation, lr: Any, weight_decay: Any, maximize: bool, decoupled: bool, fused: Any = None
 ) -> Chain:
     """The chain around `moments`. torch shrinks a parameter before its step, which gives the same sum."""
-    direction = of_objective(moments, 0.0 if decoupled else weight_decay, None, maximize)
+    direction = with_coupled_decay(moments, 0.0 if decoupled else weight_decay, None, maximize)
     decay = (AddDecayedWeights(weight_decay),) if decoupled else ()
     transforms = (PerParameter(direction), *decay, ScaleByLearningRate(lr))
-    return FusedPerParameter(transforms, fused) if fused else chain(*transforms)
+    return Fused(transforms, fused) if fused else chain(*transforms)
 
 
 def _check(lr: Any, betas: Any, eps: Any, weight_decay: Any, momentum_decay: Any = 0.0) -> tuple[Any, Any]:

@@ -8,54 +8,74 @@ from jax import Array
 from jax.custom_batching import custom_vmap
 
 from adamjax._core import collectives
-from adamjax._core.packing import join, split
+from adamjax._core.packing import concat, split
+from adamjax._transforms.leafwise import Executor, GroupProgram, LeafProgram
+from adamjax._transforms.moment_storage import Moment
 from adamjax.kernels import _backend, _compile
-from adamjax.kernels._backend import Call, Dithers, Form, Moment, Numbers
+from adamjax.kernels._backend import Functions, LeafSpec, StepVariant
 from adamjax.kernels._cpu import KERNEL, attributes
 
-Moments = tuple[Moment, Moment, Moment | None]
+PackedMoments = tuple[Moment, Moment, Moment | None]
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _step(
-    form: Form, params: list[Array], moments: Moments, grads: list[Array], numbers: Numbers, dithers: Dithers
-) -> tuple[list[Array], Moments]:
-    """The parameters and their moments after one step, as of `_backend.step` for what they are together."""
+def _run_group(
+    functions: tuple[Functions, Functions, Functions],
+    grads: list[Array],
+    params: list[Array],
+    moments: PackedMoments,
+    operands: tuple[list[Any], ...],
+) -> tuple[list[Array], PackedMoments]:
+    """Run a group program, the same for each leaf, by the kernel: the new parameters and the new moments."""
+    whole = sum(functions, ())
+    variant = _backend.variant_of(whole)
+    assert variant is not None
+    scalars, dithers = _backend.step_scalars(whole, [x for part in operands for x in part])
     kept = [x for x in moments if x is not None]
-    new = _batched(form, len(params))(*_backend.rows(KERNEL, form, numbers, dithers, 1), *params, *grads, *kept)
+    packed = _backend.pack_operands(KERNEL, variant, scalars, dithers, 1)
+    new = _batched(variant, len(params))(*packed, *params, *grads, *kept)
     m, v, *v_max = new[len(params) :]
     return new[: len(params)], (m, v, v_max[0] if v_max else None)
 
 
-@_step.defjvp
-def _step_jvp(form: Form, primals: Any, tangents: Any) -> Any:
-    return jax.jvp(partial(_plain_step, form), primals, tangents)
+@_run_group.defjvp
+def _run_group_jvp(functions: tuple[Functions, Functions, Functions], primals: Any, tangents: Any) -> Any:
+    return jax.jvp(partial(_run_by_xla, functions), primals, tangents)
 
 
-step = jax.jit(_step, static_argnums=0)
+run_group = jax.jit(_run_group, static_argnums=0)
 
 
-def _plain_step(
-    form: Form, params: list[Array], moments: Moments, grads: list[Array], numbers: Numbers, dithers: Dithers
-) -> tuple[list[Array], Moments]:
-    p, m, v, v_max, _ = _backend.plain_step(form, (join(params), *moments, None), join(grads), numbers, dithers)
-    return split(p, tuple(x.shape for x in params)), (m, v, v_max)
+def _run_by_xla(
+    functions: tuple[Functions, Functions, Functions],
+    grads: list[Array],
+    params: list[Array],
+    moments: PackedMoments,
+    operands: tuple[list[Any], ...],
+) -> tuple[list[Array], PackedMoments]:
+    before, together, after = map(LeafProgram, functions, operands)
+    count = len(params)
+    program = GroupProgram([before] * count, together, [after] * count, tuple([x.shape for x in params]))
+    states = [[()] * (1 + max(number for number, _ in functions[2])) for _ in params]
+    new, _, moments = Executor(list).run_group(range(count), program, grads, params, states, moments)
+    return new, moments
 
 
 @cache
-def _batched(form: Form, count: int) -> Any:
+def _batched(variant: StepVariant, count: int) -> Any:
     """The kernel for so many arrays with moments in one; mapped by `jax.vmap`, that for many of one array."""
 
-    def as_one(scalars: Array, places: Array, *arrays: Array) -> list[Array]:
+    def as_one(scalars: Array, integers: Array, *arrays: Array) -> list[Array]:
         params, grads, kept = arrays[:count], arrays[count : 2 * count], arrays[2 * count :]
-        whole = join(params)
-        call = Call(form, whole.shape, jax.tree.structure((whole, *kept, *[None] * (4 - len(kept)))))
-        p, *new = _backend.batched(KERNEL, call)(scalars, places, whole, join(grads), *kept)
-        return [*split(p, tuple(x.shape for x in params)), *new]
+        shapes = tuple([x.shape for x in params])
+        whole = concat(params, shapes)
+        leaf = LeafSpec.of(variant, (whole, *kept, *[None] * (4 - len(kept))))  # type: ignore[arg-type]
+        p, *new = _backend.batched(KERNEL, leaf)(scalars, integers, whole, concat(grads, shapes), *kept)
+        return [*split(p, shapes), *new]
 
     @custom_vmap
     def step_all(*operands: Array) -> list[Array]:
-        return _run(form, count, *operands)
+        return _run(variant, count, *operands)
 
     @step_all.def_vmap
     def _(size: int, is_mapped: list[bool], *operands: Array) -> tuple[list[Array], list[bool]]:
@@ -65,16 +85,11 @@ def _batched(form: Form, count: int) -> Any:
     return step_all
 
 
-def _run(form: Form, count: int, *operands: Array) -> list[Array]:
-    scalars, places, *arrays = collectives.varying_alike(*operands)
-    changed = [*range(count), *range(2 * count, len(arrays))]  # all but the gradients
-    like = jax.eval_shape(lambda *arrays: [arrays[i] for i in changed], *arrays)
-    # In place: scalars and places come first.
-    aliases = {i + 2: result for result, i in enumerate(changed)}
-    new = jax.ffi.ffi_call(f"{_compile.target()}-group", like, input_output_aliases=aliases)(
-        scalars,
-        places,
-        *arrays,
-        **attributes(form),
-    )
-    return list(new)
+def _run(variant: StepVariant, count: int, *operands: Array) -> list[Array]:
+    scalars, integers, *arrays = collectives.pcast_all(*operands)
+    kept = [*range(count), *range(2 * count, len(arrays))]  # all but the gradients
+    like = jax.eval_shape(lambda *arrays: [arrays[i] for i in kept], *arrays)
+    # In place: scalars and integers come first.
+    aliases = {i + 2: result for result, i in enumerate(kept)}
+    call = jax.ffi.ffi_call(f"{_compile.target()}-group", like, input_output_aliases=aliases)
+    return list(call(scalars, integers, *arrays, **attributes(variant)))

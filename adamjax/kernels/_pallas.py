@@ -24,27 +24,23 @@ from adamjax._core import low_precision, trees
 from adamjax._core.low_precision import Dither
 from adamjax._core.numerics import Decay
 from adamjax._core.quantization import Code, QuantizedArray, largest
-from adamjax._transforms.adam import Scalars, adam_step
-from adamjax._transforms.moments import Keep, Step
-from adamjax.kernels._backend import OFFSETS, Call, Form, Kernel, Leaf, Numbers, add_rounded, around
+from adamjax._transforms.adam import AdamRule, AdamScalars
+from adamjax.kernels._backend import OFFSETS, Backend, Leaf, LeafSpec, StepScalars, StepVariant
 
-# Of what is used, some is newer than the oldest jax that the rest works with.
+# Typed as Any: parts of this API are missing in our minimum jax.
 plgpu: Any = mosaic_gpu
 
-# Neither codes nor float32 are rounded before the step goes on with them.
-_KEEP = Keep(*[lambda x: x] * 3)
-
-# To a program, of four warps: of 4, 8 and 16, on an H200, with these it is fastest.
+# 8 rows and 4 warps per program: the fastest of 4, 8 and 16 rows on an H200.
 _ROWS, _WARPS = 8, 4
 
 
-def gains(leaf: Leaf) -> bool:
-    """Whether the step of a parameter is faster by the kernel than by XLA."""
+def is_faster(leaf: Leaf) -> bool:
+    """Return whether the kernel steps a parameter faster than XLA."""
     return any(isinstance(x, QuantizedArray) for x in leaf)
 
 
-def why_not(leaf: Leaf, g: Array) -> str | None:
-    """Why the kernel cannot step a parameter whose moments are quantised, if it cannot."""
+def unsupported_reason(leaf: Leaf, g: Array) -> str | None:
+    """Return the reason why the kernel cannot step a parameter whose moments are quantised, or None."""
     p, *moments, _ = leaf
     for name, array in (("parameter", p), ("gradient", g)):
         if (dtype := trees.dtype_of(array).name) not in ("float32", "bfloat16"):
@@ -69,7 +65,7 @@ def why_not(leaf: Leaf, g: Array) -> str | None:
 
 @cache
 def _missing() -> str | None:
-    """Why there is no kernel at all, if there is none."""
+    """Return the reason why there is no kernel at all, or None."""
     if jax.__version_info__ < (0, 11):
         return f"the kernel needs jax 0.11, and this is {jax.__version__}: pip install --upgrade jax"
     # "9.0" of Hopper; "gfx942" and the like of those that are not NVIDIA's.
@@ -113,33 +109,33 @@ class _Rows(NamedTuple):
         return jax.tree.unflatten(structure, cut)
 
 
-def _rows_of(call: Call) -> _Rows:
-    coded = [(bits, block) for bits, block in call.formats if bits]
+def _rows_of(spec: LeafSpec) -> _Rows:
+    coded = [(bits, block) for bits, block in spec.formats if bits]
     sizes = [block for _, block in coded]
     return _Rows(min(sizes), max(sizes) // min(sizes), any(bits == 4 for bits, _ in coded))
 
 
-def _scalars(form: Form, numbers: Numbers) -> Sequence[Any]:
-    # What this form does without (a correction of the next step, say) has its place among them all the same.
-    return [jnp.float32(0) if x is None else x for x in jax.tree.leaves(numbers, is_leaf=trees.is_none)]
+def _scalars(variant: StepVariant, scalars: StepScalars) -> Sequence[Any]:
+    # A number that this variant does without (a correction of the next step, say) keeps its place.
+    return [jnp.float32(0) if x is None else x for x in jax.tree.leaves(scalars, is_leaf=trees.is_none)]
 
 
-def _numbers(scalars: Sequence[Any]) -> Numbers:
-    decays = [Decay(*scalars[i : i + 5]) for i in (0, 5)]
-    return Numbers(Scalars(*decays, *scalars[10:15]), *scalars[15:])
+def _step_scalars(row: Sequence[Any]) -> StepScalars:
+    decays = [Decay(*row[i : i + 5]) for i in (0, 5)]
+    return StepScalars(AdamScalars(*decays, *row[10:15]), *row[15:])
 
 
-def _run(call: Call, scalars: Array, places: Array, *arrays: Array, interpret: bool = False) -> list[Array]:
+def _run(spec: LeafSpec, scalars: Array, places: Array, *arrays: Array, interpret: bool = False) -> list[Array]:
     """The step of as many parameters as the scalars have leading axes for."""
     batch = scalars.ndim - 1
     many, part = math.prod(scalars.shape[:batch]), arrays[0].shape[batch:]
-    rows = _rows_of(call)
+    rows = _rows_of(spec)
     p, g, *moments = arrays
-    leaf = tuple(rows.cut(x, many) for x in jax.tree.unflatten(call.structure, (p, *moments)))
+    leaf = tuple(rows.cut(x, many) for x in jax.tree.unflatten(spec.structure, (p, *moments)))
     g = rows.cut(g, many)
     scalars = scalars.reshape(many, -1)
-    places = _places(call.shape, places.reshape(many, -1))
-    step = partial(_step_rows, call.form, rows, _axes(part, call.shape, math.prod(rows.shape)))
+    places = _places(spec.shape, places.reshape(many, -1))
+    step = partial(_step_rows, spec.variant, rows, _axes(part, spec.shape, math.prod(rows.shape)))
 
     count = g.shape[1]
     whole = count - count % _ROWS
@@ -195,23 +191,26 @@ def _index(shape: tuple[int, ...], axes: list[tuple[int, int]], start: Any) -> A
 
 
 def _step_rows(
-    form: Form, rows: _Rows, axes: Any, scalars: list[Any], places: Any, start: Any, g: Array, leaf: Leaf
+    variant: StepVariant, rows: _Rows, axes: Any, row: list[Any], places: Any, start: Any, g: Array, leaf: Leaf
 ) -> Leaf:
     """The step of rows of one parameter, of which the first is row `start`."""
-    seed, turn, first = places
-    dither, numbers = Dither(seed, turn), _numbers(scalars)
+    seed, phase, first = places
+    dither, scalars = Dither(seed, phase), _step_scalars(row)
     index = first + _index(g.shape, axes, start)
     p, *old, _ = leaf
-
-    def of_moments(g: Array) -> Step:
-        m, v, v_max = (_load(x, g.shape) for x in old)
-        direction, m, v, v_max = adam_step(g, m, v, v_max, numbers.adam, _KEEP, form.nesterov, form.amsgrad)
-        dithers = (dither, dither.other(), None)
-        m, v, v_max = (_store(x, like, d, index) for x, like, d in zip((m, v, v_max), old, dithers, strict=True))
-        return direction, m, v, v_max
-
-    update, *moments = around(form, p.astype(jnp.float32), g, numbers, of_moments)
-    return add_rounded(p, update), *moments, None
+    wide, g = p.astype(jnp.float32), scalars.sign * g.astype(jnp.float32)
+    if variant.coupled:
+        g = g + scalars.coupled * wide
+    rule, adam = AdamRule(variant.nesterov, variant.amsgrad), scalars.adam
+    m, v, v_max = (_load(x, g.shape) for x in old)
+    # Neither codes nor float32 are rounded before the step goes on with them.
+    m, v = rule.accumulate(g, m, v, adam)
+    v_max = None if v_max is None else rule.maximum(v, v_max, adam)
+    update = scalars.rate * rule.direction(g, m, v, v_max, adam) + (scalars.decay * wide if variant.decays else 0)
+    dithers = (dither, dither.second_array(), None)
+    stored = [_store(x, like, d, index) for x, like, d in zip((m, v, v_max), old, dithers, strict=True)]
+    # The update is rounded to the dtype of the parameter, and then added.
+    return (wide + update.astype(p.dtype).astype(jnp.float32)).astype(p.dtype), *stored, None
 
 
 def _load(stored: Any, shape: tuple[int, ...]) -> Any:
@@ -356,5 +355,5 @@ _OTHERWISE: dict[Any, Callable[..., Array]] = {
     primitives.div_p: lambda x, d: x * (1 / d) if jnp.ndim(d) == 0 else lax.div(x, d),
 }
 
-KERNEL = Kernel(_scalars, _run)
-INTERPRETED = Kernel(_scalars, partial(_run, interpret=True))
+KERNEL = Backend(_scalars, _run)
+INTERPRETED = Backend(_scalars, partial(_run, interpret=True))

@@ -13,10 +13,10 @@ import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from adamjax._core import checks, trees
-from adamjax._core.ownership import Key, owners
+from adamjax._core.ownership import Key, params_of_state
 from adamjax._core.packing import PackedTree
 from adamjax._core.quantization import is_quantized
-from adamjax._core.trees import PyTree
+from adamjax._core.typing import PyTree
 from adamjax._transforms.base import as_transformation
 
 Names = tuple[str, ...]
@@ -175,7 +175,7 @@ class Plan(NamedTuple):
 def plan(opt: Any, params: PyTree, mesh: Any, names: Names) -> Plan:
     """The plan for `params`, `jax.ShapeDtypeStruct`s with `NamedSharding`s on `mesh`, spread over the axes `names`."""
     like = opt.init(params)
-    owned = owners(like, params)
+    owned = params_of_state(like, params)
     units, packed = _units(owned), _packed(like)
     spread = {
         path: (p.sharding, "packed") if path in packed else _spread(p, names, units.get(path, 1))
@@ -198,8 +198,8 @@ def plan(opt: Any, params: PyTree, mesh: Any, names: Names) -> Plan:
 
 def divided(opt: Any, params: PyTree, count: int) -> PyTree:
     """For each leaf of `params`, whole arrays, the axis that its state is divided along by `count`; -1 if none is."""
-    like = opt.init(trees.shapes_of(params))
-    units, packed = _units(owners(like, params)), _packed(like)
+    like = opt.init(trees.abstract_like(params))
+    units, packed = _units(params_of_state(like, params)), _packed(like)
 
     def axis(path: Key, p: Any) -> int:
         divides = count > 1 and path not in packed

@@ -6,9 +6,11 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from adamjax._core import trees
-from adamjax._core.trees import PyTree
+from adamjax._core.trees import Leaves
+from adamjax._core.typing import Extra, PyTree
 from adamjax._core.value import value
-from adamjax._transforms.base import Extra, Wrapper
+from adamjax._transforms.base import Result, Wrapper
+from adamjax._transforms.delivery import Delivery
 
 
 @value
@@ -23,14 +25,12 @@ class Offload(Wrapper):
     def _init(self, params: PyTree) -> PyTree:
         return _settle(_move(self.inner._init(params), jax.memory.Space.Host))
 
-    def _update(self, updates: PyTree, state: PyTree, params: PyTree | None, extra: Extra) -> tuple[PyTree, PyTree]:
-        updates, state = self.inner._update(updates, _move(state, jax.memory.Space.Device), params, extra)
-        return updates, _move(state, jax.memory.Space.Host)
-
-    def step(self, grads: PyTree, state: PyTree, params: PyTree, **extra: Any) -> tuple[PyTree, PyTree]:
-        """One whole step; see `Transformation.step`."""
-        params, state = self.inner.step(grads, _move(state, jax.memory.Space.Device), params, **extra)
-        return params, _move(state, jax.memory.Space.Host)
+    def _run(
+        self, updates: Leaves, state: PyTree, params: Leaves | None, extra: Extra, delivery: Delivery | None
+    ) -> Result:
+        on_device = _move(state, jax.memory.Space.Device)
+        found, delivered, state = self.inner._run(updates, on_device, params, extra, delivery)
+        return found, delivered, _move(state, jax.memory.Space.Host)
 
 
 def _move(state: PyTree, space: Any) -> PyTree:

@@ -9,9 +9,12 @@ import jax.export
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from adamjax._core import checks, trees
-from adamjax._core.trees import PyTree
+from adamjax._core.trees import Leaves
+from adamjax._core.typing import Extra, PyTree
 from adamjax._core.value import Value, static_field, value
-from adamjax._transforms.base import Extra, Wrapper
+from adamjax._transforms.base import Result, Wrapper
+from adamjax._transforms.delivery import Delivery, deliver
+from adamjax._transforms.param_rounding import RoundParams
 from adamjax.sharding import _layout
 from adamjax.sharding._layout import Names, Plan
 
@@ -104,21 +107,20 @@ class Zero1(Wrapper):
         specs = _shortest(s.spec for s in jax.tree.leaves(whole))
         return Zero1State(_layout.init_sharded(self.inner, params, plan.state), specs)
 
-    def _update(self, updates: PyTree, state: PyTree, params: PyTree | None, extra: Extra) -> tuple[PyTree, Zero1State]:
-        checks.given(params, updates, "zero1")
-        plan, whole = self._plan_of(state, params)
-        updates, params = _layout.pin(updates, plan.params), _layout.pin(params, plan.params)
-        updates, inner = self.inner._update(updates, state.inner, params, extra)
-        return _layout.pin(updates, whole), Zero1State(_layout.pin(inner, plan.state), state.specs)
-
-    def step(self, grads: PyTree, state: PyTree, params: PyTree, **extra: Any) -> tuple[PyTree, PyTree]:
-        """One whole step: each device steps its part of the parameters, and those parts are then brought together."""
-        checks.given(params, grads, "step", "step(grads, state, params)")
-        checks.updates(grads, params)
-        plan, whole = self._plan_of(state, params)
-        grads, params = _layout.pin(grads, plan.params), _layout.pin(params, plan.params)
-        params, inner = self.inner.step(grads, state.inner, params, **extra)
-        return _layout.pin(params, whole), Zero1State(_layout.pin(inner, plan.state), state.specs)
+    def _run(
+        self, updates: Leaves, state: PyTree, params: Leaves | None, extra: Extra, delivery: Delivery | None
+    ) -> Result:
+        checks.params_given(params, updates, "zero1")
+        params = updates if params is None else params  # without parameters, there are no gradients
+        plan, whole = self._plan_of(state, params.tree)
+        grads, own = [x.like(x.column(_layout.pin(x.tree, plan.params))) for x in (updates, params)]
+        # A wrapper around this that rounds parameters keeps its own state whole.
+        inside = None if isinstance(delivery, RoundParams) else delivery
+        found, delivered, inner = self.inner._run(grads, state.inner, own, extra, inside)
+        found = found.like(found.column(_layout.pin(found.tree, whole)))
+        if inside is not delivery:
+            found, delivered = deliver(found, params, delivery)
+        return found, delivered, Zero1State(_layout.pin(inner, plan.state), state.specs)
 
     def _plan_of(self, state: PyTree, params: PyTree) -> tuple[Plan, PyTree]:
         checks.state(state, Zero1State, "zero1")

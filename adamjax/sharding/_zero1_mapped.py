@@ -8,9 +8,12 @@ from jax.sharding import AxisType
 
 from adamjax._core import checks, collectives, trees
 from adamjax._core.quantization import is_quantized
-from adamjax._core.trees import PyTree
+from adamjax._core.trees import Leaves
+from adamjax._core.typing import Extra, PyTree
 from adamjax._core.value import static_field, value
-from adamjax._transforms.base import Extra, Transformation, Wrapper
+from adamjax._transforms.base import Result, Transformation, Wrapper
+from adamjax._transforms.delivery import Delivery, deliver
+from adamjax._transforms.param_rounding import RoundParams
 from adamjax.sharding import _layout
 from adamjax.sharding._layout import Names
 
@@ -37,19 +40,20 @@ class Zero1Mapped(Wrapper):
         _check_blocks(state)
         return state
 
-    def _update(self, updates: PyTree, state: PyTree, params: PyTree | None, extra: Extra) -> tuple[PyTree, PyTree]:
-        checks.given(params, updates, "zero1_mapped")
-        parts = _Parts(self.inner, self.axis, params)
-        updates, new = self.inner._update(parts.sum(updates), state, parts.take(params), extra)
-        return parts.gather(updates), new
-
-    def step(self, grads: PyTree, state: PyTree, params: PyTree, **extra: Any) -> tuple[PyTree, PyTree]:
-        """One whole step: each device steps its part of the parameters, and those parts are then gathered."""
-        checks.given(params, grads, "step", "step(grads, state, params)")
-        checks.updates(grads, params)
-        parts = _Parts(self.inner, self.axis, params)
-        params, new = self.inner.step(parts.sum(grads), state, parts.take(params), **extra)
-        return parts.gather(params), new
+    def _run(
+        self, updates: Leaves, state: PyTree, params: Leaves | None, extra: Extra, delivery: Delivery | None
+    ) -> Result:
+        checks.params_given(params, updates, "zero1_mapped")
+        params = updates if params is None else params  # without parameters, there are no gradients
+        parts = _Parts(self.inner, self.axis, params.tree)
+        grads, own = parts.sum(updates), parts.take(params)
+        # A wrapper around this that rounds parameters keeps its own state whole.
+        inside = None if isinstance(delivery, RoundParams) else delivery
+        found, delivered, new = self.inner._run(grads, state, own, extra, inside)
+        found = parts.gather(found)
+        if inside is not delivery:
+            found, delivered = deliver(found, params, delivery)
+        return found, delivered, new
 
 
 class _Parts:
@@ -62,26 +66,31 @@ class _Parts:
         self.count = lax.axis_size(self.names)
         self.axes = _layout.divided(inner, params, self.count)
 
-    def sum(self, grads: PyTree) -> PyTree:
+    def sum(self, grads: Leaves) -> Leaves:
+        """Add up the gradients over the devices, and take this device's part."""
+
         def of_leaf(g: Array, axis: int) -> Array:
-            if idle := collectives.sharded_over(g, self.idle):
+            if idle := collectives.axes_varying(g, self.idle):
                 g = lax.psum(g, idle)
-            varying = collectives.sharded_over(g, self.names)
+            varying = collectives.axes_varying(g, self.names)
             if axis >= 0 and len(varying) == len(self.names):
                 return lax.psum_scatter(g, self.names, scatter_dimension=axis, tiled=True)
             # Where all devices have the same, it is the sum already: jax.grad adds up what varies.
             return self._part(lax.psum(g, varying) if varying else g, axis)
 
-        return trees.map_leaves(of_leaf, grads, self.axes)
+        return grads.map(of_leaf, grads.column(self.axes))
 
-    def take(self, params: PyTree) -> PyTree:
-        return trees.map_leaves(self._part, params, self.axes)
+    def take(self, params: Leaves) -> Leaves:
+        """Take this device's part of the parameters."""
+        return params.map(self._part, params.column(self.axes))
 
-    def gather(self, tree: PyTree) -> PyTree:
+    def gather(self, leaves: Leaves) -> Leaves:
+        """Gather all parts on each device."""
+
         def of_leaf(x: Array, axis: int) -> Array:
             return x if axis < 0 else lax.all_gather(x, self.names, axis=axis, tiled=True, to="invarying")
 
-        return trees.map_leaves(of_leaf, tree, self.axes)
+        return leaves.map(of_leaf, leaves.column(self.axes))
 
     def _part(self, x: Array, axis: int) -> Array:
         if axis < 0:

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from adamjax._core.low_precision import is_narrow
+from adamjax._core.low_precision import is_low_precision
 from adamjax.optimizers import adamw
 from adamjax.problems import Problem
 from adamjax.tuning._space import Setting, Space, printed
@@ -99,7 +99,7 @@ def parameters_of(problem: Problem) -> str:
 def is_half(problem: Problem) -> bool:
     """Whether some parameters are of half precision."""
     dtypes = {x.dtype for x in jax.tree.leaves(shapes_of(problem))}
-    return any(jnp.issubdtype(d, jnp.floating) and is_narrow(d) for d in dtypes)
+    return any(jnp.issubdtype(d, jnp.floating) and is_low_precision(d) for d in dtypes)
 
 
 def shapes_of(problem: Problem) -> Any:

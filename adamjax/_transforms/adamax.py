@@ -1,0 +1,93 @@
+"""Adamax: its difference from Adam."""
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import Array
+
+from adamjax._core import checks
+from adamjax._core.numerics import Decay, bias_correction, decay, divide_by_real, ema
+from adamjax._core.typing import Scalar
+from adamjax._core.value import static_field, value
+from adamjax._transforms.adam import AdamRule, epsilon
+from adamjax._transforms.moment_storage import MomentFormat
+from adamjax._transforms.moments import Moments
+
+
+class AdamaxScalars(NamedTuple):
+    """The hyperparameters and the bias correction of a step."""
+
+    decay1: Decay
+    c1: Any
+    b2: Any
+    eps: Any
+
+
+class AdamaxRule(AdamRule):
+    """The step of one array (Kingma & Ba, 2015, Algorithm 2); `v` is the infinity norm."""
+
+    def accumulate(self, g: Array, m: Array, v: Array, s: Any) -> tuple[Array, Array]:
+        """The new first moment, and the decaying maximum of the magnitudes."""
+        return ema(m, g, s.decay1), jnp.maximum(s.b2 * v, jnp.abs(g) + s.eps)
+
+    def direction(self, g: Array, m: Array, v: Array, v_max: Array | None, s: Any) -> Array:
+        """The direction; the norm needs no root, and holds eps already."""
+        return divide_by_real(self.m_hat(g, m, s), v)
+
+    def root(self, v: Array, v_max: Array | None, s: Any) -> Array:
+        """The norm without eps."""
+        return jnp.maximum(v - s.eps, 0.0)
+
+
+@value
+class ScaleByAdamax(Moments):
+    """Adamax' direction; see `scale_by_adamax`."""
+
+    b1: Scalar
+    b2: Scalar
+    eps: Scalar
+    mu_dtype: MomentFormat = static_field(default=None)
+    nu_dtype: MomentFormat = static_field(default=None)
+
+    def __post_init__(self) -> None:
+        self._check_numbers("b1", "b2", below=1.0)
+        self._check_numbers("eps")
+        self._check_dtypes()
+
+    @property
+    def rule(self) -> AdamaxRule:
+        """The rule of one array."""
+        return AdamaxRule()
+
+    def _scalars(self, t: Array) -> AdamaxScalars:
+        decay1, b2 = decay("b1", self.b1, t.dtype), checks.as_scalar("b2", self.b2, t.dtype)
+        return AdamaxScalars(decay1, bias_correction(t, decay1), b2, epsilon(self.eps, t.dtype))
+
+
+def scale_by_adamax(
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-8,
+    *,
+    mu_dtype: MomentFormat = None,
+    nu_dtype: MomentFormat = None,
+) -> ScaleByAdamax:
+    """Adamax' direction: the first moment over a decaying maximum of the gradients' magnitudes.
+
+    Arguments are those of `scale_by_adam`, but for these.
+
+    Args:
+      b2: Decay rate of the maximum, in [0, 1).
+      eps: At least 0, added to each magnitude.
+
+    Returns:
+      A transformation with state `AdamState`, whose `nu` holds the maxima.
+
+    Raises:
+      ValueError: A number is out of range, or a dtype is not one that moments can have.
+      TypeError: A hyperparameter is not a number.
+
+    References:
+      Kingma & Ba, 2015, section 7.1, https://arxiv.org/abs/1412.6980.
+    """
+    return ScaleByAdamax(b1, b2, eps, mu_dtype, nu_dtype)

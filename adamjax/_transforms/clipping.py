@@ -1,0 +1,64 @@
+"""Clipping by the global norm."""
+
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+
+from adamjax._core import checks, collectives, trees
+from adamjax._core.numerics import scale, sqrt_with_zero_slope
+from adamjax._core.typing import AxisName, Extra, PyTree, Scalar
+from adamjax._core.value import static_field, value
+from adamjax._transforms.base import Transformation
+
+
+@value
+class ClipByGlobalNorm(Transformation):
+    """See `clip_by_global_norm`."""
+
+    max_norm: Scalar
+    axis_name: AxisName = static_field(default=None)
+
+    def __post_init__(self) -> None:
+        self._check_numbers("max_norm")
+        collectives.check_axis_name(self.axis_name)
+
+    def _update(self, updates: PyTree, state: PyTree, params: PyTree | None, extra: Extra) -> tuple[PyTree, PyTree]:
+        leaves = jax.tree.leaves(updates)
+        dtype = trees.real_dtype(trees.compute_dtype(*map(trees.dtype_of, leaves)))
+        squares = [collectives.sum_of_squares(x) for x in leaves]
+        norm = sqrt_with_zero_slope(collectives.psum_of_scalars(squares, self.axis_name, dtype))
+        limit = checks.as_scalar("max_norm", self.max_norm, norm.dtype)
+        # Not `norm > limit`: a NaN must reach all updates, instead of passing unclipped.
+        exceeds = ~(norm <= limit)
+        shrink = jnp.where(exceeds, limit / jnp.where(exceeds, norm, 1.0), 1.0)
+        factor = cache(lambda dtype: shrink.astype(dtype))
+        return trees.map_leaves(lambda u: scale(u, factor(trees.compute_dtype(trees.dtype_of(u)))), updates), state
+
+
+def clip_by_global_norm(max_norm: Scalar, *, axis_name: AxisName = None) -> ClipByGlobalNorm:
+    """Scale all updates by one factor, so that their joint norm is at most `max_norm`.
+
+    Args:
+      max_norm: At least 0.
+      axis_name: Where `update` runs inside `jax.shard_map` or `jax.pmap` on shards of the gradients:
+        the mapped axis (or axes) over which they are sharded. Without it each shard would be
+        clipped by its own norm. Under `jax.shard_map` a leaf that is replicated over the axis is
+        recognised and counted once; under `jax.pmap`, or with `check_vma=False`, every leaf is taken for
+        a shard. Gradients that are whole, and sharded arrays under `jax.jit`, need no axis.
+
+    Returns:
+      A transformation without state.
+
+    Raises:
+      ValueError, TypeError: An argument is not as above.
+
+    References:
+      Pascanu et al., 2013, https://arxiv.org/abs/1211.5063.
+
+    >>> import adamjax, jax.numpy as jnp
+    >>> opt = adamjax.clip_by_global_norm(1.0)
+    >>> opt.update({"a": jnp.array([3.0]), "b": jnp.array([4.0])}, ())[0]
+    {'a': Array([0.6], dtype=float32), 'b': Array([0.8], dtype=float32)}
+    """
+    return ClipByGlobalNorm(max_norm, axis_name)

@@ -1,0 +1,125 @@
+"""The base of schedules, and of the transformations by one hyperparameter that may be a schedule."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from adamjax._core import checks, trees
+from adamjax._core.typing import PyTree, Scalar, ScalarOrSchedule, ScheduleLike
+from adamjax._core.value import Value, is_static_callable, static_field, value
+from adamjax._transforms.base import Leafwise
+
+
+class Schedule(Value):
+    """Base of all schedules.
+
+    Calling one with a step count (an int or an integer array of any shape, 0 for the first update)
+    gives the value there: of the count's shape, in float32 (float64 under `jax_enable_x64`).
+    `peak` is the largest value it reaches.
+
+    Raises:
+      ValueError, TypeError: At construction, a number is out of range, or not one; phases do not fit into
+        `total_steps`. When it is called, the count is not a real number.
+    """
+
+    peak: Scalar
+
+    def __call__(self, count: Any) -> Array:
+        raise NotImplementedError
+
+    def _check_fit(self, *phases: str) -> None:
+        lengths = [getattr(self, name) for name in (*phases, "total_steps")]
+        if all(isinstance(n, float) for n in lengths) and sum(lengths[:-1]) > lengths[-1]:
+            raise ValueError(
+                f"Invalid {phases[0]} value: {lengths[0]:g}; {' + '.join(phases)} is {sum(lengths[:-1]):g}, "
+                f"it must fit into total_steps, which is {lengths[-1]:g}"
+            )
+
+
+@value
+class FromFunction(Schedule):
+    """Any callable of the step count (optax's schedules among them), kept static; without `peak`."""
+
+    function: ScheduleLike = static_field()
+
+    def __post_init__(self) -> None:
+        if not callable(self.function):
+            raise TypeError(f"Invalid function value: {self.function!r}; function must be one of the step count")
+
+    def __call__(self, count: Any) -> Array:
+        return self.function(count)  # type: ignore[return-value]
+
+
+def as_schedule(x: ScheduleLike) -> ScheduleLike:
+    """Return a plain function as a schedule; schedules and other callable pytrees as they are.
+
+    Args:
+      x: A callable of the step count.
+
+    Returns:
+      `x`, if it has leaves of its own; else a `FromFunction`, whose function is static.
+
+    Raises:
+      TypeError: `x` cannot be called.
+    """
+    if not callable(x):
+        raise TypeError(f"Invalid schedule: {x!r}; a schedule is a function of the step count")
+    return FromFunction(x) if is_static_callable(x) else x
+
+
+def to_float(x: Any) -> Array:
+    """Convert a count or a number to the precision of schedules: a strong type, whatever it came as."""
+    dtype = jnp.result_type(float)
+    if isinstance(x, (int, float, np.ndarray, np.generic)):
+        x = np.asarray(x, dtype)  # not by way of JAX's int32, for which some counts are too large
+    return jnp.asarray(x).astype(dtype)
+
+
+def to_steps(count: Any) -> Array:
+    """Check a step count, and convert it to the precision of schedules."""
+    return to_float(checks.steps(count))
+
+
+def number_or_schedule(name: str, x: ScalarOrSchedule, low: float = 0.0) -> ScalarOrSchedule:
+    """Check a hyperparameter that may be a schedule; a plain function becomes one."""
+    return as_schedule(x) if callable(x) else checks.number(name, x, low=low)
+
+
+class ScheduleState(NamedTuple):
+    """The position in a schedule.
+
+    Fields:
+      count: int32 scalar, the number of steps done; stays at its largest value once there.
+    """
+
+    count: Array  # type: ignore[assignment]  # tuple.count, which nobody counts with
+
+
+jax.export.register_namedtuple_serialization(ScheduleState, serialized_name="adamjax.ScheduleState")
+
+
+class Scheduled(Leafwise):
+    """Base of the transformations by one hyperparameter that may be a schedule.
+
+    The state is then a `ScheduleState`, else empty.
+    """
+
+    @property
+    def _schedule(self) -> ScalarOrSchedule:
+        """The hyperparameter."""
+        raise NotImplementedError
+
+    def _init(self, params: PyTree) -> PyTree:
+        return ScheduleState(trees.zero_count(params)) if callable(self._schedule) else ()
+
+    def _current_value(self, state: PyTree) -> tuple[Any, PyTree]:
+        """The hyperparameter at this step, and the state after it."""
+        x = self._schedule
+        if not callable(x):
+            return x, state
+        checks.state(state, ScheduleState, type(self).__name__)
+        return x(state.count), ScheduleState(trees.increment(state.count))
