@@ -15,9 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import adamjax
-from adamjax import problems, storage
+from adamjax import problems
 from adamjax._core import quantization
 from adamjax._core.low_precision import Dither, dither
+from adamjax._transforms import moment_storage
 from adamjax.training import keys_of
 from benchmarks._reference_codes import REFERENCES, Reference
 from benchmarks._report import Table, command, show
@@ -41,7 +42,7 @@ def coded(bits: int, signed: bool, block_size: int, numbers: Callable[..., Dithe
 
 
 def bfloat16(x: jax.Array, t: jax.Array, number: int) -> jax.Array:
-    return storage.round_second_moment(x, jnp.zeros((), jnp.bfloat16), dither(t, number))
+    return moment_storage.round_second_moment(x, jnp.zeros((), jnp.bfloat16), dither(t, number))
 
 
 def nearest(x: jax.Array, t: jax.Array, number: int) -> jax.Array:

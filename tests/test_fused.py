@@ -273,7 +273,6 @@ def test_steps_around_are_one_pass_too(around):
 @pytest.mark.parametrize(
     ("around", "where"),
     [
-        (lambda opt: adamjax.kahan(sharding.offload(opt)), "inside of kahan"),
         (lambda opt: adamjax.chain(opt, adamjax.scale_by_learning_rate(1.0)), "anywhere but at the end of a chain"),
         (lambda opt: adamjax.chain(adamjax.skip_nonfinite(opt), PLAIN_OPT), "anywhere but at the end of a chain"),
     ],
@@ -285,6 +284,14 @@ def test_where_no_step_is_one_pass(around, where):
         auto = around(FORMS["adamw"](fused="auto"))
     plain = around(PLAIN_OPT)
     assert_equal(*(jax.jit(opt.step)(GRADS, plain.init(PARAMS), PARAMS) for opt in (auto, plain)))
+
+
+@pytest.mark.parametrize("spread", [sharding.zero1, sharding.zero1_mapped])
+def test_no_kernel_rounds_around_parts(spread):
+    with pytest.raises(ValueError, match="cannot step in one pass inside of kahan: take fused=False, or 'auto'"):
+        adamjax.kahan(spread(FUSED_OPT, axis="data"))
+    with pytest.warns(UserWarning, match="fused='auto' leaves the step to XLA inside of kahan"):
+        adamjax.kahan(spread(FORMS["adamw"](fused="auto"), axis="data"))
 
 
 def test_one_member_that_has_to_be_fused_is_enough_to_refuse():
@@ -506,7 +513,7 @@ def test_what_cannot_be_fused(options, params, why):
 @pytest.fixture
 def forgetful():
     """Nothing is remembered of compilers and kernels, before and after."""
-    remembered = (_compile.target, _cpu._missing, _fused._say_once)
+    remembered = (_compile.target, _cpu._missing, _fused._warn_once)
     for function in remembered:
         function.cache_clear()
     yield
@@ -536,10 +543,10 @@ def test_without_a_compiler(compiler, said, monkeypatch, forgetful, tmp_path):
 def test_the_gpu_kernel_reads_its_numbers_where_they_were_put(nesterov):
     """Here, for with a JAX that is too old for the kernel none of its own tests would say so."""
     adam = adam_scalars(adamjax.scale_by_adam(nesterov=nesterov), jnp.float32(3))
-    numbers = _backend.Numbers(adam, *map(jnp.float32, (1, 2, 3, 4)))
-    row = _pallas.KERNEL.scalars(_backend.Form(nesterov, None, True, True), numbers)
+    numbers = _backend.StepScalars(adam, *map(jnp.float32, (1, 2, 3, 4)))
+    row = _pallas.KERNEL.scalars(_backend.StepVariant(nesterov, None, True, True), numbers)
     assert all(np.shape(x) == () for x in row)
-    found = _pallas._numbers(row)
+    found = _pallas._step_scalars(row)
     if not nesterov:  # then nothing is looked ahead to
         found = found._replace(adam=found.adam._replace(c1_next=None))
     assert_equal(found, numbers)

@@ -13,6 +13,7 @@ from same_step import assert_in_place, assert_near, assert_near_moments, units
 from tolerances import FUSED, FUSED_ROUNDED, RECOMPILED
 
 import adamjax
+import adamjax.interop.torch as optim
 from adamjax import kernels, sharding
 from adamjax.kernels import _fused
 
@@ -271,10 +272,10 @@ def test_derivatives_are_those_of_the_plain_step(wrapper):
 def test_a_platform_whose_kernel_does_not_land(monkeypatch):
     class Engine:
         KERNEL = None
-        gains = staticmethod(lambda leaf: True)
-        why_not = staticmethod(lambda leaf, g: None)
+        is_faster = staticmethod(lambda leaf: True)
+        unsupported_reason = staticmethod(lambda leaf, g: None)
 
-    monkeypatch.setattr(_fused, "_engine", lambda: Engine)
+    monkeypatch.setattr(_fused, "_platform", lambda: Engine)
     params = {"w": PARAMS["matrix"]}
     opt = adamw(adamjax.kahan, fused=True)
     with pytest.raises(ValueError, match=r"cannot step params\['w'\]: .* does not round as the wrapper around it does"):
@@ -285,3 +286,19 @@ def test_a_platform_whose_kernel_does_not_land(monkeypatch):
     expected = jax.jit(plain.step)(params, plain.init(params), params)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda **kw: optim.adamw(LR, weight_decay=0.1, **kw),
+        lambda **kw: sharding.offload(adamjax.adamw(LR, weight_decay=0.1, **kw)),
+    ],
+    ids=["torch", "offload"],
+)
+def test_other_forms_inside_are_one_pass_too(make):
+    fused, plain = (adamjax.kahan(make(**kw)) for kw in ({"fused": True}, {}))
+    state = plain.init(PARAMS)
+    lowered = jax.jit(fused.step).lower(GRADS, state, PARAMS)
+    assert lowered.as_text().count(kernels.build().stem) == 2  # the parameters above the smallest size
+    assert_same(lowered.compile()(GRADS, state, PARAMS), jax.jit(plain.step)(GRADS, state, PARAMS), PARAMS)

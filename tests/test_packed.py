@@ -16,6 +16,8 @@ from tolerances import FUSED, RECOMPILED
 
 import adamjax
 from adamjax import checkpoint, interop, kernels, schedules, sharding
+from adamjax._transforms import delivery
+from adamjax._transforms.adam import AdamRule
 from adamjax.storage import PackedTree, QuantizedArray
 
 BELOW = 100
@@ -242,9 +244,9 @@ def test_all_buffers_are_used_again_and_little_more_is_needed():
 
 def test_traced_once_per_distinct_group_and_leaf(monkeypatch):
     steps, leaves = [], []
-    adam_step, land = adamjax._transforms.adam.adam_step, adamjax._transforms.base._add
-    monkeypatch.setattr(adamjax._transforms.adam, "adam_step", lambda *a: steps.append(a) or adam_step(*a))
-    monkeypatch.setattr(adamjax._transforms.base, "_add", lambda *a: leaves.append(a) or land(*a))
+    accumulate, add = AdamRule.accumulate, delivery._add
+    monkeypatch.setattr(AdamRule, "accumulate", lambda *a: steps.append(a) or accumulate(*a))
+    monkeypatch.setattr(delivery, "_add", lambda *a: leaves.append(a) or add(*a))
     opt = adamjax.packed(adamjax.adamw(LR))
     params = [jnp.ones(50 + i % 4) for i in range(1000)]
     jax.jit(opt.step).lower(params, opt.init(params), params)

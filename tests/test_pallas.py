@@ -14,7 +14,7 @@ from same_step import assert_near_steps, assert_same_step
 from tolerances import FUSED_ROUNDED, RECOMPILED
 
 import adamjax
-from adamjax._transforms.moments import dithers_of
+from adamjax._transforms.moments import moment_dithers
 from adamjax.kernels import _backend, _fused, _pallas
 
 pytestmark = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the kernel needs jax 0.11")
@@ -41,12 +41,12 @@ SHAPES = {"matrix": (11, 384), "cube": (2, 8, 384), "short": (7,)}
 
 @pytest.fixture(autouse=True)
 def kernel(monkeypatch):
-    monkeypatch.setattr(_fused, "CROSSOVER", 4096)
+    monkeypatch.setattr(_fused, "MIN_KERNEL_SIZE", 4096)
     if not on_gpu:
         # The interpreter has effects, which `custom_partitioning` does not take.
         monkeypatch.setattr(jax, "device_count", lambda: 1)
         monkeypatch.setattr(_pallas, "KERNEL", _pallas.INTERPRETED)
-        monkeypatch.setattr(_fused, "_engine", lambda: _pallas)
+        monkeypatch.setattr(_fused, "_platform", lambda: _pallas)
 
 
 def numbers(seed, dtype="float32", shapes=SHAPES):
@@ -182,21 +182,21 @@ def call_of(shape, format="int8"):
     state = opt.init(params)[0]
     count = state.count + 1
     scalars = opt.transforms[0]._scalars(count.astype(jnp.float32))
-    numbers_ = _backend.Numbers(scalars, *map(jnp.float32, (1, 0, -LR, -LR * 0.1)))
+    numbers_ = _backend.StepScalars(scalars, *map(jnp.float32, (1, 0, -LR, -LR * 0.1)))
     leaf = (params["w"], state.mu["w"], state.nu["w"], None, None)
     return (
-        _backend.Form(nesterov=False, amsgrad=None, coupled=False, decays=True),
+        _backend.StepVariant(nesterov=False, amsgrad=None, coupled=False, decays=True),
         leaf,
         grads["w"],
         numbers_,
-        dithers_of(count, 0, *leaf[1:3]),
+        moment_dithers(count, 0, *leaf[1:3]),
     )
 
 
 def test_a_part_has_the_random_numbers_of_the_whole():
     """Of a cube that is cut along all axes: rows lie apart in the whole."""
     form, leaf, g, numbers_, dithers = call_of((4, 8, 1024))
-    whole = _backend.step(_pallas.KERNEL, form, leaf, g, numbers_, dithers)
+    whole = _backend.step_leaf(_pallas.KERNEL, form, leaf, g, numbers_, dithers)
 
     def part(x):
         n = x.shape[-1]
@@ -204,8 +204,8 @@ def test_a_part_has_the_random_numbers_of_the_whole():
 
     p, m, v, *_ = leaf
     cut = jax.tree.map(part, (p, g, m, v))
-    call = _backend.Call(form, p.shape, jax.tree.structure(leaf))
-    places = jnp.stack([dithers[0].seed, dithers[0].turn, *map(jnp.uint32, (0, 0, 1, 4, 256))])
+    call = _backend.LeafSpec.of(form, leaf)
+    places = jnp.stack([dithers[0].seed, dithers[0].phase, *map(jnp.uint32, (0, 0, 1, 4, 256))])
     scalars = jnp.stack(list(map(jnp.float32, _pallas.KERNEL.scalars(form, numbers_))))
     found = _pallas.KERNEL.run(call, scalars, places, *jax.tree.leaves(cut))
     for a, b in zip(found, jax.tree.leaves(jax.tree.map(part, whole)), strict=True):
@@ -277,7 +277,7 @@ def test_what_cannot_be_fused(options, params, why):
     with pytest.raises(ValueError, match=rf"fused=True cannot step params\['w'\]: {why}.* Take fused=False"):
         opt.step(params, opt.init(params), params)
     opt = adamjax.adam(LR, fused="auto", **options)
-    _fused._say_once.cache_clear()
+    _fused._warn_once.cache_clear()
     with pytest.warns(UserWarning, match=rf"fused='auto' leaves params\['w'\] to XLA: {why}"):
         found = opt.step(params, opt.init(params), params)
     assert_equal(found, plain.step(params, plain.init(params), params))
@@ -316,5 +316,9 @@ def test_floats_are_left_to_xla(dtype):
 def test_it_lowers_without_a_gpu(format, devices, monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: devices)
     # Of a shape for each: what is traced for one number of devices is not traced again for another.
-    lowered = _backend.step.trace(COMPILED, *call_of((16, 384 * devices), format)).lower(lowering_platforms=("cuda",))
+    lowered = (
+        jax.jit(_backend.step_leaf, static_argnums=(0, 1))
+        .trace(COMPILED, *call_of((16, 384 * devices), format))
+        .lower(lowering_platforms=("cuda",))
+    )
     assert "mosaic_gpu" in lowered.as_text()

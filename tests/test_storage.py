@@ -14,6 +14,7 @@ from adamjax import storage
 from adamjax._core import low_precision
 from adamjax._core.low_precision import Dither
 from adamjax._core.quantization import is_quantized
+from adamjax._transforms import moment_storage
 
 NARROW = ["bfloat16", "float16"]
 any_quantized: Any = adamjax.quantized  # with arguments of the wrong type
@@ -29,7 +30,9 @@ def like(dtype):
 
 def decaying(x, dtype, seeds=4000):
     """`x` rounded with many seeds, in float64."""
-    store = jax.jit(jax.vmap(lambda seed: storage.round_second_moment(x, like(dtype), Dither(seed, jnp.uint32(0)))))
+    store = jax.jit(
+        jax.vmap(lambda seed: moment_storage.round_second_moment(x, like(dtype), Dither(seed, jnp.uint32(0))))
+    )
     return np.asarray(store(jnp.arange(seeds, dtype=jnp.uint32)), np.float64)
 
 
@@ -39,7 +42,9 @@ def test_right_on_average(dtype, x):
     x = np.float32(x)
     seeds = jnp.arange(4000, dtype=jnp.uint32)
     store = jax.jit(
-        jax.vmap(lambda seed: storage.round_first_moment(jnp.array([x]), like(dtype), Dither(seed, jnp.uint32(0))))
+        jax.vmap(
+            lambda seed: moment_storage.round_first_moment(jnp.array([x]), like(dtype), Dither(seed, jnp.uint32(0)))
+        )
     )
     found = np.asarray(store(seeds), np.float64)
     if x > 0:
@@ -69,30 +74,30 @@ def test_results_are_the_two_neighbours(dtype):
 def test_never_zero_for_what_is_not(dtype):
     tiny = jnp.array([1e-9, 1e-30, 2e-38])
     assert np.all(decaying(tiny, dtype, seeds=100) > 0)
-    assert np.all(np.asarray(storage.round_max(tiny, like(dtype)), np.float64) > 0)
+    assert np.all(np.asarray(moment_storage.round_max(tiny, like(dtype)), np.float64) > 0)
     assert np.all(decaying(jnp.zeros(3), dtype, seeds=100) == 0)
-    assert storage.round_max(jnp.zeros(()), like(dtype)) == 0
+    assert moment_storage.round_max(jnp.zeros(()), like(dtype)) == 0
 
 
 def test_float16_saturates_and_shows_what_is_not_finite():
     x = jnp.array([1e6, jnp.inf, jnp.nan])
     for found in (
-        storage.round_first_moment(x, like("float16"), ONE),
-        storage.round_max(x, like("float16")),
-        storage.round_second_moment(x, like("float16"), ONE),
+        moment_storage.round_first_moment(x, like("float16"), ONE),
+        moment_storage.round_max(x, like("float16")),
+        moment_storage.round_second_moment(x, like("float16"), ONE),
     ):
         assert found[0] == 65504
         assert np.isinf(found[1])
         assert np.isnan(found[2])
-    assert storage.round_first_moment(-x, like("float16"), ONE)[0] == -65504
-    assert np.isnan(storage.round_second_moment(x, like("bfloat16"), ONE)[2])
+    assert moment_storage.round_first_moment(-x, like("float16"), ONE)[0] == -65504
+    assert np.isnan(moment_storage.round_second_moment(x, like("bfloat16"), ONE)[2])
 
 
 def test_wide_moments_are_not_rounded():
     x = jnp.array([1.0000001, 1e-38, 0.0])
-    for store in (storage.round_first_moment, storage.round_second_moment):
+    for store in (moment_storage.round_first_moment, moment_storage.round_second_moment):
         np.testing.assert_array_equal(store(x, like("float32"), None), x)
-    np.testing.assert_array_equal(storage.round_max(x, like("float32")), x)
+    np.testing.assert_array_equal(moment_storage.round_max(x, like("float32")), x)
 
 
 def numbers(t, leaf, shape=(300, 300)):
@@ -124,7 +129,7 @@ def test_each_element_is_rounded_evenly_over_time():
 
 
 def test_the_derivative_goes_straight_through():
-    slope = jax.grad(lambda x: storage.round_second_moment(x, like("bfloat16"), ONE).astype(jnp.float32))(
+    slope = jax.grad(lambda x: moment_storage.round_second_moment(x, like("bfloat16"), ONE).astype(jnp.float32))(
         jnp.float32(1.2345)
     )
     assert slope == 1

@@ -186,6 +186,30 @@ class RoundsParams(Wrapper):
     """Base of the wrappers that round parameters: their updates are exact, and nothing may change them afterwards."""
 
 
+class StepsParts(Wrapper):
+    """Base of the wrappers by which each device steps a part of the parameters.
+
+    A wrapper around them that rounds parameters keeps its own state whole, and delivers outside of them.
+    """
+
+    def _run_parts(
+        self,
+        updates: Leaves,
+        state: PyTree,
+        params: Leaves,
+        extra: Extra,
+        delivery: Delivery | None,
+        whole: tuple[Leaves, Callable[[Leaves], Leaves]],
+    ) -> Result:
+        """Run a step on parts; `whole` are the whole parameters, and the function that makes results whole."""
+        rounds = delivery is not None and delivery.leaf_states is not None
+        found, delivered, state = self.inner._run(updates, state, params, extra, None if rounds else delivery)
+        found = whole[1](found)
+        if rounds:
+            found, delivered = deliver(found, whole[0], delivery)
+        return found, delivered, state
+
+
 class MaySkip(Wrapper):
     """Base of the wrappers that may skip a step as a whole: a wrapper that counts steps must not go around them."""
 
@@ -200,6 +224,15 @@ def delivering(opt: Transformation) -> Iterator[Transformation]:
 def may_skip(opt: Transformation) -> bool:
     """Return whether `opt`, or a transformation that it wraps, may skip a step as a whole."""
     return isinstance(opt, MaySkip) or (isinstance(opt, Wrapper) and may_skip(opt.inner))
+
+
+def contains_foreign(opt: Transformation) -> bool:
+    """Return whether a transformation from elsewhere is anywhere inside `opt`."""
+    return any(map(_is_foreign, jax.tree.leaves(opt, is_leaf=_is_foreign)))
+
+
+def _is_foreign(x: object) -> bool:
+    return isinstance(x, Foreign)
 
 
 @value

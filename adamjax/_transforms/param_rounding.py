@@ -15,7 +15,15 @@ from adamjax._core import checks, low_precision, trees
 from adamjax._core.low_precision import Dither
 from adamjax._core.trees import Leaves
 from adamjax._core.typing import Extra, PyTree
-from adamjax._transforms.base import Result, RoundsParams, Wrapper, check_not_fused, delivering, may_skip
+from adamjax._transforms.base import (
+    Result,
+    RoundsParams,
+    StepsParts,
+    check_not_fused,
+    contains_foreign,
+    delivering,
+    may_skip,
+)
 from adamjax._transforms.delivery import AddToParam, AsUpdate, Delivery
 from adamjax._transforms.leafwise import LeafOp
 
@@ -116,7 +124,7 @@ class Rounding(RoundsParams):
         if any(isinstance(t, RoundsParams) for t in delivering(self.inner)):
             raise ValueError(f"{name} around {self.inner!r}, which rounds the parameters already: take one of the two")
         for t in delivering(self.inner):
-            if isinstance(t, Wrapper):  # it may want to see the whole updates
+            if isinstance(t, StepsParts):
                 check_not_fused(t, f"inside of {name}")
         if may_skip(self.inner):
             raise ValueError(
@@ -160,7 +168,9 @@ class Rounding(RoundsParams):
             partial(low_precision.dither, after.count, seed=after.seed),
         )
         seen = self._float32_params(params, residuals)
-        found, delivered, inner = self.inner._run(updates.map(to_float32), state.inner, seen, extra, rounded)
+        # Ours take gradients in any dtype, and a kernel is faster with narrow ones; others compute in that dtype.
+        grads = updates.map(to_float32) if contains_foreign(self.inner) else updates
+        found, delivered, inner = self.inner._run(grads, state.inner, seen, extra, rounded)
         kept = params.like([residual for _, residual in delivered]).tree
         return found, [], after._replace(kept=kept, inner=inner)
 

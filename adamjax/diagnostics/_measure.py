@@ -8,12 +8,12 @@ import numpy as np
 from jax import Array
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from adamjax._transforms import moment_storage
 from adamjax._core import checks, collectives, low_precision, trees
 from adamjax._core.numerics import abs_sq
 from adamjax._core.quantization import is_moment
 from adamjax._core.typing import PyTree
 from adamjax._core.value import Value, static_field, value
+from adamjax._transforms import moment_storage
 from adamjax._transforms.adam import scale_by_adam
 from adamjax._transforms.moments import find_moments
 

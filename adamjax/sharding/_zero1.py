@@ -12,9 +12,8 @@ from adamjax._core import checks, trees
 from adamjax._core.trees import Leaves
 from adamjax._core.typing import Extra, PyTree
 from adamjax._core.value import Value, static_field, value
-from adamjax._transforms.base import Result, Wrapper
-from adamjax._transforms.delivery import Delivery, deliver
-from adamjax._transforms.param_rounding import RoundParams
+from adamjax._transforms.base import Result, StepsParts
+from adamjax._transforms.delivery import Delivery
 from adamjax.sharding import _layout
 from adamjax.sharding._layout import Names, Plan
 
@@ -78,7 +77,7 @@ def _spec_from_json(parts: list[Any]) -> PartitionSpec:
 
 
 @value
-class Zero1(Wrapper):
+class Zero1(StepsParts):
     """See `zero1`."""
 
     inner: Any
@@ -114,12 +113,11 @@ class Zero1(Wrapper):
         params = updates if params is None else params  # without parameters, there are no gradients
         plan, whole = self._plan_of(state, params.tree)
         grads, own = [x.like(x.column(_layout.pin(x.tree, plan.params))) for x in (updates, params)]
-        # A wrapper around this that rounds parameters keeps its own state whole.
-        inside = None if isinstance(delivery, RoundParams) else delivery
-        found, delivered, inner = self.inner._run(grads, state.inner, own, extra, inside)
-        found = found.like(found.column(_layout.pin(found.tree, whole)))
-        if inside is not delivery:
-            found, delivered = deliver(found, params, delivery)
+
+        def together(found: Leaves) -> Leaves:
+            return found.like(found.column(_layout.pin(found.tree, whole)))
+
+        found, delivered, inner = self._run_parts(grads, state.inner, own, extra, delivery, (params, together))
         return found, delivered, Zero1State(_layout.pin(inner, plan.state), state.specs)
 
     def _plan_of(self, state: PyTree, params: PyTree) -> tuple[Plan, PyTree]:

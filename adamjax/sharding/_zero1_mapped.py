@@ -11,15 +11,14 @@ from adamjax._core.quantization import is_quantized
 from adamjax._core.trees import Leaves
 from adamjax._core.typing import Extra, PyTree
 from adamjax._core.value import static_field, value
-from adamjax._transforms.base import Result, Transformation, Wrapper
-from adamjax._transforms.delivery import Delivery, deliver
-from adamjax._transforms.param_rounding import RoundParams
+from adamjax._transforms.base import Result, StepsParts, Transformation
+from adamjax._transforms.delivery import Delivery
 from adamjax.sharding import _layout
 from adamjax.sharding._layout import Names
 
 
 @value
-class Zero1Mapped(Wrapper):
+class Zero1Mapped(StepsParts):
     """See `zero1_mapped`."""
 
     inner: Any
@@ -47,13 +46,7 @@ class Zero1Mapped(Wrapper):
         params = updates if params is None else params  # without parameters, there are no gradients
         parts = _Parts(self.inner, self.axis, params.tree)
         grads, own = parts.sum(updates), parts.take(params)
-        # A wrapper around this that rounds parameters keeps its own state whole.
-        inside = None if isinstance(delivery, RoundParams) else delivery
-        found, delivered, new = self.inner._run(grads, state, own, extra, inside)
-        found = parts.gather(found)
-        if inside is not delivery:
-            found, delivered = deliver(found, params, delivery)
-        return found, delivered, new
+        return self._run_parts(grads, state, own, extra, delivery, (params, parts.gather))
 
 
 class _Parts:
