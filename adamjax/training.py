@@ -1,52 +1,248 @@
-"""One training run: a problem, an optimizer, and a jitted step."""
+"""Training: one compiled step that works in place, and whole runs of a problem."""
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from adamjax._core import checks
+from adamjax._core import checks, trees
+from adamjax._core.typing import DTypeLike, GradientTransformation, PyTree
 from adamjax._transforms.base import Transformation, as_transformation, may_skip
 from adamjax.diagnostics import AdamStats, measure
 from adamjax.problems import Problem, check
 from adamjax.safety import DynamicLossScale, check_skipped
 from adamjax.sharding import init_sharded, state_sharding
 
+LossAndAux = Callable[[PyTree, PyTree], tuple[Array, PyTree]]  # called as (params, batch)
+
+
+def step_fn(
+    loss_fn: Callable[[PyTree, PyTree], Any], opt: GradientTransformation, *, has_aux: bool = False, accumulate: int = 1
+) -> "TrainStep":
+    """A compiled training step that updates parameters and state in place.
+
+    The step takes `(params, state, batch)` and returns `(params, state, loss)`. It donates parameters and state: the
+    arrays that it is given are deleted, so continue with those that it returns. These come in the order of the
+    arguments, so JAX gives each its own memory again, and nothing is copied. Each call of `step_fn` compiles once:
+    call it before the loop, not in it.
+
+    Args:
+      loss_fn: Called as `loss_fn(params, batch)`; returns a real floating point scalar. Parameters may be complex.
+      opt: A transformation, ours or optax's. It gets the loss as `value`. With `dynamic_loss_scale`, which must be
+        outermost, the scaled loss is differentiated; the returned loss is not scaled. Its hyperparameters are
+        constants of the compiled step: use a schedule to change them during a run.
+      has_aux: If True, `loss_fn` returns `(loss, aux)`, where `aux` is any pytree of arrays, and the step returns
+        `(params, state, loss, aux)`.
+      accumulate: Number k of equal micro-batches to divide each batch into. They are computed one after another, to
+        save memory; of gradients, the step keeps one sum, in float32 or wider. Loss and gradients are the means over
+        the micro-batches, and equal those of the whole batch if the loss is a mean over its rows. All arrays of
+        the batch must have the same first axis, divisible by k. Micro-batch i has rows i, i + k, i + 2k, ..., so
+        a batch that is sharded by rows stays on its devices. Scalars, such as a key, go to every micro-batch.
+        Each `aux` is kept: they are stacked along a new first axis of length k.
+
+    Returns:
+      The step. On a mesh, parameters and state keep the shardings that they have at its first call.
+
+    Raises:
+      TypeError, ValueError: `loss_fn` is not a function, `opt` not a transformation, `has_aux` not a bool, or
+        `accumulate` not an int of at least 1; `dynamic_loss_scale` is not around all of `opt`. At the first call of the
+        step: `loss_fn` does not return a real floating point scalar, or `(loss, aux)` if `has_aux`; parameters and
+        state are swapped; an array of the batch cannot be divided by `accumulate` (the message has its path).
+
+    >>> import adamjax, jax.numpy as jnp
+    >>> opt = adamjax.adam(0.1)
+    >>> step = adamjax.training.step_fn(lambda params, batch: jnp.mean((batch @ params["w"] - 1) ** 2), opt)
+    >>> params = {"w": jnp.zeros(2)}
+    >>> state = opt.init(params)
+    >>> for _ in range(100):
+    ...     params, state, loss = step(params, state, jnp.eye(2))
+    >>> bool(loss < 1e-3)
+    True
+    """
+    checks.function("loss_fn", loss_fn)
+    optimizer = as_transformation(opt, "argument opt of step_fn")
+    _check_scale(optimizer)
+    checks.choice("has_aux", has_aux, (False, True))
+    checks.count("accumulate", accumulate)
+
+    def checked_loss(params: PyTree, batch: PyTree) -> tuple[Array, PyTree]:
+        return _loss_and_aux(loss_fn(params, batch), has_aux)
+
+    def train_step(params: PyTree, state: PyTree, batch: PyTree) -> tuple[Any, ...]:
+        _check_params(params, state)
+        loss, aux, grads = _accumulated(checked_loss, optimizer, params, state, batch, accumulate)
+        params, state = optimizer.step(grads, state, params, value=loss)
+        return (params, state, loss, aux) if has_aux else (params, state, loss)
+
+    return TrainStep(train_step, 2 if has_aux else 1)
+
+
+class TrainStep:
+    """A compiled training step, as `step_fn` returns it.
+
+    New parameters and state take the memory of the old ones, and their shardings over a mesh.
+    """
+
+    def __init__(self, step: Callable[..., tuple[Any, ...]], results: int) -> None:
+        self._step = step
+        self._results = results  # how many `step` returns after parameters and state
+        self._jitted: jax.stages.Wrapped | None = None
+
+    def __call__(self, params: PyTree, state: PyTree, batch: PyTree) -> tuple[Any, ...]:
+        return (self._jitted or self._jit(params, state))(params, state, batch)
+
+    def lower(self, params: PyTree, state: PyTree, batch: PyTree) -> jax.stages.Lowered:
+        """Lower the step for these arguments, like the method of a jitted function."""
+        return (self._jitted or self._jit(params, state)).lower(params, state, batch)
+
+    def _jit(self, params: PyTree, state: PyTree) -> jax.stages.Wrapped:
+        def sharding(x: Any) -> NamedSharding | None:
+            found = None if isinstance(x, jax.core.Tracer) else getattr(x, "sharding", None)
+            return found if isinstance(found, NamedSharding) else None
+
+        # The compiler may shard results otherwise, and then the second step would compile again. In Auto mode
+        # shardings are known only here, not while tracing.
+        shardings = jax.tree.map(sharding, (params, state))
+        jitted = jax.jit(self._step, donate_argnums=(0, 1), out_shardings=(*shardings, *[None] * self._results))
+        if not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((params, state))):
+            self._jitted = jitted
+        return jitted
+
+
+def _loss_and_aux(returned: Any, has_aux: bool) -> tuple[Array, PyTree]:
+    """Check what `loss_fn` returned, and split it."""
+    if has_aux and not (isinstance(returned, tuple) and len(returned) == 2):
+        raise TypeError(f"loss_fn returned {_shown(returned)}, and has_aux=True expects (loss, aux)")
+    loss, aux = returned if has_aux else (returned, None)
+    if not (getattr(loss, "shape", None) == () and jnp.issubdtype(loss.dtype, jnp.floating)):
+        remedy = "; for (loss, aux), take has_aux=True" if isinstance(loss, tuple) else ""
+        raise TypeError(
+            f"the loss that loss_fn returned is {_shown(loss)}, expected a real floating point scalar{remedy}"
+        )
+    return loss, aux
+
+
+def _shown(x: Any) -> str:
+    return str(jax.typeof(x)) if hasattr(x, "dtype") else f"a {type(x).__name__}"
+
+
+def _check_params(params: PyTree, state: PyTree) -> None:
+    """Refuse parameters that cannot be differentiated, and a state in their place."""
+    try:
+        checks.parameters(params)
+    except TypeError as error:
+        # Nearly every state has an integer count.
+        if all(jnp.issubdtype(x.dtype, jnp.inexact) for x in jax.tree.leaves(state)):
+            raise TypeError(f"{error}. Are they swapped? The order is step(params, state, batch)") from None
+        raise
+
+
+def _accumulated(
+    loss_fn: LossAndAux, optimizer: Transformation, params: PyTree, state: PyTree, batch: PyTree, count: int
+) -> tuple[Array, PyTree, PyTree]:
+    """The loss, `aux` and gradients of a batch: means over `count` micro-batches, but all of their `aux`."""
+    if count == 1:
+        return _loss_and_gradients(loss_fn, optimizer, params, state, batch)
+    micro_batch = _divided(batch, count)
+
+    def add_one(sums: PyTree, i: Array) -> tuple[PyTree, PyTree]:
+        loss, aux, grads = _loss_and_gradients(loss_fn, optimizer, params, state, micro_batch(i))
+        return jax.tree.map(lambda total, g: total + g.astype(total.dtype), sums, grads), (loss, aux)
+
+    # The sums are the carry of the loop, so that only one micro-batch's gradients exist beside them.
+    zeros = jax.tree.map(lambda p: jnp.zeros_like(p, trees.compute_dtype(p.dtype)), params)
+    sums, (losses, aux) = jax.lax.scan(add_one, zeros, jnp.arange(count))
+    # In their usual dtype, as without micro-batches: some of optax's states take on the dtype of the gradients.
+    grads = jax.tree.map(lambda total, p: (total / count).astype(p.dtype), sums, params)
+    return losses.mean(dtype=trees.compute_dtype(losses.dtype)).astype(losses.dtype), aux, grads
+
+
+def _divided(batch: PyTree, count: int) -> Callable[[Array], PyTree]:
+    """From the index of a micro-batch to its rows: every `count`-th, so that each device finds its part of them."""
+    arrays = [(f"batch{jax.tree_util.keystr(path)}", x) for path, x in jax.tree.leaves_with_path(batch) if x.ndim]
+    for name, x in arrays:
+        if x.shape[0] % count:
+            raise ValueError(
+                f"{name} has {x.shape[0]} rows along its first axis, which accumulate={count} does not divide: choose "
+                f"a batch size that is a multiple of {count}"
+            )
+        if x.shape[0] != arrays[0][1].shape[0]:
+            raise ValueError(
+                f"{name} has {x.shape[0]} rows along its first axis, and {arrays[0][0]} has {arrays[0][1].shape[0]}: "
+                "accumulate divides this axis, so all arrays of the batch must have the same number"
+            )
+    columns = jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]) if x.ndim else x, batch)
+
+    def micro_batch(i: Array) -> PyTree:
+        # A slice, where a transposed batch would be a copy of it.
+        return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, 1, keepdims=False) if x.ndim else x, columns)
+
+    return micro_batch
+
+
+def _loss_and_gradients(
+    loss_fn: LossAndAux, optimizer: Transformation, params: PyTree, state: PyTree, batch: PyTree
+) -> tuple[Array, PyTree, PyTree]:
+    """The loss, `aux`, and the gradients that `optimizer` takes: scaled, if it scales the loss."""
+
+    def objective(params: PyTree) -> tuple[Array, tuple[Array, PyTree]]:
+        loss, aux = loss_fn(params, batch)
+        return optimizer.scale(loss, state) if isinstance(optimizer, DynamicLossScale) else loss, (loss, aux)
+
+    grads, (loss, aux) = jax.grad(objective, has_aux=True)(params)
+    # JAX's gradient of a complex parameter is the conjugate of the direction of steepest ascent.
+    return loss, aux, jax.tree.map(jnp.conj, grads)
+
+
+def _check_scale(optimizer: Transformation) -> None:
+    """Refuse a loss scale inside another transformation: nobody could scale the loss by it."""
+
+    def scales(x: Any) -> bool:
+        return isinstance(x, DynamicLossScale)
+
+    if not scales(optimizer) and any(map(scales, jax.tree.leaves(optimizer, is_leaf=scales))):
+        raise ValueError(
+            f"dynamic_loss_scale is within {type(optimizer).__name__}, where the loss cannot be scaled: "
+            "put it around all the others, dynamic_loss_scale(chain(...))"
+        )
+
 
 class Report(NamedTuple):
-    """Where a run is.
+    """The progress of a run.
 
     Fields:
-      step: Updates done.
-      losses: float64[.], the training losses of the updates since the last report.
-      metrics: What `problem.evaluate` says, as floats; None where it was not asked.
-      params: The parameters. The next step takes their memory: copy what is to be kept.
-      state: The optimizer's state, likewise.
+      step: Number of updates done.
+      losses: float64[n], the training losses of the n updates since the last report.
+      metrics: The results of `problem.evaluate` as floats; None if this report has no evaluation.
+      params: The parameters. The next step reuses their memory, so copy them to keep them.
+      state: The optimizer's state; the next step reuses its memory, too.
       diverged_at: The first step (counted from 1) whose loss was not finite, which ends the run; None if
-        there was none, or the optimizer skips such steps.
-      stats: Figures of the next update, if `diagnose` asked for them, and there is one.
+        there was none, or if the optimizer skips such steps.
+      stats: Figures of the next update, if `diagnose` is True and there is a next update.
     """
 
     step: int
     losses: np.ndarray
     metrics: dict[str, float] | None
-    params: Any
-    state: Any
+    params: PyTree
+    state: PyTree
     diverged_at: int | None = None
     stats: AdamStats | None = None
 
 
 def train(
     problem: Problem,
-    optimizer: Any,
+    optimizer: GradientTransformation,
     *,
     steps: int,
     seed: int = 0,
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
     report_every: int = 10,
     evaluate_every: int = 100,
     stop: Callable[[], bool] = lambda: False,
@@ -54,35 +250,36 @@ def train(
     diagnose: bool = False,
     mesh: Mesh | None = None,
 ) -> Iterator[Report]:
-    """Train, and report on the way.
+    """Train a problem, with reports on the way.
 
     Args:
-      problem: What to train.
-      optimizer: One of this package's, or optax's. The loss of the batch is what one that watches it gets as `value`.
-      steps: Number of updates, those before `start` among them.
-      seed: Of the parameters, the data order and the keys of the loss.
-      dtype: Dtype of the parameters; None for what `problem.init` gives.
+      problem: The problem to train.
+      optimizer: A transformation, ours or optax's. The loss of the batch is passed to it as `value`.
+      steps: Number of updates, including those before `start`.
+      seed: Seed of the parameters, the order of the data and the keys of the loss.
+      dtype: Dtype of the parameters; None for the dtypes that `problem.init` returns.
       report_every: Updates between reports.
       evaluate_every: Updates between evaluations.
-      stop: Asked at each report; the run ends when it says so. With many processes, it must say the same in all.
-      start: Where to go on: a `Report` of the same run, or a `checkpoint.Checkpoint` of one. The next step takes
-        its memory, and what comes is what would have come then, to the last bit.
-      diagnose: Measure, at each report, the update that comes next (see `adamjax.diagnostics`). It is computed
-        twice for that, so that the run is the same, to the last bit, as one that is not measured.
-      mesh: Devices to train on, of this process or, after `jax.distributed.initialize`, of many that all call this.
-        Each takes an equal part of each batch, along the first axis of its arrays. The problem's methods
-        see all of it, as on one device. The parameters are on all of them, and the state where `optimizer`
-        has it: an n-th on each with `adamjax.sharding.zero1`, all of it without. None: one device.
+      stop: Called at each report; the run ends when it returns True. With many processes, it must return the same in
+        all of them.
+      start: A `Report` or `checkpoint.Checkpoint` of the same run, to continue from. The next step reuses its memory.
+        The continued run equals the uninterrupted one to the last bit.
+      diagnose: If True, measure the next update at each report (see `adamjax.diagnostics`). That update is then
+        computed twice, so that measuring does not change a bit of the run.
+      mesh: Devices to train on, with axes in Auto mode: of this process or, after `jax.distributed.initialize`, of many
+        that all call this. Each device takes an equal part of each batch, along the first axis of its arrays. The
+        methods of the problem see the whole batch, as on one device. The parameters are replicated; the
+        state is replicated too, or divided by `adamjax.sharding.zero1` around the optimizer. None: one device.
 
     Returns:
-      An iterator: a `Report` before the first step (but not at `start`), then as often as asked for. The last
-      one has metrics; it comes early if `stop` says so, or a loss was not finite. With
-      `skip_nonfinite` or `dynamic_loss_scale` around the optimizer such steps are skipped.
+      An iterator of reports: one before the first step (but not at `start`), then as often as asked for. The last
+      one has metrics; it comes early if `stop` returns True, or if a loss is not finite. Inside
+      `skip_nonfinite` or `dynamic_loss_scale`, the optimizer skips such steps instead.
 
     Raises:
-      TypeError: `problem` is not a `Problem`, `optimizer` no transformation, or `start` no report or checkpoint.
-      ValueError, TypeError: A number of steps is less than 1, or not an int; `seed` is none either, or has more than
-        64 bits; `mesh` is none in Auto mode, or its devices cannot share a batch equally. In the iterator:
+      TypeError: `problem` is not a `Problem`, `optimizer` not a transformation, or `start` not a report or checkpoint.
+      ValueError, TypeError: A number of steps is less than 1, or not an int; `seed` is not an int, or has more than
+        64 bits; `mesh` is not a mesh in Auto mode, or its devices cannot share a batch equally. In the iterator:
         `dynamic_loss_scale` is not around all of the optimizer.
       FloatingPointError: In the iterator: as many steps were skipped in a row as the optimizer allows.
 
@@ -96,21 +293,32 @@ def train(
     for name, x in (("steps", steps), ("report_every", report_every), ("evaluate_every", evaluate_every)):
         checks.count(name, x)
     check(problem)
-    optimizer = as_transformation(optimizer, "argument optimizer of train")
+    transformation = as_transformation(optimizer, "argument optimizer of train")
     checks.integer("seed", seed)
     checks.function("stop", stop)
     checks.choice("diagnose", diagnose, (False, True))
     if start is not None and not all(hasattr(start, name) for name in ("step", "params", "state")):
         raise TypeError(f"Invalid start value: {start!r}; start must be a Report of train, or a Checkpoint of one")
-    shared = None if mesh is None else Shared(problem, mesh)
-    return _run(shared or problem, optimizer, steps, seed, dtype, report_every, evaluate_every, stop, start, diagnose)
+    placed = problem if mesh is None else ShardedProblem(problem, mesh)
+    return _Run(
+        problem=placed,
+        optimizer=transformation,
+        steps=steps,
+        seed=seed,
+        dtype=dtype,
+        report_every=report_every,
+        evaluate_every=evaluate_every,
+        stop=stop,
+        start=start,
+        diagnose=diagnose,
+    ).reports()
 
 
-class Shared:
-    """A problem on the devices of a mesh: parameters on all of them, of each batch an equal part on each.
+class ShardedProblem:
+    """A problem on the devices of a mesh: parameters are replicated, batches divided along their first axis.
 
     Raises:
-      TypeError, ValueError: It is no mesh in Auto mode, or its devices cannot share a batch equally.
+      TypeError, ValueError: The mesh is not one in Auto mode, or its devices cannot share a batch equally.
     """
 
     def __init__(self, problem: Problem, mesh: Mesh) -> None:
@@ -124,61 +332,55 @@ class Shared:
                     f"{x.shape[0]} rows equally: choose a batch size that is a multiple of {mesh.size}"
                 )
         self._problem = problem
-        self._parts = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-        self.everywhere: NamedSharding = NamedSharding(mesh, PartitionSpec())
+        self._by_rows = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+        self.replicated: NamedSharding = NamedSharding(mesh, PartitionSpec())
 
-    def init(self, key: jax.Array) -> Any:
+    def init(self, key: Array) -> PyTree:
         """The parameters, on all devices."""
-        return jax.lax.with_sharding_constraint(self._problem.init(key), self.everywhere)
+        return jax.lax.with_sharding_constraint(self._problem.init(key), self.replicated)
 
-    def batch(self, step: jax.Array, key: jax.Array) -> Any:
-        """The whole batch, of which each device has its rows; scalars are on all."""
+    def batch(self, step: Array, key: Array) -> PyTree:
+        """The whole batch, its arrays divided by rows; scalars are on all devices."""
 
-        def share(x: jax.Array) -> jax.Array:
-            return jax.lax.with_sharding_constraint(x, self._parts if x.ndim else self.everywhere)
+        def share(x: Array) -> Array:
+            return jax.lax.with_sharding_constraint(x, self._by_rows if x.ndim else self.replicated)
 
         return jax.tree.map(share, self._problem.batch(step, key))
 
-    def loss(self, params: Any, batch: Any, key: jax.Array) -> jax.Array:
-        """The problem's own."""
+    def loss(self, params: PyTree, batch: PyTree, key: Array) -> Array:
+        """The loss of the problem inside."""
         return self._problem.loss(params, batch, key)
 
-    def evaluate(self, params: Any) -> Mapping[str, jax.Array]:
-        """The problem's own."""
+    def evaluate(self, params: PyTree) -> Mapping[str, Array]:
+        """The metrics of the problem inside."""
         return self._problem.evaluate(params)
 
 
 class Keys(NamedTuple):
-    """Where the randomness of a run comes from: keys of the parameters, the data and the loss."""
+    """Keys for all the randomness of a run: of the parameters, the data and the loss."""
 
-    init: jax.Array
-    data: jax.Array
-    loss: jax.Array
+    init: Array
+    data: Array
+    loss: Array
 
 
-def keys_of(seed: Any) -> Keys:
-    """The keys of the run that a seed names.
+def run_keys(seed: int | Array) -> Keys:
+    """Make the keys of the run with this seed.
 
     Args:
       seed: An int, or an integer scalar.
 
     Returns:
-      `Keys`, which are the same for the same seed in every process.
+      `Keys`, the same in every process for the same seed.
 
     Raises:
-      TypeError, ValueError: `seed` is no such int, or has more than 64 bits.
+      TypeError, ValueError: `seed` is not such an int, or has more than 64 bits.
     """
     return Keys(*jax.random.split(jax.random.key(checks.integer("seed", seed)), 3))
 
 
-def initial(problem: Problem, optimizer: Transformation, dtype: Any, keys: Keys) -> tuple[Any, Any]:
-    """The parameters and the state before the first step."""
-    params = first_params(problem, dtype, keys)
-    return params, optimizer.init(params)
-
-
-def first_params(problem: Problem, dtype: Any, keys: Keys) -> Any:
-    """The parameters before the first step, of that dtype; None for what the problem gives."""
+def first_params(problem: Problem, dtype: DTypeLike | None, keys: Keys) -> PyTree:
+    """The parameters before the first step in `dtype`, or as `problem.init` returns them if it is None."""
     params = jax.tree.map(jnp.asarray, problem.init(keys.init))
     if dtype is None:
         return params
@@ -192,44 +394,28 @@ def first_params(problem: Problem, dtype: Any, keys: Keys) -> Any:
 
 
 def train_step(
-    problem: Problem, optimizer: Transformation, keys: Keys, params: Any, state: Any, step: Any
-) -> tuple[Any, Any, jax.Array]:
-    """Update number `step` (0 for the first): the new parameters and state, and the loss before it."""
+    problem: Problem, optimizer: Transformation, keys: Keys, params: PyTree, state: PyTree, step: Array
+) -> tuple[PyTree, PyTree, Array]:
+    """Make update number `step` (0 is the first); return the new parameters and state, and the loss before it."""
     loss, grads = gradients(problem, optimizer, keys, params, state, step)
-    return *optimizer.step(grads, state, params, value=loss), loss  # for those that watch it
+    return *optimizer.step(grads, state, params, value=loss), loss
 
 
 def gradients(
-    problem: Problem, optimizer: Transformation, keys: Keys, params: Any, state: Any, step: Any
-) -> tuple[jax.Array, Any]:
-    """The loss of update number `step`, and the gradients that the optimizer takes: scaled, if it scales the loss."""
-    batch = problem.batch(step, keys.data)
+    problem: Problem, optimizer: Transformation, keys: Keys, params: PyTree, state: PyTree, step: Array
+) -> tuple[Array, PyTree]:
+    """The loss at update number `step`, and the gradients for `optimizer`: scaled, if it scales the loss."""
     _check_scale(optimizer)
 
-    def objective(params: Any) -> tuple[jax.Array, jax.Array]:
-        loss = problem.loss(params, batch, jax.random.fold_in(keys.loss, step))
-        return optimizer.scale(loss, state) if isinstance(optimizer, DynamicLossScale) else loss, loss
+    def loss_fn(params: PyTree, batch: PyTree) -> tuple[Array, None]:
+        return problem.loss(params, batch, jax.random.fold_in(keys.loss, step)), None
 
-    grads, loss = jax.grad(objective, has_aux=True)(params)
-    # Of a complex parameter, JAX's gradient is the conjugate of the direction of ascent.
-    return loss, jax.tree.map(jnp.conj, grads)
-
-
-def _check_scale(optimizer: Transformation) -> None:
-    """Refuse an optimizer that scales the loss somewhere within: it would divide by a scale that nobody sees."""
-
-    def scales(x: Any) -> bool:
-        return isinstance(x, DynamicLossScale)
-
-    if not scales(optimizer) and any(map(scales, jax.tree.leaves(optimizer, is_leaf=scales))):
-        raise ValueError(
-            f"dynamic_loss_scale is within {type(optimizer).__name__}, where the loss cannot be scaled: "
-            "put it around all the others, dynamic_loss_scale(chain(...))"
-        )
+    loss, _, grads = _loss_and_gradients(loss_fn, optimizer, params, state, problem.batch(step, keys.data))
+    return loss, grads
 
 
 def measured_step(
-    problem: Problem, optimizer: Transformation, keys: Keys, params: Any, state: Any, step: Any
+    problem: Problem, optimizer: Transformation, keys: Keys, params: PyTree, state: PyTree, step: Array
 ) -> AdamStats:
     """Figures of update number `step`, without making it."""
     loss, grads = gradients(problem, optimizer, keys, params, state, step)
@@ -239,57 +425,67 @@ def measured_step(
     return measure(grads, updates, after, params, opt=optimizer)
 
 
-def _run(
-    problem: Problem | Shared,
-    optimizer: Transformation,
-    steps: int,
-    seed: int,
-    dtype: Any,
-    report_every: int,
-    evaluate_every: int,
-    stop: Callable[[], bool],
-    start: Any,
-    diagnose: bool,
-) -> Iterator[Report]:
-    keys = keys_of(seed)
-    skips = may_skip(optimizer)
-    first = 0 if start is None else start.step + 1
-    if start is not None:
-        params, state = start.params, start.state
-    elif isinstance(problem, Shared):
-        params = jax.jit(partial(first_params, problem, dtype))(keys)
-        state = init_sharded(optimizer, params, state_sharding(optimizer, params))
-    else:
-        params, state = jax.jit(partial(initial, problem, optimizer, dtype))(keys)
-    # Of one device, JAX does not ask.
-    everywhere = problem.everywhere if isinstance(problem, Shared) else None
-    places = None if everywhere is None else (*jax.tree.map(lambda x: x.sharding, (params, state)), everywhere)
-    advance = jax.jit(partial(train_step, problem, optimizer, keys), donate_argnums=(0, 1), out_shardings=places)
-    measure_next = jax.jit(partial(measured_step, problem, optimizer, keys), out_shardings=everywhere)
-    evaluate = jax.jit(problem.evaluate, out_shardings=everywhere)
-    losses: list[jax.Array] = []
-    for step in range(first, steps + 1):
-        if step:
-            params, state, loss = advance(params, state, np.int32(step - 1))
-            losses.append(loss)
-        if step % report_every and step % evaluate_every and step < steps:
-            continue
-        found = np.asarray(jax.device_get(losses), np.float64)
-        losses.clear()
-        diverged_at = None if skips else _first_not_finite(found, step)
-        report = Report(step, found, None, params, state, diverged_at)
-        last = step == steps or diverged_at is not None or stop()
-        if diagnose and not last:
-            report = report._replace(stats=measure_next(params, state, np.int32(step)))
-        if last or step % evaluate_every == 0:
-            report = report._replace(metrics={k: float(x) for k, x in evaluate(params).items()})
-        yield report
-        check_skipped(state)
-        if last:
-            return
+@dataclass(frozen=True, kw_only=True)
+class _Run:
+    """The checked arguments of `train`."""
+
+    problem: Problem
+    optimizer: Transformation
+    steps: int
+    seed: int
+    dtype: DTypeLike | None
+    report_every: int
+    evaluate_every: int
+    stop: Callable[[], bool]
+    start: Any  # a Report, a Checkpoint or None
+    diagnose: bool
+
+    def reports(self) -> Iterator[Report]:
+        """Train; see `train`."""
+        keys = run_keys(self.seed)
+        params, state = self._start(keys)
+        advance = TrainStep(partial(train_step, self.problem, self.optimizer, keys), 1)
+        # Every process reads these results, so each must have all of them.
+        everywhere = self.problem.replicated if isinstance(self.problem, ShardedProblem) else None
+        measure_next = jax.jit(partial(measured_step, self.problem, self.optimizer, keys), out_shardings=everywhere)
+        evaluate = jax.jit(self.problem.evaluate, out_shardings=everywhere)
+        losses: list[Array] = []
+        for step in range(0 if self.start is None else self.start.step + 1, self.steps + 1):
+            if step:
+                params, state, loss = advance(params, state, np.int32(step - 1))
+                losses.append(loss)
+            if step % self.report_every and step % self.evaluate_every and step < self.steps:
+                continue
+            found = np.asarray(jax.device_get(losses), np.float64)
+            losses.clear()
+            diverged_at = None if may_skip(self.optimizer) else _first_nonfinite_step(found, step)
+            report = Report(step, found, None, params, state, diverged_at)
+            last = step == self.steps or diverged_at is not None or self.stop()
+            if self.diagnose and not last:
+                report = report._replace(stats=measure_next(params, state, np.int32(step)))
+            if last or step % self.evaluate_every == 0:
+                report = report._replace(metrics={k: float(x) for k, x in evaluate(params).items()})
+            yield report
+            check_skipped(state)
+            if last:
+                return
+
+    def _start(self, keys: Keys) -> tuple[PyTree, PyTree]:
+        """The parameters and the state before the first step."""
+
+        def initial(keys: Keys) -> tuple[PyTree, PyTree]:
+            params = first_params(self.problem, self.dtype, keys)
+            return params, self.optimizer.init(params)
+
+        if self.start is not None:
+            return self.start.params, self.start.state
+        if not isinstance(self.problem, ShardedProblem):
+            return jax.jit(initial)(keys)
+        params = jax.jit(partial(first_params, self.problem, self.dtype))(keys)
+        return params, init_sharded(self.optimizer, params, state_sharding(self.optimizer, params))
 
 
-def _first_not_finite(losses: np.ndarray, step: int) -> int | None:
-    """The number of the step, if `step` was the last one."""
+def _first_nonfinite_step(losses: np.ndarray, step: int) -> int | None:
+    """The number of the first step whose loss is not finite, or None; `step` is the number of the last one."""
     bad = np.flatnonzero(~np.isfinite(losses))
     return step - len(losses) + int(bad[0]) + 1 if len(bad) else None

@@ -24,7 +24,7 @@ from benchmarks._machine import machine
 from benchmarks._plots import draw
 from benchmarks._report import Table, command, measured
 
-SHORT = ["step", "trace", "memory", "sweep", "scale", "safety", "accuracy", "half_precision"]
+SHORT = ["step", "trace", "memory", "donation", "sweep", "scale", "safety", "accuracy", "half_precision"]
 LONG = ["storage", "tune", "range_test", "low_precision"]
 NAMED = ["gpu"]
 

@@ -20,7 +20,7 @@ import optax
 
 import adamjax
 from adamjax import problems
-from adamjax.training import keys_of
+from adamjax.training import run_keys
 from benchmarks._report import Table, command, show
 
 STEPS = 1000
@@ -114,13 +114,13 @@ def first_steps(library: str, eps: float) -> list[float]:
 
 @jax.jit
 def gradient(params: Any, step: Any) -> Any:
-    keys = keys_of(0)
+    keys = run_keys(0)
     return jax.grad(PROBLEM.loss)(params, PROBLEM.batch(step, keys.data), keys.loss)
 
 
 def trained(library: str, eps: float, steps: int) -> str:
     """The validation loss after training in float16, or when it was over."""
-    params = jax.tree.map(lambda p: p.astype(jnp.float16), PROBLEM.init(keys_of(0).init))
+    params = jax.tree.map(lambda p: p.astype(jnp.float16), PROBLEM.init(run_keys(0).init))
     advance = LIBRARIES[library](3e-3, eps, params)
     for t in range(steps):
         params = advance(gradient(params, np.int32(t)))

@@ -22,7 +22,7 @@ import optax
 
 import adamjax
 from adamjax import problems
-from adamjax.training import keys_of, train_step
+from adamjax.training import run_keys, train_step
 from benchmarks._reference_codes import REFERENCES, Stored
 from benchmarks._report import Table, command, show
 
@@ -73,7 +73,7 @@ def losses(problem: Any, opt: Any, dtype: str, steps: int, seeds: int) -> tuple[
     opt = adamjax.chain(opt)  # one of optax's, too, has a step then
 
     def run(seed: jax.Array) -> tuple[jax.Array, jax.Array]:
-        keys = keys_of(seed)
+        keys = run_keys(seed)
         params = jax.tree.map(lambda p: p.astype(dtype), problem.init(keys.init))
 
         def body(carry: Any, step: jax.Array) -> tuple[Any, None]:

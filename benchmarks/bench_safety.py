@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 import adamjax
 from adamjax.diagnostics import measure
+from adamjax.training import step_fn
 from benchmarks._measure import Run, Seconds, interleaved, ratio
 from benchmarks._report import Table, command, show
 
@@ -24,38 +25,42 @@ VARIANTS = {
     "dynamic_loss_scale": adamjax.dynamic_loss_scale(PLAIN),
 }
 Tree = Any
+Step = Callable[[Tree, Tree, Tree], tuple[Tree, ...]]  # jitted, from (params, state, data) to (params, state, ...)
 
 
-def alone(opt: Any, params: Tree, state: Tree, grads: Tree) -> tuple[Tree, Tree]:
+def alone(opt: Any) -> Step:
     """The optimizer's step, in place."""
-    return opt.step(grads, state, params)
+    return jax.jit(lambda params, state, grads: opt.step(grads, state, params), donate_argnums=(0, 1))
 
 
-def through_updates(opt: Any, params: Tree, state: Tree, grads: Tree) -> tuple[Tree, Tree]:
+def through_updates(opt: Any) -> Step:
     """The same, in optax's two calls."""
-    updates, state = opt.update(grads, state, params)
-    return adamjax.apply_updates(params, updates), state
+
+    def step(params: Tree, state: Tree, grads: Tree) -> tuple[Tree, Tree]:
+        updates, state = opt.update(grads, state, params)
+        return adamjax.apply_updates(params, updates), state
+
+    return jax.jit(step, donate_argnums=(0, 1))
 
 
-def training(opt: Any, params: Tree, state: Tree, batch: tuple[jax.Array, jax.Array]) -> tuple[Tree, Tree]:
+def training(opt: Any) -> Step:
     """Forwards, backwards, and the optimizer."""
 
-    def loss(params: Tree) -> jax.Array:
+    def loss(params: Tree, batch: tuple[jax.Array, jax.Array]) -> jax.Array:
         x, y = batch
         for kernel in params:
             x = jnp.tanh(x @ kernel)
-        found = jnp.mean((x - y) ** 2)
-        return opt.scale(found, state) if isinstance(opt, adamjax.safety.DynamicLossScale) else found
+        return jnp.mean((x - y) ** 2)
 
-    return opt.step(jax.grad(loss)(params), state, params)
+    return step_fn(loss, opt)
 
 
-def runner(step: Callable[..., Any], opt: Any, params: Tree, data: Tree) -> Run:
-    jitted = jax.jit(lambda params, state, data: step(opt, params, state, data), donate_argnums=(0, 1))
+def runner(make: Callable[[Any], Step], opt: Any, params: Tree, data: Tree) -> Run:
+    step = make(opt)
     held = [jax.tree.map(jnp.copy, params), opt.init(params)]
 
     def run() -> None:
-        held[:] = jax.block_until_ready(jitted(*held, data))
+        held[:] = jax.block_until_ready(step(held[0], held[1], data))[:2]
 
     return run
 

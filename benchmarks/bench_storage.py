@@ -18,8 +18,7 @@ import adamjax
 from adamjax import problems
 from adamjax._core import quantization
 from adamjax._core.low_precision import Dither, dither
-from adamjax._transforms import moment_storage
-from adamjax.training import keys_of
+from adamjax.training import run_keys
 from benchmarks._reference_codes import REFERENCES, Reference
 from benchmarks._report import Table, command, show
 
@@ -71,7 +70,7 @@ ROWS: dict[str, tuple[Trip, Trip]] = {
 
 
 def recorded_gradients() -> list[jax.Array]:
-    problem, opt, keys = problems.characters(), adamjax.adam(3e-3), keys_of(0)
+    problem, opt, keys = problems.characters(), adamjax.adam(3e-3), run_keys(0)
 
     @jax.jit
     def run(params: Any) -> Any:

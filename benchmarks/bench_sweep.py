@@ -16,7 +16,7 @@ import numpy as np
 import optax
 
 from adamjax.problems import digits
-from adamjax.training import keys_of
+from adamjax.training import run_keys
 from adamjax.tuning import Log, Space, sweep
 from benchmarks._measure import cores, interleaved, ratio
 from benchmarks._report import Bars, Table, command, show
@@ -37,7 +37,7 @@ def ours(settings: Settings, steps: int, execution: str) -> Sweep:
 
 
 def with_optax(settings: Settings, steps: int) -> Sweep:
-    keys = keys_of(0)
+    keys = run_keys(0)
 
     def train(opt: Any) -> Any:
         @jax.jit

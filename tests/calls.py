@@ -151,7 +151,8 @@ CALLS = {
         cheap=False,
     ),
     "training.train": Call({"problem": BOWL, "optimizer": OPT, "steps": 2}, ("dtype", "start", "mesh")),
-    "training.keys_of": Call({"seed": 0}),
+    "training.step_fn": Call({"loss_fn": abs, "opt": OPT}),
+    "training.run_keys": Call({"seed": 0}),
     "problems.DigitsConvnet": Call(),
     "problems.digits_convnet": Call(),
     "problems.Digits": Call(),
@@ -182,15 +183,15 @@ METHODS = {
 HELD = ["AdamState", "ScheduleState", "rounding.RoundingState", "storage.QuantizedArray", "storage.Precision"]
 HELD += ["storage.PackedTree"]
 HELD += ["tuning.Best", "tuning.Confirmed", "tuning.Report", "tuning.Sweep", "tuning.Trial"]
-HELD += ["training.Report", "training.Keys", "checkpoint.Checkpoint", "kernels.Kernel"]
+HELD += ["training.Report", "training.TrainStep", "training.Keys", "checkpoint.Checkpoint", "kernels.Kernel"]
 HELD += ["diagnostics.AdamStats", "diagnostics.LeafStats", "diagnostics.Finding"]
 HELD += ["schedules.PlateauState", "sharding.Zero1State", "interop.torch.NAdamState"]
 HELD += ["safety.SkipState", "safety.LossScaleState", "safety.LeafCounts"]
 BASES = ["Transformation", "schedules.Schedule", "rounding.Rounding", "tuning.Problem"]
 INNER = [f"storage.{name}" for name in ("moment_format", "empty", "revive", "check", "is_rounded", "load")]
 INNER += [f"storage.{name}" for name in ("settle_signed", "settle_decaying", "settle_growing", "store", "spacing")]
-INNER += [f"training.{name}" for name in ("train_step", "measured_step", "gradients", "initial")]
-INNER += ["training.first_params", "training.Shared", "kernels.Fused"]
+INNER += [f"training.{name}" for name in ("train_step", "measured_step", "gradients")]
+INNER += ["training.first_params", "training.ShardedProblem", "kernels.Fused"]
 INNER += ["safety.check_skipped", "safety.skipped"]
 FILES = [
     "kernels.build",

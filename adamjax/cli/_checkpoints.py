@@ -37,7 +37,7 @@ def past(run: Path, problem: Problem, optimizer: Any, options: dict[str, Any], m
         # Without checkpoints, a run is done as a whole, or again.
         whole = "checkpoint_every" not in options and any(record["step"] == steps for record in records)
         return Past(None, steps, records) if whole else Past(None, 0, [])
-    keys = jax.eval_shape(training.keys_of, options["seed"])
+    keys = jax.eval_shape(training.run_keys, options["seed"])
     params = jax.eval_shape(partial(training.first_params, problem, options.get("dtype")), keys)
     if mesh is not None:
         everywhere = NamedSharding(mesh, PartitionSpec())

@@ -16,7 +16,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from adamjax._core import checks
 from adamjax.problems import Problem, check
-from adamjax.training import Keys, keys_of, train_step
+from adamjax.training import Keys, run_keys, train_step
 
 EXECUTIONS = ("auto", "map", "vmap", "sharded")
 
@@ -190,7 +190,7 @@ class Runner:
     def _keys(self, seeds: np.ndarray) -> Keys:
         seeds_ = tuple(seeds.tolist())
         if seeds_ not in self._made:
-            self._made[seeds_] = jax.jit(jax.vmap(keys_of), out_shardings=self._sharding())(seeds)
+            self._made[seeds_] = jax.jit(jax.vmap(run_keys), out_shardings=self._sharding())(seeds)
         return self._made[seeds_]
 
     def _order(self, opts: Sequence[Any], keys: Keys, steps: int, room: int) -> str:

@@ -17,7 +17,7 @@ from adamjax._transforms.base import as_transformation
 from adamjax.optimizers import adamw
 from adamjax.problems import Problem, check
 from adamjax.schedules import Exponential
-from adamjax.training import keys_of, train_step
+from adamjax.training import run_keys, train_step
 from adamjax.tuning._sweep import sweep
 from adamjax.tuning._trial import nulls, numbers
 
@@ -284,7 +284,7 @@ def _ramp(problem: Problem, optimizer: Any, steps: int, seed: int) -> np.ndarray
         params = problem.init(keys.init)
         return lax.scan(body, (params, opt.init(params)), jnp.arange(steps, dtype=jnp.int32))[1]
 
-    return np.asarray(run(keys_of(seed)), np.float64)
+    return np.asarray(run(run_keys(seed)), np.float64)
 
 
 def _first(where: np.ndarray) -> int | None:
