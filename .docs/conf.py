@@ -23,11 +23,12 @@ extensions = [
     "extensions",
 ]
 
-# The notebooks stand at the top of the repository, with their outputs; pages lie below this folder.
+# Sphinx reads pages from this folder only, and the notebooks are at the top of the repository.
 shutil.copytree(ROOT / "notebooks", HERE / "notebooks", dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*"))
 nb_execution_mode = "off"
 nb_merge_streams = True
 myst_enable_extensions = ["dollarmath"]
+myst_heading_anchors = 3
 
 autodoc_typehints = "none"
 autodoc_preserve_defaults = True
@@ -35,11 +36,11 @@ autodoc_member_order = "bysource"
 napoleon_numpy_docstring = False
 napoleon_custom_sections = [("Fields", "params_style"), ("References", "notes_style")]
 
-# A name in single backticks is a link where it names something of ours; see extensions.py.
+# A name in single backticks becomes a link if it names something in adamjax; see extensions.py.
 default_role = "py:obj"
 nitpicky = True
 
-# Nothing is fetched when a page is looked at: MathJax is one file among the others.
+# Serve MathJax from the site itself, so that pages load nothing from elsewhere.
 _mathjax = Path(importlib.util.find_spec("sphinx-mathjax-offline").origin).parent / "static" / "mathjax"
 html_static_path = ["static", str(_mathjax / "tex-svg.js")]
 mathjax_path = "tex-svg.js"

@@ -1,4 +1,4 @@
-"""What the site needs beyond Sphinx: names that become links, docstrings that say more than reST, and `--help`."""
+"""Extensions of Sphinx: names that become links, docstrings in Google's style with Markdown, and `--help`."""
 
 import contextlib
 import inspect
@@ -17,17 +17,17 @@ from sphinx.util.nodes import make_refnode
 
 log = logging.getLogger(__name__)
 
-# What docstrings name in backticks and is neither ours nor an argument: names of other libraries, and files.
+# Names in backticks that are neither in adamjax nor arguments: of other libraries, files, and results of functions.
 OTHERS = re.compile(
     r"(jax|jnp|np|torch|optax|flax|equinox|optuna)\.[\w.]+|\w+\.(json|jsonl|html|png)"
-    r"|(in|out)_shardings|jax_enable_x64|bias_correction_[mn]u|load_state_dict"
+    r"|(in|out)_shardings|jax_enable_x64|bias_correction_[mn]u|load_state_dict|aux"
 )
 
 
 def resolve(app: Sphinx, env: Any, node: Any, contnode: Any) -> Any:
-    """A name in single backticks: a link where it is ours, code where it is an argument, a field or no name.
+    """A link for a name of adamjax in single backticks; code for an argument, a field or an expression.
 
-    Where it is none of these, it stays unresolved, which is an error of the build.
+    Any other name stays unresolved, which is an error of the build.
     """
     if node.get("refdomain") != "py" or node["reftype"] != "obj":
         return None
@@ -44,7 +44,7 @@ def resolve(app: Sphinx, env: Any, node: Any, contnode: Any) -> Any:
 
 @cache
 def _words(objects: tuple[str, ...]) -> set[str]:
-    """Names of the arguments and fields of all that is documented."""
+    """The names of arguments and fields of all documented objects."""
     found: set[str] = set()
     for obj in map(_find, objects):
         with contextlib.suppress(TypeError, ValueError):
@@ -64,10 +64,10 @@ def _find(name: str) -> Any:
 
 
 def mend(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
-    """Docstrings are Google's style with a little of Markdown in it; this is run after napoleon."""
+    """Convert Markdown in docstrings of Google's style to reST, after napoleon."""
     if not any(lines):
         log.warning("%s has no docstring", name)
-    # "What it is: more of it." is a sentence, and not a type with its description.
+    # In "The name: its description.", napoleon takes the name for a type. Put the sentence together again.
     for field, label in ((":returns: ", ":rtype: "), ("", ":type: ")):
         for i in [i for i, line in enumerate(lines) if line.startswith(label)][::-1]:
             kind = lines.pop(i).removeprefix(label)
@@ -83,14 +83,14 @@ def mend(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[
 
 
 def _inline(text: str) -> str:
-    """Bars are bars, and `names`s a plural."""
+    """Escape bars, and separate `name` from letters that follow it, such as a plural's."""
     parts = re.split(r"(`[^`]+`)", text)
     parts[::2] = [re.sub(r"^(?=[a-z])", r"\\ ", part) if i else part for i, part in enumerate(parts[::2])]
     return "".join(part.replace("|", r"\|") if i % 2 == 0 else part for i, part in enumerate(parts))
 
 
 def _table(text: str) -> str:
-    """One of Markdown's as one of reST's."""
+    """A table of Markdown as one of reST."""
     rows = [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in text.splitlines()]
     head, _, *body = rows
     cells = [
@@ -100,7 +100,7 @@ def _table(text: str) -> str:
 
 
 class CommandHelp(Directive):
-    """What `adamjax COMMAND --help` prints."""
+    """The output of `adamjax COMMAND --help`."""
 
     required_arguments = 1
 

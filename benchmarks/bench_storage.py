@@ -18,6 +18,7 @@ import adamjax
 from adamjax import problems
 from adamjax._core import quantization
 from adamjax._core.low_precision import Dither, dither
+from adamjax._transforms import moment_storage
 from adamjax.training import run_keys
 from benchmarks._reference_codes import REFERENCES, Reference
 from benchmarks._report import Table, command, show
