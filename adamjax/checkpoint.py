@@ -1,8 +1,8 @@
-"""Checkpoints of a training run: parameters, optimizer state and step, kept by orbax.
+"""Checkpoints of a training run: parameters, optimizer state and step, written by orbax.
 
-A step on disk is there as a whole or not at all, whatever ends the process that writes it. It also says which
-optimizer it is of, and the path, shape and dtype of every array: what does not fit is refused before anything
-is read, where orbax would cast.
+A step is on disk completely or not at all, even if the process dies while it writes. It also records its
+optimizer, and the path, shape and dtype of every array. `restore` compares these before it reads anything and
+raises if they differ, where orbax would cast.
 """
 
 import os
@@ -13,57 +13,57 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from adamjax._core import checks, schema
 from adamjax._core.optional import require
-from adamjax._core.typing import PyTree
+from adamjax._core.typing import GradientTransformation, PyTree
 from adamjax._transforms.base import as_transformation
 
-# Of what is in a step. A change of it that old steps do not fit gets a new number.
+# Version of the on-disk format. Bump it when old checkpoints no longer load.
 FORMAT = 1
 
 
 class Checkpoint(NamedTuple):
-    """What a step on disk holds.
+    """The contents of a step on disk.
 
     Fields:
-      step: Updates done.
+      step: The number of updates done.
       params: The parameters.
-      state: The optimizer's state.
-      key: The key or the seed of the run; None if none was saved.
+      state: The state of the optimizer.
+      key: The key or seed of the run; None if none was saved.
     """
 
     step: int
     params: PyTree
     state: PyTree
-    key: Any
+    key: jax.Array | int | None
 
 
 def save(
     directory: str | os.PathLike[str],
-    optimizer: Any,
+    optimizer: GradientTransformation,
     params: PyTree,
     state: PyTree,
     *,
     step: int,
-    key: Any = None,
+    key: jax.Array | int | None = None,
     keep: int | None = 3,
 ) -> None:
     """Save a step, and wait until it is on disk.
 
     Args:
-      directory: Of the checkpoints of this run; each step is a folder in it.
-      optimizer: One of this package's, or optax's, of which the hyperparameters are kept where they can be read.
-      params: The parameters: any pytree of arrays, sharded in any way. With many processes, all of them save.
-      state: The optimizer's state, likewise.
-      step: Updates done, more than those of the steps that are there.
-      key: What the randomness of the run comes from: a seed, or a key of JAX.
-      keep: How many steps to keep, the last ones. None: all.
+      directory: The directory of the run's checkpoints; each step is a folder in it.
+      optimizer: A transformation of adamjax or optax. Its hyperparameters are saved as far as they can be read.
+      params: The parameters: any pytree of arrays, with any sharding. With many processes, all must call `save`.
+      state: The state of the optimizer, likewise.
+      step: The number of updates done; more than at every saved step.
+      key: The source of the run's randomness: a seed or a JAX key.
+      keep: The number of most recent steps to keep. None: all.
 
     Raises:
       ImportError: orbax is not installed; the message has the command to run.
-      TypeError, ValueError: `step`, `keep` or `key` is no such thing, or there is such a step, or a later one.
+      TypeError, ValueError: `step`, `keep` or `key` is invalid, or this step or a later one is saved already.
 
     >>> import adamjax, tempfile, jax.numpy as jnp
     >>> opt, params = adamjax.adamw(1e-3), {"w": jnp.arange(3.0)}
@@ -99,33 +99,33 @@ def save(
 
 def restore(
     directory: str | os.PathLike[str],
-    optimizer: Any,
+    optimizer: GradientTransformation,
     params: PyTree,
     *,
     state: PyTree = None,
     step: int | None = None,
     new_hyperparameters: bool = False,
 ) -> Checkpoint:
-    """Read a step again, bit for bit.
+    """Restore a step, bit for bit.
 
     Args:
-      directory: As it was saved to.
-      optimizer: The one that was saved.
-      params: What the parameters are like: arrays, or `jax.ShapeDtypeStruct`s. Their shardings are those that
-        are restored to, whatever they were when the step was saved; without one, the default device.
-      state: What the state is like, where its shardings are not those of the parameters; by default
-        `optimizer.init` says.
-      step: Which one; by default the last.
-      new_hyperparameters: Whether to go on with the numbers of `optimizer`, such as its learning rate, where they
-        are not those that were saved.
+      directory: The directory it was saved to.
+      optimizer: The optimizer that was saved.
+      params: A template of the parameters: arrays, or `jax.ShapeDtypeStruct`s. The arrays are restored to its
+        shardings, whatever they were when the step was saved; without one, to the default device.
+      state: A template of the state, for shardings that differ from those of the parameters. Default: the
+        result of `optimizer.init`.
+      step: The step to restore. Default: the last.
+      new_hyperparameters: True to continue with the numbers of `optimizer`, such as its learning rate, even if
+        other numbers were saved.
 
     Returns:
       A `Checkpoint`.
 
     Raises:
       ImportError: orbax is not installed; the message has the command to run.
-      FileNotFoundError: There is no such step, or none at all.
-      ValueError: The step is of another optimizer or other parameters, or of a later format, or it is damaged; the
+      FileNotFoundError: The directory does not have this step, or has none.
+      ValueError: The step is of another optimizer, other parameters or a later format, or it is damaged. The
         message has the first path that differs.
     """
     ocp = _orbax()
@@ -143,7 +143,7 @@ def restore(
         described = ocp.args.Composite(description=ocp.args.JsonRestore())
         try:
             description = manager.restore(step, args=described)["description"]
-        except (KeyError, FileNotFoundError, ValueError) as error:  # of JSON, or of orbax where it is no step of ours
+        except (KeyError, FileNotFoundError, ValueError) as error:  # from JSON, or from orbax if it is not our step
             raise ValueError(f"{where} is not a checkpoint of adamjax: it has no description to be read") from error
         _refuse_others(where, description, optimizer, params, state, new_hyperparameters)
         like = {"params": _by_path(params), "state": _by_path(state)}
@@ -162,13 +162,13 @@ def restore(
 
 
 def steps(directory: str | os.PathLike[str]) -> list[int]:
-    """The steps that are saved in a directory.
+    """Return the steps that are saved in a directory.
 
     Args:
-      directory: Of the checkpoints of a run; it need not exist.
+      directory: The directory of a run's checkpoints; it need not exist.
 
     Returns:
-      Their numbers, rising.
+      Their numbers, in ascending order.
 
     Raises:
       ImportError: orbax is not installed; the message has the command to run.
@@ -183,17 +183,22 @@ def _orbax() -> Any:
 
 def _manager(directory: str | os.PathLike[str], **options: Any) -> Any:
     ocp = _orbax()
-    # Not asynchronous: the next step of a run takes the memory of what is being saved.
+    # Save synchronously: the next training step reuses the memory of the donated arrays.
     chosen = ocp.CheckpointManagerOptions(enable_async_checkpointing=False, **options)
     return ocp.CheckpointManager(os.path.abspath(directory), options=chosen)
 
 
-def _describe_optimizer(optimizer: Any) -> schema.Description:
+def _describe_optimizer(optimizer: GradientTransformation) -> schema.Description:
     return schema.hyperparameter_schema("optimizer", as_transformation(optimizer, "argument optimizer"))
 
 
 def _refuse_others(
-    where: Path, found: dict[str, Any], optimizer: Any, params: PyTree, state: PyTree, new_hyperparameters: bool
+    where: Path,
+    found: dict[str, Any],
+    optimizer: GradientTransformation,
+    params: PyTree,
+    state: PyTree,
+    new_hyperparameters: bool,
 ) -> None:
     if found.get("format") != FORMAT:
         raise ValueError(f"{where} has format {found.get('format')}, expected {FORMAT}: update adamjax to restore it")
@@ -217,26 +222,26 @@ def _as_arrays(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda x: x if isinstance(x, (jax.Array, jax.ShapeDtypeStruct)) else jnp.asarray(x), tree)
 
 
-def _sharding(x: Any) -> Any:
-    """Where `x` has been put; None of what may as well be elsewhere."""
+def _sharding(x: jax.Array | jax.ShapeDtypeStruct) -> Sharding | None:
+    """Return the sharding of `x`, or None if `x` is an uncommitted array."""
     return x.sharding if getattr(x, "committed", True) else None
 
 
-def _default_sharding(params: PyTree) -> Any:
-    """Where those go that have no sharding, the step count for one: to all the devices that the parameters are on."""
+def _default_sharding(params: PyTree) -> Sharding:
+    """Return the sharding of arrays that have none, such as the step count: all devices of the parameters."""
     known = [sharding for x in jax.tree.leaves(_as_arrays(params)) if (sharding := _sharding(x)) is not None]
     meshes = [sharding.mesh for sharding in known if isinstance(sharding, NamedSharding)]
     return NamedSharding(meshes[0], PartitionSpec()) if meshes else (known or [jnp.zeros(()).sharding])[0]
 
 
-def _abstract(tree: PyTree, default: Any) -> PyTree:
+def _abstract(tree: PyTree, default: Sharding) -> PyTree:
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_sharding(x) or default), _as_arrays(tree)
     )
 
 
-# Of a dict by paths, orbax understands as much whatever the nodes of the tree are. It does not take arrays
-# that hold nothing.
+# A flat dict by path makes orbax independent of the tree's node types. Leave out empty arrays, which orbax
+# rejects.
 def _by_path(tree: PyTree) -> dict[str, Any]:
     return {jax.tree_util.keystr(path): x for path, x in jax.tree.leaves_with_path(tree) if x.size}
 
@@ -250,7 +255,7 @@ def _from_paths(arrays: dict[str, jax.Array], like: PyTree) -> PyTree:
     )
 
 
-def _key_to_json(key: Any) -> Any:
+def _key_to_json(key: jax.Array | int | None) -> dict[str, Any] | int | None:
     if key is None or isinstance(key, int):
         return key
     typed = isinstance(key, jax.Array) and jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key)
@@ -260,7 +265,7 @@ def _key_to_json(key: Any) -> Any:
     return {"bits": bits.tolist(), "dtype": bits.dtype.name, "impl": str(jax.random.key_impl(key)) if typed else None}
 
 
-def _key_from_json(key: Any) -> Any:
+def _key_from_json(key: dict[str, Any] | int | None) -> jax.Array | int | None:
     if not isinstance(key, dict):
         return key
     bits = jnp.asarray(key["bits"], key["dtype"])

@@ -1,52 +1,54 @@
-"""The optimizers: chains of what the other modules define."""
+"""The optimizers: chains of transformations that other modules define."""
 
 from typing import Any
 
 from adamjax._core import checks
+from adamjax._core.typing import AMSGrad, DecaySchedule, FusedMode, Mask, Scalar, ScalarOrSchedule
 from adamjax._transforms.adam import scale_by_adam
 from adamjax._transforms.adamax import scale_by_adamax
 from adamjax._transforms.base import Transformation
 from adamjax._transforms.chain import Chain, chain
 from adamjax._transforms.learning_rate import ScaleByLearningRate
+from adamjax._transforms.moment_storage import MomentFormat
 from adamjax._transforms.radam import scale_by_radam
 from adamjax._transforms.schedule import number_or_schedule
 from adamjax._transforms.weight_decay import AddDecayedWeights, with_coupled_decay
 from adamjax.kernels import Fused
 from adamjax.schedules import Proportional, as_schedule
 
-# Arguments are described where they act: at scale_by_adam, add_decayed_weights and
-# scale_by_learning_rate. The docstrings here say what is particular to an optimizer.
+# The arguments are documented where they act: at scale_by_adam, add_decayed_weights and
+# scale_by_learning_rate. The docstrings here describe only what differs in an optimizer.
 
 
 def adam(
-    learning_rate: Any = 1e-3,
-    b1: Any = 0.9,
-    b2: Any = 0.999,
-    eps: Any = 1e-8,
-    eps_root: Any = 0.0,
-    mu_dtype: Any = None,
+    learning_rate: ScalarOrSchedule = 1e-3,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-8,
+    eps_root: Scalar = 0.0,
+    mu_dtype: MomentFormat = None,
     *,
-    nu_dtype: Any = None,
+    nu_dtype: MomentFormat = None,
     nesterov: bool = False,
-    amsgrad: bool | str = False,
-    weight_decay: Any = 0.0,
-    mask: Any = None,
+    amsgrad: bool | AMSGrad = False,
+    weight_decay: ScalarOrSchedule = 0.0,
+    mask: Mask = None,
     maximize: bool = False,
-    fused: bool | str = False,
+    fused: FusedMode = False,
 ) -> Chain:
     """Adam (Kingma & Ba, 2015).
 
     Args:
-      learning_rate: A number or a schedule; see `scale_by_learning_rate`. About the size of a
-        step of each parameter.
+      learning_rate: A number or a schedule; see `scale_by_learning_rate`. Each parameter moves by about
+        this much per step.
       b1, b2, eps, eps_root, mu_dtype, nu_dtype, nesterov, amsgrad: See `scale_by_adam`.
       weight_decay: A number or a schedule: L2 regularisation, added to the gradient before the
-        moments, as in torch.optim.Adam. For decoupled weight decay use `adamw`. Where it is not
+        moments, as in torch.optim.Adam. For decoupled weight decay use `adamw`. Unless it is
         the Python number 0, `update` needs `params`.
-      mask: Which leaves `weight_decay` applies to; see `add_decayed_weights`.
+      mask: The leaves that `weight_decay` applies to; see `add_decayed_weights`.
       maximize: Ascend instead of descend. The weight decay still pulls towards 0.
-      fused: True: `step` is one pass over memory, by a compiled kernel, where XLA makes several of it; or
-        a ValueError says what cannot be. "auto": where it can be; else, after a warning, by XLA. See `kernels.Fused`.
+      fused: True runs `step` as one pass over memory, by a compiled kernel, or raises a ValueError if it
+        cannot. "auto" warns and falls back to XLA, which needs several passes. See `kernels.Fused`.
 
     Returns:
       A transformation whose state is a tuple that starts with an `AdamState`.
@@ -70,21 +72,21 @@ def adam(
 
 
 def adamw(
-    learning_rate: Any = 1e-3,
-    b1: Any = 0.9,
-    b2: Any = 0.999,
-    eps: Any = 1e-8,
-    eps_root: Any = 0.0,
-    mu_dtype: Any = None,
-    weight_decay: Any = 1e-4,
-    mask: Any = None,
+    learning_rate: ScalarOrSchedule = 1e-3,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-8,
+    eps_root: Scalar = 0.0,
+    mu_dtype: MomentFormat = None,
+    weight_decay: ScalarOrSchedule = 1e-4,
+    mask: Mask = None,
     *,
-    nu_dtype: Any = None,
+    nu_dtype: MomentFormat = None,
     nesterov: bool = False,
-    amsgrad: bool | str = False,
+    amsgrad: bool | AMSGrad = False,
     maximize: bool = False,
-    decay_schedule: str = "lr",
-    fused: bool | str = False,
+    decay_schedule: DecaySchedule = "lr",
+    fused: FusedMode = False,
 ) -> Chain:
     """Adam with decoupled weight decay (Loshchilov & Hutter, 2019).
 
@@ -93,12 +95,11 @@ def adamw(
     Args:
       weight_decay: A number or a schedule; see `add_decayed_weights`. The default is optax's;
         torch.optim.AdamW has 1e-2.
-      mask: Which leaves decay; see `add_decayed_weights`.
-      decay_schedule: What the decay is multiplied by. "lr": the learning rate, so each step takes
+      mask: The leaves that decay; see `add_decayed_weights`.
+      decay_schedule: The factor of the decay. "lr": the learning rate, so each step subtracts
         lr * weight_decay of a parameter (optax, torch). "independent": only the shape of the
-        learning rate's schedule, lr / peak, so that the decay need not be tuned again with the
-        learning rate; a constant one leaves weight_decay itself. A schedule from elsewhere, whose
-        peak is not known, is refused.
+        learning rate's schedule, lr / peak, so that a new learning rate needs no new weight decay;
+        with a constant learning rate the factor is 1. A schedule whose peak is unknown raises.
 
     Returns:
       A transformation whose state is a tuple that starts with an `AdamState`; `update` needs
@@ -123,24 +124,24 @@ def adamw(
 
 
 def amsgrad(
-    learning_rate: Any = 1e-3,
-    b1: Any = 0.9,
-    b2: Any = 0.999,
-    eps: Any = 1e-8,
-    eps_root: Any = 0.0,
-    mu_dtype: Any = None,
+    learning_rate: ScalarOrSchedule = 1e-3,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-8,
+    eps_root: Scalar = 0.0,
+    mu_dtype: MomentFormat = None,
     *,
-    nu_dtype: Any = None,
+    nu_dtype: MomentFormat = None,
     nesterov: bool = False,
-    weight_decay: Any = 0.0,
-    mask: Any = None,
+    weight_decay: ScalarOrSchedule = 0.0,
+    mask: Mask = None,
     maximize: bool = False,
-    variant: str = "torch",
-    fused: bool | str = False,
+    variant: AMSGrad = "torch",
+    fused: FusedMode = False,
 ) -> Chain:
     """Adam with the largest second moment so far (Reddi et al., 2018).
 
-    Arguments are those of `adam`, but for this one.
+    Arguments not listed are those of `adam`.
 
     Args:
       variant: "torch", "corrected" (optax's default) or "paper" (optax with `bias_correction_mu` and
@@ -174,19 +175,19 @@ def amsgrad(
 
 
 def nadam(
-    learning_rate: Any = 1e-3,
-    b1: Any = 0.9,
-    b2: Any = 0.999,
-    eps: Any = 1e-8,
-    eps_root: Any = 0.0,
-    mu_dtype: Any = None,
+    learning_rate: ScalarOrSchedule = 1e-3,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-8,
+    eps_root: Scalar = 0.0,
+    mu_dtype: MomentFormat = None,
     *,
-    nu_dtype: Any = None,
+    nu_dtype: MomentFormat = None,
 ) -> Chain:
     """Adam with Nesterov momentum (Dozat, 2016), as in optax: `b1` is constant.
 
-    Arguments are those of `adam`. torch.optim.NAdam's schedule of `b1` is another algorithm, which
-    `adamjax.interop.torch.nadam` has.
+    Arguments are those of `adam`. torch.optim.NAdam schedules `b1`, which is another algorithm: see
+    `adamjax.interop.torch.nadam`.
 
     Returns:
       A transformation whose state is a tuple that starts with an `AdamState`.
@@ -201,16 +202,16 @@ def nadam(
 
 
 def nadamw(
-    learning_rate: Any = 1e-3,
-    b1: Any = 0.9,
-    b2: Any = 0.999,
-    eps: Any = 1e-8,
-    eps_root: Any = 0.0,
-    mu_dtype: Any = None,
-    weight_decay: Any = 1e-4,
-    mask: Any = None,
+    learning_rate: ScalarOrSchedule = 1e-3,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-8,
+    eps_root: Scalar = 0.0,
+    mu_dtype: MomentFormat = None,
+    weight_decay: ScalarOrSchedule = 1e-4,
+    mask: Mask = None,
     *,
-    nu_dtype: Any = None,
+    nu_dtype: MomentFormat = None,
 ) -> Chain:
     """`nadam` with decoupled weight decay.
 
@@ -227,18 +228,18 @@ def nadamw(
 
 
 def radam(
-    learning_rate: Any = 1e-3,
-    b1: Any = 0.9,
-    b2: Any = 0.999,
-    eps: Any = 1e-8,
-    eps_root: Any = 0.0,
-    threshold: Any = 5.0,
+    learning_rate: ScalarOrSchedule = 1e-3,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-8,
+    eps_root: Scalar = 0.0,
+    threshold: Scalar = 5.0,
     *,
     nesterov: bool = False,
-    mu_dtype: Any = None,
-    nu_dtype: Any = None,
+    mu_dtype: MomentFormat = None,
+    nu_dtype: MomentFormat = None,
 ) -> Chain:
-    """Rectified Adam (Liu et al., 2020): starts without the second moment, so needs no warmup.
+    """Rectified Adam (Liu et al., 2020): starts without the second moment, so it needs no warmup.
 
     Args:
       learning_rate: A number or a schedule.
@@ -258,13 +259,13 @@ def radam(
 
 
 def adamax(
-    learning_rate: Any = 1e-3,
-    b1: Any = 0.9,
-    b2: Any = 0.999,
-    eps: Any = 1e-8,
+    learning_rate: ScalarOrSchedule = 1e-3,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-8,
     *,
-    mu_dtype: Any = None,
-    nu_dtype: Any = None,
+    mu_dtype: MomentFormat = None,
+    nu_dtype: MomentFormat = None,
 ) -> Chain:
     """Adam with the infinity norm in place of the second moment (Kingma & Ba, 2015, section 7.1).
 
@@ -285,15 +286,15 @@ def adamax(
 
 
 def adamaxw(
-    learning_rate: Any = 1e-3,
-    b1: Any = 0.9,
-    b2: Any = 0.999,
-    eps: Any = 1e-8,
-    weight_decay: Any = 1e-4,
-    mask: Any = None,
+    learning_rate: ScalarOrSchedule = 1e-3,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-8,
+    weight_decay: ScalarOrSchedule = 1e-4,
+    mask: Mask = None,
     *,
-    mu_dtype: Any = None,
-    nu_dtype: Any = None,
+    mu_dtype: MomentFormat = None,
+    nu_dtype: MomentFormat = None,
 ) -> Chain:
     """`adamax` with decoupled weight decay.
 
@@ -316,22 +317,23 @@ def adamaxw(
     )
 
 
-def _chain_or_fused(fused: Any, *transforms: Transformation) -> Chain:
+def _chain_or_fused(fused: FusedMode, *transforms: Transformation) -> Chain:
     checks.choice("fused", fused, (False, True, "auto"))
     return Fused(transforms, fused) if fused else chain(*transforms)
 
 
-def _decay(weight_decay: Any, mask: Any, flip_sign: bool = False) -> AddDecayedWeights:
+def _decay(weight_decay: ScalarOrSchedule, mask: Mask, flip_sign: bool = False) -> AddDecayedWeights:
     return AddDecayedWeights(number_or_schedule("weight_decay", weight_decay), mask, flip_sign)
 
 
-def _decay_like(learning_rate: Any, weight_decay: Any) -> Any:
+def _decay_like(learning_rate: ScalarOrSchedule, weight_decay: ScalarOrSchedule) -> ScalarOrSchedule:
     if not callable(learning_rate):
         return weight_decay
-    schedule = as_schedule(learning_rate)
+    schedule: Any = as_schedule(learning_rate)
     if not hasattr(schedule, "peak"):
         raise ValueError(
             f"decay_schedule='independent' needs the peak of the learning rate, and {learning_rate!r} has none: "
             "use one of adamjax.schedules, or decay_schedule='lr'"
         )
-    return Proportional(number_or_schedule("weight_decay", weight_decay), schedule)
+    level: Any = number_or_schedule("weight_decay", weight_decay)
+    return Proportional(level, schedule)

@@ -1,17 +1,19 @@
 """Learning rate schedules, as values.
 
-A schedule is a callable of the step count (0 for the first update) and a pytree of its numbers:
-it can be printed, compared, stacked by `jax.vmap` and differentiated, and changing one of its
-numbers compiles nothing. Every argument may be a Python number, an array or a tracer.
+A schedule is a callable of the step count (0 for the first update) and a pytree of its numbers. It
+can be printed, compared, stacked by `jax.vmap` and differentiated, and a change of one of its numbers
+does not recompile. Every argument may be a Python number, an array or a tracer.
 """
 
-from typing import Any
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from adamjax._core import checks
+from adamjax._core.typing import Scalar
 from adamjax._core.value import static_field, value
 from adamjax._transforms.plateau import PlateauState as PlateauState
 from adamjax._transforms.plateau import reduce_on_plateau as reduce_on_plateau
@@ -20,27 +22,25 @@ from adamjax._transforms.schedule import Schedule as Schedule
 from adamjax._transforms.schedule import as_schedule as as_schedule
 from adamjax._transforms.schedule import to_float, to_steps
 
-Number = Any  # a Python number, a 0-d array or a tracer
 
-
-def _ramp(count: jax.Array, start: Any, steps: Any) -> jax.Array:
-    """0 up to `start`, then linearly to exactly 1 `steps` later; a jump where `steps` is 0."""
+def _ramp(count: jax.Array, start: ArrayLike, steps: ArrayLike) -> jax.Array:
+    """Rise linearly from 0 at `start` to exactly 1 `steps` later; jump if `steps` is 0."""
     elapsed = count - to_float(start)
     length = to_float(steps)
     return jnp.where(length > 0, jnp.clip(elapsed / jnp.maximum(length, 1), 0, 1), (elapsed >= 0).astype(count.dtype))
 
 
-def _mix(a: Any, b: Any, weight: jax.Array) -> jax.Array:
-    """From `a` (weight 0) to `b` (weight 1), exact at both, where `a + w * (b - a)` is not."""
+def _mix(a: ArrayLike, b: ArrayLike, weight: jax.Array) -> jax.Array:
+    """Interpolate from `a` (weight 0) to `b` (weight 1). Unlike `a + w * (b - a)`, it is exact at both ends."""
     return (1 - weight) * to_float(a) + weight * to_float(b)
 
 
 def _cosine(fraction: jax.Array) -> jax.Array:
-    """Half a cosine from 0 to 1, exact at both (the cosine of float(pi) rounds to -1)."""
+    """Rise by half a cosine from 0 to 1, exact at both ends (the cosine of float(pi) rounds to -1)."""
     return (1 - jnp.cos(np.pi * fraction)) / 2
 
 
-def _larger(a: Any, b: Any) -> Any:
+def _larger(a: Scalar, b: Scalar) -> Scalar:
     return max(a, b) if isinstance(a, float) and isinstance(b, float) else jnp.maximum(to_float(a), to_float(b))
 
 
@@ -52,28 +52,28 @@ class Constant(Schedule):
       value: At least 0.
     """
 
-    value: Number
+    value: Scalar
 
     def __post_init__(self) -> None:
         self._check_numbers("value")
 
     @property
-    def peak(self) -> Number:
+    def peak(self) -> Scalar:
         """The largest value."""
         return self.value
 
-    def __call__(self, count: Any) -> jax.Array:
+    def __call__(self, count: ArrayLike) -> jax.Array:
         return jnp.full(to_steps(count).shape, to_float(self.value))
 
 
 @value
 class Linear(Schedule):
-    """A straight line, constant after its end.
+    """A straight line from `init` to `end`, then constant.
 
     Args:
       init: The value at step 0.
       end: The value from step `total_steps` on.
-      total_steps: Length in steps.
+      total_steps: The number of steps from `init` to `end`.
 
     >>> import adamjax
     >>> schedule = adamjax.schedules.linear(1.0, 0.5, total_steps=100)
@@ -81,36 +81,36 @@ class Linear(Schedule):
     [1.0, 0.75, 0.5, 0.5]
     """
 
-    init: Number
-    end: Number
-    total_steps: Number
+    init: Scalar
+    end: Scalar
+    total_steps: Scalar
 
     def __post_init__(self) -> None:
         self._check_numbers("init", "end")
         self._check_whole("total_steps", low=1)
 
     @property
-    def peak(self) -> Number:
+    def peak(self) -> Scalar:
         """The largest value."""
         return _larger(self.init, self.end)
 
-    def __call__(self, count: Any) -> jax.Array:
+    def __call__(self, count: ArrayLike) -> jax.Array:
         return _mix(self.init, self.end, _ramp(to_steps(count), 0, self.total_steps))
 
 
 @value
 class Exponential(Schedule):
-    """From `init` to `peak`, by the same factor at each step; for range tests.
+    """Exponential growth from `init` to `peak`, by the same factor at each step; for range tests.
 
     Args:
       init: The value at step 0; above 0.
       peak: The value from step `total_steps` on; above `init`.
-      total_steps: Length in steps.
+      total_steps: The number of steps from `init` to `peak`.
     """
 
-    init: Number
-    peak: Number
-    total_steps: Number
+    init: Scalar
+    peak: Scalar
+    total_steps: Scalar
 
     def __post_init__(self) -> None:
         self._check_numbers("init", "peak")
@@ -118,7 +118,7 @@ class Exponential(Schedule):
         if isinstance(self.init, float) and isinstance(self.peak, float) and not 0 < self.init < self.peak:
             raise ValueError(f"Invalid init value: {self.init}; init must be above 0, and below peak ({self.peak})")
 
-    def __call__(self, count: Any) -> jax.Array:
+    def __call__(self, count: ArrayLike) -> jax.Array:
         fraction = _ramp(to_steps(count), 0, self.total_steps)
         init, peak = to_float(self.init), to_float(self.peak)
         return jnp.where(fraction < 1, init * jnp.exp(fraction * jnp.log(peak / init)), peak)
@@ -126,23 +126,23 @@ class Exponential(Schedule):
 
 @value
 class Cosine(Schedule):
-    """Half a cosine from `peak` down to `end`, constant after it (Loshchilov & Hutter, 2017).
+    """Half a cosine from `peak` down to `end`, then constant (Loshchilov & Hutter, 2017).
 
     Args:
       peak: The value at step 0.
-      total_steps: Length in steps.
+      total_steps: The number of steps from `peak` to `end`.
       end: The value from step `total_steps` on.
     """
 
-    peak: Number
-    total_steps: Number
-    end: Number = 0.0
+    peak: Scalar
+    total_steps: Scalar
+    end: Scalar = 0.0
 
     def __post_init__(self) -> None:
         self._check_numbers("peak", "end")
         self._check_whole("total_steps", low=1)
 
-    def __call__(self, count: Any) -> jax.Array:
+    def __call__(self, count: ArrayLike) -> jax.Array:
         return _mix(self.peak, self.end, _cosine(_ramp(to_steps(count), 0, self.total_steps)))
 
 
@@ -152,8 +152,8 @@ class WarmupCosine(Schedule):
 
     Args:
       peak: The value at step `warmup_steps`.
-      warmup_steps: Length of the warmup; 0 starts at `peak`.
-      total_steps: Where `end` is reached, warmup included.
+      warmup_steps: The length of the warmup; 0 starts at `peak`.
+      total_steps: The step at which `end` is reached, counting the warmup.
       end: The value from step `total_steps` on.
       init: The value at step 0.
 
@@ -163,11 +163,11 @@ class WarmupCosine(Schedule):
     [0.0, 0.25, 0.5, 0.375, 0.25]
     """
 
-    peak: Number
-    warmup_steps: Number
-    total_steps: Number
-    end: Number = 0.0
-    init: Number = 0.0
+    peak: Scalar
+    warmup_steps: Scalar
+    total_steps: Scalar
+    end: Scalar = 0.0
+    init: Scalar = 0.0
 
     def __post_init__(self) -> None:
         self._check_numbers("peak", "end", "init")
@@ -175,7 +175,7 @@ class WarmupCosine(Schedule):
         self._check_whole("total_steps", low=1)
         self._check_fit("warmup_steps")
 
-    def __call__(self, count: Any) -> jax.Array:
+    def __call__(self, count: ArrayLike) -> jax.Array:
         count = to_steps(count)
         rise = _ramp(count, 0, self.warmup_steps)
         fall = _ramp(count, self.warmup_steps, to_float(self.total_steps) - to_float(self.warmup_steps))
@@ -184,28 +184,28 @@ class WarmupCosine(Schedule):
 
 @value
 class WarmupStableDecay(Schedule):
-    """Up to `peak`, constant there, and down to `end` in the last `decay_steps`.
+    """A line up to `peak`, a constant phase, and a decay to `end` in the last `decay_steps`.
 
-    The stable phase can be prolonged without deciding on `total_steps` beforehand (Hu et al., 2024,
+    The stable phase can be prolonged, so `total_steps` need not be fixed beforehand (Hu et al., 2024,
     MiniCPM; Hägele et al., 2024, who found the square root shape of decay better than a line).
 
     Args:
       peak: The value of the stable phase.
-      warmup_steps: Length of the linear warmup from `init`; 0 starts at `peak`.
-      total_steps: Where `end` is reached.
-      decay_steps: Length of the decay, within `total_steps`.
+      warmup_steps: The length of the linear warmup from `init`; 0 starts at `peak`.
+      total_steps: The step at which `end` is reached.
+      decay_steps: The length of the decay, within `total_steps`.
       end: The value from step `total_steps` on.
       init: The value at step 0.
-      shape: `"linear"`, or `"sqrt"` for a decay by 1 - sqrt(fraction).
+      shape: The shape of the decay: `"linear"`, or `"sqrt"` for 1 - sqrt(fraction).
     """
 
-    peak: Number
-    warmup_steps: Number
-    total_steps: Number
-    decay_steps: Number
-    end: Number = 0.0
-    init: Number = 0.0
-    shape: str = static_field(default="linear")
+    peak: Scalar
+    warmup_steps: Scalar
+    total_steps: Scalar
+    decay_steps: Scalar
+    end: Scalar = 0.0
+    init: Scalar = 0.0
+    shape: Literal["linear", "sqrt"] = static_field(default="linear")
 
     def __post_init__(self) -> None:
         self._check_numbers("peak", "end", "init")
@@ -214,12 +214,12 @@ class WarmupStableDecay(Schedule):
         self._check_fit("warmup_steps", "decay_steps")
         checks.choice("shape", self.shape, ("linear", "sqrt"))
 
-    def __call__(self, count: Any) -> jax.Array:
+    def __call__(self, count: ArrayLike) -> jax.Array:
         count = to_steps(count)
         rise = _ramp(count, 0, self.warmup_steps)
         fall = _ramp(count, to_float(self.total_steps) - to_float(self.decay_steps), self.decay_steps)
         if self.shape == "sqrt":
-            # Guarded so that the slope at the start of the decay, where it is infinite, is not NaN.
+            # Guard the root: its slope is infinite at the start of the decay, and its gradient would be NaN.
             fall = jnp.where(fall > 0, jnp.sqrt(jnp.where(fall > 0, fall, 1)), 0)
         return jnp.where(rise < 1, _mix(self.init, self.peak, rise), _mix(self.peak, self.end, fall))
 
@@ -230,7 +230,7 @@ class InverseSqrt(Schedule):
 
     Args:
       peak: The value at step `warmup_steps`.
-      warmup_steps: Length of the warmup, and time scale of the decay; at least 1.
+      warmup_steps: The length of the warmup and the time scale of the decay; at least 1.
       init: The value at step 0.
 
     >>> import adamjax
@@ -239,15 +239,15 @@ class InverseSqrt(Schedule):
     [0.0, 0.5, 1.0, 0.5]
     """
 
-    peak: Number
-    warmup_steps: Number
-    init: Number = 0.0
+    peak: Scalar
+    warmup_steps: Scalar
+    init: Scalar = 0.0
 
     def __post_init__(self) -> None:
         self._check_numbers("peak", "init")
         self._check_whole("warmup_steps", low=1)
 
-    def __call__(self, count: Any) -> jax.Array:
+    def __call__(self, count: ArrayLike) -> jax.Array:
         count, warmup = to_steps(count), to_float(self.warmup_steps)
         decay = jnp.sqrt(warmup / jnp.maximum(count, warmup))
         rise = _ramp(count, 0, warmup)
@@ -256,21 +256,21 @@ class InverseSqrt(Schedule):
 
 @value
 class OneCycle(Schedule):
-    """Cosine up to `peak`, then cosine down far below the start (Smith & Topin, 2019).
+    """Half a cosine up to `peak`, then half a cosine down to far below the start (Smith & Topin, 2019).
 
     Args:
       peak: The largest value, reached at step `round(pct_start * total_steps)`.
-      total_steps: Where the end is reached.
-      pct_start: Fraction of the steps spent rising, in [0, 1).
-      div_factor: The value at step 0 is `peak / div_factor`.
-      final_div_factor: The value from step `total_steps` on is the one at step 0 divided by this.
+      total_steps: The step at which the end is reached.
+      pct_start: The fraction of the steps spent rising, in [0, 1).
+      div_factor: The ratio of `peak` to the value at step 0.
+      final_div_factor: The ratio of the value at step 0 to the value from step `total_steps` on.
     """
 
-    peak: Number
-    total_steps: Number
-    pct_start: Number = 0.3
-    div_factor: Number = 25.0
-    final_div_factor: Number = 1e4
+    peak: Scalar
+    total_steps: Scalar
+    pct_start: Scalar = 0.3
+    div_factor: Scalar = 25.0
+    final_div_factor: Scalar = 1e4
 
     def __post_init__(self) -> None:
         self._check_numbers("peak")
@@ -278,7 +278,7 @@ class OneCycle(Schedule):
         self._check_numbers("div_factor", "final_div_factor", low=1.0)
         self._check_whole("total_steps", low=1)
 
-    def __call__(self, count: Any) -> jax.Array:
+    def __call__(self, count: ArrayLike) -> jax.Array:
         count, total = to_steps(count), to_float(self.total_steps)
         start = to_float(self.peak) / to_float(self.div_factor)
         top = jnp.round(to_float(self.pct_start) * total)
@@ -292,12 +292,12 @@ class OneCycle(Schedule):
 
 @value
 class Proportional(Schedule):
-    """`level` in proportion to another schedule: `level * schedule(count) / schedule.peak`.
+    """A value proportional to another schedule: `level * schedule(count) / schedule.peak`.
 
-    0 throughout where the other's peak is 0.
+    It is always 0 if the peak of the other schedule is 0.
     """
 
-    level: Number  # or a schedule
+    level: Scalar | Schedule
     schedule: Schedule
 
     def __post_init__(self) -> None:
@@ -307,11 +307,11 @@ class Proportional(Schedule):
             raise TypeError(f"Invalid schedule value: {self.schedule!r}; schedule must be one that has a peak")
 
     @property
-    def peak(self) -> Number:
+    def peak(self) -> Scalar:
         """The largest value."""
         return self.level.peak if callable(self.level) else self.level
 
-    def __call__(self, count: Any) -> jax.Array:
+    def __call__(self, count: ArrayLike) -> jax.Array:
         level = self.level(count) if callable(self.level) else self.level
         peak = to_float(self.schedule.peak)
         share = jnp.where(peak > 0, to_float(self.schedule(count)) / jnp.where(peak > 0, peak, 1), 0)

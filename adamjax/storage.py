@@ -1,12 +1,11 @@
-"""How a moment is kept between steps: in which dtype or code, and how it is rounded to it.
+"""The storage of moments between steps: dtypes, 8- and 4-bit codes, and the rounding to them.
 
-The arithmetic of a step is in float32 or wider whatever the storage. A moment narrower than that
-is rounded once, and stochastically: it is right on average. To half precision it is rounded before the
-step uses it, to codes after that. Rounding to nearest would hold it where it is as soon as a step
-changes it by less than half the spacing of what can be stored. For bfloat16 and b2 = 0.999 that is
-always; and in 8 bits, the first moment of a parameter whose gradient has become zero would stay,
-while the second one decays under it.
-Only a running maximum is rounded to nearest: it has no decay that this could freeze.
+A step computes in float32 or wider, whatever the storage. A moment stored with less precision is rounded
+once per step, stochastically, so it is right on average: to half precision before the step uses it, to
+codes afterwards. Rounding to nearest would freeze a moment as soon as a step changes it by less than half
+the spacing of the format. For bfloat16 and b2 = 0.999 that is always; in 8 bits, the first moment of a
+parameter whose gradient has become zero would stay, while its second moment decays.
+Only a running maximum is rounded to nearest: it does not decay, so rounding cannot freeze a decay.
 """
 
 import math
@@ -22,45 +21,48 @@ from adamjax._core.packing import PackedTree as PackedTree
 from adamjax._core.quantization import QuantizedArray as QuantizedArray
 from adamjax._core.typing import DTypeLike, GradientTransformation, PyTree
 from adamjax._transforms.base import as_transformation
-from adamjax._transforms.moment_storage import FLOATS, Quantized
+from adamjax._transforms.moment_storage import FLOATS
+from adamjax._transforms.moment_storage import MomentFormat as MomentFormat
+from adamjax._transforms.moment_storage import Quantized as Quantized
 
 
 def quantized(
     format: str, block_size: int | None = None, *, min_size: int = 4096, keep: Callable[[str], bool] | None = None
 ) -> Quantized:
-    r"""A format for `mu_dtype` and `nu_dtype`: 8 or 4 bits a number, with a scale for each block.
+    r"""A format for `mu_dtype` and `nu_dtype`: 8 or 4 bits per number, with a scale per block.
 
-    With s the largest magnitude in a block and :math:`y = |x| / s`, what is kept is the integer next to
+    With s the largest magnitude in a block and :math:`y = |x| / s`, the code is the integer next to
 
     .. math::
         127 \sqrt{y}, \quad 7 \sqrt{y} \quad \text{(first moment, with its sign)}, \qquad
         255 \sqrt[4]{y}, \quad 16 \sqrt[4]{y} \quad \text{(second moment)}
 
-    rounded stochastically, so that what is decoded is on average what was encoded, and no moment
-    sticks. The random numbers come from leaf and position, and are spread evenly over the steps. No
-    second moment above 0 decodes to 0.
+    rounded stochastically: the expected decoded value is the encoded one, and no moment gets stuck. The
+    random numbers depend on leaf and position, and are spread evenly over the steps. No second moment
+    above 0 decodes to 0.
 
-    A moment stays in float32 (or as wide as its parameter) where the parameter has fewer than
-    `min_size` elements or no axes, where the codes would not save half of the bytes (a last axis
-    of 1 to 3 elements), and where `keep` says so; the first moment also where the parameter is
-    complex.
+    A moment stays in float32 (or as wide as its parameter) if the parameter has fewer than `min_size`
+    elements or no axes, if the codes would not save half of the bytes (a last axis of 1 to 3 elements),
+    or if `keep` returns True. So does the first moment of a complex parameter.
 
-    `mu_dtype` and `nu_dtype` may differ. Bytes of state a parameter, for large leaves: 2.06 with
-    "int8" for both, 1.59 with "int4" for the first moment, 1.13 with "int4" for both. Sixteen codes are
-    few for a second moment: its root comes out a fifth too large or too small, and what is smaller
-    than 1/65536 of its block's largest, 0 included, counts as that. Training can end as well, but
-    it takes another course.
+    `mu_dtype` and `nu_dtype` may differ. The state of large leaves takes 2.06 bytes per parameter with
+    "int8" for both, 1.59 with "int4" for the first moment, and 1.13 with "int4" for both. Sixteen codes
+    are few for a second moment: its root is off by up to a fifth, and numbers below 1/65536 of the
+    largest of their block, including 0, are stored as that bound. Training can end as well, but takes
+    another path.
 
     Args:
       format: "int8" or "int4".
-      block_size: How many numbers along the last axis share a scale. None: 128 in 8 bits, 64 in 4.
+      block_size: The number of elements along the last axis that share a scale. None: 128 in 8 bits,
+        64 in 4.
       min_size: Leaves with fewer elements than this are not quantised.
-      keep: Which leaves else are not: a function of a leaf's path, such as "layer_0/kernel".
+      keep: A function of a leaf's path, such as "layer_0/kernel", that returns True for further
+        leaves that are not to be quantised.
 
     Returns:
-      A hashable value to pass as `mu_dtype` or `nu_dtype`. In the state stands a `QuantizedArray` for
-      each moment: codes shaped like the parameter (in 4 bits, two to a byte along the last axis), and
-      float32 scales, the last axis divided by `block_size`.
+      A hashable value to pass as `mu_dtype` or `nu_dtype`. The state then has a `QuantizedArray` for
+      each moment: codes shaped like the parameter (in 4 bits, two per byte along the last axis), and
+      float32 scales, whose last axis is divided by `block_size`.
 
     Raises:
       ValueError, TypeError: An argument is out of range or of the wrong kind. A derivative through
@@ -76,16 +78,16 @@ def quantized(
 
 
 class Precision(NamedTuple):
-    """What arithmetic in a dtype does to Adam; see `precision`.
+    """The effects on Adam of arithmetic in a dtype; see `precision`.
 
     Fields:
-      spacing: Distance of 1 to the next larger number. Of a parameter p, rounding to nearest loses
+      spacing: The distance from 1 to the next larger number. Rounding a parameter p to nearest loses
         every step smaller than |p| spacing / 4, and none larger than |p| spacing / 2.
-      smallest_gradient: What a smaller one adds to the second moment, (1 - b2) g**2, is 0.
-      largest_gradient: The square of a larger one is infinite, and its step 0.
-      eps: What eps is in the dtype. If it is 0, a gradient of 0 gives 0 / 0, and a small one g / 0.
-      magnified: How many learning rates long the first step can be: eps is all that is left of the
-        denominator for a gradient just below `smallest_gradient`. At most 1 would be right.
+      smallest_gradient: Smaller gradients add 0 to the second moment: (1 - b2) g**2 underflows.
+      largest_gradient: The square of a larger gradient is infinite, and its step 0.
+      eps: The value of eps in the dtype. If it is 0, a gradient of 0 gives 0 / 0, and a small one g / 0.
+      magnified: The largest first step, in learning rates. For a gradient just below
+        `smallest_gradient`, only eps is left of the denominator. It should be at most 1.
     """
 
     spacing: float
@@ -96,10 +98,10 @@ class Precision(NamedTuple):
 
 
 def precision(dtype: DTypeLike, eps: float = 1e-8, b2: float = 0.999) -> Precision:
-    """The facts that decide about eps, if Adam's arithmetic were in `dtype`.
+    """Return the figures that a choice of eps depends on, for Adam with arithmetic in `dtype`.
 
-    Here it never is below float32, whatever the parameters, so those of float32 hold. Elsewhere
-    it is in the dtype of the gradients, and eps has to make up for second moments that are 0.
+    adamjax always computes in float32 or wider, so the figures of float32 hold here. Other libraries
+    compute in the dtype of the gradients, where eps has to make up for second moments that are 0.
 
     Args:
       dtype: bfloat16, float16, float32 or float64.
@@ -132,17 +134,18 @@ def precision(dtype: DTypeLike, eps: float = 1e-8, b2: float = 0.999) -> Precisi
 
 
 def state_bytes(opt: GradientTransformation, params: PyTree) -> int:
-    """How many bytes the state of `opt` takes, without allocating it.
+    """Return the bytes that the state of `opt` takes, without allocating it.
 
     Args:
-      opt: A transformation, ours or optax's.
+      opt: A transformation of adamjax or optax.
       params: The parameters, or `jax.ShapeDtypeStruct`s.
 
     Returns:
-      The bytes of all arrays in the state together; of sharded ones, over all devices.
+      The total bytes of all arrays in the state, summed over all devices if they are sharded.
 
     Raises:
-      TypeError: `opt` is no transformation, or a leaf of `params` no floating point or complex array.
+      TypeError: `opt` is not a transformation, or a leaf of `params` is not a floating point or complex
+        array.
 
     >>> import adamjax, jax, jax.numpy as jnp
     >>> params = jax.ShapeDtypeStruct((1_000_000, 1000), jnp.bfloat16)

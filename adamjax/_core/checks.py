@@ -1,4 +1,4 @@
-"""Checks of arguments and trees, and what they say: what was found, where, and what to do."""
+"""Checks of arguments and trees. Each message says where the fault is, what was found, and the remedy."""
 
 import math
 import numbers
@@ -12,9 +12,9 @@ import numpy as np
 
 from adamjax._core import trees
 from adamjax._core.trees import Leaves
-from adamjax._core.typing import PyTree
+from adamjax._core.typing import Path, PyTree
 
-# torch.optim's wording, so that whoever comes from there recognises the message.
+# torch.optim's wording, which users of torch will recognise.
 _WORDING = {
     "learning_rate": "Invalid learning rate",
     "b1": "Invalid beta parameter at index 0",
@@ -22,19 +22,19 @@ _WORDING = {
     "eps": "Invalid epsilon value",
 }
 
-# What a state has one number of.
+# The scalar fields of the states, and their kinds of dtype.
 _SCALARS: dict[str, type] = dict.fromkeys(
     ("count", "seed", "plateau", "cooldown", "skipped", "consecutive", "good"), np.integer
 )
 _SCALARS |= dict.fromkeys(("scale", "best", "mean", "mu_product"), np.floating)
 
 
-def number(name: str, x: Any, *, low: float = 0.0, below: float = math.inf) -> Any:
+def number(name: str, x: object, *, low: float = 0.0, below: float = math.inf) -> Any:
     """Check a hyperparameter: a number in [low, below), or an array whose dtype could hold one.
 
-    Python and NumPy numbers come back as Python floats: an int and a float of the same value are
-    then equal leaves of the same type, and compile once. Arrays and tracers come back as they are;
-    their values are not looked at (that would wait for the device, or is impossible).
+    Return Python and NumPy numbers as Python floats, so that an int and a float of the same value are
+    equal leaves of one type and compile once. Return arrays and tracers unchanged, and do not read the
+    values of JAX arrays: that would wait for the device, or is impossible.
     """
     if isinstance(x, (np.ndarray, np.generic)) and x.ndim == 0:
         x = x.item()
@@ -50,8 +50,8 @@ def number(name: str, x: Any, *, low: float = 0.0, below: float = math.inf) -> A
     return x
 
 
-def count(name: str, x: Any, least: int = 1) -> int:
-    """Check an argument that counts something: an int of at least `least`."""
+def count(name: str, x: object, least: int = 1) -> int:
+    """Check a count: an int of at least `least`."""
     if isinstance(x, bool) or not isinstance(x, (int, np.integer)):
         raise TypeError(f"Invalid {name} value: {x!r}; {name} must be an int")
     if x < least:
@@ -59,8 +59,8 @@ def count(name: str, x: Any, least: int = 1) -> int:
     return int(x)
 
 
-def integer(name: str, x: Any) -> Any:
-    """Check an argument that is an int that an array can hold, or an array or tracer of ints."""
+def integer(name: str, x: object) -> Any:
+    """Check an int that fits into 64 bits, or an array or tracer of ints."""
     whole = isinstance(x, int) or jnp.issubdtype(getattr(x, "dtype", np.void), np.integer)
     if isinstance(x, bool) or not whole:
         raise TypeError(f"Invalid {name} value: {x!r}; {name} must be an int, or an array of them")
@@ -70,13 +70,13 @@ def integer(name: str, x: Any) -> Any:
 
 
 def function(name: str, x: Any) -> Any:
-    """Check an argument that is to be called."""
+    """Check that an argument is callable."""
     if not callable(x):
         raise TypeError(f"Invalid {name} value: {x!r}; {name} must be a function")
     return x
 
 
-def choice(name: str, x: Any, allowed: tuple[Any, ...]) -> Any:
+def choice(name: str, x: Any, allowed: tuple[object, ...]) -> Any:
     """Check that `x` is one of `allowed` (1 is not True here)."""
     if not any(x is a or (isinstance(x, str) and x == a) for a in allowed):
         raise ValueError(f"Invalid {name} value: {x!r}; {name} must be one of {', '.join(map(repr, allowed))}")
@@ -95,14 +95,14 @@ def dtype(name: str, x: Any, allowed: tuple[str, ...], expected: str) -> np.dtyp
 
 
 def steps(x: Any) -> Any:
-    """Check a step count that a schedule is called with: a real number, or an array of them."""
+    """Check the argument of a schedule, a step count: a real number, or an array of them."""
     if not (isinstance(x, (int, float)) or _is_real(x)):
         raise TypeError(f"the count is {_describe(x)}: a schedule is called with an int, or an integer array")
     return x
 
 
 def as_scalar(name: str, x: Any, dtype: np.dtype) -> Any:
-    """The hyperparameter `x`, a number or a 0-d array, as a 0-d array of `dtype`."""
+    """Return the hyperparameter `x`, a number or a 0-d array, as a 0-d array of `dtype`."""
     if isinstance(x, (float, int)):
         return np.asarray(x, dtype)
     if not _is_real(x):
@@ -126,7 +126,7 @@ def parameters(params: PyTree) -> None:
 def updates(grads: PyTree, like: PyTree, name: str = "params") -> tuple[Leaves, Leaves | None]:
     """Check that `grads` has the structure, shapes and kinds of dtype of the tree `like`; return both, flattened.
 
-    A None in `grads` may stand for anything. `like` is None where nothing is known but `grads`.
+    A None in `grads` may stand for any subtree. `like` is None if only `grads` is known.
     """
     found = Leaves.of(grads)
     if like is None:
@@ -177,7 +177,7 @@ def prefix(tree: PyTree, params: PyTree) -> None:
         raise ValueError(f"the flags of the mask {_difference(tree, params, 'params')}; {remedy}") from None
 
 
-def state(found: Any, expected: type, who: str) -> None:
+def state(found: object, expected: type, who: str) -> None:
     """Check that `found` is the state of the transformation `who`."""
     if not isinstance(found, expected):
         raise TypeError(
@@ -194,7 +194,7 @@ def state(found: Any, expected: type, who: str) -> None:
             )
 
 
-def has_count(found: Any, who: str) -> None:
+def has_count(found: object, who: str) -> None:
     """Check that `found` is a state with a step count."""
     state(found, tuple, who)
     if "count" not in getattr(found, "_fields", ()):
@@ -212,7 +212,7 @@ def member_states(found: Any, count: int, who: str) -> None:
 
 
 def same_structure(found: PyTree, expected: PyTree, name: str) -> None:
-    """Check that the part `name` of a state has the structure, shapes and dtypes of `expected`."""
+    """Check that the field `name` of a state has the structure, shapes and dtypes of `expected`."""
     rows = jax.tree.leaves_with_path(expected)
     if not rows and (found is None or expected is None):
         return
@@ -224,8 +224,8 @@ def same_structure(found: PyTree, expected: PyTree, name: str) -> None:
             raise ValueError(f"{_at(name, path)} is {_describe(x)}, expected {_describe(like)}; {_remedy(name)}")
 
 
-def groups(found: Any, sizes: list[int], name: str) -> None:
-    """Check that the groups of the part `name` of a state are arrays of these sizes."""
+def groups(found: object, sizes: list[int], name: str) -> None:
+    """Check that the groups of the field `name` of a state are arrays of these sizes."""
     if not isinstance(found, tuple) or len(found) != len(sizes):
         raise TypeError(f"{name}.groups is {_describe(found)}, expected {len(sizes)} arrays; {_remedy(name)}")
     for k, (x, size) in enumerate(zip(found, sizes, strict=True)):
@@ -236,7 +236,7 @@ def groups(found: Any, sizes: list[int], name: str) -> None:
 
 
 def arrays(found: PyTree, name: str) -> None:
-    """Check that the leaves of the part `name` of a state are arrays or numbers."""
+    """Check that the leaves of the field `name` of a state are arrays or numbers."""
     for path, x in jax.tree.leaves_with_path(found):
         if not (hasattr(x, "dtype") or isinstance(x, numbers.Number)):
             raise TypeError(f"{_at(name, path)} is {_describe(x)}, expected an array; {_remedy(name)}")
@@ -251,7 +251,7 @@ def per_param_states(found: PyTree, grads: Leaves) -> list[Any]:
 
 
 def params_given(params: PyTree, grads: PyTree, who: str, call: str = "update(grads, state, params)") -> None:
-    """Check that parameters were passed to `who`, which reads them, if there are any."""
+    """Check that `who`, which reads the parameters, was given them (an empty tree needs none)."""
     if params is None and jax.tree.leaves(grads):
         raise ValueError(f"{who} needs the parameters: call {call}")
 
@@ -269,7 +269,7 @@ def _shape(x: Any) -> tuple[int, ...]:
 
 @cache
 def _is_foreign_dtype(dtype: Any) -> bool:
-    """Whether it is one that JAX cannot interpret, such as torch's."""
+    """Return whether JAX cannot interpret `dtype`, such as torch's."""
     try:
         jnp.issubdtype(dtype, np.inexact)
     except TypeError:
@@ -339,7 +339,7 @@ def _raise_first_misfit(grads: Leaves, like: list[Any] | None, name: str, real: 
 
 
 def _difference(tree: PyTree, like: PyTree, name: str) -> str:
-    """How `tree` differs from `like`, at the first place where it does."""
+    """The first difference between `tree` and `like`, in words."""
     whole = f"are {jax.tree.structure(tree)}, expected {jax.tree.structure(like)}"
     return _first_difference(tree, like, name) or whole
 
@@ -362,11 +362,11 @@ def _first_difference(tree: PyTree, like: PyTree, where: str) -> str | None:
 
 
 def _is_node(x: Any) -> bool:
-    """Whether `x` has leaves below it; a moment made of several arrays counts as a leaf itself."""
+    """Return whether `x` has leaves below it. A moment made of several arrays counts as one leaf."""
     return jax.tree_util.is_tree_node(type(x)) and not hasattr(x, "dtype")
 
 
-def _children(node: PyTree) -> dict[str, Any]:
+def _children(node: PyTree) -> dict[str, PyTree]:
     below = jax.tree.leaves_with_path(node, is_leaf=lambda x: x is not node)
     return {jax.tree_util.keystr(path): child for path, child in below}
 
@@ -377,11 +377,11 @@ def _remedy(name: str) -> str:
     return "this state belongs to other parameters: call init(params) for these"
 
 
-def _at(name: str, path: tuple[Any, ...]) -> str:
+def _at(name: str, path: Path) -> str:
     return name + jax.tree_util.keystr(path)
 
 
-def _leaf_message(where: str, leaf: Any) -> str:
+def _leaf_message(where: str, leaf: object) -> str:
     expected = "expected a floating point or complex array"
     if callable(leaf) and not hasattr(leaf, "dtype"):
         return (
@@ -401,7 +401,7 @@ def _leaf_message(where: str, leaf: Any) -> str:
     )
 
 
-def _describe(x: Any) -> str:
+def _describe(x: object) -> str:
     if isinstance(x, Callable) and not hasattr(x, "dtype"):  # type: ignore[arg-type]
         return f"a function ({getattr(x, '__name__', type(x).__name__)})"
     if hasattr(x, "dtype") and hasattr(x, "shape"):

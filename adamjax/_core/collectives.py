@@ -1,20 +1,19 @@
-"""Sums of squares, and agreement, over mapped axes: inside `jax.shard_map` and `jax.pmap`."""
+"""Sums and maxima over mapped axes, and the axes that values vary over, inside `jax.shard_map` and `jax.pmap`."""
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from adamjax._core import trees
 from adamjax._core.numerics import abs_sq
+from adamjax._core.typing import AxisName
 
-AxisName = str | tuple[str, ...] | None
 
-
-def check_axis_name(axis_name: Any) -> None:
+def check_axis_name(axis_name: object) -> None:
     """Check the argument `axis_name`: the name of a mapped axis, a tuple of them, or None."""
     names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
     if axis_name is not None and not all(isinstance(name, str) for name in names):
@@ -23,12 +22,12 @@ def check_axis_name(axis_name: Any) -> None:
 
 @partial(jax.jit, inline=True)
 def sum_of_squares(x: Array) -> Array:
-    """Of the elements of one array, in float32 or wider."""
+    """Return the sum of squares of the elements of an array, in float32 or wider."""
     return jnp.sum(abs_sq(x.astype(trees.compute_dtype(x.dtype))))
 
 
-def psum_of_scalars(parts: Sequence[Array], axis_name: AxisName, dtype: Any) -> Array:
-    """The sum of scalars in `dtype`, each over those of the axes that it is a shard's over."""
+def psum_of_scalars(parts: Sequence[Array], axis_name: AxisName, dtype: np.dtype) -> Array:
+    """Sum scalars in `dtype`, each over those of the axes that it varies over."""
     if axis_name is None:
         return sum((x.astype(dtype) for x in parts), start=jnp.zeros((), dtype))
     sums: dict[tuple[str, ...], Array] = {}
@@ -39,29 +38,29 @@ def psum_of_scalars(parts: Sequence[Array], axis_name: AxisName, dtype: Any) -> 
 
 
 def pmax(x: Array, axis_name: AxisName) -> Array:
-    """The largest over the axes, element by element."""
+    """Return the elementwise maximum over the axes."""
     axes = axes_varying(x, axis_name)
     return jax.lax.pmax(x, axes) if axes else x
 
 
 def axes_varying(x: Array, axis_name: AxisName) -> tuple[str, ...]:
-    """Those of the axes over which `x` may differ: where JAX does not track that, all of them."""
+    """Return those of the axes that `x` may vary over; all of them if JAX does not track that."""
     if axis_name is None:
         return ()
     axes = {axis_name} if isinstance(axis_name, str) else set(axis_name)
-    # Where shard_map tracks what varies over an axis, the axis index does; elsewhere nothing does.
+    # The axis index varies over its axis, if shard_map tracks that. Otherwise nothing is marked as varying.
     tracked = any(varying_over(jax.lax.axis_index(axis)) for axis in axes)
     return tuple(sorted(axes & varying_over(x) if tracked else axes))
 
 
-def pcast_like(x: Array, like: Any) -> Array:
-    """`x`, marked as what may differ over the axes that `like` (a `jax.ShapeDtypeStruct`) may differ over."""
+def pcast_like(x: Array, like: jax.ShapeDtypeStruct) -> Array:
+    """Mark `x` as varying over the axes that `like` varies over."""
     found = like.manual_axis_type
     return x if found is None else _vary(x, found.varying)
 
 
 def pcast_all(*arrays: Array) -> list[Array]:
-    """`arrays`, each marked as what may differ over the axes that any of them may differ over."""
+    """Mark each array as varying over all axes that any of them varies over."""
     axes: frozenset[str] = frozenset().union(*map(varying_over, arrays))
     return [_vary(x, axes) for x in arrays] if axes else list(arrays)
 
@@ -71,6 +70,6 @@ def _vary(x: Array, axes: frozenset[str]) -> Array:
     return jax.lax.pcast(x, new, to="varying") if new else x
 
 
-def varying_over(x: Any) -> frozenset[str]:
-    """The mapped axes over which `x` may differ, where JAX tracks that."""
+def varying_over(x: Array) -> frozenset[str]:
+    """Return the mapped axes that `x` varies over, as far as JAX tracks that."""
     return jax.typeof(x).manual_axis_type.varying

@@ -1,11 +1,11 @@
-"""Rounding to a narrow dtype, to nearest or stochastically, and the random numbers for it.
+"""Rounding to a low-precision dtype, to nearest or stochastically, and the random numbers for it.
 
-An element rounds up where its number u is below the fraction that it would be cut by. Its first u is a
-hash of its position in the array and of a seed: the same however the array is sharded, and far
-cheaper than those of `jax.random`. From step to step it moves on by a constant that is near no simple
-fraction, modulo 1. Over any run of steps these numbers lie more evenly than independent ones (Weyl,
-1916): an element that is cut by the same fraction each time rounds up as often as it should within
-one time or two, where coin tosses would be off by the root of the number of steps.
+An element rounds up if its random number u is below the fraction that would be cut off. The first u is
+a hash of the element's position in the array and of a seed. It does not depend on the sharding and is far
+cheaper than the numbers of `jax.random`. At each step u advances by a constant, modulo 1, that is close
+to no simple fraction. Over any run of steps these numbers are spread more evenly than independent ones
+(Weyl, 1916): if the same fraction is cut off at each step, the number of times an element rounds up is
+off by one or two, where coin tosses would be off by the root of the number of steps.
 """
 
 from functools import cache, partial
@@ -15,43 +15,44 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.typing import ArrayLike
 
 
 @cache
 def is_low_precision(dtype: np.dtype) -> bool:
-    """Return whether `dtype` holds fewer digits than float32."""
+    """Return whether `dtype` is less precise than float32."""
     return jnp.finfo(dtype).bits < 32
 
 
 class Dither(NamedTuple):
-    """Where the random numbers of one array at one step come from: uint32 scalars."""
+    """The source of the random numbers of one array at one step: uint32 scalars."""
 
     seed: Array
-    phase: Array  # by how much they have moved on, in parts of 2**32
-    shift: Any = np.uint32(0)  # upper bits that are left to another array
+    phase: Array  # the advance of u up to this step, times 2**32
+    shift: np.uint32 = np.uint32(0)  # upper bits left to another array
 
     def second_array(self) -> "Dither":
-        """That of a second array in the same place, from the same hashes, which are what costs most."""
+        """Return the dither of a second array of the same leaf. It reuses the hashes, the expensive part."""
         return self._replace(shift=np.uint32(9))
 
 
-# Of all constants tried, the one by which both arrays move most evenly: any run of up to 3000 steps is at most 6 %
-# more uneven than by the golden ratio, for which this is least, and so lie the pairs of both.
+# The advance per step: of all constants tried, the one that is most even for both arrays and for their pairs. Over
+# any run of up to 3000 steps it is at most 6 % less even than the golden ratio, the optimum for a single array.
 _WEYL_STEP = np.uint32(0xB94A434B)
 
 
-def dither(count: Array, number: int, seed: Any = 0) -> Dither:
-    """That of the array with a `number` of its own, at step `count`."""
+def dither(count: Array, number: int, seed: ArrayLike = 0) -> Dither:
+    """Return the dither of an array at step `count`. Each array has a `number` of its own."""
     return Dither(_hash(jnp.uint32(number) ^ jnp.uint32(seed)), count.astype(jnp.uint32) * _WEYL_STEP)
 
 
 def uniform(index: Array, dither: Dither) -> Array:
-    """Numbers in [0, 1), in float32, by the global index alone."""
+    """Return float32 numbers in [0, 1) that depend on the global index only."""
     return _fraction(_random(index, dither))
 
 
 def index_of(like: Array) -> Array:
-    """The global index of each element of an array, row by row; modulo 2**32."""
+    """Return the global index of each element of an array in row-major order, modulo 2**32."""
     # Starting from zeros_like, the index takes the sharding of `like`.
     index = jnp.zeros_like(like, dtype=jnp.uint32)
     for axis, size in enumerate(like.shape):
@@ -60,7 +61,7 @@ def index_of(like: Array) -> Array:
 
 
 def _random(index: Array, dither: Dither) -> Array:
-    """The same as uint32 integers, of which the upper 23 bits are random."""
+    """Return uint32 integers whose upper 23 bits are random."""
     return (_hash(index ^ dither.seed) + dither.phase) << dither.shift
 
 
@@ -69,27 +70,27 @@ def _fraction(random: Array) -> Array:
 
 
 def round_to_nearest(x: Array, dtype: np.dtype) -> Array:
-    """The float32 `x` rounded to what the narrow `dtype` can hold, as float32; ties to even.
+    """Round the float32 array `x` to the nearest value of a low-precision `dtype`, as float32; ties to even.
 
-    By the spacing of the narrow numbers around `x` and not by way of a conversion to them: XLA
-    takes a conversion to bfloat16 and back for nothing, and leaves it out.
+    Use the spacing of `dtype` around `x` instead of a conversion: XLA removes a conversion to bfloat16
+    and back.
     """
     step = ulp(x, dtype)
-    # By its inverse, which a power of two has: a division XLA would take for too dear to fuse, and keep in memory.
+    # Multiply by the inverse (exact for powers of two): XLA will not fuse a division here.
     inverse = lax.bitcast_convert_type(np.uint32(254 << 23) - lax.bitcast_convert_type(step, jnp.uint32), jnp.float32)
     return jnp.round(x * inverse) * step
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
 def stochastic_round(x: Array, dither: Dither, dtype: np.dtype) -> Array:
-    """The float32 `x` as one of its two neighbours in the narrow `dtype`, as float32: on average `x`."""
+    """Round the float32 array `x` to one of its two neighbours in a low-precision `dtype`, as float32; unbiased."""
     info, random = jnp.finfo(dtype), _random(index_of(x), dither)
-    # A random number that is added to the bits which are to be cut carries rightly.
+    # Add a random number to the bits that will be cut off: it carries with the right probability.
     cut = 23 - info.nmant
     bits = lax.bitcast_convert_type(x, jnp.uint32) + (random >> np.uint32(32 - cut))
     rounded = lax.bitcast_convert_type(bits & np.uint32(2**32 - 2**cut), jnp.float32)
     if info.tiny > jnp.finfo(jnp.float32).tiny:
-        # Below the smallest normal number neighbours are no closer.
+        # Below the smallest normal number the spacing no longer shrinks.
         smallest = ulp_at_zero(dtype)
         subnormal = jnp.floor(x * np.float32(1 / smallest) + _fraction(random)) * np.float32(smallest)
         rounded = jnp.where(jnp.abs(x) < np.float32(info.tiny), subnormal, rounded)
@@ -97,12 +98,14 @@ def stochastic_round(x: Array, dither: Dither, dtype: np.dtype) -> Array:
 
 
 @stochastic_round.defjvp
-def _straight_through(dtype: np.dtype, primals: Any, tangents: Any) -> tuple[Array, Array]:
+def _straight_through(
+    dtype: np.dtype, primals: tuple[Array, Dither], tangents: tuple[Array, Any]
+) -> tuple[Array, Array]:
     return stochastic_round(*primals, dtype), tangents[0]
 
 
 def ulp(x: Array, dtype: np.dtype) -> Array:
-    """The distance between neighbours in the narrow `dtype` around the float32 `x`: a power of two."""
+    """Return the spacing of a low-precision `dtype` around the float32 array `x`: a power of two."""
     info = jnp.finfo(dtype)
     exponent = (lax.bitcast_convert_type(x, jnp.uint32) >> 23) & np.uint32(0xFF)
     exponent = jnp.maximum(exponent, np.uint32(_lowest_exponent(dtype)))
@@ -110,14 +113,14 @@ def ulp(x: Array, dtype: np.dtype) -> Array:
 
 
 def ulp_at_zero(dtype: np.dtype) -> float:
-    """The smallest number that is rounded to, but for 0."""
+    """Return the smallest positive number that rounding gives."""
     return 2.0 ** (_lowest_exponent(dtype) - jnp.finfo(dtype).nmant - 127)
 
 
 def _lowest_exponent(dtype: np.dtype) -> int:
-    """The biased float32 exponent below which the spacing of `dtype` no longer shrinks.
+    """Return the biased float32 exponent below which the spacing of `dtype` no longer shrinks.
 
-    Where bfloat16 has subnormals, float32 has too, and processors flush those to 0: stay above.
+    Stay above the subnormals of bfloat16: they are subnormal in float32 too, and processors flush them to 0.
     """
     info = jnp.finfo(dtype)
     return max(info.minexp + 127, info.nmant + 1)

@@ -30,8 +30,8 @@ def decay(name: str, b: Scalar, dtype: np.dtype) -> Decay:
     1.3e-5 of its distance to 1.
     """
     if isinstance(b, float):
-        slow = b > 0.5
-        numbers = (b, 1 - b, log(b), 1.0 if slow else b, 1.0 if slow else 0.0)
+        near_one = (1.0, 1.0) if b > 0.5 else (b, 0.0)
+        numbers = (b, 1 - b, log(b), *near_one)
         return Decay(*[np.asarray(x, dtype) for x in numbers])
     b = checks.as_scalar(name, b, dtype)
     slow = b > 0.5

@@ -1,25 +1,24 @@
-"""Which parameter each array of a state belongs to."""
+"""Find the parameter that each array of a state belongs to."""
 
 from typing import Any
 
 import jax
 
 from adamjax._core.quantization import is_quantized
-from adamjax._core.typing import PyTree
-
-Key = tuple[Any, ...]
+from adamjax._core.typing import Path, PyTree
 
 
-def params_of_state(state: PyTree, params: PyTree) -> list[tuple[Key | None, Any]]:
-    """For each array of `state` (one that is quantised counts as one), the path of the parameter that it belongs to.
+def params_of_state(state: PyTree, params: PyTree) -> list[tuple[Path | None, Any]]:
+    """Return each array of `state` with the path of its parameter, or None. A quantised array counts as one.
 
-    It is the longest path that the array's own contains, of a parameter of its shape, or of a complex one
-    of whose parts it is; of two such, the one that stands further behind.
+    The path of the parameter is a part of the path of the array: the longest that names a parameter of the
+    array's shape, and of two such parts the later one. A trailing axis may hold the real and imaginary
+    parts of a complex parameter.
     """
     by_path = dict(jax.tree.leaves_with_path(params))
 
-    def owner(path: Key, x: Any) -> Key | None:
-        best: tuple[tuple[int, int], Key] | None = None
+    def owner(path: Path, x: Any) -> Path | None:
+        best: tuple[tuple[int, int], Path] | None = None
         for start in range(len(path) + 1):
             for end in range(start, len(path) + 1):
                 p = by_path.get(path[start:end])
@@ -33,8 +32,10 @@ def params_of_state(state: PyTree, params: PyTree) -> list[tuple[Key | None, Any
 
 
 def with_param_shardings(state: PyTree, params: PyTree) -> PyTree:
-    """`state`, of `jax.ShapeDtypeStruct`s, each where the parameter is that it belongs to; None says of others."""
-    where: dict[Key | None, Any] = {path: getattr(p, "sharding", None) for path, p in jax.tree.leaves_with_path(params)}
+    """Give each abstract array of `state` the sharding of its parameter, or None if it has none."""
+    where: dict[Path | None, Any] = {
+        path: getattr(p, "sharding", None) for path, p in jax.tree.leaves_with_path(params)
+    }
     leaves = [
         jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where.get(path), weak_type=x.weak_type)
         for path, x in params_of_state(state, params)

@@ -1,8 +1,8 @@
-"""Trees whose small leaves are put together in a few flat arrays."""
+"""Packed trees: the small leaves of a tree, concatenated into a few flat arrays."""
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
@@ -16,25 +16,26 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from adamjax._core import trees
 from adamjax._core.quantization import is_moment
-from adamjax._core.typing import PyTree
+from adamjax._core.typing import Path, PyTree
 
 T = TypeVar("T")
 
-# For each group, its leaves: number in the tree (absent ones count), and shape.
+# For each group, the (index, shape) of its leaves. Absent leaves of the tree count in the index.
 Layout = tuple[tuple[tuple[int, tuple[int, ...]], ...], ...]
 
-# Leaves to a group. The more, the fewer arrays; but of groups that are alike, a compiler compiles only one.
+# Leaves per group. More leaves per group means fewer arrays, but equal groups share one compiled function,
+# so smaller groups are reused more.
 _GROUP = 16
 
 
 @dataclass(frozen=True, eq=False)
 class PackedTree:
-    """A tree of arrays, the small ones of which are in groups.
+    """A tree of arrays whose small leaves are packed in groups.
 
     Fields:
-      rest: The tree, with None in place of those.
-      groups: Arrays of one axis: the leaves of a group behind each other.
-      layout: Which they are.
+      rest: The tree, with None in place of each packed leaf.
+      groups: One flat array per group: its leaves, concatenated.
+      layout: The index and shape of each leaf, per group.
     """
 
     rest: PyTree
@@ -42,17 +43,17 @@ class PackedTree:
     layout: Layout
 
     def unpack(self) -> PyTree:
-        """The tree as it would be without groups."""
+        """Return the tree with every leaf in its own place."""
         pairs = zip(self.groups, self.shapes, strict=True)
         return self._filled([[None] * len(shapes) if x is None else split(x, shapes) for x, shapes in pairs])
 
     def pack(self, tree: PyTree) -> "PackedTree":
-        """Another tree of arrays of these shapes, laid out in the same way."""
+        """Pack another tree of arrays of these shapes with the same layout."""
         rest, groups = split_groups(tree, self.layout)
         return replace(self, rest=rest, groups=tuple(map(concat, groups, self.shapes)))
 
     def like(self) -> PyTree:
-        """The tree, with only shape and dtype of each leaf in a group."""
+        """Return the unpacked tree with a `jax.ShapeDtypeStruct` for each packed leaf."""
         pairs = zip(self.groups, self.shapes, strict=True)
         return self._filled([[jax.ShapeDtypeStruct(shape, x.dtype) for shape in shapes] for x, shapes in pairs])
 
@@ -61,14 +62,14 @@ class PackedTree:
         return f"PackedTree({packed} leaves in {len(self.layout)} groups, {others} by themselves)"
 
     @property
-    def paths(self) -> list[tuple[Any, ...]]:
-        """Of the leaves in groups."""
+    def paths(self) -> list[Path]:
+        """The paths of the packed leaves."""
         paths = [path for path, _ in jax.tree.leaves_with_path(self.rest, is_leaf=is_moment)]
         return [paths[number] for places in self.layout for number, _ in places]
 
     @property
     def shapes(self) -> tuple[tuple[tuple[int, ...], ...], ...]:
-        """Those of the leaves, for each group."""
+        """The shapes of the packed leaves, per group."""
         return tuple(tuple(shape for _, shape in places) for places in self.layout)
 
     def _filled(self, groups: Sequence[Sequence[Any]]) -> PyTree:
@@ -84,7 +85,7 @@ def _leaves(tree: PyTree) -> tuple[list[Any], Any]:
 
 
 def split_groups(tree: PyTree, layout: Layout) -> tuple[PyTree, list[list[Any]]]:
-    """A tree without the leaves of groups, and those."""
+    """Return `tree` with None in place of the packed leaves, and those leaves per group."""
     leaves, structure = _leaves(tree)
     groups = [[leaves[number] for number, _ in places] for places in layout]
     for number in (number for places in layout for number, _ in places):
@@ -117,12 +118,12 @@ jax.export.register_pytree_node_serialization(
 )
 
 
-def layout_of(small: Sequence[tuple[int, tuple[int, ...], Any]]) -> Layout:
-    """Groups of leaves, given by number, shape and a key that those of one group share.
+def layout_of(small: Sequence[tuple[int, tuple[int, ...], Hashable]]) -> Layout:
+    """Group leaves, given as (index, shape, key). The leaves of a group have equal keys.
 
-    Leaves of one shape fill as many groups as they can: what is compiled for one of these serves all.
+    Leaves of one shape fill as many groups as they can, because equal groups share one compiled function.
     """
-    by_key: dict[Any, dict[tuple[int, ...], list[int]]] = {}
+    by_key: dict[Hashable, dict[tuple[int, ...], list[int]]] = {}
     for number, shape, key in small:
         by_key.setdefault(key, {}).setdefault(shape, []).append(number)
     layout: list[tuple[tuple[int, tuple[int, ...]], ...]] = []
@@ -137,21 +138,21 @@ def layout_of(small: Sequence[tuple[int, tuple[int, ...], Any]]) -> Layout:
 
 
 def group_sizes(layout: Layout) -> list[int]:
-    """How many numbers each group has."""
+    """Return how many elements each group has."""
     return [sum(math.prod(shape) for _, shape in places) for places in layout]
 
 
-def _groups(places: list[Any]) -> list[tuple[Any, ...]]:
+def _groups(places: list[T]) -> list[tuple[T, ...]]:
     return [tuple(places[i : i + _GROUP]) for i in range(0, len(places), _GROUP)]
 
 
 def concat_dtype(dtypes: Sequence[np.dtype]) -> np.dtype:
-    """The dtype in which leaves of these dtypes stand in one group."""
+    """Return the dtype in which a group holds leaves of these dtypes."""
     return dtypes[0] if len(set(dtypes)) == 1 else trees.compute_dtype(*dtypes)
 
 
 def concat(leaves: Sequence[Any], shapes: tuple[tuple[int, ...], ...]) -> Array:
-    """Put the numbers of all leaves behind each other; a leaf that is None counts as zeros."""
+    """Concatenate `leaves`, flattened; a leaf that is None counts as zeros."""
     dtype = concat_dtype([trees.dtype_of(x) for x in leaves if x is not None])
     return _concat(
         [jnp.zeros(shape, dtype) if x is None else x for x, shape in zip(leaves, shapes, strict=True)], dtype
@@ -165,7 +166,7 @@ def _concat(leaves: list[Array], dtype: np.dtype) -> Array:
 
 @partial(jax.jit, static_argnums=1)
 def split(x: Array, shapes: tuple[tuple[int, ...], ...]) -> list[Array]:
-    """The leaves that a group is made of; there may be axes in front, of a population."""
+    """Split a group into its leaves. It may have leading axes, those of a population."""
     x = replicated(x)
     ends = np.cumsum([math.prod(shape) for shape in shapes]).tolist()
     return [
@@ -175,7 +176,7 @@ def split(x: Array, shapes: tuple[tuple[int, ...], ...]) -> list[Array]:
 
 
 def where_frozen(new: T, old: T, shapes: tuple[tuple[int, ...], ...], frozen: tuple[bool, ...]) -> T:
-    """The group `new` (a tree of such arrays), with the frozen leaves as they were in `old`."""
+    """Return the group `new` (or a tree of such arrays), with the frozen leaves taken from `old`."""
     return jax.tree.map(lambda a, b: replicated(_where_frozen(a, b, shapes, frozen) if any(frozen) else a), new, old)
 
 
@@ -186,35 +187,35 @@ def _where_frozen(new: Array, old: Array, shapes: tuple[tuple[int, ...], ...], f
 
 
 def _reshard_replicated(x: Array) -> Array:
-    """All of `x` on each device, where that is part of its type."""
+    """Replicate `x` in Explicit mode, where the sharding is part of its type."""
     if not _is_typed(x):
         return x
     return jax.sharding.reshard(x, NamedSharding(jax.typeof(x).sharding.mesh, PartitionSpec(*[None] * x.ndim)))
 
 
 def replicated(x: Array) -> Array:
-    """The same, where it is not part of its type: the compiler would put it where most of the leaves are."""
+    """Replicate `x` in Auto mode; otherwise the compiler would shard it like most of the leaves."""
     mesh = jax.typeof(x).sharding.mesh
     if mesh.empty or set(mesh.axis_types) != {AxisType.Auto}:
         return x
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec()))
 
 
-def sharded_like(x: Array, like: Any) -> Array:
-    """The opposite: `x` where `like` is."""
+def sharded_like(x: Array, like: Array) -> Array:
+    """Undo `_whole`: give `x` the sharding of `like`."""
     return jax.sharding.reshard(x, jax.typeof(like).sharding) if _is_typed(like) else x
 
 
-def _is_typed(x: Any) -> bool:
+def _is_typed(x: Array) -> bool:
     sharding = jax.typeof(x).sharding
     return AxisType.Explicit in sharding.mesh.axis_types and any(sharding.spec)
 
 
 def unpacked(tree: PyTree) -> PyTree:
-    """`tree`, without groups."""
+    """Return `tree` without groups."""
     return tree.unpack() if isinstance(tree, PackedTree) else tree
 
 
 def packed_like(like: PyTree, tree: PyTree) -> PyTree:
-    """`tree`, in groups where `like` is."""
+    """Pack `tree` with the layout of `like`, if `like` is packed."""
     return like.pack(tree) if isinstance(like, PackedTree) else tree

@@ -1,16 +1,16 @@
-"""Block-quantised arrays: 8 or 4 bits a number, and a float32 scale for each block.
+"""Block-quantised arrays: 8 or 4 bits per number, and a float32 scale per block.
 
-A block is a run of numbers along the last axis, and its scale s the largest magnitude in it. A
-magnitude |x| = y s is kept as the integer next to L y**(1/p): with p = 2 or 4 the codes lie closer
-together near 0, where most of the numbers of a block are. Rounding is between the two codes around,
-with the probability that makes the expected value of what is decoded |x| itself.
+A block is a run of numbers along the last axis. Its scale s is the largest magnitude in it. A
+magnitude |x| = y s is stored as an integer next to L y**(1/p). With p = 2 or 4 the codes lie closer
+together near 0, where most numbers of a block are. Rounding picks one of the two neighbouring codes
+at random, with the probabilities that make |x| the expected decoded value.
 """
 
 import json
 import math
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.export
@@ -24,48 +24,48 @@ from adamjax._core.low_precision import Dither
 
 
 class Code(NamedTuple):
-    """The integers q of one format, from 0 to `levels`."""
+    """The integer codes q of one format, from 0 to `levels`."""
 
     levels: int
     power: int
-    least: int = 0  # what a number greater than 0 may become
-    zero: int = 0  # what 0 becomes
-    offset: int = 0  # what is added to q where it is stored
+    least: int = 0  # the smallest code of a number above 0
+    zero: int = 0  # the code of 0
+    offset: int = 0  # added to q before storing
 
     @property
     def units(self) -> float:
-        """What the largest q stands for; a scale over this is the unit in which the others are counted."""
+        """The magnitude of the largest q, in units. The unit of a block is its scale divided by this."""
         return float(self.levels**self.power)
 
     def magnitude(self, q: Array) -> Array:
-        """What q stands for, in units: q ** power."""
+        """Return the magnitude that q encodes, in units: q ** power."""
         return q * q if self.power == 2 else (q * q) * (q * q)
 
     def width(self, q: Array) -> Array:
-        """From q to q + 1, in units."""
+        """Return the distance between the magnitudes of q and q + 1, in units."""
         return 2 * q + 1 if self.power == 2 else ((4 * q + 6) * q + 4) * q + 1
 
     def below(self, y: Array) -> Array:
-        """The largest q that stands for `y` units or less; off by one where y is that of a q, or nearly."""
+        """Return the largest q of magnitude `y` or less. It may be off by one next to the magnitude of a q."""
         return jnp.floor(jnp.sqrt(y) if self.power == 2 else jnp.sqrt(jnp.sqrt(y)))
 
     def value(self, q: Array, unit: Array) -> Array:
-        """The number that q stands for, with its sign."""
+        """Return the number that q encodes, with its sign."""
         return (q * jnp.abs(q) if self.power == 2 else self.magnitude(q)) * unit
 
     def scale(self, largest: Array, *, grows: bool) -> Array:
-        """The scale of a block whose largest magnitude is this; a power of two for arrays that only grow."""
+        """Return the scale of a block from its largest magnitude; a power of two for arrays that only grow."""
         # A unit below the smallest normal number would be flushed to 0.
         least = np.float32(jnp.finfo(jnp.float32).tiny * self.units)
         s = jnp.where(largest > 0, jnp.maximum(largest, least), largest)
         return jnp.where(jnp.isfinite(s), _power_of_two_above(s), s) if grows else s
 
     def per_number(self, s: Array) -> Array:
-        """How many units the number 1 is, where the scale is s; where that is 0, all numbers are."""
+        """Return the factor from numbers to units, given the scale s; 0 if s is 0, as are all numbers of the block."""
         return jnp.where(s == 0, 0.0, self.units / jnp.where(s == 0, 1.0, s))
 
-    def rounded(self, x: Array, per_number: Array, threshold: Any) -> Array:
-        """The q of `x`, with its sign: the one above if `x` is further than that part of the way to it."""
+    def rounded(self, x: Array, per_number: Array, threshold: Array | float) -> Array:
+        """Return the signed q of `x`. Round up if `x` lies beyond the fraction `threshold` of the way to the next q."""
         y = jnp.abs(x) * per_number
         q = self.below(y)
         up = y - self.magnitude(q) > self.width(q) * threshold
@@ -75,8 +75,8 @@ class Code(NamedTuple):
         return jnp.where(x < 0, -q, q) if self.power == 2 else q
 
 
-# A first moment that decodes to 0 is a step of 0; a second one that does would be a division by 0.
-# The sixteen codes of a second moment in 4 bits have no 0 to spare: 0 becomes s / 65536.
+# A first moment that decodes to 0 gives a step of 0, but a second moment that does gives a division by 0.
+# The sixteen codes of a 4-bit second moment have none to spare for 0: it becomes s / 65536.
 _CODES = {
     (8, True): Code(127, 2),
     (8, False): Code(255, 4, least=1),
@@ -87,16 +87,16 @@ _CODES = {
 
 @dataclass(frozen=True, eq=False)
 class QuantizedArray:
-    """A float32 array in 8 or 4 bits a number: a pytree of its codes and scales.
+    """A float32 array stored in 8 or 4 bits per number: a pytree of its codes and scales.
 
     Fields:
-      codes: The shape of the array: int8 of a signed one and uint8 else; uint8 of 4 bits, two
-        numbers to a byte along the last axis, the first in the low half, which is rounded up.
-      scales: float32, the last axis divided by `block_size` and rounded up.
+      codes: In 8 bits: int8 if signed, else uint8, in the shape of the array. In 4 bits: uint8, two
+        numbers per byte along the last axis, the first in the low half, its length rounded up.
+      scales: float32. The last axis is that of the array divided by `block_size`, rounded up.
       bits: 8 or 4.
-      signed: Whether it may hold numbers below 0.
-      block_size: Numbers to a scale, along the last axis; its last block may be shorter.
-      size: The length of the last axis; inside `jax.shard_map`, that which it has in the whole.
+      signed: True if the array may hold numbers below 0.
+      block_size: Numbers per scale along the last axis. The last block may be shorter.
+      size: The length of the last axis; inside `jax.shard_map`, that of the global array.
     """
 
     codes: Array
@@ -108,18 +108,18 @@ class QuantizedArray:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of the array that it stands for; inside `jax.shard_map`, of the part that is there."""
+        """The shape of the decoded array; inside `jax.shard_map`, of the local shard."""
         *leading, length = self.codes.shape
         return (*leading, min(self.size, length * (8 // self.bits)))
 
     @property
     def dtype(self) -> np.dtype:
-        """The dtype of the array that it stands for: float32."""
+        """The dtype of the decoded array: float32."""
         return jnp.dtype(jnp.float32)
 
     @property
     def nbytes(self) -> int:
-        """Of codes and scales."""
+        """The bytes of codes and scales."""
         return sum(x.size * x.dtype.itemsize for x in (self.codes, self.scales))
 
     def __repr__(self) -> str:
@@ -130,7 +130,7 @@ class QuantizedArray:
         return f"QuantizedArray({kind}[{shape}] in blocks of {self.block_size}, {self.nbytes} bytes)"
 
     def check(self) -> None:
-        """Check that codes and scales belong together.
+        """Check that the shapes and dtypes of codes and scales fit together.
 
         Raises:
           ValueError: They do not.
@@ -150,12 +150,12 @@ class QuantizedArray:
                 )
 
     def decode(self) -> Array:
-        """The array in float32."""
+        """Return the array in float32."""
         q = self._integers()
         return self.code.value(q, self._units_like(q))
 
     def spacing(self) -> Array:
-        """How far apart the numbers around each are, in float32: the mean of both sides."""
+        """Return the spacing of the format around each number, in float32: the mean of both sides."""
         q = jnp.abs(self._integers())
         below = jnp.maximum(q - 1, 0.0)
         y = (self.code.magnitude(q + 1) - self.code.magnitude(below)) / (q + 1 - below)
@@ -163,7 +163,7 @@ class QuantizedArray:
 
     @property
     def code(self) -> Code:
-        """What its integers stand for."""
+        """The format of its codes."""
         return _CODES[self.bits, self.signed]
 
     def _units_like(self, y: Array) -> Array:
@@ -174,13 +174,13 @@ class QuantizedArray:
         return stored.astype(jnp.float32) - self.code.offset
 
 
-def is_quantized(x: Any) -> bool:
-    """Whether `x` is codes and scales: as `is_leaf`, one leaf and not two."""
+def is_quantized(x: object) -> bool:
+    """Return whether `x` is a `QuantizedArray`. As `is_leaf`, it makes codes and scales one leaf."""
     return isinstance(x, QuantizedArray)
 
 
-def is_moment(x: Any) -> bool:
-    """What stands for one parameter in a tree of moments, even if it is nothing, or several arrays."""
+def is_moment(x: object) -> bool:
+    """Return whether `x` is the moment of one parameter, even if it is None or several arrays. For `is_leaf`."""
     return x is None or is_quantized(x)
 
 
@@ -206,14 +206,14 @@ jax.export.register_pytree_node_serialization(
 
 @partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3))
 def encode(x: Array, bits: int, signed: bool, block_size: int, dither: Dither | None) -> QuantizedArray:
-    """The nearest that the format has to the float32 `x`, rounded stochastically.
+    """Quantise the float32 array `x`, rounded stochastically.
 
-    Without a `dither`, to nearest: for arrays that only grow. Their scales are powers of two, so that a
-    number which was decoded is encoded as itself as long as its scale stays. A scale that moved with
-    each step would move all numbers of its block, and rounding to nearest would not move them back.
+    Without a `dither`, round to nearest: for arrays that only grow. Their scales are powers of two, so a
+    decoded number is encoded as itself as long as its scale stays the same. If the scale moved at each
+    step, it would move all numbers of its block, and rounding to nearest would not move them back.
     """
     code, size = _CODES[bits, signed], x.shape[-1]
-    # In rows of as many as a vector may have. XLA, on a CPU, takes ten times as long over a row of a whole block.
+    # Reduce in rows of SIMD width: XLA on CPU is ten times slower over a whole block.
     rows = math.gcd(block_size, 32)
     runs = _runs(x, block_size)
     tops = largest(largest(runs.reshape(*runs.shape[:-1], -1, rows), -2))
@@ -226,7 +226,7 @@ def encode(x: Array, bits: int, signed: bool, block_size: int, dither: Dither | 
 
 
 @encode.defjvp
-def _refuse(*_: Any) -> Any:
+def _refuse(*_: object) -> NoReturn:
     raise TypeError(
         "a derivative would have to pass through moments that are stored as integers, and cannot: "
         "differentiate with moments in float32 (mu_dtype=None, nu_dtype=None)"
@@ -234,20 +234,20 @@ def _refuse(*_: Any) -> Any:
 
 
 def largest(x: Array, axis: int = -1) -> Array:
-    """The largest magnitude along an axis: NaN if there is one.
+    """Return the largest magnitude along an axis, or NaN if there is one.
 
-    By the bits, of which NaN has the largest. A maximum of floats is free to leave it out; it would then be
-    a code, and 0 from the next step on.
+    Compare the bits as integers, of which those of NaN are the largest. A maximum of floats may ignore NaN:
+    it would then be stored as a code, and be 0 from the next step on.
     """
     bits = jax.lax.bitcast_convert_type(jnp.abs(x), jnp.int32)
     return jax.lax.bitcast_convert_type(jnp.max(bits, axis=axis), jnp.float32)
 
 
 def abstract(x: jax.ShapeDtypeStruct, bits: int, signed: bool, block_size: int) -> QuantizedArray:
-    """The types and shardings of what `encode` makes of an array like `x`."""
+    """Return the types and shardings of the result of `encode` for an array like `x`."""
     made = jax.eval_shape(lambda: encode(jnp.zeros(x.shape, x.dtype), bits, signed, block_size, None))
 
-    def placed(part: Any, unit: int) -> jax.ShapeDtypeStruct:
+    def placed(part: jax.ShapeDtypeStruct, unit: int) -> jax.ShapeDtypeStruct:
         sharding = x.sharding
         if isinstance(sharding, NamedSharding) and not is_divisible(x.shape, sharding, unit):
             sharding = whole(sharding)
@@ -257,7 +257,7 @@ def abstract(x: jax.ShapeDtypeStruct, bits: int, signed: bool, block_size: int) 
 
 
 def is_divisible(shape: tuple[int, ...], sharding: NamedSharding, unit: int) -> bool:
-    """Whether each device holds whole runs of `unit` along the last axis."""
+    """Return whether each device holds whole blocks of `unit` elements along the last axis."""
     spec = sharding.spec
     if len(spec) < len(shape) or spec[-1] is None:
         return True
@@ -266,13 +266,13 @@ def is_divisible(shape: tuple[int, ...], sharding: NamedSharding, unit: int) -> 
 
 
 def whole(sharding: NamedSharding) -> NamedSharding:
-    """`sharding`, with the last axis in one piece."""
+    """Return `sharding` with the last axis not sharded."""
     return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[:-1], None))
 
 
 def _runs(x: Array, length: int) -> Array:
-    """The last axis as runs of `length`, with zeros after its end."""
-    # Where shardings are part of the types, and only there, the compiler does not see to this.
+    """Split the last axis into blocks of `length`, padded with zeros at the end."""
+    # In Explicit mode (only there) the compiler does not gather the axis by itself.
     if not is_divisible(x.shape, jax.typeof(x).sharding, length):
         x = jax.sharding.reshard(x, whole(jax.typeof(x).sharding))
     count = -(-x.shape[-1] // length)
@@ -282,24 +282,24 @@ def _runs(x: Array, length: int) -> Array:
 
 
 def _join(x: Array, like: Array) -> Array:
-    """Runs as one axis again, of the length and sharding of `like`."""
+    """Undo `_runs`: merge the blocks into one axis of the length and sharding of `like`."""
     x = x.reshape(*x.shape[:-2], x.shape[-2] * x.shape[-1])
     return sharded_like(x[..., : like.shape[-1]] if x.shape[-1] != like.shape[-1] else x, like)
 
 
 def sharded_like(x: Array, like: Array) -> Array:
-    """`x` with the sharding that is part of the type of `like`, if any is."""
+    """Give `x` the sharding in the type of `like`, if there is one."""
     wanted = jax.typeof(like).sharding
     return x if jax.typeof(x).sharding == wanted else jax.sharding.reshard(x, wanted)
 
 
 def _spread(scales: Array, block_size: int, like: Array) -> Array:
-    """The scale of each number of an array shaped and sharded as `like`."""
+    """Broadcast the scales to the numbers of an array with the shape and sharding of `like`."""
     return _join(jnp.broadcast_to(scales[..., None], (*scales.shape, block_size)), like)
 
 
 def _pack(nibbles: Array) -> Array:
-    # As integers of two bytes, the first of which is the low one: not element by element, as XLA takes slices of pairs.
+    # Pair the nibbles as uint16, the first in the low byte: slices of the pairs would run element by element in XLA.
     pairs = jax.lax.bitcast_convert_type(_runs(nibbles, 2), jnp.uint16)
     return (pairs | (pairs >> 4)).astype(jnp.uint8)
 
@@ -310,7 +310,7 @@ def _unpack(codes: Array, size: int) -> Array:
 
 
 def _power_of_two_above(x: Array) -> Array:
-    """The smallest power of two that is not below `x >= 0`, or the largest there is; 0 of 0."""
+    """Return the smallest power of two not below `x`, or the largest there is. `x` is at least 0; 0 gives 0."""
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     up = jnp.minimum((bits + np.uint32(0x7FFFFF)) >> 23, np.uint32(254))
     return jax.lax.bitcast_convert_type(up << 23, jnp.float32)

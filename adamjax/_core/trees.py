@@ -1,7 +1,7 @@
-"""The few tree helpers that all transformations share.
+"""The tree helpers that all transformations share.
 
-`None` counts as a leaf here: in parameters and gradients alike it is an absent parameter, in the
-gradients alone it freezes whatever stands at its place in the other trees.
+`None` counts as a leaf here. In both parameters and gradients it is an absent parameter; in the
+gradients alone it freezes the leaf, or the subtree, at its place in the other trees.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from adamjax._core.typing import Path
 from adamjax._core.typing import PyTree as PyTree
@@ -66,10 +66,10 @@ class Leaves:
         return cls(*children, structure)
 
 
-def flatten(tree: PyTree, *others: PyTree) -> tuple[Any, list[tuple[Any, ...]]]:
-    """The structure of `tree`, and per leaf a row: that leaf and what stands there in `others`.
+def flatten(tree: PyTree, *others: PyTree) -> tuple[jax.tree_util.PyTreeDef, list[tuple[Any, ...]]]:
+    """Return the structure of `tree` and a row per leaf: the leaf and the subtrees at its place in `others`.
 
-    A tree of `others` that is None as a whole gives None in every row.
+    A tree in `others` that is None as a whole gives None in every row.
     """
     structure: Any
     leaves, structure = jax.tree.flatten(tree, is_leaf=is_none)
@@ -77,20 +77,20 @@ def flatten(tree: PyTree, *others: PyTree) -> tuple[Any, list[tuple[Any, ...]]]:
     return structure, list(zip(leaves, *columns, strict=True))
 
 
-def unflatten(structure: Any, rows: list[tuple[Any, ...]], width: int) -> tuple[PyTree, ...]:
-    """The `width` trees that `rows` of leaves make."""
+def unflatten(structure: jax.tree_util.PyTreeDef, rows: list[tuple[Any, ...]], width: int) -> tuple[PyTree, ...]:
+    """Return the `width` trees whose leaves are the columns of `rows`."""
     columns = zip(*rows, strict=True) if rows else [()] * width
     return tuple(jax.tree.unflatten(structure, column) for column in columns)
 
 
 def map_leaves(f: Callable[..., Any], tree: PyTree, *others: PyTree) -> PyTree:
-    """`f` over the leaves of `tree` and their places in `others`; a None of `tree` stays None."""
+    """Map `f` over the leaves of `tree` and the subtrees at their places in `others`; keep None where `tree` has it."""
     structure, rows = flatten(tree, *others)
     return jax.tree.unflatten(structure, [None if row[0] is None else f(*row) for row in rows])
 
 
 def dtype_of(x: Any) -> np.dtype:
-    """The dtype JAX gives to an array, a tracer, a `ShapeDtypeStruct` or a Python number."""
+    """Return the dtype JAX gives to an array, a tracer, a `ShapeDtypeStruct` or a Python number."""
     if isinstance(x, (np.ndarray, np.generic, float, complex, jax.ShapeDtypeStruct)):
         return jnp.result_type(x)
     return x.dtype
@@ -98,29 +98,30 @@ def dtype_of(x: Any) -> np.dtype:
 
 @cache
 def real_dtype(dtype: np.dtype) -> np.dtype:
-    """The dtype of the real and imaginary parts; `dtype` itself where it is real."""
+    """Return the dtype of the real and imaginary parts of `dtype`, or a real `dtype` itself."""
     return jnp.finfo(dtype).dtype
 
 
 @cache
 def compute_dtype(*dtypes: np.dtype) -> np.dtype:
-    """The dtype in which arrays of `dtypes` are combined: never below float32."""
-    # Of a byte or less, to which JAX knows no promotion: float32 has them all.
+    """Return the dtype in which arrays of `dtypes` are combined: float32 or wider."""
+    # Leave out dtypes of a byte or less: JAX does not promote them, and float32 holds all their values.
     wider = [dtype for dtype in dtypes if dtype.itemsize > 1]
-    # Even where JAX is told to refuse implicit promotion: this one is explicit.
+    # This promotion is explicit, so allow it even if JAX is set to refuse implicit ones.
     with jax.numpy_dtype_promotion("standard"):
         return reduce(jnp.promote_types, wider, jnp.dtype(jnp.float32))
 
 
-def path_of(key: tuple[Any, ...]) -> str:
-    """The path of a leaf as users name it: "layer_0/kernel"."""
+def path_of(key: Path) -> str:
+    """Return the path of a leaf as users write it: "layer_0/kernel"."""
     return jax.tree_util.keystr(key, simple=True, separator="/")
 
 
 def unflatten_by_path(tree: PyTree, like: PyTree) -> PyTree | None:
-    """The leaves of `tree` in the structure of `like`, by their paths; None where those differ, or are not unique.
+    """Put the leaves of `tree` into the structure of `like`, by path.
 
-    Frameworks take nodes of a state apart, into mappings whose fields are in another order and lack what is None.
+    Return None if the paths differ or are not unique. Frameworks turn the nodes of a state into mappings
+    with the fields in another order and without those that are None.
     """
     leaves = {path_of(path): x for path, x in jax.tree.leaves_with_path(tree)}
     paths = [path_of(path) for path, _ in jax.tree.leaves_with_path(like)]
@@ -145,48 +146,48 @@ def any_abstract(tree: PyTree) -> bool:
 
 
 def abstract_like(tree: PyTree) -> PyTree:
-    """`tree`, of `jax.ShapeDtypeStruct`s that say nothing of where anything is."""
+    """Return `tree` with a `jax.ShapeDtypeStruct` without sharding for each leaf."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), dtype_of(x)), tree)
 
 
 def concrete(tree: PyTree) -> PyTree:
-    """`tree`, with zeros in place of `jax.ShapeDtypeStruct`s."""
+    """Return `tree` with zeros in place of each `jax.ShapeDtypeStruct`."""
     return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype) if is_abstract(x) else x, tree)
 
 
 def zeros_like(x: Any, dtype: np.dtype) -> Any:
-    """Zeros of the shape and sharding of `x`; abstract where `x` is."""
+    """Return zeros of the shape and sharding of `x`; abstract if `x` is abstract."""
     if is_abstract(x):
         return jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding)
     return jnp.zeros_like(x, dtype=dtype)
 
 
 def make_on_mesh_of(make: Callable[[], PyTree], like: PyTree) -> PyTree:
-    """What `make` makes for a new state; abstract where a leaf of `like` is, else on all devices of its mesh."""
+    """Call `make` for part of a new state: abstractly if a leaf of `like` is abstract, else on the mesh of `like`."""
     if any_abstract(like):
         return jax.eval_shape(make)
     mesh = _mesh_of(like)
     if mesh is None:
         return make()
-    # As a step will leave it, to the letter: or the second step would be compiled again.
-    letters = [None] if AxisType.Explicit in mesh.axis_types else []
-    places = jax.tree.map(lambda x: NamedSharding(mesh, PartitionSpec(*letters * x.ndim)), jax.eval_shape(make))
+    # Use the exact sharding that a step returns, or the second step recompiles.
+    axes = [None] if AxisType.Explicit in mesh.axis_types else []
+    places = jax.tree.map(lambda x: NamedSharding(mesh, PartitionSpec(*axes * x.ndim)), jax.eval_shape(make))
     return jax.jit(make, out_shardings=places)()
 
 
-def _mesh_of(tree: PyTree) -> Any:
-    """That of the first array that is on one (a tracer does not say), or None."""
+def _mesh_of(tree: PyTree) -> Mesh | AbstractMesh | None:
+    """Return the mesh of the first array that has one, or None. Tracers do not tell theirs."""
     for x in jax.tree.leaves(tree):
         if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer) and isinstance(x.sharding, NamedSharding):
             return x.sharding.mesh
     return None
 
 
-def zero_count(like: PyTree) -> Any:
-    """The step count before the first step: an int32 scalar, abstract where a leaf of `like` is."""
+def zero_count(like: PyTree) -> jax.Array:
+    """Return the step count before the first step: an int32 scalar, abstract if a leaf of `like` is abstract."""
     return make_on_mesh_of(lambda: jnp.zeros((), jnp.int32), like)
 
 
 def increment(count: jax.Array) -> jax.Array:
-    """`count + 1`, staying at the largest int32 once there (a wrapped count would be negative)."""
+    """Return `count + 1`, or the largest int32 once it is reached (a wrapped count would be negative)."""
     return count + (count < np.iinfo(np.int32).max).astype(count.dtype)

@@ -1,8 +1,8 @@
-"""Values: frozen dataclasses that are pytrees of their numbers, equal by content, hashable."""
+"""Values: frozen, hashable dataclasses that are pytrees of their numbers and equal by content."""
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar, dataclass_transform
 
 import jax
@@ -17,7 +17,7 @@ T = TypeVar("T")
 def static_field(*, described: bool = True, **kwargs: Any) -> Any:
     """A dataclass field that is part of the tree's structure and not one of its leaves.
 
-    Not `described`: a checkpoint may be restored where it is something else.
+    If not `described`, a checkpoint may be restored with another value of it.
     """
     return dataclasses.field(metadata={"static": True, "described": described}, **kwargs)
 
@@ -27,8 +27,8 @@ def value(cls: type[T]) -> type[T]:
     """Make `cls`, a subclass of `Value`, a frozen dataclass and register it as a pytree.
 
     Fields made by `static_field` must be hashable and become part of the structure; all others
-    are children. The constructor may validate; flattening and unflattening never do, because the
-    leaves that a transformation of JAX puts there are tracers, shapes or plain `object()`s.
+    are children. Only the constructor validates. Flattening and unflattening do not, because
+    transformations of JAX put tracers, shapes or plain `object()`s in place of the leaves.
     """
     cls = dataclasses.dataclass(frozen=True, eq=False, repr=False)(cls)
     fields = dataclasses.fields(cls)  # type: ignore[arg-type]
@@ -36,14 +36,14 @@ def value(cls: type[T]) -> type[T]:
     statics = tuple(f.name for f in fields if f.metadata.get("static"))
     keys = tuple(GetAttrKey(name) for name in children)
 
-    def flatten(self: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    def flatten(self: T) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         return tuple(getattr(self, n) for n in children), tuple(getattr(self, n) for n in statics)
 
-    def flatten_with_keys(self: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    def flatten_with_keys(self: T) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         leaves, aux = flatten(self)
         return tuple(zip(keys, leaves, strict=True)), aux
 
-    def unflatten(aux: tuple[Any, ...], leaves: Any) -> T:
+    def unflatten(aux: tuple[object, ...], leaves: Iterable[object]) -> T:
         self = object.__new__(cls)
         self.__dict__.update(zip(children, leaves, strict=True))
         self.__dict__.update(zip(statics, aux, strict=True))
@@ -56,9 +56,9 @@ def value(cls: type[T]) -> type[T]:
 class Value:
     """Base of all values: equality, hash and a readable repr, made from fields and leaves.
 
-    Numbers compare by value, arrays (and anything else that may be a leaf) by identity: a value
-    that holds an array can still be a static argument of `jax.jit` or the metadata of another
-    pytree, where an elementwise comparison would fail.
+    Numbers compare by value; arrays and all other leaves compare by identity. So a value that holds
+    an array can be a static argument of `jax.jit` or metadata of another pytree, where an elementwise
+    comparison would fail.
     """
 
     def __eq__(self, other: object) -> bool:
@@ -76,22 +76,22 @@ class Value:
         shown = []
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
             content = getattr(self, field.name)
-            # Of the choices, only those that were made say something.
+            # Leave out static fields that have their default.
             if not field.metadata.get("static") or content != field.default:
                 shown.append(f"{field.name}={_show(content)}")
         return f"{type(self).__name__}({', '.join(shown)})"
 
-    def _replace_field(self, name: str, content: Any) -> None:
-        """For `__post_init__` only: put the checked and normalised content in place."""
+    def _replace_field(self, name: str, content: object) -> None:
+        """Set a field to its checked and normalised content. For `__post_init__` only."""
         object.__setattr__(self, name, content)
 
     def _check_numbers(self, *names: str, low: float = 0.0, below: float = math.inf) -> None:
-        """For `__post_init__` only: check fields that hold numbers in [low, below)."""
+        """Check fields that hold numbers in [low, below). For `__post_init__` only."""
         for name in names:
             self._replace_field(name, checks.number(name, getattr(self, name), low=low, below=below))
 
     def _check_whole(self, *names: str, low: float = 0.0, below: float = math.inf) -> None:
-        """For `__post_init__` only: check fields that hold whole numbers of steps in [low, below)."""
+        """Check fields that hold whole numbers of steps in [low, below). For `__post_init__` only."""
         self._check_numbers(*names, low=low, below=below)
         for name in names:
             steps = getattr(self, name)
@@ -99,25 +99,25 @@ class Value:
                 raise ValueError(f"Invalid {name} value: {steps}; {name} must be a whole number of steps")
 
 
-def is_static_callable(x: Any) -> bool:
-    """Whether `x` is a callable without leaves of its own: a function, not a callable pytree."""
+def is_static_callable(x: object) -> bool:
+    """Return whether `x` is a callable without leaves: a function, not a callable pytree."""
     return callable(x) and not jax.tree_util.is_tree_node(type(x))
 
 
 def name_of(fn: Callable[..., Any]) -> str:
-    """A function's name without the `<locals>` of the factory that made it."""
+    """Return a function's name without the `<locals>` of the factory that made it."""
     return getattr(fn, "__qualname__", type(fn).__name__).split(".<locals>")[0]
 
 
-def _flatten(x: Any) -> tuple[list[Any], Any]:
+def _flatten(x: object) -> tuple[list[Any], jax.tree_util.PyTreeDef]:
     return jax.tree.flatten(x)
 
 
-def _is_number(x: Any) -> bool:
+def _is_number(x: object) -> bool:
     return isinstance(x, (int, float))
 
 
-def _same(a: Any, b: Any) -> bool:
+def _same(a: object, b: object) -> bool:
     return a is b or (_is_number(a) and _is_number(b) and a == b)
 
 

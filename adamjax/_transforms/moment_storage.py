@@ -33,7 +33,7 @@ class Quantized(Value):
     """A format for moments; see `adamjax.quantized`."""
 
     name: str = static_field()
-    block_size: int | None = static_field(default=None)
+    block_size: Any = static_field(default=None)
     min_size: int = static_field(default=4096)
     keep: Callable[[str], bool] | None = static_field(default=None)
 

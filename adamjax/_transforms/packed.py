@@ -166,5 +166,5 @@ def _packed(opt: Transformation, below: int) -> tuple[Any, int]:
     return opt, 0
 
 
-def _with(opt: GradientTransformation, name: str, content: Any) -> Any:
+def _with(opt: Any, name: str, content: Any) -> Any:
     return dataclasses.replace(opt, **{name: content})

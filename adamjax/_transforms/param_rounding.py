@@ -78,21 +78,21 @@ class RoundParams(Delivery):
         leaf_states: Sequence[Any],
         dither: Callable[[int], Dither],
     ) -> None:
-        self.leaf_states = leaf_states
+        self.leaf_states = self._pairs = leaf_states
         self._function = RoundParam(rounding, isinstance(plain, AsUpdate))
         self._plain = plain
         self._dither = dither
 
     def ops_for(self, index: int, dtype: np.dtype, p: Any) -> Sequence[LeafOp]:
         """Deliver leaf `index`."""
-        own, _ = self.leaf_states[index]
+        own, _ = self._pairs[index]
         if not is_low_precision(own):
             return self._plain.ops_for(index, dtype, own)
         return (LeafOp(self._function, self._dither(index), _FLOAT32 if self._function.as_update else own.dtype),)
 
     def unchanged(self, index: int, p: Any) -> Any:
         """The parameter itself, if parameters are delivered."""
-        return None if self._function.as_update else self.leaf_states[index][0]
+        return None if self._function.as_update else self._pairs[index][0]
 
 
 class RoundingState(NamedTuple):

@@ -1,36 +1,37 @@
-"""A learning rate that falls when the loss no longer does: as a transformation, since it has a state."""
+"""Lower the learning rate when the loss stops falling: a transformation, because it has a state."""
 
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.export
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from adamjax._core import checks, trees
 from adamjax._core.numerics import scale
-from adamjax._core.typing import Extra, PyTree
+from adamjax._core.typing import Extra, PyTree, Scalar
 from adamjax._core.value import static_field, value
 from adamjax._transforms.base import Transformation
 
 
 class PlateauState(NamedTuple):
-    """What a plateau is recognised by. All are scalars; floating point ones are float32 (float64 in x64 mode).
+    """The state of `reduce_on_plateau`: scalars. Floating point ones are float32 (float64 in x64 mode).
 
     Fields:
-      scale: What updates are multiplied by.
-      best: The best mean so far (of the negative, where the mode is "max").
-      mean: Of the values since the last judgement.
-      count: int32, how many those are.
-      plateau: int32, judgements since the best.
-      cooldown: int32, judgements still to be ignored.
+      scale: The factor that updates are multiplied by.
+      best: The best mean so far; of the negated values if the mode is "max".
+      mean: The mean of the values since the last comparison.
+      count: int32, the number of these values.
+      plateau: int32, comparisons since the best.
+      cooldown: int32, comparisons still to ignore.
     """
 
     scale: Array
     best: Array
     mean: Array
-    count: Array  # type: ignore[assignment]  # tuple.count, which nobody counts with
+    count: Array  # type: ignore[assignment]  # hides tuple.count
     plateau: Array
     cooldown: Array
 
@@ -42,14 +43,14 @@ jax.export.register_namedtuple_serialization(PlateauState, serialized_name="adam
 class ReduceOnPlateau(Transformation):
     """See `reduce_on_plateau`."""
 
-    factor: Any
-    patience: Any
-    rtol: Any
-    atol: Any
-    cooldown: Any
-    accumulation_size: Any
-    min_scale: Any
-    mode: str = static_field(default="min")
+    factor: Scalar
+    patience: Scalar
+    rtol: Scalar
+    atol: Scalar
+    cooldown: Scalar
+    accumulation_size: Scalar
+    min_scale: Scalar
+    mode: Literal["min", "max"] = static_field(default="min")
 
     def __post_init__(self) -> None:
         self._check_numbers("factor", below=1.0)
@@ -62,7 +63,7 @@ class ReduceOnPlateau(Transformation):
         def real(x: float) -> Array:
             return jnp.full((), x, jnp.result_type(float))
 
-        def zero() -> Array:  # a buffer each, so that all can be donated
+        def zero() -> Array:  # a buffer for each field, so that all can be donated
             return jnp.zeros((), jnp.int32)
 
         def make() -> PlateauState:
@@ -75,21 +76,23 @@ class ReduceOnPlateau(Transformation):
     ) -> tuple[PyTree, PlateauState]:
         checks.state(state, PlateauState, type(self).__name__)
         if "value" not in extra:
-            raise ValueError("ReduceOnPlateau needs what it watches: call update(grads, state, params, value=loss)")
+            raise ValueError(
+                "ReduceOnPlateau needs the value that it watches: call update(grads, state, params, value=loss)"
+            )
         state = self._judge(state, checks.as_scalar("value", extra["value"], state.mean.dtype))
         factor = cache(lambda dtype: state.scale.astype(dtype))
         return trees.map_leaves(lambda u: scale(u, factor(trees.compute_dtype(trees.dtype_of(u)))), updates), state
 
     def _judge(self, state: PlateauState, x: Array) -> PlateauState:
-        """The state after one more value; it is judged once as many as asked for have come together."""
+        """Return the state after one more value. Compare their mean once `accumulation_size` values are there."""
 
-        def number(name: str, dtype: Any) -> Any:
+        def number(name: str, dtype: np.dtype) -> Array:
             return checks.as_scalar(name, getattr(self, name), dtype)
 
         real, whole = state.mean.dtype, jnp.dtype(jnp.int32)
         count = state.count + 1
         mean = state.mean + ((x if self.mode == "min" else -x) - state.mean) / count.astype(real)
-        # By the magnitude of the best: a share of a negative one, taken off, would be an easier goal.
+        # Use |best|: if best is negative, subtracting a share of it would make the goal easier.
         goal = state.best - (number("rtol", real) * jnp.abs(state.best) + number("atol", real))
         improved = mean < jnp.where(jnp.isinf(state.best), state.best, goal)
         cooling = state.cooldown > 0
@@ -110,29 +113,30 @@ class ReduceOnPlateau(Transformation):
 
 
 def reduce_on_plateau(
-    factor: Any = 0.1,
-    patience: Any = 10,
-    rtol: Any = 1e-4,
-    atol: Any = 0.0,
-    cooldown: Any = 0,
-    accumulation_size: Any = 1,
-    min_scale: Any = 0.0,
+    factor: Scalar = 0.1,
+    patience: Scalar = 10,
+    rtol: Scalar = 1e-4,
+    atol: Scalar = 0.0,
+    cooldown: Scalar = 0,
+    accumulation_size: Scalar = 1,
+    min_scale: Scalar = 0.0,
     *,
-    mode: str = "min",
+    mode: Literal["min", "max"] = "min",
 ) -> ReduceOnPlateau:
     """Scale the updates down whenever a watched value has stopped improving.
 
-    A transformation, for the end of a chain: `update` (or `step`) then takes the value as an extra
-    argument, `value=loss`. A value improves if it is below the best by more than
-    rtol * |best| + atol, whatever its sign; one that is not a number does not improve.
+    Put this transformation at the end of a chain: `update` and `step` then take the value as an extra
+    argument, `value=loss`. A value is an improvement if it is below the best by more than
+    rtol * |best| + atol, whatever its sign. NaN is not an improvement.
 
     Args:
-      factor: What the scale is multiplied by, in [0, 1).
-      patience: Judgements without improvement after which it is; at least 1.
-      rtol, atol: How much better than the best is an improvement; at least 0.
-      cooldown: Judgements to ignore after each reduction.
-      accumulation_size: Values whose mean is judged; more than 1 for the losses of minibatches.
-      min_scale: Where the reductions end; at least 0.
+      factor: The factor of each reduction, in [0, 1).
+      patience: The number of comparisons without improvement before a reduction; at least 1.
+      rtol, atol: Relative and absolute thresholds of an improvement; at least 0.
+      cooldown: The number of comparisons to ignore after each reduction.
+      accumulation_size: The number of values to average before each comparison; use more than 1 for
+        the losses of minibatches.
+      min_scale: The smallest scale; at least 0.
       mode: "min", or "max" for a value that should grow.
 
     Returns:

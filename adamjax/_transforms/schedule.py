@@ -1,5 +1,6 @@
 """The base of schedules, and of the transformations by one hyperparameter that may be a schedule."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -7,9 +8,10 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.typing import ArrayLike
 
 from adamjax._core import checks, trees
-from adamjax._core.typing import PyTree, Scalar, ScalarOrSchedule, ScheduleLike
+from adamjax._core.typing import PyTree, ScalarOrSchedule, ScheduleLike
 from adamjax._core.value import Value, is_static_callable, static_field, value
 from adamjax._transforms.base import Leafwise
 
@@ -17,18 +19,18 @@ from adamjax._transforms.base import Leafwise
 class Schedule(Value):
     """Base of all schedules.
 
-    Calling one with a step count (an int or an integer array of any shape, 0 for the first update)
-    gives the value there: of the count's shape, in float32 (float64 under `jax_enable_x64`).
-    `peak` is the largest value it reaches.
+    Call it with a step count (an int or an integer array of any shape, 0 for the first update). It
+    returns the value at that step, in the shape of the count, as float32 (float64 under `jax_enable_x64`).
+    `peak` is its largest value.
 
     Raises:
-      ValueError, TypeError: At construction, a number is out of range, or not one; phases do not fit into
-        `total_steps`. When it is called, the count is not a real number.
+      ValueError, TypeError: At construction, a number is out of range or not a number, or phases do not fit
+        into `total_steps`. At a call, the count is not a real number.
     """
 
-    peak: Scalar
+    peak: Any  # a number; a field or a property
 
-    def __call__(self, count: Any) -> Array:
+    def __call__(self, count: ArrayLike) -> Array:
         raise NotImplementedError
 
     def _check_fit(self, *phases: str) -> None:
@@ -42,45 +44,45 @@ class Schedule(Value):
 
 @value
 class FromFunction(Schedule):
-    """Any callable of the step count (optax's schedules among them), kept static; without `peak`."""
+    """Any callable of the step count, such as a schedule of optax. It is static and has no `peak`."""
 
-    function: ScheduleLike = static_field()
+    function: Callable[..., Any] = static_field()
 
     def __post_init__(self) -> None:
         if not callable(self.function):
             raise TypeError(f"Invalid function value: {self.function!r}; function must be one of the step count")
 
-    def __call__(self, count: Any) -> Array:
-        return self.function(count)  # type: ignore[return-value]
+    def __call__(self, count: ArrayLike) -> Array:
+        return self.function(count)
 
 
-def as_schedule(x: ScheduleLike) -> ScheduleLike:
-    """Return a plain function as a schedule; schedules and other callable pytrees as they are.
+def as_schedule(x: ScheduleLike) -> Any:
+    """Wrap a plain function as a schedule. Return schedules and other callable pytrees unchanged.
 
     Args:
       x: A callable of the step count.
 
     Returns:
-      `x`, if it has leaves of its own; else a `FromFunction`, whose function is static.
+      `x` if it is a pytree; else a `FromFunction`, whose function is static.
 
     Raises:
-      TypeError: `x` cannot be called.
+      TypeError: `x` is not callable.
     """
     if not callable(x):
         raise TypeError(f"Invalid schedule: {x!r}; a schedule is a function of the step count")
     return FromFunction(x) if is_static_callable(x) else x
 
 
-def to_float(x: Any) -> Array:
-    """Convert a count or a number to the precision of schedules: a strong type, whatever it came as."""
+def to_float(x: ArrayLike) -> Array:
+    """Convert a count or a number to the dtype of the schedule, as a strongly typed array."""
     dtype = jnp.result_type(float)
     if isinstance(x, (int, float, np.ndarray, np.generic)):
-        x = np.asarray(x, dtype)  # not by way of JAX's int32, for which some counts are too large
+        x = np.asarray(x, dtype)  # JAX would convert to int32 first, which some counts overflow
     return jnp.asarray(x).astype(dtype)
 
 
-def to_steps(count: Any) -> Array:
-    """Check a step count, and convert it to the precision of schedules."""
+def to_steps(count: ArrayLike) -> Array:
+    """Check a step count, and convert it to the dtype of schedules."""
     return to_float(checks.steps(count))
 
 

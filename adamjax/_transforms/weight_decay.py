@@ -148,7 +148,7 @@ class CoupledDecay(Leafwise):
         # optax.inject_hyperparams makes arrays of all numbers: a 0 among them needs no parameters.
         if not (params is None and _is_zero(self.weight_decay)):
             checks.params_given(params, updates, "coupled weight decay")
-            weight_decay = self.weight_decay
+            weight_decay: Any = self.weight_decay
             if callable(weight_decay):
                 checks.has_count(state, "coupled weight decay")
                 weight_decay = weight_decay(state.count)

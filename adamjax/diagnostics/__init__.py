@@ -1,4 +1,4 @@
-"""A doctor for Adam: what a step looks like in numbers, and what is wrong with it in words."""
+"""Diagnostics for Adam: measure steps in numbers, and explain problems in words."""
 
 from adamjax.diagnostics._explain import Finding as Finding
 from adamjax.diagnostics._explain import explain as explain

@@ -1,4 +1,4 @@
-"""From figures to findings: what is wrong, where, how much, and what to do."""
+"""Turn figures into findings: the problem, its place, its size and the remedy."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -13,15 +13,15 @@ ALL = "all parameters"
 
 
 class Finding(NamedTuple):
-    """One thing that is wrong.
+    """One problem.
 
     Fields:
-      severity: "error" where nothing good can come of it, "warning" where training suffers.
-      rule: The name of what was looked for, such as "eps".
-      path: Of the parameter, or "all parameters".
-      figure: The number that decided.
-      message: What it means.
-      remedy: What to do.
+      severity: "error" if the run cannot succeed, "warning" if training suffers.
+      rule: The name of the rule that found it, such as "eps".
+      path: The path of the parameter, or "all parameters".
+      figure: The number that the rule looked at.
+      message: The problem, in words.
+      remedy: The advice.
     """
 
     severity: str
@@ -35,8 +35,8 @@ class Finding(NamedTuple):
         return f"{self.severity}: {self.message}: {self.remedy}"
 
 
-class Course(NamedTuple):
-    """Figures over time, float64[times] each; of a parameter, or of all together."""
+class Series(NamedTuple):
+    """The figures of a parameter, or of all together, over time: float64[number of measurements] each."""
 
     path: str
     shape: tuple[int, ...] | None
@@ -45,19 +45,19 @@ class Course(NamedTuple):
     of: LeafStats
 
     def usual(self, name: str) -> float:
-        """The median over time of the figure of that name; NaN is left out."""
+        """Return the median over time of the figure `name`, ignoring NaN."""
         x = getattr(self.of, name)
         x = x[~np.isnan(x)]
         return float(np.median(x)) if len(x) else math.nan
 
     @property
     def gradient(self) -> float:
-        """The usual root mean square of a gradient's elements."""
+        """The median over time of the gradient's root mean square."""
         return self.usual("gradient_norm") / math.sqrt(self.of.size[-1])
 
 
-def courses(stats: Iterable[AdamStats]) -> tuple[Course, list[Course]]:
-    """Of all parameters together, and of each."""
+def series(stats: Iterable[AdamStats]) -> tuple[Series, list[Series]]:
+    """Return the series of all parameters together, and of each parameter."""
     measured = [jax.tree.map(lambda x: np.asarray(x, np.float64), jax.device_get(check_stats(x))) for x in stats]
     if not measured:
         raise ValueError("nothing has been measured: pass what measure returned, or several of them")
@@ -74,19 +74,19 @@ def courses(stats: Iterable[AdamStats]) -> tuple[Course, list[Course]]:
     overall = LeafStats(*(np.array(x) for x in zip(*(x.overall for x in measured), strict=True)))
     table = LeafStats(*(np.stack(x) for x in zip(*(x.leaves for x in measured), strict=True)))
     leaves = [
-        Course(path, first.shapes[i], first.dtypes[i], counts, LeafStats(*(x[:, i] for x in table)))
+        Series(path, first.shapes[i], first.dtypes[i], counts, LeafStats(*(x[:, i] for x in table)))
         for i, path in enumerate(first.paths)
     ]
-    return Course(ALL, None, dtype, counts, overall), leaves
+    return Series(ALL, None, dtype, counts, overall), leaves
 
 
 def explain(stats: AdamStats | Iterable[AdamStats]) -> list[Finding]:
-    """Say in words what is wrong with a run.
+    """Explain in words what is wrong with a run.
 
-    Where there is more than one measurement, what counts is the median over time, so that a start or
-    an end that differs from the rest does not.
+    With more than one measurement, the rules look at the median over time, so that an unusual start or
+    end does not count.
 
-    | rule | found where |
+    | rule | condition |
     |---|---|
     | nonfinite | a gradient is NaN or infinite |
     | no_gradient | the gradients of a parameter are all 0 |
@@ -94,19 +94,19 @@ def explain(stats: AdamStats | Iterable[AdamStats]) -> list[Finding]:
     | rounding | rounding to the parameters' dtype discards a third of the updates |
     | eps | eps is larger than the root of the second moment for half of the elements |
     | rate_high | an update is more than a tenth of the parameters, or the first one more than a third |
-    | rate_low | an update is less than 1e-5 of the parameters, and not because it shrinks to that |
-    | warm_up | after 100 steps or more, those are less than a fifteenth of what b2 averages over |
+    | rate_low | no update is more than 1e-5 of the parameters |
+    | warm_up | the run has at least 100 steps, but less than a fifteenth of the window of b2 |
     | uphill | updates point uphill |
     | storage | storing the moments in few bits changes the direction by half |
 
     Args:
-      stats: What `measure` returned, once or at several steps of one run; a `History`.
+      stats: The result of `measure`, or those of several steps of one run; a `History`.
 
     Returns:
-      The findings, errors first; none if all is well.
+      The findings, errors first; an empty list if all is well.
 
     Raises:
-      ValueError: There is nothing in it, or the figures of different parameters, or of several runs at once.
+      ValueError: `stats` is empty, or has figures of different parameters or of several runs at once.
 
     >>> import adamjax, jax.numpy as jnp
     >>> opt = adamjax.adam(1e-3)
@@ -117,13 +117,13 @@ def explain(stats: AdamStats | Iterable[AdamStats]) -> list[Finding]:
     ...     print(finding)
     warning: eps (1e-08) dominates 100 % of w, whose gradients are about 1e-09: lower eps, or scale the loss
     """
-    overall, leaves = courses(stats if isinstance(stats, Iterable) else [stats])
+    overall, leaves = series(stats if isinstance(stats, Iterable) else [stats])
     findings = [finding for rule in RULES for finding in _limited(list(rule(overall, leaves)))]
     return sorted(findings, key=lambda finding: finding.severity)
 
 
 def _limited(found: list[Finding], most: int = 5) -> list[Finding]:
-    """Not a thousand times the same of a thousand parameters."""
+    """Sum up the findings beyond the first `most`, so that a thousand parameters do not give a thousand lines."""
     rest = found[most:]
     if len(rest) < 2:
         return found
@@ -134,7 +134,7 @@ def _limited(found: list[Finding], most: int = 5) -> list[Finding]:
 Found = Iterator[Finding]
 
 
-def _nonfinite(overall: Course, leaves: list[Course]) -> Found:
+def _nonfinite(overall: Series, leaves: list[Series]) -> Found:
     for leaf in leaves:
         bad = leaf.of.nonfinite_gradients > 0
         if bad.any():
@@ -151,7 +151,7 @@ def _nonfinite(overall: Course, leaves: list[Course]) -> Found:
             )
 
 
-def _no_gradient(overall: Course, leaves: list[Course]) -> Found:
+def _no_gradient(overall: Series, leaves: list[Series]) -> Found:
     for leaf in leaves:
         if np.all(leaf.of.zero_gradients == 1) and leaf.dtype != "float16":
             yield Finding(
@@ -165,7 +165,7 @@ def _no_gradient(overall: Course, leaves: list[Course]) -> Found:
             )
 
 
-def _underflow(overall: Course, leaves: list[Course]) -> Found:
+def _underflow(overall: Series, leaves: list[Series]) -> Found:
     for leaf in leaves:
         zero = leaf.usual("zero_gradients")
         if leaf.dtype == "float16" and zero > 1 / 3:
@@ -179,7 +179,7 @@ def _underflow(overall: Course, leaves: list[Course]) -> Found:
             )
 
 
-def _rounding(overall: Course, leaves: list[Course]) -> Found:
+def _rounding(overall: Series, leaves: list[Series]) -> Found:
     for leaf in _worst(leaves, "lost", above=1 / 3):
         yield Finding(
             "warning",
@@ -193,7 +193,7 @@ def _rounding(overall: Course, leaves: list[Course]) -> Found:
         )
 
 
-def _eps(overall: Course, leaves: list[Course]) -> Found:
+def _eps(overall: Series, leaves: list[Series]) -> Found:
     for leaf in _worst(leaves, "eps_dominated", above=0.5):
         share = leaf.usual("eps_dominated")
         yield Finding(
@@ -207,27 +207,26 @@ def _eps(overall: Course, leaves: list[Course]) -> Found:
         )
 
 
-def _rate_high(overall: Course, leaves: list[Course]) -> Found:
-    # Biases begin at 0, where any step is large: matrices alone are looked at, and all together.
-    for course in [overall, *(leaf for leaf in leaves if len(leaf.shape or ()) > 1)]:
-        ratio = course.usual("update_ratio")
-        if course.counts[0] == 1 and 0.3 < course.of.update_ratio[0] < math.inf:
-            ratio = float(course.of.update_ratio[0])  # steps that are too long make their parameters grow
+def _rate_high(overall: Series, leaves: list[Series]) -> Found:
+    # Look at matrices and at all parameters together: biases start at 0, where any step is relatively large.
+    for one in [overall, *(leaf for leaf in leaves if len(leaf.shape or ()) > 1)]:
+        ratio = one.usual("update_ratio")
+        if one.counts[0] == 1 and 0.3 < one.of.update_ratio[0] < math.inf:
+            ratio = float(one.of.update_ratio[0])  # later ratios are smaller: steps that are too long inflate params
         if ratio > 0.1:
             times = "" if math.isinf(ratio) else f" about {_round(ratio / 1e-3)}x"
             yield Finding(
                 "warning",
                 "rate_high",
-                course.path,
+                one.path,
                 ratio,
-                f"an update is {ratio:.2g} of {course.path}, where 0.001 is usual: "
-                f"the learning rate is{times} too high",
+                f"an update is {ratio:.2g} of {one.path}, where 0.001 is usual: the learning rate is{times} too high",
                 "lower it, or warm up",
             )
             return
 
 
-def _rate_low(overall: Course, leaves: list[Course]) -> Found:
+def _rate_low(overall: Series, leaves: list[Series]) -> Found:
     ratio = float(np.max(overall.of.update_ratio, initial=0, where=~np.isnan(overall.of.update_ratio)))
     if 0 < ratio < 1e-5:
         yield Finding(
@@ -241,10 +240,10 @@ def _rate_low(overall: Course, leaves: list[Course]) -> Found:
         )
 
 
-def _warm_up(overall: Course, leaves: list[Course]) -> Found:
+def _warm_up(overall: Series, leaves: list[Series]) -> Found:
     steps, b2 = int(overall.counts[-1]), float(overall.of.b2[-1])
     needed = 1 / (1 - b2) if b2 < 1 else math.inf
-    if 100 <= steps < needed / 15:  # sooner, there is nothing to be said of a run
+    if 100 <= steps < needed / 15:  # too few steps to judge below 100
         yield Finding(
             "warning",
             "warm_up",
@@ -255,7 +254,7 @@ def _warm_up(overall: Course, leaves: list[Course]) -> Found:
         )
 
 
-def _uphill(overall: Course, leaves: list[Course]) -> Found:
+def _uphill(overall: Series, leaves: list[Series]) -> Found:
     cosine = overall.usual("cosine")
     if cosine > 0.2:
         yield Finding(
@@ -268,7 +267,7 @@ def _uphill(overall: Course, leaves: list[Course]) -> Found:
         )
 
 
-def _storage(overall: Course, leaves: list[Course]) -> Found:
+def _storage(overall: Series, leaves: list[Series]) -> Found:
     for leaf in _worst(leaves, "storage_error", above=0.5):
         yield Finding(
             "warning",
@@ -280,7 +279,7 @@ def _storage(overall: Course, leaves: list[Course]) -> Found:
         )
 
 
-RULES: tuple[Callable[[Course, list[Course]], Found], ...] = (
+RULES: tuple[Callable[[Series, list[Series]], Found], ...] = (
     _nonfinite,
     _uphill,
     _no_gradient,
@@ -294,8 +293,8 @@ RULES: tuple[Callable[[Course, list[Course]], Found], ...] = (
 )
 
 
-def _worst(leaves: list[Course], name: str, above: float) -> list[Course]:
-    """Those whose usual figure is above a bound, the largest first."""
+def _worst(leaves: list[Series], name: str, above: float) -> list[Series]:
+    """Return the series whose median is above a bound, the largest first."""
     found = [leaf for leaf in leaves if leaf.usual(name) > above]
     return sorted(found, key=lambda leaf: -leaf.usual(name))
 
@@ -305,7 +304,7 @@ def _percent(x: float) -> str:
 
 
 def _round(x: float) -> str:
-    """To one digit."""
+    """Round to one digit."""
     return f"{float(f'{x:.0e}'):.0f}"
 
 

@@ -1,5 +1,6 @@
-"""Figures over the course of a run: collected, drawn, and written for others to draw."""
+"""Figures of a whole run: collect, plot and log them."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,10 +9,10 @@ import jax
 import numpy as np
 
 from adamjax._core.optional import require
-from adamjax.diagnostics._explain import Course, Finding, courses, explain
+from adamjax.diagnostics._explain import Finding, Series, explain, series
 from adamjax.diagnostics._measure import AdamStats, check_stats
 
-# What is drawn: the figure, the title, whether on a logarithmic scale.
+# The panels of the plot: figure, title, and True for a logarithmic scale.
 _PANELS = (
     ("gradient_norm", "norm of the gradient", True),
     ("update_norm", "norm of the update", True),
@@ -24,7 +25,7 @@ _MOST_LABELS = 12
 
 
 class History:
-    """What was measured in the course of a run, on the host.
+    """The measurements of a run, on the host.
 
     >>> import adamjax, jax, jax.numpy as jnp
     >>> opt, params = adamjax.adam(0.1), {"w": jnp.array([1.0, -2.0])}
@@ -42,7 +43,7 @@ class History:
         self._stats: list[AdamStats] = []
 
     def append(self, stats: AdamStats) -> None:
-        """Add a measurement; waits for the device."""
+        """Add a measurement. This waits for the device."""
         self._stats.append(jax.device_get(check_stats(stats)))
 
     def __iter__(self) -> Iterator[AdamStats]:
@@ -52,14 +53,14 @@ class History:
         return len(self._stats)
 
     def explain(self) -> list[Finding]:
-        """What is wrong with the run; see `adamjax.diagnostics.explain`."""
+        """Return the findings about the run; see `adamjax.diagnostics.explain`."""
         return explain(self._stats)
 
-    def plot(self, path: Any = None) -> Any:
-        """Draw norms, ratios, and what eps and rounding take, over time: a line for each parameter.
+    def plot(self, path: str | os.PathLike[str] | None = None) -> Any:
+        """Plot norms, ratios, and the losses to eps and rounding over time, with a line for each parameter.
 
         Args:
-          path: The file to write, such as "diagnostics.png"; None to get the figure.
+          path: The file to write, such as "diagnostics.png". None: only return the figure.
 
         Returns:
           The matplotlib figure.
@@ -68,7 +69,7 @@ class History:
           ImportError: matplotlib is not installed.
           ValueError: Nothing has been measured.
         """
-        overall, leaves = courses(self._stats)
+        overall, leaves = series(self._stats)
         figures = require("matplotlib.figure", "demo", "drawing a history")
         colors = require("matplotlib", "demo", "drawing a history").colormaps["viridis"]
         figure = figures.Figure(figsize=(15, 8), layout="constrained")
@@ -82,7 +83,7 @@ class History:
             elif any(np.any(np.asarray(line.get_ydata()) > 0) for line in axis.lines):
                 axis.set_yscale("log")
         handles, labels = axis.get_legend_handles_labels()
-        if len(labels) > _MOST_LABELS:  # the first and the last say what the colours mean
+        if len(labels) > _MOST_LABELS:  # the first and last parameter suffice to read the colours
             keep = [0, len(labels) - 2, len(labels) - 1]
             handles, labels = [handles[i] for i in keep], [labels[i] for i in keep]
         figure.legend(handles, labels, loc="outside lower center", ncols=4)
@@ -91,19 +92,19 @@ class History:
         return figure
 
 
-def _draw(axis: Any, course: Course, name: str, **style: Any) -> None:
-    y = getattr(course.of, name)
-    axis.plot(course.counts, np.where(np.isfinite(y), y, np.nan), marker="." if len(y) < 2 else None, **style)
+def _draw(axis: Any, figures: Series, name: str, **style: Any) -> None:
+    y = getattr(figures.of, name)
+    axis.plot(figures.counts, np.where(np.isfinite(y), y, np.nan), marker="." if len(y) < 2 else None, **style)
 
 
 def scalars(stats: AdamStats) -> dict[str, float]:
-    """The figures by the tags that a log has for them: "gradient_norm/all", "gradient_norm/layer_0/kernel", ...
+    """Return the figures by their tags in a log: "gradient_norm/all", "gradient_norm/layer_0/kernel", ...
 
     Args:
-      stats: What `measure` returned for one step of one run.
+      stats: The result of `measure` for one step of one run.
 
     Returns:
-      A Python float for each tag: of each figure that of all parameters, and of each.
+      A Python float per tag: each figure for all parameters together, and for each one.
 
     Raises:
       TypeError: `stats` is something else.
@@ -126,7 +127,7 @@ def scalars(stats: AdamStats) -> dict[str, float]:
 
 
 class LogWriter:
-    """Writes figures where TensorBoard reads them, by `scalars`' tags; a context.
+    """A log for TensorBoard, with the tags of `scalars`; a context manager.
 
     Args:
       folder: The folder of the log.
@@ -135,12 +136,12 @@ class LogWriter:
       ImportError: tensorboardX is not installed.
     """
 
-    def __init__(self, folder: Any) -> None:
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
         writers = require("tensorboardX", "tensorboard", "writing a log for TensorBoard")
         self._writer = writers.SummaryWriter(str(Path(folder)))
 
     def write(self, stats: AdamStats) -> None:
-        """Add what was measured at one step."""
+        """Add the measurements of one step."""
         self.scalars(int(stats.count), scalars(stats))
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
@@ -149,7 +150,7 @@ class LogWriter:
             self._writer.add_scalar(tag, x, step)
 
     def close(self) -> None:
-        """Write what is left, and close the file."""
+        """Flush and close the file."""
         self._writer.close()
 
     def __enter__(self) -> "LogWriter":

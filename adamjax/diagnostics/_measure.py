@@ -1,4 +1,4 @@
-"""What one step looks like: gradients, updates, moments and parameters in numbers."""
+"""Statistics of one step: of its gradients, updates, moments and parameters."""
 
 from typing import Any, NamedTuple
 
@@ -11,70 +11,71 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from adamjax._core import checks, collectives, low_precision, trees
 from adamjax._core.numerics import abs_sq
 from adamjax._core.quantization import is_moment
-from adamjax._core.typing import PyTree
+from adamjax._core.typing import AxisName, GradientTransformation, Path, PyTree, Scalar
 from adamjax._core.value import Value, static_field, value
 from adamjax._transforms import moment_storage
 from adamjax._transforms.adam import scale_by_adam
+from adamjax._transforms.moment_storage import Moment
 from adamjax._transforms.moments import find_moments
 
-_SAMPLE = 1024  # elements of a parameter that the quantiles are taken of
+_SAMPLE = 1024  # elements per parameter for the quantiles
 _QUANTILES = (0.05, 0.5, 0.95)
 
 
 class LeafStats(NamedTuple):
-    """Figures of one parameter, of all together, or of each in turn: float32 throughout.
+    """Figures of one parameter, of all together, or of each in turn: float32 arrays.
 
     Fields:
-      size: Number of elements.
+      size: The number of elements.
       gradient_norm, update_norm, parameter_norm: Euclidean norms.
-      update_ratio: Root mean square of the update over that of the parameter; infinite where the
+      update_ratio: The root mean square of the update divided by that of the parameter; infinite if the
         parameter is 0.
-      rate_low, rate_median, rate_high: The effective learning rate, |update| / |bias-corrected first moment|:
-        its 5th, 50th and 95th percentile, over up to 1024 elements. Weight decay is part of the update.
-        Of all parameters together: the means of theirs, by size.
-      eps_dominated: Of the elements whose second moment is not 0, the fraction where eps is larger than its root.
-      lost: Of the updates that are not 0, the fraction that rounding to the parameter's dtype discards.
+      rate_low, rate_median, rate_high: The 5th, 50th and 95th percentiles of the effective learning rate,
+        |update| / |bias-corrected first moment|, over up to 1024 elements. The update includes weight decay.
+        For all parameters together: the means of their percentiles, weighted by size.
+      eps_dominated: The fraction of elements with eps larger than the root of the second moment, among
+        those whose second moment is not 0.
+      lost: The fraction of updates that rounding to the parameter's dtype discards, among those not 0.
       zero_gradients, nonfinite_gradients: Fractions of the elements.
-      storage_error: Root mean square of what storing the moments in fewer bits changes of the next
-        direction, relative to the direction; from the spacing of the stored numbers.
-      signal_to_noise: Root mean square of the first moment over that of the root of the second one,
-        both bias-corrected: 1 where gradients are the same at each step; 0.23 where they are pure
-        noise, with b1 = 0.9.
-      cosine: Of the angle between update and gradient: -1 is straight downhill.
+      storage_error: The root mean square change of the next direction due to storing the moments in fewer
+        bits, relative to the direction; estimated from the spacing of the stored numbers.
+      signal_to_noise: The root mean square of the first moment divided by that of the root of the second
+        one, both bias-corrected: 1 for the same gradients at each step; 0.23 for pure noise, with b1 = 0.9.
+      cosine: The cosine of the angle between update and gradient: -1 is straight downhill.
       b2, eps: Hyperparameters that the figures depend on.
     """
 
-    size: Any
-    gradient_norm: Any
-    update_norm: Any
-    parameter_norm: Any
-    update_ratio: Any
-    rate_low: Any
-    rate_median: Any
-    rate_high: Any
-    eps_dominated: Any
-    lost: Any
-    zero_gradients: Any
-    nonfinite_gradients: Any
-    storage_error: Any
-    signal_to_noise: Any
-    cosine: Any
-    b2: Any
-    eps: Any
+    size: Array | np.ndarray
+    gradient_norm: Array | np.ndarray
+    update_norm: Array | np.ndarray
+    parameter_norm: Array | np.ndarray
+    update_ratio: Array | np.ndarray
+    rate_low: Array | np.ndarray
+    rate_median: Array | np.ndarray
+    rate_high: Array | np.ndarray
+    eps_dominated: Array | np.ndarray
+    lost: Array | np.ndarray
+    zero_gradients: Array | np.ndarray
+    nonfinite_gradients: Array | np.ndarray
+    storage_error: Array | np.ndarray
+    signal_to_noise: Array | np.ndarray
+    cosine: Array | np.ndarray
+    b2: Array | np.ndarray
+    eps: Array | np.ndarray
 
 
 @value
 class AdamStats(Value):
-    """What `measure` found; `stats["layer_0/kernel"]` is that of one parameter.
+    """The result of `measure`; `stats["layer_0/kernel"]` has the figures of one parameter.
 
     Fields:
-      count: int32 scalar, the steps done, this one included.
-      overall: Of all parameters together, scalars. `b2` and `eps` are the largest.
-      leaves: Of each parameter, float32[number of parameters] each, in the order of `paths`.
-      paths, shapes, dtypes: Of the parameters.
+      count: int32 scalar, the number of steps done, including this one.
+      overall: The figures of all parameters together, scalars. `b2` and `eps` are the largest.
+      leaves: The figures of each parameter, float32[number of parameters], in the order of `paths`.
+      paths, shapes, dtypes: Those of the parameters.
     """
 
-    count: Any
+    count: Array
     overall: LeafStats
     leaves: LeafStats
     paths: tuple[str, ...] = static_field()
@@ -90,8 +91,8 @@ class AdamStats(Value):
         return f"AdamStats({len(self.paths)} parameters)"
 
 
-def check_stats(x: Any) -> AdamStats:
-    """`x`, if it is what `measure` returns."""
+def check_stats(x: object) -> AdamStats:
+    """Check that `x` is a result of `measure`."""
     if not isinstance(x, AdamStats):
         raise TypeError(f"Invalid stats value: {x!r}; stats must be what adamjax.diagnostics.measure returned")
     return x
@@ -100,21 +101,21 @@ def check_stats(x: Any) -> AdamStats:
 class _Sums(NamedTuple):
     """Sums over the elements of one parameter."""
 
-    size: Any
-    gradient: Any  # of squares, as the next two
-    update: Any
-    parameter: Any
-    product: Any  # of gradient and update
-    zero: Any  # counts, up to `dominated`
-    nonfinite: Any
-    moved: Any
-    lost: Any
-    alive: Any
-    dominated: Any
-    signal: Any  # of squares, from here on
-    noise: Any
-    direction: Any
-    error: Any
+    size: Array
+    gradient: Array  # squares, like the next two
+    update: Array
+    parameter: Array
+    product: Array  # gradient times update
+    zero: Array  # counts, down to `dominated`
+    nonfinite: Array
+    moved: Array
+    lost: Array
+    alive: Array
+    dominated: Array
+    signal: Array  # squares, from here on
+    noise: Array
+    direction: Array
+    error: Array
 
 
 def measure(
@@ -123,21 +124,22 @@ def measure(
     state: PyTree,
     params: PyTree,
     *,
-    opt: Any = None,
-    axis_name: collectives.AxisName = None,
+    opt: GradientTransformation | None = None,
+    axis_name: AxisName = None,
 ) -> AdamStats:
     """Measure one step of an optimizer of the Adam family.
 
-    A pure function for inside or outside of `jax.jit`; all it costs is one more pass over its arguments.
+    This is a pure function, for use inside or outside `jax.jit`. It costs one more pass over its arguments.
 
     Args:
-      grads: The gradients given to `update`; of a scaled loss, what `unscale` makes of them.
-      updates: What `update` returned for them.
-      state: The state that came with the updates. Moments are found wherever they are in it, optax's too.
+      grads: The gradients given to `update`; unscaled by `unscale` if the loss was scaled.
+      updates: The updates that `update` returned for them.
+      state: The state that `update` returned. Moments are found anywhere in it, also those of optax.
       params: The parameters before the step.
-      opt: The optimizer, for its b1, b2, eps and form of AMSGrad. None, or one that is not ours: those of `adam()`.
-      axis_name: Inside `jax.shard_map` or `jax.pmap`, where the arguments are shards: the mapped axis
-        (or axes) over which they are. The quantiles are then means of the shards' quantiles.
+      opt: The optimizer, for its b1, b2, eps and form of AMSGrad. None, or an optimizer of another library:
+        those of `adam()`.
+      axis_name: The mapped axis (or axes) over which the arguments are sharded, inside `jax.shard_map` or
+        `jax.pmap`. The quantiles are then means of the shards' quantiles.
 
     Returns:
       Figures of each parameter that has a gradient, and of all together.
@@ -191,22 +193,24 @@ def measure(
 
 
 class _Moments(NamedTuple):
-    """What a state holds of one parameter."""
+    """The moments of one parameter in a state."""
 
-    count: Any
-    m: Any
-    v: Any
-    v_max: Any
-    member: Any  # of the optimizer, that has the hyperparameters
+    count: Array  # type: ignore[assignment]  # hides tuple.count
+    m: Moment
+    v: Moment
+    v_max: Moment | None
+    member: Any  # the part of the optimizer that has the hyperparameters
 
 
-def _moments_by_path(state: PyTree, opt: Any, params: PyTree, needed: set[Any]) -> dict[Any, _Moments]:
-    """The moments of the parameters, by their key paths: at least of those that are `needed`."""
+def _moments_by_path(
+    state: PyTree, opt: GradientTransformation | None, params: PyTree, needed: set[Path]
+) -> dict[Path, _Moments]:
+    """Find the moments of the parameters by path; raise if some of the `needed` ones are missing."""
     keys = [key for key, _ in jax.tree.leaves_with_path(params)]
     nodes = find_moments(state)
     if not nodes:
         raise ValueError("there are no moments in the state: measure takes what init or update of Adam returned")
-    found: dict[Any, _Moments] = {}
+    found: dict[Path, _Moments] = {}
     for (where, node), member in zip(nodes, _members(opt, nodes), strict=True):
         maxima = getattr(node, "nu_max", None)
         structure: Any
@@ -214,10 +218,10 @@ def _moments_by_path(state: PyTree, opt: Any, params: PyTree, needed: set[Any]) 
         columns = [[None] * len(with_paths) if x is None else structure.flatten_up_to(x) for x in (node.nu, maxima)]
         for (key, m), v, v_max in zip(with_paths, *columns, strict=True):
             if m is not None:
-                # Either there is a tree in the state, or the state of a parameter in a tree like theirs.
-                whose = key if key in keys else max((k for k in keys if where[-len(k) :] == k), key=len, default=None)
-                if whose is not None:
-                    found[whose] = _Moments(node.count, m, v, v_max, member)
+                # The state has trees of moments, or a tree like params with a state for each parameter.
+                owner = key if key in keys else max((k for k in keys if where[-len(k) :] == k), key=len, default=None)
+                if owner is not None:
+                    found[owner] = _Moments(node.count, m, v, v_max, member)
     for key, p in jax.tree.leaves_with_path(params):
         if key not in needed:
             continue
@@ -236,10 +240,10 @@ def _moments_by_path(state: PyTree, opt: Any, params: PyTree, needed: set[Any]) 
     return found
 
 
-def _members(opt: Any, nodes: list[Any]) -> list[Any]:
-    """For each of the nodes the part of `opt` that it is the state of."""
+def _members(opt: GradientTransformation | None, nodes: list[tuple[Path, Any]]) -> list[Any]:
+    """Return the part of `opt` that each node of the state belongs to."""
 
-    def has_betas(x: Any) -> bool:
+    def has_betas(x: object) -> bool:
         return all(hasattr(x, name) for name in ("b1", "b2", "eps"))
 
     members = [x for x in jax.tree.leaves(opt, is_leaf=has_betas) if has_betas(x)]
@@ -255,31 +259,30 @@ def _members(opt: Any, nodes: list[Any]) -> list[Any]:
     return members
 
 
-def _float32(name: str, x: Any) -> Array:
+def _float32(name: str, x: Scalar) -> Array:
     return jnp.asarray(checks.as_scalar(name, x, np.dtype(np.float32)))
 
 
-def _leaf(g: Any, u: Any, p: Any, found: _Moments) -> tuple[Array, Array]:
-    """The sums over the elements of a parameter, and the quantiles of its effective learning rates."""
+def _leaf(g: Array, u: Array, p: Array, found: _Moments) -> tuple[Array, Array]:
+    """Return the sums over the elements of a parameter, and the quantiles of its effective learning rates."""
     m, v = found.m, found.v
     g, u, p = map(jnp.asarray, (g, u, p))
-    if jnp.iscomplexobj(p) and m.shape != np.shape(p):  # as torch has them: real and imaginary parts
+    if jnp.iscomplexobj(p) and m.shape != np.shape(p):  # torch stores real and imaginary parts
         g, u, p = (jnp.stack([x.real, x.imag], axis=-1) for x in (g, u, p))
     dtype = trees.compute_dtype(*map(trees.dtype_of, (g, u, p)), m.dtype)
     real = trees.real_dtype(dtype)
-    lost = (u != 0) & (_landed(p, u, dtype) == p.astype(dtype))
+    lost = (u != 0) & (_rounded_sum(p, u, dtype) == p.astype(dtype))
     g, u, p = g.astype(dtype), u.astype(dtype), p.astype(dtype)
     v_loaded = moment_storage.load(v, real, g)
     v_max = None if found.v_max is None else moment_storage.load(found.v_max, real, g)
     t = jnp.maximum(found.count, 1).astype(real)
     parts = found.member.parts(moment_storage.load(m, dtype, g), v_loaded, v_max, t)
-    # No second moment, no direction.
     alive = parts.root > 0
-    scale = jnp.where(alive, 1 / jnp.where(alive, parts.root + parts.eps, 1), 0)
+    scale = jnp.where(alive, 1 / jnp.where(alive, parts.root + parts.eps, 1), 0)  # no second moment, no direction
     direction = abs_sq(parts.m_hat) * scale * scale
     error = jnp.zeros_like(scale)
     if (step := moment_storage.ulp(m)) is not None:
-        # Rounded stochastically, a number is off by its spacing over the root of 6, in the mean square.
+        # The root mean square error of stochastic rounding is the spacing divided by the root of 6.
         off = found.member.parts(step.astype(dtype), v_loaded, v_max, t).m_hat
         error += abs_sq(off) * scale * scale / 6
     if (step := moment_storage.ulp(v)) is not None:
@@ -308,16 +311,16 @@ def _leaf(g: Any, u: Any, p: Any, found: _Moments) -> tuple[Array, Array]:
 
 
 def _quantiles(x: Array) -> Array:
-    """Of those that are finite; 0 where none is."""
+    """Return the quantiles of the finite elements, or 0 if there are none."""
     count = jnp.sum(jnp.isfinite(x).astype(np.float32))
     ranks = jnp.round(np.asarray(_QUANTILES, np.float32) * jnp.maximum(count - 1, 0)).astype(np.int32)
     return jnp.where(count > 0, jnp.sort(x)[ranks], 0)
 
 
 def _summed(terms: list[Array]) -> Array:
-    """The sum of each, stacked."""
+    """Return the sum of each term, stacked."""
     if terms[0].ndim > 1:
-        # All in one reduction: one at a time, XLA would read the arrays for each, or keep the terms.
+        # Reduce all terms at once. One at a time, XLA would read the arrays for each, or store the terms.
         zeros = [np.zeros((), x.dtype) for x in terms]
         terms = jax.lax.reduce(
             terms, zeros, lambda a, b: [x + y for x, y in zip(a, b, strict=True)], [terms[0].ndim - 1]
@@ -325,19 +328,19 @@ def _summed(terms: list[Array]) -> Array:
     return jnp.stack([jnp.sum(x) for x in terms])
 
 
-def _landed(p: Any, u: Any, dtype: np.dtype) -> Array:
-    """Where `p + u` is once it is rounded to the dtype of `p`."""
+def _rounded_sum(p: Array, u: Array, dtype: np.dtype) -> Array:
+    """Return `p + u`, rounded to the dtype of `p`."""
     target = p.astype(dtype) + u.astype(dtype)
     return low_precision.round_to_nearest(target, p.dtype) if low_precision.is_low_precision(p.dtype) else target
 
 
 def _some(x: Array) -> Array:
-    """Up to 1024 elements, from everywhere."""
+    """Sample up to 1024 elements, evenly spread."""
     if not x.ndim:
         return x[None]
     if x.size <= _SAMPLE:
         positions = np.arange(x.size)
-    else:  # as even as random numbers are not: Weyl, 1916
+    else:  # a Weyl sequence, more even than random numbers
         positions = (np.arange(_SAMPLE) * (5**0.5 - 1) / 2 % 1 * x.size).astype(int)
     index = tuple(np.unravel_index(positions, x.shape))
     mesh = jax.typeof(x).sharding.mesh
@@ -347,8 +350,8 @@ def _some(x: Array) -> Array:
 
 
 def _figures(s: _Sums, rates: Array, hyper: Array) -> LeafStats:
-    def over(x: Any, of: Any) -> Any:
-        return jnp.where(x == 0, 0, x / jnp.where(x == 0, 1, of))
+    def over(x: Array, total: Array) -> Array:
+        return jnp.where(x == 0, 0, x / jnp.where(x == 0, 1, total))
 
     return LeafStats(
         size=s.size,

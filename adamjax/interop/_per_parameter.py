@@ -36,7 +36,9 @@ class PerParameter(Leafwise):
         ps = [None] * len(column) if params is None else params.leaves
         rows = zip(updates.leaves, column, ps, strict=True)
         steps = [None if g is None else self._transforms_of_one(g, s, p) for g, s, p in rows]
-        return [StepPerParameter(steps, updates, column)]
+        # The last transform of a parameter makes its new state; the others have none.
+        leaf_states = [() if step is None else (step[-1].leaf_states or ((),))[0] for step in steps]
+        return [StepPerParameter(steps, updates, column, leaf_states)]
 
     def _transforms_of_one(self, g: Any, state: PyTree, p: Any) -> list[LeafTransform]:
         """The step of one parameter."""
@@ -58,16 +60,13 @@ class StepPerParameter(LeafTransform):
       steps: The transforms of each; None where it is frozen.
       updates: For their structure.
       states: The state of each before the step.
+      leaf_states: The leaf state of each.
     """
 
     steps: list[list[LeafTransform] | None]
     updates: Leaves
     states: list[Any]
-
-    @property
-    def leaf_states(self) -> list[Any]:
-        """The leaf state of the last transform of each, which makes its new state."""
-        return [() if step is None else step[-1].leaf_states[0] for step in self.steps]  # type: ignore[index]
+    leaf_states: Sequence[Any]
 
     def ops_for(self, index: int, dtype: np.dtype, p: Any) -> Sequence[LeafOp]:
         """The operations of one parameter; on real and imaginary parts, where it is complex."""

@@ -1,6 +1,6 @@
-"""States of torch.optim's Adam family to ours, and back."""
+"""Convert states of torch.optim's Adam family to adamjax and back."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from adamjax._core import checks, trees
 from adamjax._core.optional import require
-from adamjax._core.typing import PyTree
+from adamjax._core.typing import GradientTransformation, PyTree, ScalarOrSchedule
 from adamjax._transforms.adam import ScaleByAdam
 from adamjax._transforms.adamax import ScaleByAdamax
 from adamjax._transforms.base import as_transformation
@@ -22,7 +22,7 @@ from adamjax._transforms.weight_decay import AddDecayedWeights, CoupledDecay
 from adamjax.interop._per_parameter import PerParameter
 from adamjax.interop._torch_variants import ScaleByTorchNAdam, ScaleByTorchRAdam
 
-# Ours, and what torch calls them.
+# Our names of state fields, and torch's.
 _NAMES = {
     ScaleByAdam: {"mu": "exp_avg", "nu": "exp_avg_sq", "nu_max": "max_exp_avg_sq"},
     ScaleByTorchNAdam: {"mu": "exp_avg", "nu": "exp_avg_sq", "mu_product": "mu_product"},
@@ -32,19 +32,24 @@ _NAMES = {
 _TORCH = {ScaleByAdam: "Adam", ScaleByTorchNAdam: "NAdam", ScaleByTorchRAdam: "RAdam", ScaleByAdamax: "Adamax"}
 _MOMENTS = ("mu", "nu", "nu_max")
 
-Convert = Callable[[str, np.ndarray], Any]
-Entries = Mapping[str, Mapping[str, Any]]
+StateDict = Mapping[str, Any] | str | Path
+Order = list[str] | None
+Convert = Callable[[str, np.ndarray], np.ndarray] | None
+Entry = Mapping[str, Any]  # torch's state of one parameter
+Entries = Mapping[str, Entry]  # by our paths
+ParamGroups = Sequence[Mapping[str, Any]] | None
+ParamState = Any  # our state of one parameter: a NamedTuple with a count
 
 
 class _Parts(NamedTuple):
-    """What a chain of torch's kind is made of."""
+    """The parts of a chain that torch has too."""
 
     moments: Any
     per_parameter: bool
     maximize: bool
-    coupled: Any
-    decoupled: Any
-    lr: Any
+    coupled: ScalarOrSchedule
+    decoupled: ScalarOrSchedule
+    lr: ScalarOrSchedule
 
     @property
     def names(self) -> dict[str, str]:
@@ -59,29 +64,29 @@ class _Parts(NamedTuple):
 
 
 def import_state(
-    opt: Any, params: PyTree, state_dict: Any, *, order: list[str] | None = None, convert: Convert | None = None
+    opt: GradientTransformation, params: PyTree, state_dict: StateDict, *, order: Order = None, convert: Convert = None
 ) -> PyTree:
-    """The state of `opt` that continues a run of torch.optim.
+    """Convert the state of a run of torch.optim to one with which `opt` continues it.
 
     Args:
-      opt: One of `adamjax.interop.torch`; or `adamjax.adam`, `adamw`, `amsgrad` or `adamax`, as far as
-        torch has the same, all of whose parameters then must have done as many steps; or
-        `adamjax.groups` of such.
+      opt: An optimizer of `adamjax.interop.torch`; or `adamjax.adam`, `adamw`, `amsgrad` or `adamax`, with
+        options that torch has too, if all parameters have done the same number of steps; or
+        `adamjax.groups` of such optimizers.
       params: The parameters, or `jax.ShapeDtypeStruct`s.
-      state_dict: What torch's `optimizer.state_dict()` returns, all its groups; its tensors may be
-        NumPy arrays. Or the path of a file: written by `torch.save`, or safetensors with keys
+      state_dict: The result of torch's `optimizer.state_dict()`, with all its groups; NumPy arrays may
+        replace its tensors. Or the path of a file: written by `torch.save`, or safetensors with keys
         such as "state.0.exp_avg".
       order: The paths ("layer_0/kernel") of the parameters in torch's order, group after group. None:
-        torch's order is that of the leaves of `params`; of `adamjax.groups`, member after member.
-      convert: Makes the array of `params`' layout out of torch's, for each moment: a function of path and
-        array, such as `lambda path, x: x.T if path.endswith("kernel") else x`.
+        the order of the leaves of `params`; for `adamjax.groups`, member after member.
+      convert: A function of path and array that converts each of torch's moments to the layout of `params`,
+        such as `lambda path, x: x.T if path.endswith("kernel") else x`.
 
     Returns:
-      The state. A parameter that has no state in torch, for it never had a gradient, starts anew.
+      The state. A parameter without state in torch, because it never had a gradient, starts from zero.
 
     Raises:
-      ValueError, TypeError: The two do not fit: another optimizer, a parameter too many or too few, another
-        shape, wider numbers, steps that differ where there is one count. The message names the path.
+      ValueError, TypeError: The two do not fit: another optimizer, too many or too few parameters, another
+        shape, wider numbers, or step counts that differ if `opt` has only one. The message names the path.
       ImportError: A file is given, and torch or safetensors is not installed.
     """
     state_dict = _read(state_dict)
@@ -91,7 +96,7 @@ def import_state(
     return _imported(opt, params, entries, state_dict.get("param_groups"), convert)
 
 
-def _imported(opt: Any, params: PyTree, entries: Entries, groups: Any, convert: Convert | None) -> PyTree:
+def _imported(opt: Any, params: PyTree, entries: Entries, groups: ParamGroups, convert: Convert) -> PyTree:
     if isinstance(opt, Groups):
         return tuple(
             _imported(member, part, {path: entries[path] for path in _leaves(part) if path in entries}, groups, convert)
@@ -109,21 +114,21 @@ def _imported(opt: Any, params: PyTree, entries: Entries, groups: Any, convert: 
 
 
 def export_state(
-    opt: Any, params: PyTree, state: PyTree, *, order: list[str] | None = None, convert: Convert | None = None
+    opt: GradientTransformation, params: PyTree, state: PyTree, *, order: Order = None, convert: Convert = None
 ) -> dict[str, Any]:
-    """A `state_dict` with which `load_state_dict` of torch's optimizer continues a run of `opt`.
+    """Convert a state of `opt` to a `state_dict` with which torch's optimizer continues the run.
 
     Args:
       opt, params, order: As for `import_state`.
       state: The state of `opt`.
-      convert: Makes the array of torch's layout out of ours, for each moment.
+      convert: A function of path and array that converts each moment to torch's layout.
 
     Returns:
-      A dict of "state" and "param_groups" (one, or one for each member of `adamjax.groups`, with its
-      hyperparameters; a schedule's learning rate is that of the next step), with torch tensors.
+      A dict with "state" and "param_groups", of torch tensors. There is one group, or one for each member of
+      `adamjax.groups`, with its hyperparameters; the value of a schedule is that of the next step.
 
     Raises:
-      TypeError, ValueError: torch has no such optimizer, or `state` is not of `params`.
+      TypeError, ValueError: torch has no such optimizer, or `state` does not belong to `params`.
       ImportError: torch is not installed.
     """
     torch = require("torch", "torch", "exporting to torch")
@@ -152,7 +157,7 @@ def export_state(
 
 
 def _members(opt: Any, params: PyTree, state: PyTree) -> list[tuple[Any, PyTree, PyTree]]:
-    """The optimizers in `opt`, with their parameters and states."""
+    """Return the optimizers in `opt`, with their parameters and states."""
     if not isinstance(opt, Groups):
         return [(opt, params, state)]
     return [
@@ -163,7 +168,7 @@ def _members(opt: Any, params: PyTree, state: PyTree) -> list[tuple[Any, PyTree,
 
 
 def _parts(opt: Any) -> _Parts:
-    """Read a chain of torch's kind; refuse one that torch has not."""
+    """Read the parts of a chain; raise if torch has no such optimizer."""
     found: dict[str, Any] = {"maximize": False, "coupled": 0.0, "decoupled": 0.0, "per_parameter": False}
     try:
         if not isinstance(opt, Chain):
@@ -194,20 +199,20 @@ def _parts(opt: Any) -> _Parts:
 
 
 def _leaves(params: PyTree) -> dict[str, Any]:
-    """The parameters by their paths."""
+    """Return the parameters by path."""
     return {trees.path_of(key): leaf for key, leaf in jax.tree.leaves_with_path(params)}
 
 
-def _split(parts: _Parts, params: PyTree, state: PyTree) -> dict[str, Any]:
-    """The states of the parameters, each with a count, by their paths."""
+def _split(parts: _Parts, params: PyTree, state: PyTree) -> dict[str, ParamState]:
+    """Return the states of the parameters, each with a count, by path."""
     structure: Any = jax.tree.structure(params)
     if parts.per_parameter:
         return dict(zip(_leaves(params), structure.flatten_up_to(state), strict=True))
     for path, leaf in _leaves(params).items():
         if jnp.iscomplexobj(leaf):
             raise TypeError(
-                f"{path} is complex, and torch keeps a second moment for each part of it: use one of "
-                "adamjax.interop.torch, which do as well"
+                f"{path} is complex, and torch keeps a second moment for each part of it: use an optimizer of "
+                "adamjax.interop.torch, which does the same"
             )
     columns = {name: structure.flatten_up_to(getattr(state, name)) for name in parts.names}
     return {
@@ -216,8 +221,8 @@ def _split(parts: _Parts, params: PyTree, state: PyTree) -> dict[str, Any]:
     }
 
 
-def _merge(parts: _Parts, params: PyTree, states: dict[str, Any]) -> PyTree:
-    """The reverse of `_split`."""
+def _merge(parts: _Parts, params: PyTree, states: dict[str, ParamState]) -> PyTree:
+    """Undo `_split`."""
     structure: Any = jax.tree.structure(params)
     if parts.per_parameter:
         return structure.unflatten(states.values())
@@ -225,15 +230,15 @@ def _merge(parts: _Parts, params: PyTree, states: dict[str, Any]) -> PyTree:
     for path, s in states.items():
         if s.count != states[first].count:
             raise ValueError(
-                f"{path} has done {s.count} steps and {first} {states[first].count}, where opt counts those of "
-                "all together: import into one of adamjax.interop.torch, which count each"
+                f"{path} has done {s.count} steps and {first} {states[first].count}, but opt has one count for "
+                "all: import into an optimizer of adamjax.interop.torch, which counts for each"
             )
     columns = {name: structure.unflatten([getattr(s, name) for s in states.values()]) for name in parts.names}
     return states[first]._replace(**columns)
 
 
-def _places(opt: Any, params: PyTree, order: list[str] | None) -> list[str]:
-    """The paths of the parameters in torch's order."""
+def _places(opt: Any, params: PyTree, order: Order) -> list[str]:
+    """Return the paths of the parameters in torch's order."""
     paths = _paths(opt, params)
     if order is None:
         return paths
@@ -248,14 +253,15 @@ def _places(opt: Any, params: PyTree, order: list[str] | None) -> list[str]:
 
 
 def _paths(opt: Any, params: PyTree) -> list[str]:
-    """The paths of the parameters, of `adamjax.groups` member after member."""
+    """Return the paths of the parameters; for `adamjax.groups`, member after member."""
     if not isinstance(opt, Groups):
         return list(_leaves(params))
     parts = zip(opt.members, opt.split_params(params), strict=True)
     return [path for member, part in parts for path in _paths(member, part)]
 
 
-def _read(state_dict: Any) -> Mapping[str, Any]:
+def _read(state_dict: StateDict) -> Mapping[str, Any]:
+    """Load a state_dict from a file, if it is a path, and nest it if its keys are flat."""
     if isinstance(state_dict, (str, Path)):
         if Path(state_dict).suffix == ".safetensors":
             state_dict = require("safetensors.numpy", "torch", "reading a safetensors file").load_file(state_dict)
@@ -279,7 +285,7 @@ def _read(state_dict: Any) -> Mapping[str, Any]:
 
 
 def _entries(state_dict: Mapping[str, Any], places: list[str]) -> Entries:
-    """What torch keeps for each parameter, by our paths."""
+    """Return torch's state of each parameter, by our paths."""
     groups = state_dict.get("param_groups")
     indices = [i for group in groups for i in group["params"]] if groups else sorted(state_dict["state"])
     if len(indices) != len(places):
@@ -291,8 +297,8 @@ def _entries(state_dict: Mapping[str, Any], places: list[str]) -> Entries:
     return {path: state_dict["state"][i] for i, path in zip(indices, places, strict=True) if i in state_dict["state"]}
 
 
-def _check_names(parts: _Parts, entries: Entries, groups: Any) -> None:
-    """Check that torch's optimizer is the same, and keeps the same."""
+def _check_names(parts: _Parts, entries: Entries, groups: ParamGroups) -> None:
+    """Check that torch's optimizer is the same, and has the same fields in its state."""
     theirs = _torch_name(groups, entries)
     if theirs not in (None, parts.torch_name):
         raise ValueError(f"the state_dict is of torch.optim.{theirs}, but opt is like torch.optim.{parts.torch_name}")
@@ -306,8 +312,8 @@ def _check_names(parts: _Parts, entries: Entries, groups: Any) -> None:
             raise ValueError(f"the state of {path} has {', '.join(sorted(more))}, which opt has no place for{hint}")
 
 
-def _torch_name(groups: Any, entries: Entries) -> str | None:
-    """The optimizer that a state_dict is of, as far as it says."""
+def _torch_name(groups: ParamGroups, entries: Entries) -> str | None:
+    """Return the class of the optimizer of a state_dict, or None if it does not tell."""
     keys = {name for entry in entries.values() for name in entry}
     if "exp_inf" in keys:
         return "Adamax"
@@ -318,8 +324,8 @@ def _torch_name(groups: Any, entries: Entries) -> str | None:
     return "Adam" if "amsgrad" in groups[0] else "RAdam" if keys or "betas" in groups[0] else None
 
 
-def _filled(parts: _Parts, path: str, state: Any, entry: Mapping[str, Any], convert: Convert | None) -> Any:
-    """The state of one parameter, from torch's."""
+def _filled(parts: _Parts, path: str, state: ParamState, entry: Entry, convert: Convert) -> ParamState:
+    """Fill the state of one parameter with torch's."""
     arrays = {
         ours: _moment(path, theirs, entry[theirs], getattr(state, ours), convert if ours in _MOMENTS else None)
         for ours, theirs in parts.names.items()
@@ -327,8 +333,8 @@ def _filled(parts: _Parts, path: str, state: Any, entry: Mapping[str, Any], conv
     return state._replace(count=jnp.int32(int(_array(entry["step"]))), **arrays)
 
 
-def _moment(path: str, name: str, x: Any, like: Any, convert: Convert | None) -> jax.Array:
-    """One array, in our layout, checked against where it goes."""
+def _moment(path: str, name: str, x: Any, like: Any, convert: Convert) -> jax.Array:
+    """Convert one array to our layout, and check that it fits in the place of `like`."""
     if not isinstance(like, jax.Array):
         raise TypeError(f"{name} of {path} cannot be imported into {like!r}: import into moments in float32")
     x = _array(x)
@@ -349,16 +355,16 @@ def _moment(path: str, name: str, x: Any, like: Any, convert: Convert | None) ->
 
 
 def _array(x: Any) -> np.ndarray:
-    """A torch tensor, or anything like an array, as a NumPy array."""
+    """Convert a torch tensor, or anything like an array, to a NumPy array."""
     if hasattr(x, "detach"):
         x = x.detach().cpu()
-        x = x.float() if str(x.dtype) == "torch.bfloat16" else x  # which NumPy does not know
+        x = x.float() if str(x.dtype) == "torch.bfloat16" else x  # NumPy has no bfloat16
         x = x.numpy()
     return np.asarray(x)
 
 
 def _group(parts: _Parts, count: int) -> dict[str, Any]:
-    """The hyperparameters, as torch names them."""
+    """Return the hyperparameters by torch's names."""
 
     def number(x: Any) -> float:
         return float(x(jnp.int32(count)) if callable(x) else x)

@@ -1,4 +1,4 @@
-"""States of optax's Adam family to ours, and back, so that a run goes on."""
+"""Convert states of optax's Adam family to adamjax and back, to continue a run."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -10,7 +10,7 @@ from adamjax._core import checks, trees
 from adamjax._core.optional import require
 from adamjax._core.packing import packed_like, unpacked
 from adamjax._core.quantization import is_quantized
-from adamjax._core.typing import PyTree
+from adamjax._core.typing import GradientTransformation, PyTree
 from adamjax._transforms.adam import ScaleByAdam
 from adamjax._transforms.base import as_transformation
 from adamjax._transforms.chain import Chain
@@ -21,45 +21,45 @@ from adamjax._transforms.schedule import ScheduleState
 from adamjax._transforms.weight_decay import AddDecayedWeights
 
 
-def import_state(opt: Any, params: PyTree, state: PyTree) -> PyTree:
-    """The state of `opt` that continues a run of optax.
+def import_state(opt: GradientTransformation, params: PyTree, state: PyTree) -> PyTree:
+    """Convert the state of a run of optax to one with which `opt` continues it.
 
     Args:
-      opt: `adamjax.adam`, `adamw`, `amsgrad(variant="corrected")` (or "paper", if optax was told not to correct
+      opt: `adamjax.adam`, `adamw`, `amsgrad(variant="corrected")` (or "paper", if optax does not correct
         biases), `nadam`, `nadamw`, `radam`, `adamax` or `adamaxw`; alone, in a chain, or in
         `optax.MultiSteps` or `optax.inject_hyperparams`.
       params: The parameters, or `jax.ShapeDtypeStruct`s.
       state: The state of the same optimizer of optax; alone, in a chain, or in `optax.MultiSteps`
-        or `optax.inject_hyperparams`, whether or not `opt` is.
+        or `optax.inject_hyperparams`, even if `opt` is not.
 
     Returns:
       A state like `opt.init(params)`.
 
     Raises:
-      ValueError, TypeError: The two do not fit: no state of Adam in `state`, or several; one with `nu_max` and one
-        without; another tree or shape; gradients that `optax.MultiSteps` has accumulated and `opt` has no
-        place for. The message says where.
+      ValueError, TypeError: The two do not fit: `state` has no state of Adam, or several; only one of them has
+        `nu_max`; the trees or shapes differ; or `optax.MultiSteps` has accumulated gradients, which `opt` cannot
+        hold. The message names the place.
     """
     as_transformation(opt, "argument opt of import_state")
     amsgrad = {m.amsgrad for m in _moments(opt) if isinstance(m, ScaleByAdam)}
     if "torch" in amsgrad:
         raise ValueError(
-            "opt keeps the maximum of uncorrected moments, as torch does, and optax that of corrected ones: "
+            "opt keeps the maximum of uncorrected moments, like torch, but optax keeps that of corrected ones: "
             "use variant='corrected'"
         )
     start = opt.init(trees.concrete(params))
     return _filled(start, state, "state")
 
 
-def export_state(opt: Any, state: PyTree) -> PyTree:
-    """The state with which optax's optimizer of the same name continues a run of `opt`.
+def export_state(opt: GradientTransformation, state: PyTree) -> PyTree:
+    """Convert a state of `opt` to one with which optax's optimizer of the same name continues the run.
 
     Args:
       opt: As for `import_state`, alone.
       state: The state of `opt`.
 
     Returns:
-      The state of optax's `adam`, `adamw`, `amsgrad` and so on, with a schedule where `opt` has one.
+      The state of optax's `adam`, `adamw`, `amsgrad` and so on, with the state of a schedule if `opt` has one.
 
     Raises:
       TypeError: optax has no such optimizer.
@@ -86,10 +86,10 @@ def export_state(opt: Any, state: PyTree) -> PyTree:
     return tuple(exported)
 
 
-def wrap(opt: Any) -> Any:
-    """`opt` as an `optax.GradientTransformationExtraArgs`, optax's own type.
+def wrap(opt: GradientTransformation) -> Any:
+    """Convert `opt` to an `optax.GradientTransformationExtraArgs`.
 
-    optax's `chain` passes extra arguments of `update`, such as `value=`, only to what is of that type.
+    optax's `chain` passes extra arguments of `update`, such as `value=`, only to members of that type.
 
     Args:
       opt: A transformation.
@@ -98,28 +98,28 @@ def wrap(opt: Any) -> Any:
       The pair of its `init` and `update`; its hyperparameters are closed over.
 
     Raises:
-      TypeError: `opt` is no transformation.
+      TypeError: `opt` is not a transformation.
       ImportError: optax is not installed.
     """
-    opt = as_transformation(opt, "argument opt of wrap")
-    return require("optax", "optax", "wrapping for optax").GradientTransformationExtraArgs(opt.init, opt.update)
+    found = as_transformation(opt, "argument opt of wrap")
+    return require("optax", "optax", "wrapping for optax").GradientTransformationExtraArgs(found.init, found.update)
 
 
 def _within(opt: Any) -> Any:
-    """The same, not packed."""
+    """Return the transformation inside `packed`, or `opt` itself."""
     return opt.inner if isinstance(opt, Packed) else opt
 
 
-def _moments(opt: Any) -> Iterator[Moments]:
-    """What keeps moments in `opt`, as far as it can be seen from here."""
+def _moments(opt: object) -> Iterator[Moments]:
+    """Yield the parts of `opt` that have moments, except those inside wrappers of other libraries."""
     if isinstance(_within(opt), Moments):
         yield _within(opt)
     for inner in getattr(opt, "transforms", ()):
         yield from _moments(inner)
 
 
-def _filled(template: Any, theirs: Any, where: str) -> PyTree:
-    """`template`, a state before the first step, with the contents of optax's."""
+def _filled(template: PyTree, theirs: PyTree, where: str) -> PyTree:
+    """Fill `template`, a state before the first step, with the contents of optax's state."""
     if isinstance(template, AdamState):
         return _adam(template, theirs, where)
     if isinstance(template, ScheduleState):
@@ -131,7 +131,7 @@ def _filled(template: Any, theirs: Any, where: str) -> PyTree:
     if isinstance(template, tuple) and any(_find(template, "AdamState")):
         return type(template)(_filled(t, theirs, where) for t in template)
     if isinstance(template, dict) and isinstance(theirs, dict) and theirs.keys() < template.keys():
-        # Hyperparameters that optax does not have stay as they are.
+        # Keep the hyperparameters that optax does not have.
         theirs = template | theirs
     expected, found = _structures(template, theirs)
     if expected != found:
@@ -141,7 +141,7 @@ def _filled(template: Any, theirs: Any, where: str) -> PyTree:
     return jax.tree.map(lambda like, x: jnp.asarray(x).astype(like.dtype), template, theirs)
 
 
-def _adam(template: AdamState, theirs: Any, where: str) -> AdamState:
+def _adam(template: AdamState, theirs: PyTree, where: str) -> AdamState:
     for path, steps in _find(theirs, "MultiStepsState"):
         if int(steps.mini_step):
             raise ValueError(
@@ -169,7 +169,7 @@ def _like(template: PyTree, x: PyTree, where: str) -> PyTree:
     expected, found = _structures(template, x)
     if expected != found:
         raise ValueError(
-            f"{where} is {found}, expected {expected}: it is of other parameters, or opt stores moments in another way"
+            f"{where} is {found}, expected {expected}: of other parameters, or opt stores moments in another format"
         )
     pairs = zip(jax.tree.leaves_with_path(template), jax.tree.leaves(x), strict=True)
     for (path, like), leaf in pairs:
@@ -181,7 +181,8 @@ def _like(template: PyTree, x: PyTree, where: str) -> PyTree:
     return jax.tree.map(lambda like, leaf: jnp.asarray(leaf).astype(like.dtype), template, x)
 
 
-def _only(theirs: Any, where: str) -> tuple[str, Any]:
+def _only(theirs: PyTree, where: str) -> tuple[str, Any]:
+    """Return the only state of Adam in optax's state, and its path."""
     found = [*_find(theirs, "ScaleByAdamState"), *_find(theirs, "ScaleByAmsgradState")]
     if len(found) != 1:
         places = ", ".join(where + path for path, _ in found)
@@ -191,8 +192,8 @@ def _only(theirs: Any, where: str) -> tuple[str, Any]:
     return found[0]
 
 
-def _find(tree: Any, name: str, where: str = "") -> list[tuple[str, Any]]:
-    """The states of that type in `tree`, with where they are. By name: optax need not be installed."""
+def _find(tree: PyTree, name: str, where: str = "") -> list[tuple[str, Any]]:
+    """Return the states of type `name` in `tree`, with their paths. Names of types work without optax installed."""
     if _is_state(tree) and type(tree).__name__ == name:
         return [(where, tree)]
     if _is_state(tree):
@@ -206,5 +207,5 @@ def _find(tree: Any, name: str, where: str = "") -> list[tuple[str, Any]]:
     return [match for key, child in children for match in _find(child, name, where + key)]
 
 
-def _is_state(x: Any) -> bool:
+def _is_state(x: object) -> bool:
     return isinstance(x, tuple) and hasattr(x, "_fields")

@@ -1,21 +1,21 @@
-"""torch.optim's Adam family, in JAX: the same signatures, defaults, algorithms and numbers.
+"""torch.optim's Adam family in JAX: the same signatures, defaults, algorithms and numbers.
 
-They differ from the functions of the same names in `adamjax` as torch does from optax: each
-parameter counts its own steps, and one whose gradient is None is left out; complex parameters
-are pairs of real ones; NAdam follows a schedule of its momentum; RAdam adds eps before it
-corrects. Moments of half precision parameters are float32, unlike torch's.
+These functions differ from those of the same names in `adamjax` as torch differs from optax. Each
+parameter counts its own steps, and is skipped while its gradient is None; complex parameters are
+treated as pairs of real ones; NAdam schedules its momentum; RAdam adds eps before it corrects the
+bias. Unlike in torch, moments of half precision parameters are float32.
 
-Of torch's arguments, `foreach`, `capturable` and `differentiable` say how torch computes, not what. They are
-taken, so that calls can stay as they are, and change nothing. `fused=True` is what it is for `adamjax.adam`.
+torch's arguments `foreach`, `capturable` and `differentiable` select an implementation, not an algorithm. They
+are accepted, so that calls need no changes, and ignored. `fused=True` means the same as for `adamjax.adam`.
 """
 
 import math
-from typing import Any
 
 from adamjax._core import checks
+from adamjax._core.typing import FusedMode, Scalar, ScalarOrSchedule
 from adamjax._transforms.adam import scale_by_adam
 from adamjax._transforms.adamax import scale_by_adamax
-from adamjax._transforms.base import Transformation
+from adamjax._transforms.base import Leafwise
 from adamjax._transforms.chain import Chain, chain
 from adamjax._transforms.learning_rate import ScaleByLearningRate
 from adamjax._transforms.weight_decay import AddDecayedWeights, with_coupled_decay
@@ -26,42 +26,44 @@ from adamjax.interop._torch_variants import NAdamState as NAdamState
 from adamjax.interop._torch_variants import ScaleByTorchNAdam, ScaleByTorchRAdam
 from adamjax.kernels import Fused
 
+Betas = tuple[Scalar, Scalar]
+
 
 def adam(
-    lr: Any = 1e-3,
-    betas: tuple[Any, Any] = (0.9, 0.999),
-    eps: Any = 1e-8,
-    weight_decay: Any = 0,
+    lr: ScalarOrSchedule = 1e-3,
+    betas: Betas = (0.9, 0.999),
+    eps: Scalar = 1e-8,
+    weight_decay: ScalarOrSchedule = 0,
     amsgrad: bool = False,
     *,
     foreach: bool | None = None,
     maximize: bool = False,
     capturable: bool = False,
     differentiable: bool = False,
-    fused: bool | str | None = None,
+    fused: FusedMode | None = None,
     decoupled_weight_decay: bool = False,
 ) -> Chain:
     """torch.optim.Adam.
 
     Args:
-      lr: Learning rate: a number, an array or a schedule of the step count.
-      betas: Decay rates of the moments, each in [0, 1).
-      eps: At least 0, added to the root of the second moment.
-      weight_decay: At least 0; added to the gradient as L2, or `decoupled_weight_decay`.
-      amsgrad: Divide by the largest second moment so far, uncorrected before the maximum is taken.
+      lr: The learning rate: a number, an array or a schedule of the step count.
+      betas: The decay rates of the moments, each in [0, 1).
+      eps: A number of at least 0, added to the root of the second moment.
+      weight_decay: A number of at least 0: L2 regularisation, added to the gradient unless
+        `decoupled_weight_decay` is True.
+      amsgrad: Divide by the largest second moment so far; take the maximum before bias correction.
       maximize: Ascend instead of descend.
-      decoupled_weight_decay: Shrink the parameters by lr * weight_decay instead.
-      fused: True: `step` is one pass over memory, or a ValueError says what cannot be. "auto": where it can be;
-        else, after a warning, by XLA. See `adamjax.kernels.Fused`; within the wrappers of `adamjax.rounding`, True is
-        refused.
-      foreach, capturable, differentiable: Change nothing.
+      decoupled_weight_decay: Shrink the parameters by lr * weight_decay instead of adding L2 to the gradient.
+      fused: True runs `step` as one pass over memory, or raises a ValueError if it cannot. "auto" warns and falls
+        back to XLA. See `adamjax.kernels.Fused`. Inside the wrappers of `adamjax.rounding`, True raises.
+      foreach, capturable, differentiable: Ignored.
 
     Returns:
       A transformation whose state is a tuple that starts with a tree of `AdamState`s, one for each
       parameter.
 
     Raises:
-      ValueError: A hyperparameter is out of range, in torch's words; or something else is not as above.
+      ValueError: A hyperparameter is out of range (in torch's words), or another argument is invalid.
 
     >>> import adamjax.interop.torch as optim, jax.numpy as jnp
     >>> opt = optim.adam(lr=0.1)
@@ -79,19 +81,19 @@ def adam(
 
 
 def adamw(
-    lr: Any = 1e-3,
-    betas: tuple[Any, Any] = (0.9, 0.999),
-    eps: Any = 1e-8,
-    weight_decay: Any = 1e-2,
+    lr: ScalarOrSchedule = 1e-3,
+    betas: Betas = (0.9, 0.999),
+    eps: Scalar = 1e-8,
+    weight_decay: ScalarOrSchedule = 1e-2,
     amsgrad: bool = False,
     *,
     maximize: bool = False,
     foreach: bool | None = None,
     capturable: bool = False,
     differentiable: bool = False,
-    fused: bool | str | None = None,
+    fused: FusedMode | None = None,
 ) -> Chain:
-    """torch.optim.AdamW: `adam` with decoupled weight decay, of 1e-2 where nothing else is said.
+    """torch.optim.AdamW: `adam` with decoupled weight decay, by default 1e-2.
 
     Arguments, result and errors are those of `adam`.
     """
@@ -99,11 +101,11 @@ def adamw(
 
 
 def nadam(
-    lr: Any = 2e-3,
-    betas: tuple[Any, Any] = (0.9, 0.999),
-    eps: Any = 1e-8,
-    weight_decay: Any = 0,
-    momentum_decay: Any = 4e-3,
+    lr: ScalarOrSchedule = 2e-3,
+    betas: Betas = (0.9, 0.999),
+    eps: Scalar = 1e-8,
+    weight_decay: ScalarOrSchedule = 0,
+    momentum_decay: Scalar = 4e-3,
     decoupled_weight_decay: bool = False,
     *,
     foreach: bool | None = None,
@@ -111,12 +113,12 @@ def nadam(
     capturable: bool = False,
     differentiable: bool = False,
 ) -> Chain:
-    """torch.optim.NAdam: Nesterov momentum whose rate rises from half of betas[0] to all of it.
+    """torch.optim.NAdam: Nesterov momentum with a rate that rises from half of betas[0] to betas[0].
 
-    Arguments, result and errors are those of `adam`, but for these.
+    Arguments, result and errors not listed are those of `adam`.
 
     Args:
-      momentum_decay: At least 0: how fast it rises.
+      momentum_decay: A number of at least 0: the speed at which the rate rises.
 
     Returns:
       A transformation whose state is a tuple that starts with a tree of `NAdamState`s.
@@ -128,10 +130,10 @@ def nadam(
 
 
 def radam(
-    lr: Any = 1e-3,
-    betas: tuple[Any, Any] = (0.9, 0.999),
-    eps: Any = 1e-8,
-    weight_decay: Any = 0,
+    lr: ScalarOrSchedule = 1e-3,
+    betas: Betas = (0.9, 0.999),
+    eps: Scalar = 1e-8,
+    weight_decay: ScalarOrSchedule = 0,
     decoupled_weight_decay: bool = False,
     *,
     foreach: bool | None = None,
@@ -146,10 +148,10 @@ def radam(
 
 
 def adamax(
-    lr: Any = 2e-3,
-    betas: tuple[Any, Any] = (0.9, 0.999),
-    eps: Any = 1e-8,
-    weight_decay: Any = 0,
+    lr: ScalarOrSchedule = 2e-3,
+    betas: Betas = (0.9, 0.999),
+    eps: Scalar = 1e-8,
+    weight_decay: ScalarOrSchedule = 0,
     foreach: bool | None = None,
     *,
     maximize: bool = False,
@@ -162,17 +164,24 @@ def adamax(
 
 
 def _of_torch(
-    moments: Transformation, lr: Any, weight_decay: Any, maximize: bool, decoupled: bool, fused: Any = None
+    moments: Leafwise,
+    lr: ScalarOrSchedule,
+    weight_decay: ScalarOrSchedule,
+    maximize: bool,
+    decoupled: bool,
+    fused: FusedMode | None = None,
 ) -> Chain:
-    """The chain around `moments`. torch shrinks a parameter before its step, which gives the same sum."""
+    """Build the chain around `moments`. torch decays a parameter before its step, which gives the same sum."""
     direction = with_coupled_decay(moments, 0.0 if decoupled else weight_decay, None, maximize)
     decay = (AddDecayedWeights(weight_decay),) if decoupled else ()
     transforms = (PerParameter(direction), *decay, ScaleByLearningRate(lr))
     return Fused(transforms, fused) if fused else chain(*transforms)
 
 
-def _check(lr: Any, betas: Any, eps: Any, weight_decay: Any, momentum_decay: Any = 0.0) -> tuple[Any, Any]:
-    """Refuse what torch refuses, in its words; the two betas. Arrays and schedules go on unseen."""
+def _check(
+    lr: ScalarOrSchedule, betas: Betas, eps: Scalar, weight_decay: ScalarOrSchedule, momentum_decay: Scalar = 0.0
+) -> Betas:
+    """Check numbers like torch does, in its words, and return the two betas. Do not check arrays and schedules."""
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:
         raise ValueError(f"Invalid betas: {betas!r}, expected a pair of numbers")
     rules = (
@@ -186,9 +195,9 @@ def _check(lr: Any, betas: Any, eps: Any, weight_decay: Any, momentum_decay: Any
     for name, x, below in rules:
         if isinstance(x, (int, float)) and not 0.0 <= x < below:
             raise ValueError(f"Invalid {name}: {x}")
-    return tuple(betas)
+    return betas[0], betas[1]
 
 
-def _check_flags(**flags: Any) -> None:
+def _check_flags(**flags: object) -> None:
     for name, x in flags.items():
         checks.choice(name, x, (False, True))

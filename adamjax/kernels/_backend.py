@@ -125,7 +125,8 @@ def variant_of(functions: Functions) -> StepVariant | None:
     at = next((i for i, function in enumerate(body) if isinstance(function, StepLeaf)), None)
     if at is None:
         return None
-    before, step, after = body[:at], body[at], body[at + 1 :]
+    step: Any = body[at]
+    before, after = body[:at], body[at + 1 :]
     known = before in ([], [negate], [add_scaled_param], [negate, add_scaled_param])
     if not known or any(f not in (add_scaled_param, scale_update) for f in after) or type(step.rule) is not AdamRule:
         return None

@@ -1,4 +1,4 @@
-"""The compiled kernels: built when first needed, for this machine and this jaxlib, and kept."""
+"""Compile the CPU kernels on first use, for this machine and this jaxlib, and cache them."""
 
 import ctypes
 import hashlib
@@ -16,7 +16,7 @@ import jax
 import jaxlib
 
 SOURCE = Path(__file__).with_name("adam.cc")
-# What is in it, by what it adds to the name of the library.
+# The entry points in the library, by the suffix that each adds to the name of its target.
 _HANDLERS = {"": "AdamjaxStep", "-group": "AdamjaxGroup"}
 
 _FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared")
@@ -29,8 +29,8 @@ class Kernel(NamedTuple):
 
     Fields:
       path: The library.
-      size: Its bytes.
-      current: Whether it is the one that is used here and now.
+      size: The bytes of the library.
+      current: True if this machine and these versions use it.
     """
 
     path: Path
@@ -39,19 +39,19 @@ class Kernel(NamedTuple):
 
 
 def cache_dir() -> Path:
-    """`$ADAMJAX_CACHE_DIR`, or `adamjax` in the user's folder for such things."""
+    """Return `$ADAMJAX_CACHE_DIR`, or `adamjax` in the user's cache folder."""
     if given := os.environ.get("ADAMJAX_CACHE_DIR"):
         return Path(given)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "adamjax"
 
 
 def build() -> Path:
-    """The library for this machine, this jaxlib and this compiler: compiled if it is not there.
+    """Compile the library for this machine, jaxlib and compiler, unless it is cached.
 
-    Many processes may do so at once: each puts a whole file in place.
+    Many processes may do so at once: each moves a complete file into place.
 
     Returns:
-      Its path.
+      The path of the library.
 
     Raises:
       RuntimeError: There is no C++ compiler, or it fails.
@@ -76,10 +76,10 @@ def build() -> Path:
 
 @cache
 def target() -> str:
-    """The name by which XLA knows the kernel, once it is compiled and loaded; with "-group", that for several arrays.
+    """Compile, load and register the kernel, and return its FFI target; with "-group", that for several arrays.
 
     Raises:
-      RuntimeError: It cannot be compiled.
+      RuntimeError: The kernel cannot be compiled.
     """
     path = build()
     library = ctypes.CDLL(str(path))
@@ -89,10 +89,10 @@ def target() -> str:
 
 
 def status() -> list[Kernel]:
-    """The compiled kernels that are kept.
+    """List the compiled kernels in the cache.
 
     Returns:
-      A `Kernel` for each; none where there is no such folder.
+      A `Kernel` for each; an empty list if there is no cache.
     """
     try:
         current = _path(_compiler())
@@ -102,13 +102,13 @@ def status() -> list[Kernel]:
 
 
 def clear() -> list[Path]:
-    """Remove all compiled kernels. What is loaded already goes on working.
+    """Remove all compiled kernels from the cache. Loaded ones go on working.
 
     Returns:
-      The paths of those that there were.
+      The paths of the removed kernels.
 
     Raises:
-      OSError: One cannot be removed.
+      OSError: A kernel cannot be removed.
     """
     found = [kernel.path for kernel in status()]
     for path in found:
@@ -132,7 +132,7 @@ def _flags() -> tuple[str, ...]:
 
 
 def _path(compiler: str) -> Path:
-    """One for each of everything that the compiled code depends on."""
+    """Return the path of the library, with a hash of everything that the compiled code depends on."""
     key = (SOURCE.read_text(), jaxlib.__version__, _version(compiler), *_flags(), platform.machine(), _processor())
     return cache_dir() / f"adam-{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.so"
 
@@ -144,7 +144,7 @@ def _version(compiler: str) -> str:
 
 @cache
 def _processor() -> str:
-    """What "native" means here."""
+    """Return the features that "native" stands for on this machine."""
     try:
         found = re.findall(r"^(?:flags|Features)\s*:.*", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
         return found[0] if found else ""

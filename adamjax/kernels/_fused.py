@@ -115,11 +115,10 @@ class KernelExecutor(Executor):
         packed_state: Any,
     ) -> tuple[list[Any], list[list[Any]], Any]:
         """Run a program on the leaves `indices`."""
-        parts = program.before[0], program.together, program.after[0]
-        functions, operands = zip(*parts, strict=True)
-        alike = all(
-            [x.functions == functions[0] for x in program.before] + [x.functions == functions[2] for x in program.after]
-        )
+        before, together, after = program.before[0], program.together, program.after[0]
+        functions = before.functions, together.functions, after.functions
+        operands = before.operands, together.operands, after.operands
+        alike = len({x.functions for x in program.before}) == len({x.functions for x in program.after}) == 1
         if alike and self._group_uses_kernel(indices, sum(functions, ()), us, ps, packed_state):
             new, packed_state = _packed_call.run_group(functions, us, ps, packed_state, operands)
             return new, states, packed_state

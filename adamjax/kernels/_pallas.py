@@ -1,8 +1,8 @@
 """The Pallas kernel: steps with quantised moments in one pass over the memory of a GPU.
 
-Where moments are floats XLA makes one loop of a step. The scales of quantised ones stand between two:
-one that finds the largest new moment of each block, and one that rounds by it. The kernel has a block
-in registers all the while.
+XLA compiles a step of float moments to one loop. Quantised moments need two, because their scales come
+in between: one loop finds the largest new moment of each block, and one rounds with it. The kernel keeps
+a block in registers all the while.
 """
 
 import math
@@ -57,7 +57,7 @@ def unsupported_reason(leaf: Leaf, g: Array) -> str | None:
         return f"its last axis, {p.shape[-1]}, is no multiple of the {sizes[-1]} numbers in a block"
     if p.size >= 2**31:
         return f"it has {p.size} elements, and the kernel counts to 2**31"
-    # Where shard_map tracks what varies from device to device, it does so of Pallas's references, and they must not.
+    # If shard_map tracks what varies over devices, it marks Pallas's references as varying, which Pallas rejects.
     if any(jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves((leaf, g))):
         return "its parts vary inside of jax.shard_map, and the kernel needs check_vma=False there"
     return _missing()
@@ -65,10 +65,10 @@ def unsupported_reason(leaf: Leaf, g: Array) -> str | None:
 
 @cache
 def _missing() -> str | None:
-    """Return the reason why there is no kernel at all, or None."""
+    """Return the reason why there is no kernel on this machine, or None."""
     if jax.__version_info__ < (0, 11):
         return f"the kernel needs jax 0.11, and this is {jax.__version__}: pip install --upgrade jax"
-    # "9.0" of Hopper; "gfx942" and the like of those that are not NVIDIA's.
+    # "9.0" is Hopper; "gfx942" and the like are AMD's.
     found = getattr(jax.devices()[0], "compute_capability", "9.0")
     if found.startswith("gfx") or float(found) < 9:
         return f"the kernel is for NVIDIA's Hopper and later, and this GPU is {jax.devices()[0].device_kind} ({found})"
@@ -76,12 +76,12 @@ def _missing() -> str | None:
 
 
 class _Rows(NamedTuple):
-    """How arrays are cut into rows: as the blocks of their moments are.
+    """The cut of arrays into rows, one for each block of quantised moments.
 
     Fields:
-      unit: The numbers in a block.
-      span: How many of these blocks the larger ones of the other moment have, and a row.
-      pairs: Whether numbers of one of the moments stand two to a byte.
+      unit: The elements per block; of the smaller block if the moments differ.
+      span: The number of these blocks in a row, which is one block of the moment with larger blocks.
+      pairs: True if the codes of one of the moments are stored two per byte.
     """
 
     unit: int
@@ -90,19 +90,19 @@ class _Rows(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """That of a row."""
+        """The shape of a row."""
         inner = (self.unit // 2, 2) if self.pairs else (self.unit,)
         return (self.span, *inner) if self.span > 1 else inner
 
     def shapes_of(self, stored: Any) -> list[tuple[int, ...]]:
-        """What each array of a moment has in a row."""
+        """Return the shape, per row, of each array of a moment."""
         if not isinstance(stored, QuantizedArray):
             return [self.shape]
         codes = self.shape[:-1] if stored.bits == 4 else self.shape
         return [codes, (self.span,) if self.span > 1 and stored.block_size == self.unit else ()]
 
     def cut(self, stored: Any, many: int) -> Any:
-        """A moment or a parameter as rows: [many, rows, *shape]."""
+        """Reshape a moment or a parameter to rows: [many, rows, *shape]."""
         arrays, structure = jax.tree.flatten(stored)
         shapes = self.shapes_of(stored) if arrays else []
         cut = [x.reshape(many, -1, *shape) for x, shape in zip(arrays, shapes, strict=True)]
@@ -126,7 +126,7 @@ def _step_scalars(row: Sequence[Any]) -> StepScalars:
 
 
 def _run(spec: LeafSpec, scalars: Array, places: Array, *arrays: Array, interpret: bool = False) -> list[Array]:
-    """The step of as many parameters as the scalars have leading axes for."""
+    """Step a batch of parameters. Its axes are the leading axes of the scalars."""
     batch = scalars.ndim - 1
     many, part = math.prod(scalars.shape[:batch]), arrays[0].shape[batch:]
     rows = _rows_of(spec)
@@ -141,11 +141,11 @@ def _run(spec: LeafSpec, scalars: Array, places: Array, *arrays: Array, interpre
     whole = count - count % _ROWS
     new = _programs(step, rows, whole // _ROWS, scalars, places, g, leaf, interpret) if whole else leaf
     if count > whole:
-        # What fills no program, from where the kernel has left it as it was.
+        # The kernel has not touched the last rows, which do not fill a program: step them here.
         rest = jax.tree.map(lambda x: x[:, whole:], (g, new))
         of_one = jax.vmap(lambda scalars, places, rest: step(list(scalars), list(places), np.uint32(whole), *rest))
         last = of_one(scalars, places, rest)
-        # Else XLA would compute them as it writes them, and into copies.
+        # Without the barrier, XLA would fuse their step with the writes, which then need copies.
         last = lax.optimization_barrier(last)
         new = jax.tree.map(lambda x, y: lax.dynamic_update_slice_in_dim(x, y, whole, 1), new, last)
     like = [x for i, x in enumerate(arrays) if i != 1]
@@ -153,16 +153,16 @@ def _run(spec: LeafSpec, scalars: Array, places: Array, *arrays: Array, interpre
 
 
 def _places(shape: tuple[int, ...], places: Array) -> Array:
-    """The seed, the turn and the index of the first number in the whole, of each of many."""
+    """Return the seed, the turn and the global index of the first element, for each parameter."""
     strides = [np.uint32(math.prod(shape[axis + 1 :]) % 2**32) for axis in range(len(shape))]
     first = reduce(jnp.add, [places[:, OFFSETS + axis] * stride for axis, stride in enumerate(strides)])
     return jnp.stack([places[:, 0], places[:, 1], first], axis=-1)
 
 
 def _axes(part: Sequence[int], whole: Sequence[int], size: int) -> list[tuple[int, int]]:
-    """How many rows of `size` lie along each axis of a part, and how far apart in the whole; the innermost first.
+    """Return the rows of `size` along each axis of a shard, and their distance in the global array, innermost first.
 
-    Axes that follow each other without a gap are one.
+    Merge adjacent axes without a gap between them.
     """
     axes: list[tuple[int, int]] = [(part[-1] // size, size)]
     stride = 1
@@ -177,7 +177,7 @@ def _axes(part: Sequence[int], whole: Sequence[int], size: int) -> list[tuple[in
 
 
 def _index(shape: tuple[int, ...], axes: list[tuple[int, int]], start: Any) -> Array:
-    """The index of each number in rows of blocks, of which the first is row `start`."""
+    """Return the global index of each element in rows of blocks. The first row is row `start`."""
     row = start.astype(jnp.uint32) + lax.broadcasted_iota(jnp.uint32, shape, 0)
     index = jnp.zeros(shape, jnp.uint32)
     for count, apart in axes[:-1]:
@@ -193,7 +193,7 @@ def _index(shape: tuple[int, ...], axes: list[tuple[int, int]], start: Any) -> A
 def _step_rows(
     variant: StepVariant, rows: _Rows, axes: Any, row: list[Any], places: Any, start: Any, g: Array, leaf: Leaf
 ) -> Leaf:
-    """The step of rows of one parameter, of which the first is row `start`."""
+    """Step some rows of one parameter. The first row is row `start`."""
     seed, phase, first = places
     dither, scalars = Dither(seed, phase), _step_scalars(row)
     index = first + _index(g.shape, axes, start)
@@ -202,10 +202,10 @@ def _step_rows(
     if variant.coupled:
         g = g + scalars.coupled * wide
     rule, adam = AdamRule(variant.nesterov, variant.amsgrad), scalars.adam
-    m, v, v_max = (_load(x, g.shape) for x in old)
+    m, v, v_max = [_load(x, g.shape) for x in old]
     # Neither codes nor float32 are rounded before the step goes on with them.
     m, v = rule.accumulate(g, m, v, adam)
-    v_max = None if v_max is None else rule.maximum(v, v_max, adam)
+    v_max = v_max if v_max is None else rule.maximum(v, v_max, adam)
     update = scalars.rate * rule.direction(g, m, v, v_max, adam) + (scalars.decay * wide if variant.decays else 0)
     dithers = (dither, dither.second_array(), None)
     stored = [_store(x, like, d, index) for x, like, d in zip((m, v, v_max), old, dithers, strict=True)]
@@ -223,7 +223,7 @@ def _load(stored: Any, shape: tuple[int, ...]) -> Any:
     return stored.code.value(q, _spread(stored.scales / stored.code.units, shape))
 
 
-def _store(x: Array, like: Any, dither: Dither | None, index: Array) -> Any:
+def _store(x: Any, like: Any, dither: Dither | None, index: Array) -> Any:
     if not isinstance(like, QuantizedArray):
         return x
     code = _Code(*like.code)
@@ -239,16 +239,16 @@ def _store(x: Array, like: Any, dither: Dither | None, index: Array) -> Any:
     return replace(like, codes=q.astype(like.codes.dtype), scales=scales)
 
 
-# In float32, the numbers around this one are 1 apart, and their last bits count from 0: adding it rounds, and what
-# is rounded stands in the last bits, as a complement if it is negative. Mosaic has no other way.
+# float32 numbers around this one have a spacing of 1, and its low bits are 0. Adding it rounds to an integer, which
+# is then in the low bits, in two's complement. Mosaic has no other way to round.
 _WHOLE = np.float32(3 * 2**22)
 
 
 class _Code(Code):
-    """Codes by what is quick on a GPU."""
+    """The codes, by operations that are fast on a GPU."""
 
     def below(self, y: Array) -> Array:
-        # The roots of numbers that have many digits to spare; the logarithm of 0 is -inf, and rounds to 0.
+        # log2 and exp2 are precise enough for these roots. For 0, log2 gives -inf, and the root is 0.
         root = jnp.exp2(jnp.log2(y) * (1 / self.power))
         below = lax.optimization_barrier(root - 0.5)
         return lax.optimization_barrier(below + _WHOLE) - _WHOLE
@@ -259,7 +259,7 @@ def _spread(x: Array, shape: tuple[int, ...]) -> Array:
 
 
 def _shift(shape: tuple[int, ...], dtype: Any) -> Array:
-    """Where in its byte each number of a pair stands."""
+    """Return the bit offset of each number of a pair in its byte."""
     return lax.broadcasted_iota(dtype, shape, len(shape) - 1) * np.asarray(4, dtype)
 
 
@@ -273,7 +273,7 @@ def _programs(
     leaf: Leaf,
     interpret: bool,
 ) -> Leaf:
-    """The kernel itself, in so many programs for each of many parameters, in place of their arrays."""
+    """Run the kernel in place, with `count` programs for each of many parameters."""
     arrays, structure = jax.tree.flatten(leaf)
     layouts = [layout for x in (g, *leaf) if x is not None for layout in _layouts(rows, x)]
 
@@ -281,7 +281,7 @@ def _programs(
         return ref[...] if interpret else plgpu.load(ref, layout=layout, optimized=False)
 
     def write(ref: Any, x: Array) -> None:
-        # jax 0.12 has a function to say how, and before there is one way.
+        # Only jax 0.12 and later have a store with options.
         if interpret or not hasattr(plgpu, "store"):
             ref[...] = x
         else:
@@ -311,7 +311,7 @@ def _programs(
 
 
 def _layouts(rows: _Rows, stored: Any) -> list[Any]:
-    """How arrays lie in registers: a row to each warp, so that its lanes find the largest of a block."""
+    """Return the register layouts of the arrays: a row per warp, so that its lanes find the largest of a block."""
     span = (rows.span,) if rows.span > 1 else ()
     if rows.pairs:
         vector, tiles = 2, [(_WARPS, *span, 32, 2)]
@@ -327,7 +327,7 @@ def _layouts(rows: _Rows, stored: Any) -> list[Any]:
 
 
 def _lowered(function: Callable[..., Any], *args: Any) -> Any:
-    """`function(*args)`, without what Mosaic does not have: rules for derivatives, and a few primitives."""
+    """Call `function` without derivative rules and a few primitives, which Mosaic does not have."""
     closed, shape = jax.make_jaxpr(function, return_shape=True)(*args)
     found = _evaluate(closed.jaxpr, closed.consts, jax.tree.leaves(args))
     return jax.tree.unflatten(jax.tree.structure(shape), found)
@@ -351,7 +351,7 @@ def _evaluate(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[An
 
 _OTHERWISE: dict[Any, Callable[..., Array]] = {
     primitives.is_finite_p: lambda x: jnp.abs(x) < jnp.inf,
-    # By a scalar, of which one reciprocal is enough.
+    # Divide by a scalar with one reciprocal.
     primitives.div_p: lambda x, d: x * (1 / d) if jnp.ndim(d) == 0 else lax.div(x, d),
 }
 

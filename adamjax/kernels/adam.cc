@@ -1,8 +1,8 @@
 // One Adam step of one array, in one pass over memory. The step is that of ../_adam.py, the formats are those of
 // ../storage.py, ../_stochastic.py, ../_codes.py and ../rounding.py; _leaf.py makes the operands.
 //
-// Arithmetic is in float32. Tiles of all arrays are brought into float32 in the cache, stepped there, and written back:
-// so a format is one loop that loads and one that stores, whatever the others are.
+// Arithmetic is in float32. Tiles of all arrays are converted to float32 in the cache, stepped there, and written back.
+// So each format needs one loop that loads and one that stores, independent of the formats of other arrays.
 
 #include <algorithm>
 #include <atomic>
@@ -27,20 +27,20 @@ namespace ffi = xla::ffi;
 
 namespace {
 
-constexpr int64_t kTile = 256;   // numbers of each array that are stepped at a time: whole blocks of codes
-constexpr int64_t kAhead = 512;  // how many numbers before they are needed they are asked for
-constexpr int64_t kLeast = 64;   // tiles that a thread takes at a time, at least
-constexpr int64_t kLine = 64;    // bytes that memory gives at a time
+constexpr int64_t kTile = 256;   // numbers of each array per tile: whole blocks of codes
+constexpr int64_t kAhead = 512;  // prefetch distance, in numbers
+constexpr int64_t kLeast = 64;   // minimum of tiles that a thread takes at a time
+constexpr int64_t kLine = 64;    // bytes of a cache line
 
 // One row of the first operand.
 struct Scalars {
   float keep1, a1, undo1;      // m <- keep1 m + a1 (g - undo1 m)
-  float of_m, of_g;            // what is divided: of_m m + of_g g, with bias corrections and the learning rate
+  float of_m, of_g;            // numerator: of_m m + of_g g, with bias corrections and the learning rate
   float keep2, a2, undo2;      // v <- keep2 v + a2 (g^2 - undo2 v)
-  float by_c2, eps_root, eps;  // what it is divided by: sqrt(v by_c2 + eps_root) + eps
+  float by_c2, eps_root, eps;  // denominator: sqrt(v by_c2 + eps_root) + eps
   float sign, coupled;         // g <- sign g + coupled p
   float decay;                 // p <- p + m / v + decay p
-  float kept_by_c2;            // the maximum is taken of v times this, which is 1 unless it is taken of corrected ones
+  float kept_by_c2;            // factor of v before the maximum; 1 unless the maximum is of corrected moments
 };
 constexpr int64_t kScalars = sizeof(Scalars) / sizeof(float);
 
@@ -54,10 +54,10 @@ struct Dithers {
 };
 constexpr int64_t kDithers = sizeof(Dithers) / sizeof(uint32_t);
 
-// How a narrow parameter takes its update: it is rounded and added, or as a wrapper of ../rounding.py says.
+// The rounding of a half precision parameter: the update is rounded and added, or a wrapper of ../rounding.py applies.
 enum class Landing { kNone, kStochastic, kCompensated, kMaster, kLowBits };
 
-// `n` numbers of a row, from `column` on.
+// `n` numbers of a row, starting at `column`.
 struct Span {
   int64_t row, column, n;
 };
@@ -76,7 +76,7 @@ float Number(uint32_t bits) {
 
 struct Array;
 
-// What is done with the numbers of a format. Of random rounding, the expected value is the number itself.
+// The operations of a format. Random rounding is unbiased.
 struct Format {
   void (*load)(const Array&, const Span&, float*);
   void (*store_nearest)(const Array&, const Span&, const float*);
@@ -87,14 +87,14 @@ struct Format {
 };
 
 struct Array {
-  const Format* format = nullptr;  // none of float32, which is used where it is
-  int64_t bits = 32;               // of a number
+  const Format* format = nullptr;  // null for float32, which is used in place
+  int64_t bits = 32;               // per number
   const char* in = nullptr;
   char* out = nullptr;
   int64_t stride = 0;                // bytes of a row
-  const float* scales_in = nullptr;  // of codes, one for each block
+  const float* scales_in = nullptr;  // of codes, one per block
   float* scales_out = nullptr;
-  int64_t block = 0, blocks = 0;  // numbers of a block, and blocks of a row
+  int64_t block = 0, blocks = 0;  // numbers per block, and blocks per row
 
   int64_t At(const Span& s) const { return s.row * stride + Bytes(s.column); }
   int64_t Bytes(int64_t n) const { return (n * bits + 7) / 8; }
@@ -110,9 +110,9 @@ struct Array {
     return reinterpret_cast<T*>(out + At(s));
   }
 
-  bool IsNarrow() const { return format != nullptr && block == 0; }  // but no codes
+  bool IsNarrow() const { return format != nullptr && block == 0; }  // half precision, not codes
 
-  // Narrow numbers as they were stored.
+  // Reload half precision numbers as they were stored.
   void Settle(const Span& s, float* numbers) const {
     if (!IsNarrow()) return;
     Array stored = *this;
@@ -120,7 +120,7 @@ struct Array {
     format->load(stored, s, numbers);
   }
 
-  // The numbers as float32: in `buffer`, or where they are, which is also where they are to be left.
+  // Load the numbers as float32: into `buffer`, or in place for float32 arrays, whose results go to the same place.
   float* Bring(const Span& s, float* buffer) const {
     if (format != nullptr) {
       format->load(*this, s, buffer);
@@ -131,8 +131,8 @@ struct Array {
   }
 };
 
-// Narrow floats: numbers of 16 bits. `Nearest` (ties to even) and `Cut` (up or down by a random number) are float32 still,
-// and of such as `Narrow` can store.
+// Half precision: floats of 16 bits. `Nearest` (ties to even) and `Cut` (stochastic rounding) return float32 numbers that
+// `Narrow` stores exactly.
 
 struct BFloat16 {
   using Raw = uint16_t;
@@ -142,18 +142,18 @@ struct BFloat16 {
   static void Narrow(int64_t n, const float* __restrict__ x, Raw* __restrict__ to) {
     for (int64_t i = 0; i < n; ++i) to[i] = Bits(x[i]) >> 16;
   }
-  static float Nearest(float x) {  // what is no number stays none
+  static float Nearest(float x) {  // NaN stays NaN
     uint32_t b = Bits(x);
     return Number(x == x ? b + 0x7FFF + ((b >> 16) & 1) : b | 0x400000);
   }
-  // The bits, of which the upper half is the number: of one, or of a vector of them.
+  // Bits whose upper half is the rounded number; for one number or a vector.
   template <class T, class W>
   static W CutBits(T x, W bits, W random) {
     return x == x ? bits + (random >> 16) : bits | 0x400000;
   }
   static float Cut(float x, uint32_t random) { return Number(CutBits(x, Bits(x), random)); }
   static float Saturated(float x) { return x; }
-  static float Positive(float, float rounded) { return rounded; }  // as it is: float32 has no subnormals here
+  static float Positive(float, float rounded) { return rounded; }  // unchanged: subnormals are flushed here
 };
 
 #if defined(__FLT16_MAX__)
@@ -161,7 +161,7 @@ struct Float16 {
   using Raw = _Float16;
   static void Widen(int64_t n, const Raw* __restrict__ x, float* __restrict__ to) {
     int64_t i = 0;
-#if defined(__F16C__)  // which GCC does not take by itself
+#if defined(__F16C__)  // GCC does not vectorise this by itself
     for (; i + 8 <= n; i += 8) {
       _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x + i))));
     }
@@ -232,7 +232,7 @@ void StoreMaximum(const Array& a, const Span& s, const float* x) {
 template <class T>
 constexpr Format kFloat{Load<T>, StoreNearest<T>, StoreRandom<T>, StoreMean<T>, StoreSquare<T>, StoreMaximum<T>};
 
-// Vectors, for the loops that a compiler would not find by itself.
+// Vectors, for loops that compilers do not vectorise by themselves.
 
 constexpr int64_t kLanes = 16;
 typedef float Floats __attribute__((vector_size(4 * kLanes)));
@@ -263,7 +263,7 @@ Words Max(Words x, Words y) { return (Words)_mm512_max_epu32((__m512i)x, (__m512
 Ints Max(Ints x, Ints y) { return (Ints)_mm512_max_epi32((__m512i)x, (__m512i)y); }
 uint32_t Largest(Words x) { return _mm512_reduce_max_epu32((__m512i)x); }
 Floats Root(Floats x) { return _mm512_sqrt_ps(x); }
-// To four digits.
+// A square root with four digits.
 Floats AboutRoot(Floats x) {
   x = _mm512_max_ps(x, 1e-30f + Floats{});
   return x * _mm512_rsqrt14_ps(x);
@@ -314,24 +314,24 @@ void PutHalves(uint16_t* to, Words x) {
 }
 #endif
 
-// By the global index; see ../_stochastic.py.
+// Random numbers by global index; see ../_stochastic.py.
 Words Random(uint32_t first, const Dither& d) {
   Words x = (Words{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} + first) ^ d.seed;
   x *= 0x7FEB352Du;
   return (x ^ (x >> 15)) * 0x846CA68Bu + d.turn;
 }
 
-// Codes: see ../_codes.py. An integer q stands for q**power units, of which there are levels**power to a scale.
+// Codes: see ../_codes.py. An integer q encodes q**power units; a scale is levels**power units.
 template <int kNumberBits, bool kIsSigned>
 struct Code {
   static constexpr int kBits = kNumberBits;
   static constexpr bool kSigned = kIsSigned;
-  static constexpr bool kSquare = kSigned;  // the power is 2, or else 4
+  static constexpr bool kSquare = kSigned;  // the power is 2 if true, else 4
   static constexpr int kLevels = kBits == 8 ? (kSigned ? 127 : 255) : (kSigned ? 7 : 16);
   static constexpr float kUnits = kSquare ? kLevels * kLevels : float{kLevels} * kLevels * kLevels * kLevels;
-  static constexpr float kLeast = 0x1p-126f * kUnits;  // a scale below would have a unit that is flushed to 0
+  static constexpr float kLeast = 0x1p-126f * kUnits;  // the unit of a smaller scale would be flushed to 0
   static constexpr int kZero = kBits == 4 && !kSigned ? 1 : 0;
-  static constexpr int kShift = kBits == 8 ? 0 : (kSigned ? 8 : -1);  // of a q in its four bits
+  static constexpr int kShift = kBits == 8 ? 0 : (kSigned ? 8 : -1);  // of q in its four bits
 
   using Integer = std::conditional_t<kSigned, int8_t, uint8_t>;
 
@@ -340,10 +340,10 @@ struct Code {
     return (kSquare ? q * Magnitude(q) : (q * q) * (q * q)) * unit;
   }
 
-  // Of what may be negative.
+  // The absolute value, if numbers may be negative.
   static Floats Magnitude(Floats x) { return !kSigned ? x : reinterpret_cast<Floats>(reinterpret_cast<Ints>(x) & 0x7FFFFFFF); }
 
-  // Of a block, by the bits of the largest magnitude: what is no number is larger than any.
+  // The scale of a block, from the bits of its largest magnitude. The bits of NaN are larger than all others.
   static float Scale(uint32_t largest) {
     float scale = Number(largest);
     return scale > 0 ? std::max(scale, kLeast) : scale;
@@ -351,9 +351,9 @@ struct Code {
 
   static float PerUnit(float scale) { return scale == 0 ? 0 : kUnits / scale; }
 
-  // One of the two codes around each number: the upper one where its part of the way there is above the chance, which
-  // is given plus 1. The roots need not be exact. A number so near to a code that they put it on the wrong side becomes
-  // that code always and not almost always; and the sign of their errors changes every 1e-4, so that nothing can settle.
+  // Round each number to one of the two codes around it: up if its fraction of the way there is above `chance` - 1. The
+  // roots need not be exact. If an error puts a number that is very close to a code on the wrong side of it, the number
+  // always becomes that code, instead of almost always. The sign of the errors changes every 1e-4, so nothing gets stuck.
   static void Encode(Floats x, float per_unit, Floats chance, Integer* codes) {
     Floats y = Magnitude(x) * per_unit;
     Ints q = __builtin_convertvector(kSquare ? AboutRoot(y) : AboutFourthRoot(y), Ints);
@@ -362,18 +362,18 @@ struct Code {
     q = y - (kSquare ? square : square * square) > chance * width - width ? q + 1 : q;
     if constexpr (kSigned) {
       PutNarrowed(codes, reinterpret_cast<Ints>(x) < 0 ? -q : q);
-    } else {  // what is above 0 stays so
+    } else {  // numbers above 0 stay above 0
       PutNarrowed(codes, x > 0 ? Max(q, 1 + Ints{}) : kZero + Ints{});
     }
   }
 
-  // The random numbers are the mantissas.
+  // Use the random bits as mantissas of numbers in [1, 2).
   static Floats Chance(Words random) {
     return reinterpret_cast<Floats>((kSigned ? random >> 9 : random & 0x7FFFFF) | 0x3F800000);
   }
 };
 
-// Two to a byte, the first one in the lower half. Buffers have room for the other of a last one.
+// Two codes per byte, the first in the lower half. Buffers have room for a partner of the last one.
 template <class C>
 void Unpack(int64_t n, const uint8_t* __restrict__ pairs, typename C::Integer* __restrict__ q) {
   for (int64_t i = 0; i < (n + 1) / 2; ++i) {
@@ -403,7 +403,7 @@ void LoadCodes(const Array& a, const Span& s, float* to) {
   }
 }
 
-// Without random numbers, to nearest, with scales that are powers of two.
+// Without random numbers, round to nearest, with powers of two as scales.
 template <class C, bool kRandom>
 void StoreCodes(const Array& a, const Span& s, const float* x, const uint32_t* random) {
   typename C::Integer codes[kTile + kLanes];
@@ -439,10 +439,10 @@ template <int kBits>
 constexpr Format kSquares{LoadCodes<Code<kBits, false>>, nullptr, nullptr, nullptr, StoreCodes<Code<kBits, false>, true>,
                           StoreMaximumCodes<Code<kBits, false>>};
 
-// What is asked of memory while a tile is stepped: of each array, what a later one will need.
+// The prefetches during the step of a tile: for each array, the numbers of a later tile.
 struct Ahead {
   const char* next[4];
-  int64_t bytes[4];  // of as many numbers as are stepped before the next call
+  int64_t bytes[4];  // of the numbers that are stepped before the next call
 
   void Prefetch() {
     for (int i = 0; i < 4; ++i) {
@@ -452,7 +452,7 @@ struct Ahead {
   }
 };
 
-// What of a tile is in float32, and in the cache: `update` is where it is left, if it is not to be added as it is.
+// The arrays of a tile in float32, in the cache. `update` takes the updates if they are not simply added.
 struct Tile {
   float *p, *m, *v, *top, *update;
   const float* g;
@@ -487,16 +487,16 @@ struct Form {
   template <class T>
   static T Maximum(const Scalars& s, T top, T square) {
     T corrected = square * s.kept_by_c2;
-    // A number that is none stays none, as in jnp.maximum.
+    // NaN stays NaN, as in jnp.maximum.
     return (top > corrected) | (top != top) ? top : corrected;
   }
 
-  // A step of numbers that are brought and stored by others, or a part of it.
+  // The step of loaded numbers, or a part of the step. The caller loads and stores.
   enum Part { kAll, kMoments, kTop, kUpdate };
 
   template <Part part, class T>
   static void At(int64_t i, const Scalars& s, const Tile& tile) {
-    // All are loaded before one is stored: of arrays that lie alike in their pages, a store would hold up the loads.
+    // Load all before storing: if arrays have the same page offsets, a store would delay the loads after it.
     T p = Lanes<T>(tile.p + i), g = Gradient(s, Lanes<T>(tile.g + i), p);
     T m = Lanes<T>(tile.m + i), v = Lanes<T>(tile.v + i), largest = kMaximum ? Lanes<T>(tile.top + i) : v;
     if constexpr (part == kAll || part == kMoments) {
@@ -517,7 +517,7 @@ struct Form {
 
   template <Part part>
   static void Step(int64_t n, const Scalars& scalars, Ahead& ahead_, const Tile& tile_) {
-    const Scalars s = scalars;  // which no store changes, the compiler knows then
+    const Scalars s = scalars;  // a local copy tells the compiler that no store changes it
     Ahead ahead = ahead_;
     const Tile tile = tile_;
     int64_t i = 0;
@@ -528,7 +528,7 @@ struct Form {
     for (; i < n; ++i) At<part, float>(i, s, tile);
   }
 
-  // A step of moments that are both bfloat16, of full vectors: all in one loop.
+  // The step of two bfloat16 moments in full vectors: all in one loop.
   static void StepBFloat16(const Span& span, const Scalars& scalars, Ahead& ahead_, const Tile& tile_, const Array& m,
                            const Array& v, const Dither& dither, uint32_t first) {
     const Scalars s = scalars;
@@ -554,8 +554,8 @@ struct Form {
     }
   }
 
-  // A step of moments that are both codes of 8 bits in the same blocks, which are full vectors. In one loop there is
-  // work for all parts of a processor: while it divides for one vector, it encodes another.
+  // The step of two moments in 8-bit codes with the same blocks, in full vectors. One loop keeps all units of the
+  // processor busy: it encodes one vector while it divides for another.
   static void StepCodes(const Span& span, const Scalars& scalars, Ahead& ahead_, const Tile& tile_, const Array& m, const Array& v,
                         const Dither& dither, uint32_t first) {
     const Scalars s = scalars;
@@ -623,12 +623,12 @@ Steps Choose(bool next, Rest... rest) {
   return next ? Choose<chosen..., true>(rest...) : Choose<chosen..., false>(rest...);
 }
 
-// Where numbers are in the whole array, of which a device may have a part: their random numbers depend on it.
+// The place of a shard in the global array. Random numbers depend on the global index.
 struct Place {
   std::vector<int64_t> shape, whole;
   const uint32_t* offsets;
 
-  // The index in the whole of the first number of a span of the part.
+  // The global index of the first number of a span.
   uint32_t Index(int64_t row, int64_t column) const {
     uint32_t index = 0, unit = 1;
     for (size_t axis = shape.size(); axis-- > 0;) {
@@ -642,7 +642,7 @@ struct Place {
   }
 };
 
-// As XLA does: numbers below the smallest normal one count as 0.
+// Flush subnormal numbers to 0, as XLA does.
 class Flushing {
  public:
 #if defined(__SSE__)
@@ -660,9 +660,9 @@ struct Progress {
   std::condition_variable finished;
 };
 
-// Call `task` with all of 0, ..., count - 1, in runs [begin, end), from XLA's threads and this one. The runs are long at
-// first, since memory likes them so, and become shorter, so that all threads end together. It waits for nothing that has
-// not begun: that might wait for this thread.
+// Call `task` for 0, ..., count - 1, in runs [begin, end), on XLA's threads and this one. Runs are long at first, for
+// sequential memory access, and become shorter, so that all threads end together. Never wait for a task that has not
+// begun: it might itself be waiting for this thread.
 void Parallel(ffi::ThreadPool& pool, int64_t count, const std::function<void(int64_t, int64_t)>& task) {
   auto progress = std::make_shared<Progress>();
   const int64_t threads = pool.num_threads();
@@ -689,16 +689,16 @@ void Parallel(ffi::ThreadPool& pool, int64_t count, const std::function<void(int
 
 struct Job {
   Steps steps;
-  Steps::OfVectors of_vectors = nullptr;  // of steps, if the moments are such that one of them does it all
+  Steps::OfVectors of_vectors = nullptr;  // of `steps`, if one of its vector loops does the whole step
   Array p, g, m, v, top;
   Landing landing = Landing::kNone;
-  Array kept;  // what the parameter cannot hold, if this is kept
+  Array kept;  // the part of the parameter that its dtype cannot hold, if stored
   bool maximum, rounds;
   int64_t rows, columns;  // of one array of a batch
-  bool is_whole;          // so that a number's index is that of its place in memory
+  bool is_whole;          // if so, the index of a number is its offset in memory
   Place place;
 
-  // What follows of the arrays, once they are there.
+  // Set the fields that follow from the arrays.
   void Complete(bool nesterov, bool coupled, bool decays) {
     for (Array* x : {&p, &g, &m, &v, &top, &kept}) x->stride = x->Bytes(columns);
     rounds = m.format != nullptr || v.format != nullptr;
@@ -711,7 +711,7 @@ struct Job {
 
   void Run(const Span& span, int64_t first_row, const Scalars& s, const Dithers& dithers) const {
     const Dither& d = dithers.moments;
-    constexpr int64_t kBuffer = kTile + kLanes;  // what is past the end of a span is read, and not used
+    constexpr int64_t kBuffer = kTile + kLanes;  // numbers past the end of a span are read, but not used
     alignas(64) float buffers[6][kBuffer];
     Ahead ahead{{p.Ahead(span), g.Ahead(span), m.Ahead(span), v.Ahead(span)},
                 {p.Bytes(kLanes), g.Bytes(kLanes), m.Bytes(kLanes), v.Bytes(kLanes)}};
@@ -738,7 +738,7 @@ struct Job {
         if (m.format != nullptr) m.format->store_mean(m, span, tile.m, random);
         if (v.format != nullptr) v.format->store_square(v, span, tile.v, random);
       }
-      if (settles) {  // the step goes on with what is stored of narrow floats; see ../storage.py
+      if (settles) {  // the step goes on with half precision moments as stored; see ../storage.py
         m.Settle(span, tile.m);
         v.Settle(span, tile.v);
         if (maximum) steps.top(span.n, s, ahead, tile);
@@ -756,17 +756,17 @@ struct Job {
     for (int64_t i = 0; i < span.n; i += kLanes) Put(random + i, Random(first + static_cast<uint32_t>(i), d));
   }
 
-  // The parameter in float32, as the step sees it.
+  // Load the parameter in float32.
   float* Read(const Span& span, float* buffer) const {
     if (landing == Landing::kMaster) return kept.Bring(span, buffer);
     if (landing != Landing::kLowBits) return p.Bring(span, buffer);
     const uint16_t *high = p.In<uint16_t>(span), *low = kept.In<uint16_t>(span);
-    // Where the lower half is half or more, the parameter was rounded up.
+    // If the lower half is at least one half, the parameter was rounded up.
     for (int64_t i = 0; i < span.n; ++i) buffer[i] = Number((uint32_t{high[i]} - (low[i] >> 15)) << 16 | low[i]);
     return buffer;
   }
 
-  // Leaves the narrow parameter where it is to be, and what it lacks.
+  // Store the half precision parameter, and the part that it cannot hold.
   void Land(const Span& span, const Tile& tile, uint32_t first, const Dither& d) const {
     alignas(64) uint32_t random[kTile + kLanes];
     switch (landing) {
@@ -785,19 +785,19 @@ struct Job {
     }
   }
 
-  // The upper halves of the bits, rounded to nearest, and the lower ones.
+  // Store the upper halves of the bits, rounded to nearest, and the lower halves.
   void Split(const Span& span, const Tile& tile) const {
     uint16_t *high = p.Out<uint16_t>(span), *low = kept.Out<uint16_t>(span);
     for (int64_t i = 0; i < span.n; ++i) {
       uint32_t bits = Bits(tile.p[i]);
-      if ((bits & 0x7F800000) == 0) bits = 0;  // what is not normal
+      if ((bits & 0x7F800000) == 0) bits = 0;  // 0 or subnormal
       if (tile.p[i] != tile.p[i]) bits = 0x7FC00000;
       high[i] = (bits + 0x8000) >> 16;
       low[i] = bits;
     }
   }
 
-  // Kahan's sum: what is lost in adding the update and what was kept is kept.
+  // Kahan's sum: add the update and the old residual, and store the rounding error as the new residual.
   void Compensate(const Span& span, const Tile& tile, const uint32_t* random) const {
     alignas(64) float wanted[kTile + kLanes], landed[kTile + kLanes];
     kept.format->load(kept, span, wanted);
@@ -811,7 +811,7 @@ struct Job {
     kept.format->store_random(kept, span, wanted, random);
   }
 
-  // To narrow parameters, the update is added after it was rounded itself.
+  // Round the update to the dtype of the parameter before adding it.
   void AddRounded(const Span& span, const Tile& tile) const {
     char rounded[kTile * 2];
     Array update = p;
@@ -824,15 +824,15 @@ struct Job {
   }
 };
 
-// Takes operands, and the results that are like them, in their order.
+// Takes operands and their results in order.
 class Operands {
  public:
   Operands(ffi::RemainingArgs arrays, ffi::RemainingRets results) : arrays_(arrays), results_(results) {}
 
-  // Why they are not as they should be, or nothing.
+  // The error message, or null.
   const char* wrong = nullptr;
 
-  // Halves of numbers, which are not to be read as numbers.
+  // Lower halves of float32 numbers, which are not numbers themselves.
   Array TakeHalves(int64_t size) {
     Array array;
     if (Next(true, size, &array.in, &array.out) != ffi::U16 && wrong == nullptr) wrong = "adamjax: unknown dtype";
@@ -840,7 +840,7 @@ class Operands {
     return array;
   }
 
-  // An array of `size` numbers; with a `block`, of as many codes, of some bits, and scales.
+  // An array of `size` numbers; if `block` is not 0, as codes of some bits, and scales.
   Array Take(bool is_changed, int64_t size, int64_t row, int64_t block, int64_t bits) {
     Array array;
     int64_t count = size;
@@ -892,7 +892,7 @@ class Operands {
   size_t next_in_ = 0, next_out_ = 0;
 };
 
-// `bits` and `block`: of codes of the first moment, the second, and its maximum; 0 of floats.
+// `bits` and `block` describe the codes of the first moment, the second, and its maximum; 0 for floats.
 ffi::Error Impl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> scalars, ffi::Buffer<ffi::U32> dithers,
                 ffi::RemainingArgs arrays, ffi::RemainingRets results, bool nesterov, bool maximum, bool coupled, bool decays,
                 int64_t landing, ffi::Span<const int64_t> whole, ffi::Span<const int64_t> bits,
@@ -954,8 +954,8 @@ ffi::Error Impl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> scalars, ffi::Buffer
   return ffi::Error::Success();
 }
 
-// The same of several parameters, whose moments stand behind each other in one array of floats: all parameters come
-// first, then all gradients, and then the moments.
+// The step of several parameters whose moments are concatenated in float arrays. The operands are all parameters, then
+// all gradients, then the moments.
 ffi::Error Group(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> scalars, ffi::Buffer<ffi::U32> dither,
                  ffi::RemainingArgs arrays, ffi::RemainingRets results, bool nesterov, bool maximum, bool coupled,
                  bool decays) {
@@ -1014,7 +1014,7 @@ ffi::Error Group(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> scalars, ffi::Buffe
   return ffi::Error::Success();
 }
 
-// What both take.
+// The operands and attributes of both handlers.
 auto Bound() {
   return ffi::Ffi::Bind()
       .Ctx<ffi::ThreadPool>()

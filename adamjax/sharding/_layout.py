@@ -1,42 +1,45 @@
-"""Where the arrays of a state are: with their parameters, and spread further over an axis of the mesh.
+"""The layout of a state on a mesh: with its parameters, and spread further over an axis of the mesh.
 
-The rule of spreading: over the first axis of the array that can be divided, in equal parts and in whole
-blocks of what is quantised. It is decided for a parameter, and everything in the state that has its
-shape follows: a step is then done where the moments are, without moving them.
+A state array is spread over its first axis that divides into equal parts, in whole blocks if it is
+quantised. This is decided per parameter, and every state array of its shape follows: a step then runs
+where the moments are, without moving them.
 """
 
 import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable, Sequence
+from functools import wraps
+from typing import Any, NamedTuple, TypeVar
 
 import jax
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from adamjax._core import checks, trees
-from adamjax._core.ownership import Key, params_of_state
+from adamjax._core.ownership import params_of_state
 from adamjax._core.packing import PackedTree
-from adamjax._core.quantization import is_quantized
-from adamjax._core.typing import PyTree
-from adamjax._transforms.base import as_transformation
+from adamjax._core.quantization import is_divisible, is_quantized, whole
+from adamjax._core.typing import GradientTransformation, Path, PyTree
+from adamjax._transforms.base import Transformation, as_transformation
 
 Names = tuple[str, ...]
+MeshLike = Mesh | AbstractMesh
+T = TypeVar("T")
 
 
 def state_sharding(
-    opt: Any, params: PyTree, *, mesh: Mesh | AbstractMesh | None = None, zero_axis: str | Names | None = None
+    opt: GradientTransformation, params: PyTree, *, mesh: MeshLike | None = None, zero_axis: str | Names | None = None
 ) -> PyTree:
-    """Where each array of the state is to be, from where the parameters are.
+    """Return the sharding of each array of the state, derived from the shardings of the parameters.
 
-    An array that has the shape of a parameter goes where that is. With a `zero_axis`, its parts are divided once
-    more, over the devices that would else hold copies of them (ZeRO, stage 1): along its first axis that can be
-    divided into equal parts, in whole blocks where it is quantised. An array without such an axis stays as it
-    is, and `describe` says so. Counts and other scalars are on all devices.
+    A state array that has the shape of a parameter is sharded like it. A `zero_axis` divides its shards once
+    more, over the devices that would otherwise hold copies of them (ZeRO, stage 1): along the first axis of the
+    array that divides into equal parts, in whole blocks if it is quantised. An array without such an axis keeps
+    its sharding, and `describe` reports it. Counts and other scalars are replicated.
 
     Args:
-      opt: A transformation, ours or optax's.
+      opt: A transformation of adamjax or optax.
       params: The parameters, replicated or sharded: arrays, or `jax.ShapeDtypeStruct`s with a sharding.
-      mesh: The mesh that they are on. None: that of their shardings.
-      zero_axis: The axis of the mesh, or axes, that the state is spread over; as a rule, that of the data.
+      mesh: The mesh that they are on. None: the mesh of their shardings.
+      zero_axis: The axis of the mesh, or axes, to spread the state over; usually the data axis.
 
     Returns:
       A tree of `jax.sharding.NamedSharding`s with the structure of `opt.init(params)`: for `init_sharded`,
@@ -44,7 +47,7 @@ def state_sharding(
 
     Raises:
       TypeError, ValueError: A parameter is on no mesh, or on another one (the message has its path); the mesh has
-        no such axis; `opt` is no transformation.
+        no such axis; `opt` is not a transformation.
 
     References:
       Rajbhandari et al., 2020, https://arxiv.org/abs/1910.02054.
@@ -58,23 +61,24 @@ def state_sharding(
     >>> found[0].mu["w"].spec, found[0].count.spec
     (P('data', 'model'), P())
     """
-    return _plan_of(opt, params, mesh, zero_axis, "state_sharding").state
+    shardings = _layout_of(opt, params, mesh, zero_axis, "state_sharding").state
+    return jax.tree.map(lambda s: s, shardings)  # a copy: the layout is cached, and its trees may be mutable
 
 
-def init_sharded(opt: Any, params: PyTree, sharding: PyTree) -> PyTree:
-    """`opt.init(params)`, each array made where it is to be: none is ever whole on one device.
+def init_sharded(opt: GradientTransformation, params: PyTree, sharding: PyTree) -> PyTree:
+    """Call `opt.init(params)` and create each array in its sharding, so that no device ever holds a whole one.
 
     Args:
-      opt: A transformation, ours or optax's.
-      params: The parameters: arrays, also inside of `jax.jit`, or `jax.ShapeDtypeStruct`s, which give a state of
-        those.
-      sharding: A tree of `jax.sharding.NamedSharding`s with the structure of the state, as `state_sharding` makes it.
+      opt: A transformation of adamjax or optax.
+      params: The parameters: arrays, also inside `jax.jit`, or `jax.ShapeDtypeStruct`s, which give an abstract
+        state.
+      sharding: A tree of `jax.sharding.NamedSharding`s with the structure of the state, from `state_sharding`.
 
     Returns:
       The state.
 
     Raises:
-      TypeError, ValueError: `sharding` does not fit the state; `opt` is no transformation; a leaf of
+      TypeError, ValueError: `sharding` does not fit the state; `opt` is not a transformation; a leaf of
         `params` is not a floating point or complex array.
 
     >>> import adamjax, jax
@@ -90,36 +94,37 @@ def init_sharded(opt: Any, params: PyTree, sharding: PyTree) -> PyTree:
     if traced := [p for p in jax.tree.leaves(params) if isinstance(p, jax.core.Tracer)]:
         state = init(params)
         _check_sharding(sharding, state)
-        # Devices are those of the arguments that a compiled function needs. A state needs none, and would be on one.
-        state, _ = jax.lax.optimization_barrier((pin(state, sharding), traced[0]))
-        return pin(state, sharding)
+        # jit places outputs on the devices of its inputs. `init` reads no input values, so without this barrier the
+        # state would land on one device.
+        state, _ = jax.lax.optimization_barrier((constrain(state, sharding), traced[0]))
+        return constrain(state, sharding)
     like = init(jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=sharding_of(p)), params))
     _check_sharding(sharding, like)
     if trees.any_abstract(params):
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), like, sharding)
 
-    def make(params: PyTree) -> list[Any]:
-        return pin(jax.tree.leaves(init(params)), jax.tree.leaves(sharding))
+    def make(params: PyTree) -> list[jax.Array]:
+        return constrain(jax.tree.leaves(init(params)), jax.tree.leaves(sharding))
 
-    # What a state is made of may not depend on the parameters, but which devices it is made on does. Its structure
-    # may say how they are sharded, which is not seen in there.
+    # keep_unused: the values of the state may not depend on the parameters, but its devices do. Return leaves only:
+    # the structure may hold the parameters' shardings, which a traced function does not see.
     return jax.tree.unflatten(jax.tree.structure(like), jax.jit(make, keep_unused=True)(params))
 
 
 def describe(
-    opt: Any, params: PyTree, *, mesh: Mesh | AbstractMesh | None = None, zero_axis: str | Names | None = None
+    opt: GradientTransformation, params: PyTree, *, mesh: MeshLike | None = None, zero_axis: str | Names | None = None
 ) -> str:
-    """A table of what `state_sharding` decides: what each array costs a device, and why some stay whole.
+    """Return a table of the layout from `state_sharding`: the bytes of each array on a device, before and after.
 
     Args:
-      opt, params, mesh, zero_axis: Those of `state_sharding`.
+      opt, params, mesh, zero_axis: As for `state_sharding`.
 
     Returns:
-      For each array of the state its path, shape and sharding, the bytes on a device without the `zero_axis` and
-      with it, and why it is not spread over that.
+      For each array of the state its path, shape and sharding, its bytes on a device without and with the
+      `zero_axis`, and the reason if it is not spread over that.
 
     Raises:
-      TypeError, ValueError: Those of `state_sharding`.
+      TypeError, ValueError: As for `state_sharding`.
 
     >>> import adamjax, jax
     >>> from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
@@ -135,16 +140,17 @@ def describe(
     nu/w   [64,32]  P('data',)    8192   1024
     bytes a device               16412   2076
     """
-    before = _plan_of(opt, params, mesh, None, "describe")
-    after = _plan_of(opt, params, mesh, zero_axis, "describe")
+    before = _layout_of(opt, params, mesh, None, "describe")
+    after = _layout_of(opt, params, mesh, zero_axis, "describe")
     rows: list[tuple[str, ...]] = [("array", "shape", "sharding", "before", "after", "")]
     totals = [0, 0]
     placed = zip(jax.tree.leaves(before.state), jax.tree.leaves(after.state), strict=True)
-    for (path, x), why, pair in zip(jax.tree.leaves_with_path(after.like), after.whole, placed, strict=True):
+    arrays = jax.tree.leaves_with_path(after.like)
+    for (path, x), reason, pair in zip(arrays, after.unsharded_reason, placed, strict=True):
         sizes = [math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize for s in pair]
         totals = [total + size for total, size in zip(totals, sizes, strict=True)]
         shape = f"[{','.join(map(str, x.shape))}]"
-        rows.append((trees.path_of(path), shape, str(pair[1].spec), *map(str, sizes), why))
+        rows.append((trees.path_of(path), shape, str(pair[1].spec), *map(str, sizes), reason))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     width = sum(widths[:3]) + 4
     lines = [_line(row, widths) for row in rows]
@@ -156,76 +162,123 @@ def _line(row: Sequence[str], widths: Sequence[int], numbers: tuple[int, ...] = 
     return "  ".join(cells).rstrip()
 
 
-class Plan(NamedTuple):
-    """Where everything is.
+class StateLayout(NamedTuple):
+    """The shardings of a step.
 
     Fields:
-      params: `NamedSharding`s of the parts of the parameters that a step is done on.
-      state: `NamedSharding`s of the state.
+      params: The `NamedSharding`s of the parameters during the step.
+      state: The `NamedSharding`s of the state.
       like: The state, of `jax.ShapeDtypeStruct`s.
-      whole: For each array of the state, why it is not spread; "" where it is, or where there is nothing to say.
+      unsharded_reason: The reason why an array is not spread, for each array of the state; "" if it is, or if it
+        is a scalar.
     """
 
     params: PyTree
     state: PyTree
     like: PyTree
-    whole: list[str]
+    unsharded_reason: tuple[str, ...]
 
 
-def plan(opt: Any, params: PyTree, mesh: Any, names: Names) -> Plan:
-    """The plan for `params`, `jax.ShapeDtypeStruct`s with `NamedSharding`s on `mesh`, spread over the axes `names`."""
+def _once_per_structure(lay_out: Callable[..., T]) -> Callable[..., T]:
+    """Cache `lay_out(opt, params, *rest)`.
+
+    A layout depends on the structure of `opt`, not on the values of its arrays: these may be tracers.
+    """
+    cache: dict[Hashable, T] = {}
+
+    @wraps(lay_out)
+    def cached(opt: Transformation, params: PyTree, *rest: Hashable) -> T:
+        leaves, structure = jax.tree.flatten((opt, params))
+        try:
+            key = (structure, *rest, *map(_leaf_key, leaves))
+            found = cache.get(key)
+        except TypeError:  # an optimizer of another library need not be hashable
+            return lay_out(opt, params, *rest)
+        if found is None:
+            if len(cache) >= 64:
+                cache.clear()
+            found = cache[key] = lay_out(opt, params, *rest)
+        return found
+
+    return cached
+
+
+def _leaf_key(x: Any) -> Hashable:
+    return (type(x), x) if isinstance(x, (int, float)) else x if trees.is_abstract(x) else jax.typeof(x)
+
+
+@_once_per_structure
+def state_layout(opt: Transformation, params: PyTree, mesh: MeshLike, names: Names) -> StateLayout:
+    """Lay out the state of `params`, `jax.ShapeDtypeStruct`s with `NamedSharding`s on `mesh`, over the axes `names`."""
     like = opt.init(params)
     owned = params_of_state(like, params)
-    units, packed = _units(owned), _packed(like)
-    spread = {
-        path: (p.sharding, "packed") if path in packed else _spread(p, names, units.get(path, 1))
+    block_sizes, packed = _block_sizes(owned), _packed(like)
+    before = {path: p.sharding for path, p in jax.tree.leaves_with_path(params)}
+    after = {
+        path: (p.sharding, "packed") if path in packed else _spread(p, names, block_sizes.get(path, 1))
         for path, p in jax.tree.leaves_with_path(params)
     }
-    slices = jax.tree.map_with_path(lambda path, p: spread[path][0], params)
-    state = opt.init(jax.tree.map(lambda p, s: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=s), params, slices))
-    shardings, whole = [], []
-    placed = iter(jax.tree.leaves(state))
-    for owner, x in owned:
-        s, why = (NamedSharding(mesh, PartitionSpec()), "") if owner is None else spread[owner]
-        for part in jax.tree.leaves(x):
-            found = next(placed).sharding
-            if not (isinstance(found, NamedSharding) and found.mesh == mesh):
-                found = s
-            shardings.append(_named(mesh, dimensions(found, part.ndim), found.memory_kind))
-            whole.append(why)
-    return Plan(slices, jax.tree.unflatten(jax.tree.structure(like), shardings), like, whole)
+    replicated = NamedSharding(mesh, PartitionSpec())
+    shardings, reasons = [], []
+    for path, x in owned:
+        old = replicated if path is None else before[path]
+        new, reason = (replicated, "") if path is None else after[path]
+        for part, unit in ((x.codes, 8 // x.bits), (x.scales, x.block_size)) if is_quantized(x) else ((x, 1),):
+            shardings.append(_follow(part, _in_blocks(x, old, unit), _in_blocks(x, new, unit)))
+            reasons.append(reason)
+    slices = jax.tree.map_with_path(lambda path, p: after[path][0], params)
+    state = jax.tree.unflatten(jax.tree.structure(like), shardings)
+    return StateLayout(slices, state, trees.abstract_like(like), tuple(reasons))
 
 
-def divided(opt: Any, params: PyTree, count: int) -> PyTree:
-    """For each leaf of `params`, whole arrays, the axis that its state is divided along by `count`; -1 if none is."""
+def _follow(x: jax.ShapeDtypeStruct, old: NamedSharding, new: NamedSharding) -> NamedSharding:
+    """Return the sharding of a state array whose parameter moves from `old` to `new`."""
+    found, mesh = sharding_of(x), new.mesh
+    if not (isinstance(found, NamedSharding) and found.mesh == mesh):
+        found = old
+    moves = mesh_axes_by_dim(found, x.ndim) == mesh_axes_by_dim(old, x.ndim)
+    memory_kind = new.memory_kind if found.memory_kind == old.memory_kind else found.memory_kind
+    return _named(mesh, mesh_axes_by_dim(new if moves else found, x.ndim), memory_kind)
+
+
+def _in_blocks(x: Any, sharding: NamedSharding, unit: int) -> NamedSharding:
+    """Return `sharding`, with the last axis whole if a device would have a part of a block of `unit` elements."""
+    return sharding if unit == 1 or is_divisible(x.shape, sharding, unit) else whole(sharding)
+
+
+@_once_per_structure
+def split_axes(opt: Transformation, params: PyTree, count: int) -> PyTree:
+    """Return the axis along which the state of each unsharded leaf of `params` is split by `count`; -1 if none is."""
     like = opt.init(trees.abstract_like(params))
-    units, packed = _units(params_of_state(like, params)), _packed(like)
+    block_sizes, packed = _block_sizes(params_of_state(like, params)), _packed(like)
 
-    def axis(path: Key, p: Any) -> int:
-        divides = count > 1 and path not in packed
-        found = first_divisible(p.shape, [1] * p.ndim, count, units.get(path, 1)) if divides else None
+    def axis(path: Path, p: jax.ShapeDtypeStruct) -> int:
+        splits = count > 1 and path not in packed
+        found = first_divisible(p.shape, [1] * p.ndim, count, block_sizes.get(path, 1)) if splits else None
         return -1 if found is None else found
 
     return jax.tree.map_with_path(axis, params)
 
 
-def _units(owned: list[tuple[Key | None, Any]]) -> dict[Key, int]:
-    """How many numbers along its last axis must stay together, for each parameter of which something is quantised."""
-    units: dict[Key, int] = {}
+def _block_sizes(owned: list[tuple[Path | None, Any]]) -> dict[Path, int]:
+    """Return the elements along the last axis to keep together, for each parameter with quantised moments."""
+    sizes: dict[Path, int] = {}
     for owner, x in owned:
         if owner is not None and is_quantized(x):
-            units[owner] = math.lcm(units.get(owner, 1), x.block_size, 8 // x.bits)
-    return units
+            sizes[owner] = math.lcm(sizes.get(owner, 1), x.block_size, 8 // x.bits)
+    return sizes
 
 
-def _packed(state: PyTree) -> set[Key]:
-    """The paths of parameters whose moments are in groups, which are whole on each device."""
+def _packed(state: PyTree) -> set[Path]:
+    """Return the paths of the parameters with packed moments, which are replicated."""
     nodes = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, PackedTree))
     return {path for tree in nodes if isinstance(tree, PackedTree) for path in tree.paths}
 
 
-def _plan_of(opt: Any, params: PyTree, mesh: Any, zero_axis: Any, who: str) -> Plan:
-    opt = as_transformation(opt, f"argument opt of {who}")
+def _layout_of(
+    opt: GradientTransformation, params: PyTree, mesh: MeshLike | None, zero_axis: str | Names | None, who: str
+) -> StateLayout:
+    transform = as_transformation(opt, f"argument opt of {who}")
     checks.parameters(params)
     if mesh is None:
         meshes = [s.mesh for p in jax.tree.leaves(params) if isinstance(s := sharding_of(p), NamedSharding)]
@@ -235,10 +288,10 @@ def _plan_of(opt: Any, params: PyTree, mesh: Any, zero_axis: Any, who: str) -> P
     check_mesh(mesh)
     names = () if zero_axis is None else check_axes("zero_axis", zero_axis, mesh)
 
-    def placed(path: Key, p: Any) -> jax.ShapeDtypeStruct:
+    def placed(path: Path, p: jax.Array) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=on_mesh(path, sharding_of(p), mesh))
 
-    return plan(opt, jax.tree.map_with_path(placed, params), mesh, names)
+    return state_layout(transform, jax.tree.map_with_path(placed, params), mesh, names)
 
 
 _PUT = "put them there, by jax.device_put(params, NamedSharding(mesh, PartitionSpec()))"
@@ -255,8 +308,8 @@ def check_mesh(mesh: Any) -> None:
         )
 
 
-def check_axes(name: str, axis: Any, mesh: Any = None) -> Names:
-    """The names that the argument called `name` gives: one or a tuple of them, of axes of `mesh` where it is given."""
+def check_axes(name: str, axis: str | Names, mesh: Any = None) -> Names:
+    """Check the argument `name`, one or more axes of `mesh` (if given), and return them as a tuple."""
     names = axis if isinstance(axis, tuple) else (axis,)
     if not names or not all(isinstance(n, str) for n in names):
         raise TypeError(f"Invalid {name} value: {axis!r}; {name} must be the name of an axis, or a tuple of them")
@@ -266,15 +319,15 @@ def check_axes(name: str, axis: Any, mesh: Any = None) -> Names:
     return names
 
 
-def sharding_of(p: Any) -> Any:
-    """That of an array or `jax.ShapeDtypeStruct`; of a tracer in Explicit mode. None where nothing tells."""
+def sharding_of(p: Any) -> Sharding | None:
+    """Return the sharding of an array, `jax.ShapeDtypeStruct` or tracer in Explicit mode, or None if unknown."""
     if not isinstance(p, jax.core.Tracer):
         return getattr(p, "sharding", None)
     found = jax.typeof(p).sharding
     return found if is_explicit(found.mesh) else None
 
 
-def on_mesh(path: Key, found: Any, mesh: Any) -> NamedSharding:
+def on_mesh(path: Path, found: Sharding | None, mesh: MeshLike) -> NamedSharding:
     """Check that the parameter at `path`, with the sharding `found`, is on `mesh`."""
     where = f"params{jax.tree_util.keystr(path)}"
     if not isinstance(found, NamedSharding):
@@ -285,27 +338,27 @@ def on_mesh(path: Key, found: Any, mesh: Any) -> NamedSharding:
     return found
 
 
-def is_explicit(mesh: Any) -> bool:
+def is_explicit(mesh: MeshLike) -> bool:
     return not mesh.empty and all(kind == AxisType.Explicit for kind in mesh.axis_types)
 
 
-def pin(tree: PyTree, shardings: PyTree) -> PyTree:
-    """`tree`, with these shardings from here on; a None of `tree` stays."""
+def constrain(tree: PyTree, shardings: PyTree) -> PyTree:
+    """Constrain the leaves of `tree` to these shardings; keep None where `tree` has it."""
 
-    def place(x: Any, s: NamedSharding) -> Any:
+    def place(x: jax.Array, s: NamedSharding) -> jax.Array:
         return jax.sharding.reshard(x, s) if is_explicit(s.mesh) else jax.lax.with_sharding_constraint(x, s)
 
     return trees.map_leaves(place, tree, shardings)
 
 
-def dimensions(sharding: NamedSharding, ndim: int) -> list[Names]:
-    """The names of mesh axes that each axis of an array is divided over."""
+def mesh_axes_by_dim(sharding: NamedSharding, ndim: int) -> list[Names]:
+    """Return the mesh axes that each dimension of an array is sharded over."""
     parts = _names(sharding.spec)
     return [*parts, *([()] * (ndim - len(parts)))]
 
 
-def shortest(spec: PartitionSpec) -> PartitionSpec:
-    """The same, without what says nothing: specs of arrays that are sharded alike are then equal."""
+def canonical_spec(spec: PartitionSpec) -> PartitionSpec:
+    """Remove the trailing Nones of `spec`, so that equal shardings have equal specs."""
     parts = _names(spec)
     while parts and not parts[-1]:
         parts.pop()
@@ -321,7 +374,7 @@ def _spec(parts: list[Names]) -> PartitionSpec:
 
 
 def first_divisible(shape: Sequence[int], parts: Sequence[int], count: int, unit: int) -> int | None:
-    """The first axis that can be divided `count` times more than into `parts`; the last one in runs of `unit`."""
+    """Return the first axis that divides into `count` times as many `parts`; the last one in blocks of `unit`."""
     for axis, (size, taken) in enumerate(zip(shape, parts, strict=True)):
         run = unit if axis == len(shape) - 1 else 1
         if size > 0 and size % (taken * count * run) == 0:
@@ -330,10 +383,10 @@ def first_divisible(shape: Sequence[int], parts: Sequence[int], count: int, unit
 
 
 def _spread(p: jax.ShapeDtypeStruct, names: Names, unit: int) -> tuple[NamedSharding, str]:
-    """The sharding of what is like `p` when it is spread over `names` too; or that of `p`, and why it is not."""
-    taken = dimensions(p.sharding, len(p.shape))
+    """Spread the sharding of `p` over `names` too. Return it unchanged, with the reason, if that is impossible."""
+    taken = mesh_axes_by_dim(p.sharding, len(p.shape))
     mesh = p.sharding.mesh
-    # An axis of one device divides nothing, and compiled programs leave it out of shardings.
+    # An axis of one device splits nothing, and compiled programs leave it out of their shardings.
     free = tuple(name for name in names if mesh.shape[name] > 1 and not any(name in part for part in taken))
     count = math.prod(mesh.shape[name] for name in free)
     parts = [math.prod(mesh.shape[name] for name in part) for part in taken]
@@ -341,14 +394,14 @@ def _spread(p: jax.ShapeDtypeStruct, names: Names, unit: int) -> tuple[NamedShar
     if axis is not None:
         taken[axis] = (*taken[axis], *free)
     blocks = f" in blocks of {unit}" if unit > 1 else ""
-    why = f"no axis is divisible by {count}{blocks}" if free and axis is None and p.shape else ""
-    return _named(mesh, taken), why
+    reason = f"no axis is divisible by {count}{blocks}" if free and axis is None and p.shape else ""
+    return _named(mesh, taken), reason
 
 
-def _named(mesh: Any, taken: list[Names], memory_kind: str | None = None) -> NamedSharding:
+def _named(mesh: MeshLike, taken: list[Names], memory_kind: str | None = None) -> NamedSharding:
     spec = _spec(taken)
-    # As compiled programs name the shardings of their results, which differs: or they would compile again.
-    return NamedSharding(mesh, spec if is_explicit(mesh) else shortest(spec), memory_kind=memory_kind)
+    # Spell the PartitionSpec as compiled programs do, or they recompile.
+    return NamedSharding(mesh, spec if is_explicit(mesh) else canonical_spec(spec), memory_kind=memory_kind)
 
 
 def _check_sharding(sharding: PyTree, state: PyTree) -> None:

@@ -1,4 +1,4 @@
-"""A state in the memory of the host, which comes to the device for a step."""
+"""Keep a state in host memory and move it to the device for a step."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from adamjax._core import trees
 from adamjax._core.trees import Leaves
-from adamjax._core.typing import Extra, PyTree
+from adamjax._core.typing import Extra, GradientTransformation, PyTree
 from adamjax._core.value import value
 from adamjax._transforms.base import Result, Wrapper
 from adamjax._transforms.delivery import Delivery
@@ -34,7 +34,7 @@ class Offload(Wrapper):
 
 
 def _move(state: PyTree, space: Any) -> PyTree:
-    """`state` in that memory, but for scalars: moving them costs more than they take."""
+    """Move `state` to a memory space, except scalars: moving them costs more than their space."""
 
     def move(x: Any) -> Any:
         if x.ndim == 0:
@@ -48,7 +48,7 @@ def _move(state: PyTree, space: Any) -> PyTree:
 
 
 def _settle(state: PyTree) -> PyTree:
-    """The scalars of a new `state` on the devices of its other arrays, where they will be after a step."""
+    """Move the scalars of a new `state` to the devices of its other arrays, where a step will put them."""
     moved = [x for x in jax.tree.leaves(state) if isinstance(x, jax.Array) and x.ndim]
     if not moved or isinstance(moved[0], jax.core.Tracer):
         return state
@@ -58,22 +58,23 @@ def _settle(state: PyTree) -> PyTree:
     return jax.tree.map(lambda x: x if x.ndim else jax.device_put(x, place), state)
 
 
-def offload(opt: Any) -> Offload:
-    """Keep the state of `opt` in the pinned memory of the host; it comes to the device for each step.
+def offload(opt: GradientTransformation) -> Offload:
+    """Keep the state of `opt` in pinned host memory, and move it to the device for each step.
 
-    That makes room on the device, for twice the bytes of the state over the bus at each step. Scalars
-    stay on the device. Put it outermost, around `zero1` too. Under `jax.jit`; donate the state, but only with the
-    parameters before it, as `Transformation.step` says: JAX gives the memory of a donated array to the first result
-    of its shape, whichever memory that is, and the host's given to the parameters ends the process.
+    This frees device memory, at the cost of transferring twice the bytes of the state at each step. Scalars
+    stay on the device. Make it the outermost wrapper, around `zero1` too, and use it under `jax.jit`. Donate the
+    state only together with the parameters, and after them, as `Transformation.step` says: JAX gives the memory of
+    a donated array to the first result of its shape, in whichever memory space it is, and parameters in host
+    memory crash the process.
 
     Args:
-      opt: A transformation, ours or optax's.
+      opt: A transformation of adamjax or optax.
 
     Returns:
       A transformation with the state of `opt`.
 
     Raises:
-      TypeError, ValueError: `opt` is no transformation; at `init`, the device has no such memory.
+      TypeError, ValueError: `opt` is not a transformation; at `init`, the device has no pinned host memory.
 
     >>> import adamjax, jax, jax.numpy as jnp
     >>> opt = adamjax.sharding.offload(adamjax.adam(0.1))

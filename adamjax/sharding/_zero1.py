@@ -1,4 +1,4 @@
-"""ZeRO, stage 1, under `jax.jit`: each device keeps, and steps, a part of the moments."""
+"""ZeRO, stage 1, under `jax.jit`: each device stores and steps a shard of the moments."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -10,12 +10,12 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 from adamjax._core import checks, trees
 from adamjax._core.trees import Leaves
-from adamjax._core.typing import Extra, PyTree
+from adamjax._core.typing import Extra, GradientTransformation, PyTree
 from adamjax._core.value import Value, static_field, value
 from adamjax._transforms.base import Result, StepsParts
 from adamjax._transforms.delivery import Delivery
 from adamjax.sharding import _layout
-from adamjax.sharding._layout import Names, Plan
+from adamjax.sharding._layout import Names, StateLayout
 
 
 class Specs:
@@ -27,7 +27,7 @@ class Specs:
             raise TypeError(f"Invalid specs value: {tree!r}; specs must be a tree of jax.sharding.PartitionSpec")
 
     def of(self, params: PyTree) -> list[PartitionSpec]:
-        """One for each leaf of `params`."""
+        """Return the spec of each leaf of `params`."""
         try:
             return jax.tree.leaves(jax.tree.broadcast(self.tree, params, is_leaf=_is_spec), is_leaf=_is_spec)
         except ValueError:
@@ -57,7 +57,7 @@ class Zero1State(Value):
 
     Fields:
       inner: The state of the wrapped transformation.
-      specs: How each parameter is sharded, in the order of the tree: a compiled function does not see that.
+      specs: The sharding of each parameter, in the order of the tree. A compiled function does not see it.
     """
 
     inner: Any
@@ -94,16 +94,16 @@ class Zero1(StepsParts):
             self._replace_field("specs", Specs(self.specs))
 
     def describe(self, params: PyTree) -> str:
-        """A table: what each array of the state costs a device, and why some stay whole; see `describe`."""
+        """Return a table of the bytes of each array of the state on a device; see `describe`."""
         return _layout.describe(self.inner, params, zero_axis=self.axis)
 
     def _init(self, params: PyTree) -> Zero1State:
         leaves = jax.tree.leaves(params)
         given = [None] * len(leaves) if self.specs is None else self.specs.of(params)
         if trees.any_abstract(params) and not any(map(_layout.sharding_of, leaves)):
-            return Zero1State(self.inner._init(params), _shortest(spec or PartitionSpec() for spec in given))
+            return Zero1State(self.inner._init(params), _canonical(spec or PartitionSpec() for spec in given))
         plan, whole = self._plan(params, given, "zero1 was given specs that say")
-        specs = _shortest(s.spec for s in jax.tree.leaves(whole))
+        specs = _canonical(s.spec for s in jax.tree.leaves(whole))
         return Zero1State(_layout.init_sharded(self.inner, params, plan.state), specs)
 
     def _run(
@@ -112,15 +112,15 @@ class Zero1(StepsParts):
         checks.params_given(params, updates, "zero1")
         params = updates if params is None else params  # without parameters, there are no gradients
         plan, whole = self._plan_of(state, params.tree)
-        grads, own = [x.like(x.column(_layout.pin(x.tree, plan.params))) for x in (updates, params)]
+        grads, own = [x.like(x.column(_layout.constrain(x.tree, plan.params))) for x in (updates, params)]
 
         def together(found: Leaves) -> Leaves:
-            return found.like(found.column(_layout.pin(found.tree, whole)))
+            return found.like(found.column(_layout.constrain(found.tree, whole)))
 
         found, delivered, inner = self._run_parts(grads, state.inner, own, extra, delivery, (params, together))
-        return found, delivered, Zero1State(_layout.pin(inner, plan.state), state.specs)
+        return found, delivered, Zero1State(_layout.constrain(inner, plan.state), state.specs)
 
-    def _plan_of(self, state: PyTree, params: PyTree) -> tuple[Plan, PyTree]:
+    def _plan_of(self, state: PyTree, params: PyTree) -> tuple[StateLayout, PyTree]:
         checks.state(state, Zero1State, "zero1")
         count = len(jax.tree.leaves(params))
         if len(state.specs) != count:
@@ -130,7 +130,7 @@ class Zero1(StepsParts):
             )
         return self._plan(params, state.specs, "the state of zero1 was made where it was")
 
-    def _plan(self, params: PyTree, specs: Sequence[PartitionSpec | None], said: str) -> tuple[Plan, PyTree]:
+    def _plan(self, params: PyTree, specs: Sequence[PartitionSpec | None], said: str) -> tuple[StateLayout, PyTree]:
         """Where everything is during a step, and where the parameters are before and after it."""
         leaves = jax.tree.leaves_with_path(params)
         mesh = _mesh_of(leaves, self.mesh)
@@ -138,16 +138,16 @@ class Zero1(StepsParts):
         whole = [_whole(path, p, mesh, spec, said) for (path, p), spec in zip(leaves, specs, strict=True)]
         structs = [jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=s) for (_, p), s in zip(leaves, whole, strict=True)]
         structure = jax.tree.structure(params)
-        plan = _layout.plan(self.inner, jax.tree.unflatten(structure, structs), mesh, names)
+        plan = _layout.state_layout(self.inner, jax.tree.unflatten(structure, structs), mesh, names)
         return plan, jax.tree.unflatten(structure, whole)
 
 
-def _shortest(specs: Iterable[PartitionSpec]) -> tuple[PartitionSpec, ...]:
-    return tuple(map(_layout.shortest, specs))
+def _canonical(specs: Iterable[PartitionSpec]) -> tuple[PartitionSpec, ...]:
+    return tuple(map(_layout.canonical_spec, specs))
 
 
 def _mesh_of(leaves: list[tuple[Any, Any]], given: Any) -> Any:
-    """The mesh of parameters, of which tracers know what it is like, if not which devices it has; or the one given."""
+    """Return the mesh of the parameters, or the given one: tracers know only the abstract mesh."""
     for path, p in leaves:
         found = jax.typeof(p).sharding if isinstance(p, jax.core.Tracer) else _layout.sharding_of(p)
         mesh = getattr(found, "mesh", None)
@@ -170,12 +170,13 @@ def _mesh_of(leaves: list[tuple[Any, Any]], given: Any) -> Any:
 
 
 def _whole(path: Any, p: Any, mesh: Any, spec: PartitionSpec | None, said: str) -> NamedSharding:
-    """How the parameter `p` is sharded: what is known of it, or else `spec`."""
+    """Return the sharding of the parameter `p`, or the one of `spec` if it is unknown."""
     found = _layout.sharding_of(p)
     if found is None:
         return NamedSharding(mesh, spec or PartitionSpec())
     found = _layout.on_mesh(path, found, mesh)
-    if spec is not None and _layout.dimensions(found, p.ndim) != _layout.dimensions(NamedSharding(mesh, spec), p.ndim):
+    expected = found if spec is None else NamedSharding(mesh, spec)
+    if _layout.mesh_axes_by_dim(found, p.ndim) != _layout.mesh_axes_by_dim(expected, p.ndim):
         raise ValueError(
             f"params{jax.tree_util.keystr(path)} is sharded by {found.spec}, and {said} {spec}: "
             "shard it so, or call init(params) for these parameters"
@@ -183,34 +184,40 @@ def _whole(path: Any, p: Any, mesh: Any, spec: PartitionSpec | None, said: str) 
     return found
 
 
-def zero1(opt: Any, *, mesh: Mesh | AbstractMesh | None = None, axis: str | Names, specs: PyTree = None) -> Zero1:
-    """Spread the state of `opt` over an axis of the mesh: of n devices there, each keeps and steps an n-th (ZeRO-1).
+def zero1(
+    opt: GradientTransformation,
+    *,
+    mesh: Mesh | AbstractMesh | None = None,
+    axis: str | Names,
+    specs: PyTree = None,
+) -> Zero1:
+    """Spread the state of `opt` over an axis of the mesh: each of its n devices stores and steps an n-th (ZeRO-1).
 
-    For arrays under `jax.jit`, as if there were one device: gradients are those of the whole batch. Each device steps
-    its part of the parameters, and these are then brought together: they come back sharded as they
-    were. Where the state is, `state_sharding` decides, and the method `describe(params)` shows; neither `in_shardings`
-    nor `out_shardings` are needed. Put it outermost: what is around it keeps its own state whole.
+    Use it on global arrays under `jax.jit`, with the gradients of the whole batch. Each device steps its shard of the
+    parameters, and the new parameters are then gathered into the sharding they had. `state_sharding` decides the
+    layout of the state, and the method `describe(params)` shows it; neither `in_shardings` nor `out_shardings` are
+    needed. Make it the outermost wrapper: wrappers around it do not spread their own state.
 
-    `step` brings the parameters together in their dtype, `update` the updates, which may be wider. With `step` the
-    numbers are those of `opt`, bit for bit as far as the compiler rounds both programs alike: it may
-    differ in the last bit where parameters are divided along another axis than the first, or moments quantised.
+    `step` gathers the parameters in their dtype; `update` gathers the updates, which may be wider. `step` gives the
+    numbers of `opt`, bit for bit if the compiler rounds both programs alike. They may differ in the last bit if
+    parameters are split along another axis than the first, or if moments are quantised.
 
     Args:
-      opt: A transformation, ours or optax's.
-      mesh: The mesh that the parameters are on. None: the one that they say.
-      axis: The axis of the mesh, or axes, that the state is spread over; as a rule, that of the data.
-      specs: The `jax.sharding.PartitionSpec`s of the parameters, or of subtrees of them. Needed only where
-        `init` itself is compiled, the parameters are sharded, and the axes of the mesh in Auto mode,
-        in which a compiled function does not see that. None: what the parameters say; replicated where they cannot.
+      opt: A transformation of adamjax or optax.
+      mesh: The mesh that the parameters are on. None: the mesh of their shardings.
+      axis: The axis of the mesh, or axes, to spread the state over; usually the data axis.
+      specs: The `jax.sharding.PartitionSpec`s of the parameters, or of subtrees of them. Needed only if
+        `init` itself is compiled, the parameters are sharded, and the mesh is in Auto mode, because a compiled
+        function does not see shardings then. None: the shardings of the parameters, or replicated if unknown.
 
     Returns:
-      A transformation with state `Zero1State`, that of `opt` and what the parameters said at `init` of how they are
-      sharded. Its `update` needs `params`.
+      A transformation with state `Zero1State`: the state of `opt`, and the shardings of the parameters at `init`.
+      Its `update` needs `params`.
 
     Raises:
-      TypeError, ValueError: `opt` is no transformation, `axis` no name, or `specs` no such tree; at `init`, a
-        parameter is on no mesh, or sharded otherwise than `specs` says; later, otherwise than it was at
-        `init` (the message has its path).
+      TypeError, ValueError: `opt` is not a transformation, `axis` not a name, or `specs` not a tree of specs; at
+        `init`, a parameter is on no mesh, or not sharded as in `specs`; later, not sharded as at `init` (the message
+        has its path).
 
     References:
       Rajbhandari et al., 2020, https://arxiv.org/abs/1910.02054.

@@ -1,4 +1,4 @@
-"""ZeRO, stage 1, inside of `jax.shard_map`: the same mathematics, with the collectives written out."""
+"""ZeRO, stage 1, inside `jax.shard_map`: the same mathematics with explicit collectives."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from jax.sharding import AxisType
 from adamjax._core import checks, collectives, trees
 from adamjax._core.quantization import is_quantized
 from adamjax._core.trees import Leaves
-from adamjax._core.typing import Extra, PyTree
+from adamjax._core.typing import Extra, GradientTransformation, PyTree
 from adamjax._core.value import static_field, value
 from adamjax._transforms.base import Result, StepsParts, Transformation
 from adamjax._transforms.delivery import Delivery
@@ -50,14 +50,14 @@ class Zero1Mapped(StepsParts):
 
 
 class _Parts:
-    """The part of each array that is this device's."""
+    """The shard of each array that belongs to this device."""
 
     def __init__(self, inner: Transformation, axis: str | Names, params: PyTree) -> None:
         names = axis if isinstance(axis, tuple) else (axis,)
         self.names = tuple(name for name in names if lax.axis_size(name) > 1)
         self.idle = tuple(name for name in names if name not in self.names)
         self.count = lax.axis_size(self.names)
-        self.axes = _layout.divided(inner, params, self.count)
+        self.axes = _layout.split_axes(inner, params, self.count)
 
     def sum(self, grads: Leaves) -> Leaves:
         """Add up the gradients over the devices, and take this device's part."""
@@ -68,7 +68,7 @@ class _Parts:
             varying = collectives.axes_varying(g, self.names)
             if axis >= 0 and len(varying) == len(self.names):
                 return lax.psum_scatter(g, self.names, scatter_dimension=axis, tiled=True)
-            # Where all devices have the same, it is the sum already: jax.grad adds up what varies.
+            # A gradient that does not vary is the sum already: jax.grad adds up the parts of replicated parameters.
             return self._part(lax.psum(g, varying) if varying else g, axis)
 
         return grads.map(of_leaf, grads.column(self.axes))
@@ -92,12 +92,12 @@ class _Parts:
         return lax.dynamic_slice_in_dim(x, lax.axis_index(self.names) * size, size, axis)
 
 
-def _axis_types(p: Any) -> tuple[AxisType, ...]:
+def _axis_types(p: Array) -> tuple[AxisType, ...]:
     return jax.typeof(p).sharding.mesh.axis_types
 
 
 def _check_blocks(state: PyTree) -> None:
-    """Each device computes the scales of what it has: of a block that several have parts of, there would be several."""
+    """Check that no block is split over devices, because each device computes the scales of its own shard."""
     for path, x in jax.tree.leaves_with_path(state, is_leaf=is_quantized):
         if not is_quantized(x):
             continue
@@ -110,29 +110,29 @@ def _check_blocks(state: PyTree) -> None:
             )
 
 
-def zero1_mapped(opt: Any, *, axis: str | Names) -> Zero1Mapped:
-    """`zero1` for the inside of `jax.shard_map`: reduce-scatter the gradients, step a part, gather the parameters.
+def zero1_mapped(opt: GradientTransformation, *, axis: str | Names) -> Zero1Mapped:
+    """`zero1` for use inside `jax.shard_map`: reduce-scatter the gradients, step a shard, gather the parameters.
 
-    Each device gives the gradient of its part of the loss, and those are added up, as `jax.grad` adds
-    up those of a replicated parameter: for a mean over the devices, divide the loss by their number. Where
-    shard_map tracks what varies (`check_vma=True`), a gradient that does not vary is taken for that sum. Without
-    (`check_vma=False`) all are taken for parts of it.
+    Each device passes the gradient of its part of the loss. These are summed, as `jax.grad` sums the gradients
+    of a replicated parameter: for a mean over the devices, divide the loss by their number. If shard_map tracks
+    what varies (`check_vma=True`), a gradient that does not vary counts as that sum. Otherwise
+    (`check_vma=False`) all gradients count as parts of it.
 
-    `init` is called outside, and the shardings of its state are the specs that it goes in and out by. What
-    looks at all gradients together needs the axis too: `clip_by_global_norm(..., axis_name=axis)` and
-    `skip_nonfinite(..., axis_name=axis)` (with `check_vma=False`, the norm counts what stays whole once for each
-    device). Stochastic rounding works, with the same random numbers on each device.
+    Call `init` outside; the shardings of its state are the in_specs and out_specs of the state. Transformations
+    that look at all gradients together need the axis too: `clip_by_global_norm(..., axis_name=axis)` and
+    `skip_nonfinite(..., axis_name=axis)` (with `check_vma=False`, the norm counts unspread arrays once per
+    device). Stochastic rounding uses the same random numbers on each device.
 
     Args:
-      opt: A transformation, ours or optax's.
+      opt: A transformation of adamjax or optax.
       axis: The mapped axis, or axes, over which the parameters are replicated and the state is spread.
 
     Returns:
       A transformation with the state of `opt`, whose `update` needs `params`.
 
     Raises:
-      TypeError, ValueError: `opt` is no transformation, or `axis` no name; `init` is called inside, or devices
-        would have parts of one quantised block.
+      TypeError, ValueError: `opt` is not a transformation, or `axis` not a name; `init` is called inside, or a
+        quantised block would be split over devices.
 
     >>> import adamjax, jax, jax.numpy as jnp
     >>> from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
