@@ -188,7 +188,7 @@ def _manager(directory: str | os.PathLike[str], **options: Any) -> Any:
     return ocp.CheckpointManager(os.path.abspath(directory), options=chosen)
 
 
-def _describe_optimizer(optimizer: GradientTransformation) -> schema.Description:
+def _describe_optimizer(optimizer: GradientTransformation) -> schema.Schema:
     return schema.hyperparameter_schema("optimizer", as_transformation(optimizer, "argument optimizer"))
 
 

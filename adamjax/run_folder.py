@@ -1,4 +1,4 @@
-"""The folder of a training run: its configuration, its measurements and their picture."""
+"""The folder of a training run: its configuration, its measurements and a plot of them."""
 
 import json
 import math
@@ -9,20 +9,20 @@ from typing import Any
 
 from adamjax._core.optional import require
 
-Record = dict[str, Any]
+Record = dict[str, Any]  # a step and the measurements made there, by name
 
 
 class RunFolder:
     """Writes `config.json`, `metrics.jsonl` and `curves.png`.
 
-    Measurements are written as they come, so whatever ends the run leaves those before it.
+    Measurements are written as they come, so they survive however the run ends.
 
     Args:
       path: The folder.
-      records: Of a run that goes on, the measurements it had; others that it wrote are removed.
+      records: The measurements to keep of a run that is resumed; any later ones are removed. None for a new run.
 
     Raises:
-      FileExistsError: The folder holds a run already, and is not to go on; nothing is overwritten.
+      FileExistsError: The folder holds a run already, and `records` is None; nothing is overwritten.
     """
 
     def __init__(self, path: Path, records: Iterable[Record] | None = None) -> None:
@@ -35,7 +35,8 @@ class RunFolder:
         if records is not None:
             replace(metrics, "".join(map(_line, self.records)))
 
-    def write_config(self, config: dict[str, Any]) -> None:
+    def write_config(self, config: Record) -> None:
+        """Write `config.json`."""
         replace(self.path / "config.json", json.dumps(config, indent=2) + "\n")
 
     def log(self, record: Record) -> None:
@@ -45,9 +46,9 @@ class RunFolder:
             file.write(_line(record))
 
     def plot(self) -> None:
-        """Draw everything logged against the step, one panel a quantity, into `curves.png`."""
+        """Plot all measurements against the step into `curves.png`, with a panel for each quantity."""
         figures = require("matplotlib.figure", "demo", "drawing curves.png")
-        # A validation metric shares the panel of the training metric of the same name.
+        # A validation metric shares the panel of the training metric of that name.
         names = [name for record in self.records for name in record if name != "step"]
         panels = dict.fromkeys(["loss", *(name.removeprefix("val_") for name in names)])
         figure = figures.Figure((4.5 * len(panels), 3.5), layout="constrained")
@@ -59,7 +60,7 @@ class RunFolder:
                     axis.plot(*zip(*points, strict=True), style, label="validation" if name != panel else "training")
             axis.set(xlabel="step", title=panel.replace("_", " "))
         losses = [y for line in axes[0].lines for y in line.get_ydata() if math.isfinite(y)]
-        if min(losses, default=0) >= 0 and any(losses):  # a logarithm shows nothing of a loss below 0
+        if min(losses, default=0) >= 0 and any(losses):  # a logarithmic axis has no place for losses below 0
             axes[0].set_yscale("log")
         if axes[0].lines:
             axes[0].legend()
@@ -67,7 +68,7 @@ class RunFolder:
 
 
 def read_metrics(path: Path) -> list[Record]:
-    """The lines of the `metrics.jsonl` in a folder; one that was not finished is left out."""
+    """Return the records in the `metrics.jsonl` of a folder, without a last line that was not finished."""
     metrics = path / "metrics.jsonl"
     lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
     records = [json.loads(line) for line in lines if line.endswith("\n")]
@@ -75,7 +76,7 @@ def read_metrics(path: Path) -> list[Record]:
 
 
 def replace(path: Path, text: str) -> None:
-    """Replace the file as a whole: a reader, and a crash, meets the old one or the new one."""
+    """Replace the file as a whole: a reader finds the old one or the new one, even after a crash."""
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(path.name + ".new")
     new.write_text(text)
@@ -83,13 +84,13 @@ def replace(path: Path, text: str) -> None:
 
 
 def _line(record: Record) -> str:
-    """What is not finite becomes null, for JSON has no NaN."""
+    """Return a record as a line of JSON; numbers that are not finite become null, since JSON has no NaN."""
     line = {k: None if isinstance(x, float) and not math.isfinite(x) else x for k, x in record.items()}
     return json.dumps(line) + "\n"
 
 
 def next_free(parent: Path, kind: str) -> Path:
-    """The first of kind-1, kind-2, ... that is not in `parent`."""
+    """Return the first path of `kind`-1, `kind`-2, ... that does not exist in `parent`."""
     number = 1
     while (parent / f"{kind}-{number}").exists():
         number += 1

@@ -364,7 +364,7 @@ class Keys(NamedTuple):
     loss: Array
 
 
-def run_keys(seed: int | Array) -> Keys:
+def keys_of(seed: int | Array) -> Keys:
     """Make the keys of the run with this seed.
 
     Args:
@@ -442,7 +442,7 @@ class _Run:
 
     def reports(self) -> Iterator[Report]:
         """Train; see `train`."""
-        keys = run_keys(self.seed)
+        keys = keys_of(self.seed)
         params, state = self._start(keys)
         advance = TrainStep(partial(train_step, self.problem, self.optimizer, keys), 1)
         # Every process reads these results, so each must have all of them.

@@ -1,9 +1,9 @@
-"""Run benchmarks, and keep what they find:  python -m benchmarks [NAME ...] [--all] [--quick] [--out FOLDER]
+"""Run benchmarks, and write a report:  python -m benchmarks [NAME ...] [--all] [--quick] [--out FOLDER]
 
-Each runs in a process of its own, one after another. The folder gets `report.md`, with what was found, the machine it
-was found on, and pictures; and `results.json`, with all that was timed. A name is that of a module: `step` is
-`benchmarks/bench_step.py`. Without names, those run that take a minute or two, with `--all` also those that take up to
-an hour. All are on the CPU but for `gpu`, which runs only if it is named.
+The benchmarks run one after another, each in its own process. The folder gets `report.md`, with the figures, the
+machine they were measured on, and plots; and `results.json`, with all timings. The name `step` stands for
+`benchmarks/bench_step.py`. Without names, the benchmarks that take a minute or two run; with `--all`, also those that
+take up to an hour. All run on the CPU except `gpu`, which runs only if it is named.
 """
 
 import argparse
@@ -31,7 +31,7 @@ NAMED = ["gpu"]
 
 def main() -> int:
     given = arguments()
-    require("matplotlib", "demo", "drawing what the benchmarks find")
+    require("matplotlib", "demo", "plotting the results of the benchmarks")
     folder = given.out or next_free(Path("runs"), "benchmarks")
     folder.mkdir(parents=True, exist_ok=True)
     facts = machine()
@@ -41,7 +41,7 @@ def main() -> int:
     for name in given.names or SHORT + (LONG if given.all else []):
         print(f"## {name}\n", flush=True)
         try:
-            # A process for each: they want other numbers of devices, and none is to have what another left in memory.
+            # Each has its own process: they need different numbers of devices, and a clean memory.
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as alone:
                 found[name] = alone.submit(measured, name, given.quick).result()
         except Exception:
@@ -54,9 +54,9 @@ def main() -> int:
 
 def arguments() -> argparse.Namespace:
     parser = command(__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(SHORT + LONG + NAMED)}")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"any of {', '.join(SHORT + LONG + NAMED)}")
     parser.add_argument("--all", action="store_true", help=f"also {', '.join(LONG)}")
-    parser.add_argument("--out", type=Path, help="the folder; else the next free runs/benchmarks-N")
+    parser.add_argument("--out", type=Path, help="folder to write (default: the next free runs/benchmarks-N)")
     given = parser.parse_args()
     for name in given.names:
         if name not in SHORT + LONG + NAMED:
@@ -65,7 +65,7 @@ def arguments() -> argparse.Namespace:
 
 
 def write(folder: Path, facts: dict[str, str], found: dict[str, tuple[str, list[Table]]], quick: bool) -> None:
-    """`report.md`, `results.json` and the pictures."""
+    """Write `report.md`, `results.json` and the plots."""
     lines = ["# Benchmarks", "", "| | |", "|---|---|", *(f"| {name} | {fact} |" for name, fact in facts.items()), ""]
     if quick:
         lines += ["With `--quick`: small sizes, to see that everything runs. These figures say nothing.", ""]
@@ -89,7 +89,7 @@ def write(folder: Path, facts: dict[str, str], found: dict[str, tuple[str, list[
 
 
 def plain(x: Any) -> Any:
-    """Arrays and numbers of NumPy, as JSON has them."""
+    """Convert NumPy's arrays and numbers to JSON's types."""
     return x.tolist() if isinstance(x, (np.ndarray, np.generic)) else x
 
 

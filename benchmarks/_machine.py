@@ -1,4 +1,4 @@
-"""What the figures depend on."""
+"""The machine and the versions that the figures depend on."""
 
 import importlib.metadata
 import os
@@ -12,7 +12,7 @@ LIBRARIES = ("adamjax", "jax", "jaxlib", "optax", "torch", "torchao", "bitsandby
 
 
 def machine() -> dict[str, str]:
-    """Facts about it, and the versions of what is compared, by name."""
+    """Return facts about the machine, and the versions of the libraries that are compared, by name."""
     return {
         "CPU": _line_of("/proc/cpuinfo", "model name") or platform.processor() or platform.machine(),
         "cores": str(cores()),
@@ -26,12 +26,12 @@ def machine() -> dict[str, str]:
 
 
 def memory() -> int:
-    """The bytes that the machine has."""
+    """Return the bytes of memory of the machine."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _line_of(path: str, name: str) -> str:
-    """What a file of lines `name : value` says of the name; nothing where it does not."""
+    """Return the value of a name in a file of lines `name : value`; empty if there is none."""
     file = Path(path)
     lines = file.read_text().splitlines() if file.exists() else []
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(name)), "")

@@ -1,4 +1,4 @@
-"""Interleaved timing: what is compared runs in turns, in one process, and ratios are what is reported."""
+"""Interleaved timing: candidates run in turns in one process, and their ratios are reported."""
 
 import ctypes
 import math
@@ -15,14 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 
 Run = Callable[[], object]
-Seconds = dict[str, np.ndarray]  # float[rounds] of each
+Seconds = dict[str, np.ndarray]  # float[rounds], by name
 
-# OpenMP's threads, torch's and the triad's, spin for about 5 ms after each call, on cores that the next needs. With
-# OMP_WAIT_POLICY=passive they would not, but then torch wakes them for each leaf: a thousand leaves take ten times
-# as long as torch is by default.
+# After each call, the OpenMP threads of torch and of the triad spin for about 5 ms, on cores that the next call needs.
+# OMP_WAIT_POLICY=passive would prevent that, but torch would then wake its threads for each leaf, and take ten times as
+# long for a thousand leaves.
 PAUSE = 0.02
 
-# Of each parameter, in float32: read g, p, m, v and write p, m, v.
+# For each float32 parameter: read g, p, m, v and write p, m, v.
 TRIAD_BYTES = 28
 TRIAD = """
 #include <stddef.h>
@@ -34,7 +34,7 @@ void triad(const float *g, float *p, float *m, float *v, ptrdiff_t n) {
 
 
 class Ratio(NamedTuple):
-    """Of two times, round by round: the median and the quartiles."""
+    """The ratio of two times, taken round by round: its median and quartiles."""
 
     median: float
     low: float
@@ -42,11 +42,11 @@ class Ratio(NamedTuple):
 
 
 def interleaved(runs: dict[str, Run], rounds: int, *, at_least: float = 0.02) -> Seconds:
-    """The seconds of each in each of `rounds`, after one that warms up; without rounds, those of that one.
+    """Measure the seconds of each run in each round, after a warm-up round. Without rounds, return the latter.
 
-    In a round each has its turn, in an order that changes: nothing follows always the same. What takes less than
-    `at_least` seconds is repeated in its turn until that has passed, after a first time that does not count: the caches
-    are then its own. Before each turn is a pause: threads that another left spinning sleep.
+    In a round, each run has its turn, in an order that changes from round to round. A run that takes less than
+    `at_least` seconds is repeated in its turn for about that long, after a first time that fills the caches and does
+    not count. A pause before each turn lets the threads of the run before stop spinning.
     """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     order = np.random.default_rng(0)
@@ -70,26 +70,26 @@ def _seconds(run: Run, times: int) -> float:
 
 
 def ratio(of: np.ndarray, to: np.ndarray) -> Ratio:
-    """Of the seconds of two that were interleaved."""
+    """Return the ratio of the seconds of two interleaved runs."""
     median, low, high = np.quantile(of / to, (0.5, 0.25, 0.75)).tolist()
     return Ratio(median, low, high)
 
 
 def cores() -> int:
-    """How many this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def triads(size: int) -> dict[str, Run]:
-    """The memory limit of a step of so many parameters in float32, in one pass of C; none without such a compiler.
+    """Return triads: one pass in C over the bytes that a step of `size` float32 parameters must move; none without cc.
 
-    Twice: over arrays of NumPy's, which asks Linux for huge pages where they are large, and over arrays of JAX's, which
-    does not, and whose memory is that of the steps.
+    One goes over NumPy arrays, for which NumPy asks Linux for huge pages if they are large; the other over JAX arrays,
+    which have no huge pages, and are in the same memory as those of the steps.
     """
     function = _compiled()
     if function is None:
         return {}
-    # Written once: pages of zeros that nobody wrote are all the same one, and come from the cache.
+    # Fill the arrays: unwritten pages of zeros are all the same page, which stays in the cache.
     of_numpy = [np.full(size, 0.1, np.float32) for _ in range(4)]
     of_jax = jax.block_until_ready([jnp.full(size, 0.1, jnp.float32) for _ in range(4)])
     return {
@@ -102,7 +102,7 @@ def _compiled() -> Any:
     with tempfile.TemporaryDirectory() as folder:
         source, library = Path(folder) / "triad.c", Path(folder) / "triad.so"
         source.write_text(TRIAD)
-        # Not -ffast-math: a library linked with that sets its caller's processor to flush subnormals to 0.
+        # Without -ffast-math: a library linked with it makes the processor of its caller flush subnormals to 0.
         command = ["cc", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"]
         try:
             subprocess.run([*command, str(source), "-o", str(library)], check=True)

@@ -1,4 +1,4 @@
-"""Pictures of tables, each a file."""
+"""Plots of tables, each in a file."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from adamjax._core.optional import require
 from benchmarks._measure import Ratio
 from benchmarks._report import Bars, Curves, Table, shown
 
-# By how a name begins, the longer ones first.
+# By the start of a name; longer starts come first.
 COLOURS = {
     "adamjax fused": "#1d4f80",
     "adamjax": "#4c8fc7",
@@ -20,8 +20,8 @@ STYLES = ("-", "--", ":", "-.")
 
 
 def draw(table: Table, path: Path) -> None:
-    """The picture of a table that has one."""
-    figure_module = require("matplotlib.figure", "demo", "drawing what the benchmarks find")
+    """Plot a table that has a picture."""
+    figure_module = require("matplotlib.figure", "demo", "plotting the results of the benchmarks")
     if isinstance(table.picture, Bars):
         figure = figure_module.Figure((8, 1.3 + 0.32 * len(table.rows)), layout="constrained")
         bars(figure.subplots(), table, table.picture)
@@ -34,7 +34,7 @@ def draw(table: Table, path: Path) -> None:
 
 
 def bars(axis: Any, table: Table, picture: Bars) -> None:
-    """One for each row that has a figure, the first on top; those far longer than most are cut."""
+    """Draw a bar for each row that has a figure, the first on top; cut those that are far longer than most."""
     limits = table.column(picture.limit) if picture.limit else [None] * len(table.rows)
     figures = zip(table.column(table.columns[0]), table.column(picture.column), limits, strict=True)
     rows: list[tuple[str, Ratio, float | None]] = [row for row in figures if row[1] is not None]
@@ -57,7 +57,7 @@ def bars(axis: Any, table: Table, picture: Bars) -> None:
 
 
 def curves(axis: Any, picture: Curves) -> None:
-    """A colour for what a name begins with, a style for how it goes on."""
+    """Draw curves: the colour stands for the part of the name before a colon, the style for the rest."""
     names = [name.partition(": ") for name in picture.lines]
     heads, tails = list(dict.fromkeys(n[0] for n in names)), list(dict.fromkeys(n[2] for n in names))
     for (name, points), (head, _, tail) in zip(picture.lines.items(), names, strict=True):

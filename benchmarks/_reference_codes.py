@@ -1,9 +1,9 @@
-"""How bitsandbytes and torchao keep Adam's moments, written anew to compare with: codes to nearest, by block.
+"""The formats in which bitsandbytes and torchao store Adam's moments, reimplemented: blockwise, rounded to nearest.
 
-bitsandbytes 0.48, `functional.create_dynamic_map` and `optim.AdamW8bit` (blocks of 256); torchao 0.14,
-`optim/subclass_8bit.py` (the same map), `subclass_4bit.py` (blocks of 128) and `subclass_fp8.py` (256). Both
-keep leaves with fewer than 4096 elements in float32. Checked by hand: torchao 0.18 stores and loads random numbers of
-all sizes the same, to 3e-7, and of the first moments in a step of bitsandbytes 0.50 on a CPU all but 2 in 1000 are.
+Sources: bitsandbytes 0.48, `functional.create_dynamic_map` and `optim.AdamW8bit` (blocks of 256); torchao 0.14,
+`optim/subclass_8bit.py` (the same map), `subclass_4bit.py` (blocks of 128) and `subclass_fp8.py` (blocks of 256). Both
+keep leaves of fewer than 4096 elements in float32. Checked by hand: torchao 0.18 stores and loads random numbers of
+all magnitudes the same to 3e-7, and bitsandbytes 0.50 on a CPU stores all but 2 in 1000 first moments the same.
 """
 
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ from adamjax._transforms.base import Transformation
 
 
 def dynamic_map(signed: bool, exponent_bits: int, bits: int) -> np.ndarray:
-    """Dettmers et al. (2016, 2022): each tenth of the range is divided linearly, smaller ones more coarsely."""
+    """Return the map of Dettmers et al. (2016, 2022): each decade is divided linearly, smaller ones more coarsely."""
     numbers = [0.0, 1.0]
     for i in range(exponent_bits):
         items = 2 ** (i + bits - 1 - exponent_bits + (0 if signed else 1)) + 1
@@ -29,13 +29,13 @@ def dynamic_map(signed: bool, exponent_bits: int, bits: int) -> np.ndarray:
 
 
 class Reference(NamedTuple):
-    """A code: the numbers it has between -1 and 1, and how many share a scale."""
+    """A storage format: its numbers between -1 and 1, and how many elements share a scale."""
 
     numbers: np.ndarray
     block_size: int
 
     def round_trip(self, x: jax.Array) -> jax.Array:
-        """What `x` is after it was stored: blocks of the flat array, each number to the nearest."""
+        """Return `x` as stored and loaded: in blocks of the flat array, each number rounded to the nearest."""
         if x.size < 4096:
             return x
         flat = jnp.pad(x.reshape(-1), (0, -x.size % self.block_size)).reshape(-1, self.block_size)
@@ -65,7 +65,7 @@ REFERENCES = {
 
 @value
 class Stored(Transformation):
-    """An optimizer whose moments go through codes after each step (here they are float32 nevertheless)."""
+    """An optimizer whose moments are stored and loaded after each step (the state itself stays float32)."""
 
     inner: Any
     codes: Any

@@ -1,7 +1,7 @@
-"""What a benchmark found, as data, and how it is shown.
+"""Results of a benchmark as tables, and their text.
 
-A benchmark is a module with a function `tables(quick)` that yields a `Table` as soon as it has one. `show` prints them,
-`python -m benchmarks` also keeps them.
+A benchmark is a module with a function `tables(quick)`, which yields each `Table` as soon as it is measured. `show`
+prints the tables; `python -m benchmarks` also writes them.
 """
 
 import argparse
@@ -17,14 +17,14 @@ from benchmarks._measure import Ratio, Seconds
 
 
 class Bars(NamedTuple):
-    """A picture of a column of ratios, a bar for each row, with a mark where another column has its limit."""
+    """A plot of a column of ratios: a bar for each row, and a mark at the limit in another column."""
 
     column: str
     limit: str | None = None
 
 
 class Curves(NamedTuple):
-    """A picture of lines through points, both axes logarithmic."""
+    """A plot of lines through points, with logarithmic axes."""
 
     x: str
     y: str
@@ -33,15 +33,15 @@ class Curves(NamedTuple):
 
 @dataclass(frozen=True)
 class Table:
-    """Figures, with what they are.
+    """Figures of a benchmark.
 
     Fields:
-      name: Short, of its own.
-      title: What was done with what, and what the figures are.
-      columns: The headings; the first is of the names of the rows.
-      rows: Of each, its name and its figures: ratios, numbers, text, or None where there is nothing to measure.
-      seconds: What was timed, by name and round.
-      picture: What is drawn of it.
+      name: A short, unique name.
+      title: What was measured, and what the figures are.
+      columns: The headings; the first is that of the names of the rows.
+      rows: The name and the figures of each row: ratios, numbers, text, or None for figures that do not exist.
+      seconds: The timings, by name and round.
+      picture: The plot of the table, if it has one.
     """
 
     name: str
@@ -63,7 +63,7 @@ class Table:
 
 
 def shown(cell: Any) -> str:
-    """A figure, as text."""
+    """Return a figure as text."""
     if isinstance(cell, Ratio):
         return f"{_number(cell.median)} ({_number(cell.low)} to {_number(cell.high)})"
     if isinstance(cell, float):
@@ -78,14 +78,14 @@ def _number(x: float) -> str:
 
 
 def command(doc: str | None) -> argparse.ArgumentParser:
-    """The command line of a benchmark that runs alone."""
+    """Return the command line of a benchmark that runs alone."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="small sizes: to see that it runs")
+    parser.add_argument("--quick", action="store_true", help="use small sizes, to see that it runs")
     return parser
 
 
 def measured(name: str, quick: bool) -> tuple[str, list[Table]]:
-    """What a benchmark says of itself, and what it finds, on the CPU if it is not that of a GPU: once in a process."""
+    """Run a benchmark, on the CPU unless it is `gpu`, and return its description and tables. Once in a process."""
     if name != "gpu":
         jax.config.update("jax_platforms", "cpu")
     module = importlib.import_module(f"benchmarks.bench_{name}")
@@ -93,9 +93,9 @@ def measured(name: str, quick: bool) -> tuple[str, list[Table]]:
 
 
 def show(tables: Iterable[Table]) -> list[Table]:
-    """Print each when it is there."""
-    found = []
+    """Print each table as soon as it is measured, and return them."""
+    shown_tables = []
     for table in tables:
         print(table.markdown(), flush=True)
-        found.append(table)
-    return found
+        shown_tables.append(table)
+    return shown_tables

@@ -1,4 +1,4 @@
-"""AdamW of each library, and in each format, as steps that can be timed or looked at."""
+"""Steps of AdamW in each library and each format, to time or to inspect."""
 
 import importlib
 from collections.abc import Callable, Sequence
@@ -16,16 +16,16 @@ LR, DECAY = 1e-3, 1e-2
 INT8, INT4 = adamjax.quantized("int8"), adamjax.quantized("int4")
 
 Shapes = Sequence[tuple[int, ...]]
-Make = Callable[[], Any]  # of an optimizer
+Make = Callable[[], Any]  # makes an optimizer
 
 
 class Step(NamedTuple):
-    """A step that can be run again and again.
+    """A step that can be run repeatedly.
 
     Fields:
-      run: It.
-      limit: The bytes that it must read (parameters, gradients, state) and write (parameters, state), over those
-        of the triad.
+      run: Makes the step.
+      limit: The bytes that a step must read (parameters, gradients, state) and write (parameters, state), divided by
+        those of the triad.
     """
 
     run: Run
@@ -36,7 +36,7 @@ def adamw(mu: Any = None, nu: Any = None, fused: bool = False) -> Any:
     return adamjax.adamw(LR, weight_decay=DECAY, mu_dtype=mu, nu_dtype=nu, fused=fused)
 
 
-# What there is for float32 parameters.
+# Storage formats of the moments of float32 parameters.
 FORMATS = {
     "": (None, None),
     ", bfloat16 moments": (jnp.bfloat16, jnp.bfloat16),
@@ -47,16 +47,16 @@ FORMATS = {
 PLAIN: dict[str, Make] = {f"adamjax{name}": partial(adamw, mu, nu) for name, (mu, nu) in FORMATS.items()}
 FUSED: dict[str, Make] = {f"adamjax fused{name}": partial(adamw, mu, nu, True) for name, (mu, nu) in FORMATS.items()}
 OPTAX: dict[str, Make] = {"optax": lambda: optax.adamw(LR, weight_decay=DECAY)}
-# Each format beside itself, fused.
+# Each format, plain and fused side by side.
 EVERY = {name: make for pair in zip(PLAIN.items(), FUSED.items(), strict=True) for name, make in pair} | OPTAX
-# For many leaves. Not moments that are rounded: XLA would compile their kernels for each leaf anew, for minutes.
+# For many leaves. Rounded moments are left out: XLA would compile their kernels anew for each leaf, for minutes.
 PACKED: dict[str, Make] = {
     "adamjax packed": lambda: adamjax.packed(adamw()),
     "adamjax packed, fused": lambda: adamjax.packed(adamw(fused=True)),
 }
 MANY = {"adamjax": PLAIN["adamjax"]} | PACKED | OPTAX
 
-# And for bfloat16 parameters.
+# Rounding of bfloat16 parameters.
 ROUNDED: dict[str, Callable[[Any], Any]] = {
     "to nearest": lambda opt: opt,
     "stochastic_rounding": adamjax.stochastic_rounding,
@@ -78,10 +78,10 @@ OF_BFLOAT16: dict[str, Make] = {
 
 
 def advance(opt: Any) -> Callable[[Any, Any, Any], tuple[Any, Any]]:
-    """Of gradients, parameters and state: new parameters and state, by our step or optax's two calls.
+    """Return a function of gradients, parameters and state that makes a step: by our `step`, or by optax's two calls.
 
-    Donated arguments stand as the results do: JAX gives their buffers to results of the same shape in order, and where
-    a moment's became the parameter's, XLA would have to copy.
+    The arguments have the order of the results, since JAX gives the buffers of donated arguments to results of the same
+    shape in order: if a parameter got the buffer of a moment, XLA would have to copy.
     """
 
     def step(grads: Any, params: Any, state: Any) -> tuple[Any, Any]:
@@ -94,7 +94,7 @@ def advance(opt: Any) -> Callable[[Any, Any, Any], tuple[Any, Any]]:
 
 
 def is_refused(opt: Any, params: Any) -> bool:
-    """Whether it is fused, and cannot be for these parameters."""
+    """Return whether the optimizer is fused, but cannot be for these parameters."""
     try:
         jax.eval_shape(advance(opt), params, params, jax.eval_shape(opt.init, params))
     except ValueError as error:
@@ -106,7 +106,7 @@ def is_refused(opt: Any, params: Any) -> bool:
 
 def gradients(shapes: Shapes, dtype: str = "float32") -> list[jax.Array]:
     of_shape = {s: jax.random.normal(jax.random.key(i), s, dtype) for i, s in enumerate(dict.fromkeys(shapes))}
-    # A buffer of its own for each: what is read twice comes from the cache.
+    # Each leaf gets its own buffer: a buffer that is read twice would come from the cache.
     return [jnp.copy(of_shape[s]) for s in shapes]
 
 
@@ -115,18 +115,18 @@ def parameters(grads: list[jax.Array]) -> list[jax.Array]:
 
 
 def nbytes(tree: Any) -> int:
-    """Of arrays, or what has their shape and dtype."""
+    """Return the bytes of all arrays, concrete or abstract, in a tree."""
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def limit(grads: Any, state_bytes: int) -> float:
-    """See `Step`; the parameters have the shape and dtype of the gradients."""
+    """Return the limit of a `Step` whose parameters have the shapes and dtypes of the gradients."""
     elements = sum(g.size for g in grads)
     return (3 * nbytes(grads) + 2 * state_bytes) / (TRIAD_BYTES * elements)
 
 
 def of_jax(make: Make, grads: list[jax.Array]) -> Step | None:
-    """Jitted and donated; None where it is refused."""
+    """Return a jitted and donated step; None if fusing it is refused."""
     opt = make()
     if is_refused(opt, grads):
         return None
@@ -140,13 +140,13 @@ def of_jax(make: Make, grads: list[jax.Array]) -> Step | None:
     return Step(run, limit(grads, nbytes(held[1])))
 
 
-# In torch: the module of the optimizer, its class, arguments, and the bytes of its moments, a parameter; None: as the
-# parameter itself, twice.
+# Optimizers in torch: the module, the class, its arguments, and the bytes of its moments for each parameter, or None if
+# both moments have the parameter's dtype.
 IN_TORCH: dict[str, tuple[str, str, dict[str, bool], float | None]] = {
     "torch fused": ("torch.optim", "AdamW", {"fused": True}, None),
     "torch foreach": ("torch.optim", "AdamW", {"foreach": True}, None),
 }
-# Codes in blocks of 256 (4 bits: 128), each with a float32.
+# Quantized in blocks of 256 (4 bits: 128), each with a float32 scale.
 CODES_IN_TORCH: dict[str, tuple[str, str, dict[str, bool], float | None]] = {
     "torchao, 8 bits": ("torchao.optim", "AdamW8bit", {}, 2 + 8 / 256),
     "torchao, 4 bits": ("torchao.optim", "AdamW4bit", {}, 1 + 8 / 128),
@@ -155,7 +155,7 @@ CODES_IN_TORCH: dict[str, tuple[str, str, dict[str, bool], float | None]] = {
 
 
 def of_torch(label: str, grads: list[jax.Array]) -> Step | None:
-    """One of the two tables above, with as many threads as there are cores; None where it is not installed."""
+    """Return a step of an optimizer above, with a thread for each core; None if its library is not installed."""
     module, name, how, state_bytes = (IN_TORCH | CODES_IN_TORCH)[label]
     try:
         import torch
@@ -166,7 +166,7 @@ def of_torch(label: str, grads: list[jax.Array]) -> Step | None:
     torch.set_num_threads(cores())
     params = []
     for g in grads:
-        # The gradients are JAX's own memory: torch only reads them.
+        # torch shares the memory of JAX's gradients, and only reads it.
         grad = torch.from_dlpack(g)
         params.append(torch.nn.Parameter(torch.ones_like(grad)))
         params[-1].grad = grad

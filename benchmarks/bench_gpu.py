@@ -1,15 +1,16 @@
-"""An AdamW step on a GPU, against what its memory allows:  python -m benchmarks.bench_gpu [--quick]
+"""Time of a step of AdamW on a GPU, against its memory limit:  python -m benchmarks.bench_gpu [--quick]
 
-Seconds of one jitted, donated step of large leaves, all kinds in turns. `roofline` is the bytes that a step has to
-move (gradients, parameters and state once in, parameters and state once out) over the bandwidth that x + 1 over
-4 gigabytes reaches: 1 is as fast as memory allows. Whether the steps are right, `pytest tests/test_pallas.py` says.
+Seconds of one jitted, donated step of large leaves, with all optimizers in turns. `roofline` is the time in which x + 1
+over 4 gigabytes moves the bytes that a step must move (it reads gradients, parameters and state once, and writes
+parameters and state once), divided by the time of the step: 1 is as fast as the memory allows. `pytest
+tests/test_pallas.py` tests that the steps are correct.
 """
 
 import os
 from collections.abc import Iterator
 from typing import Any
 
-# Torch is to have its part of the memory.
+# Leave memory for torch.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import jax
@@ -32,7 +33,7 @@ FORMATS = {
 
 
 class Steps:
-    """So many steps of an optimizer, in place: what a call costs is hidden behind the one before."""
+    """`REPEATS` steps of an optimizer, in place: the overhead of a call overlaps with the step before."""
 
     def __init__(self, opt: Any, shape: tuple[int, int]):
         keys = jax.random.split(jax.random.key(0), 2 * LEAVES)
@@ -69,7 +70,7 @@ def torch_steps(size: int) -> Run | None:
 
 
 def bandwidth(gigabytes: float, rounds: int) -> float:
-    """Bytes a second, read and written, of x + 1."""
+    """Return the bytes a second that x + 1 reads and writes."""
     held = [jnp.ones(int(gigabytes * 2**28), jnp.float32)]
     add = jax.jit(lambda x: x + 1, donate_argnums=0)
 
@@ -101,7 +102,7 @@ def tables(quick: bool) -> Iterator[Table]:
 
     rows = []
     for name, x in seconds.items():
-        # Torch's moments are float32, as those of optax are.
+        # Torch's moments are float32, like optax's.
         of = runs.get(name, runs["optax"])
         share = ratio(np.full_like(x, REPEATS * of.bytes / speed), x)
         temporary = of.temporary / 1e6 if name in runs else None

@@ -1,11 +1,11 @@
-"""What half precision does to Adam, by library and by eps:  python -m benchmarks.bench_half_precision
+"""Effects of half precision on Adam, by library and by eps:  python -m benchmarks.bench_half_precision
 
-1. The second moment of bfloat16 parameters after 1000 gradients of 1 (exactly: 1 - 0.999**1000; the mean of a
-   thousand of them).
-2. The first step of a float16 parameter over the learning rate, by the size of its gradient. Exactly it is 1, but for
-   eps: |g| / (|g| + eps).
-3. Training the digits classifier in float16 for 200 steps, by eps: the validation loss, or the step at which
-   a parameter was no longer finite. All from the same parameters, on the same data.
+1. The second moment of bfloat16 parameters after 1000 gradients of 1: the mean of a thousand parameters. The exact
+   value is 1 - 0.999**1000.
+2. The first step of a float16 parameter, divided by the learning rate, by the size of its gradient. The exact value is
+   |g| / (|g| + eps).
+3. The validation loss of the digits classifier after 200 steps in float16, by eps, or the step at which a parameter was
+   no longer finite. All runs have the same initial parameters and data.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ import optax
 
 import adamjax
 from adamjax import problems
-from adamjax.training import run_keys
+from adamjax.training import keys_of
 from benchmarks._report import Table, command, show
 
 STEPS = 1000
@@ -32,7 +32,7 @@ Stepper = Callable[[Any], Any]
 
 
 def steps_of_jax(opt: Any, params: Any) -> Stepper:
-    """A function of gradients that steps and returns the parameters."""
+    """Return a function of gradients that makes a step and returns the parameters."""
     state = jax.jit(opt.init)(params)
 
     @jax.jit
@@ -64,7 +64,7 @@ def steps_of_torch(params: Any, lr: float, eps: float) -> Stepper:
     return advance
 
 
-# By learning rate, eps and parameters.
+# Functions of learning rate, eps and parameters.
 LIBRARIES: dict[str, Callable[[float, float, Any], Stepper]] = {
     "adamjax": lambda lr, eps, params: steps_of_jax(adamjax.adam(lr, eps=eps), params),
     "adamjax, master_weights": lambda lr, eps, params: steps_of_jax(
@@ -106,7 +106,7 @@ def second_moments() -> dict[str, float]:
 
 
 def first_steps(library: str, eps: float) -> list[float]:
-    """By gradient: the size of the first step of a float16 parameter at 0, over the learning rate of 1."""
+    """Return the size of the first step of a float16 parameter at 0, with learning rate 1, for each gradient."""
     zero = jnp.zeros(len(GRADIENTS), jnp.float16)
     stepped = LIBRARIES[library](1.0, eps, zero)(jnp.array(GRADIENTS, jnp.float16))
     return [float(x) for x in np.abs(np.asarray(stepped, np.float64))]
@@ -114,13 +114,13 @@ def first_steps(library: str, eps: float) -> list[float]:
 
 @jax.jit
 def gradient(params: Any, step: Any) -> Any:
-    keys = run_keys(0)
+    keys = keys_of(0)
     return jax.grad(PROBLEM.loss)(params, PROBLEM.batch(step, keys.data), keys.loss)
 
 
 def trained(library: str, eps: float, steps: int) -> str:
-    """The validation loss after training in float16, or when it was over."""
-    params = jax.tree.map(lambda p: p.astype(jnp.float16), PROBLEM.init(run_keys(0).init))
+    """Return the validation loss after training in float16, or the step at which it failed."""
+    params = jax.tree.map(lambda p: p.astype(jnp.float16), PROBLEM.init(keys_of(0).init))
     advance = LIBRARIES[library](3e-3, eps, params)
     for t in range(steps):
         params = advance(gradient(params, np.int32(t)))

@@ -1,13 +1,13 @@
-"""What low precision does to training:  python -m benchmarks.bench_low_precision [--quick] [--help]
+"""Effects of low precision on training:  python -m benchmarks.bench_low_precision [--quick] [--help]
 
-Each row trains with another storage of the moments or of the parameters, from the same seeds and on the same data
-as the first, plain float32. The figures are changes of the mean validation loss in percent; after ±, the standard
+Each row trains with another storage format of the moments or of the parameters, from the same seeds and on the same
+data as the first row, plain float32. The figures are changes of the mean validation loss in percent, ± the standard
 error of that mean over the seeds. The last column counts the runs that ended no better than they began.
 
-Problems: the transformer of `adamjax.problems.characters`, in batches of 16, for 400 steps at its best learning rate,
-for 400 at three times that, and for 2000; and the classifier of the digits with a tenth of its training labels wrong,
-for 600. The learning rate falls to 0 by a cosine: the noise of the last steps would hide what is to be seen. Parameters
-are evaluated in float32. Takes about 45 minutes on two cores.
+The problems are the transformer of `adamjax.problems.characters`, in batches of 16, for 400 steps at its best learning
+rate, for 400 at three times that, and for 2000; and the digits classifier with a tenth of its training labels wrong,
+for 600. The learning rate falls to 0 by a cosine, since the noise of the last steps would hide the differences.
+Parameters are evaluated in float32. The benchmark takes about 45 minutes on two cores.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ import optax
 
 import adamjax
 from adamjax import problems
-from adamjax.training import run_keys, train_step
+from adamjax.training import keys_of, train_step
 from benchmarks._reference_codes import REFERENCES, Stored
 from benchmarks._report import Table, command, show
 
@@ -31,7 +31,7 @@ INT8, INT4 = adamjax.quantized("int8"), adamjax.quantized("int4")
 
 @dataclasses.dataclass(frozen=True)
 class MislabelledDigits(problems.Digits):
-    """The digits, a tenth of whose training labels are others."""
+    """The digits classifier with a tenth of the training labels wrong."""
 
     def _load(self) -> None:
         super()._load()
@@ -50,7 +50,7 @@ def stored(codes: Any) -> Callable[[Any], Any]:
     return lambda lr: Stored(adamjax.adam(lr), codes)
 
 
-# (the optimizer of a learning rate, the dtype of the parameters)
+# For each row, a function from the learning rate to the optimizer, and the dtype of the parameters.
 ROWS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "float32": (adam(), "float32"),
     "moments bfloat16": (adam(jnp.bfloat16, jnp.bfloat16), "float32"),
@@ -69,11 +69,11 @@ ROWS: dict[str, tuple[Callable[[Any], Any], str]] = {
 
 
 def losses(problem: Any, opt: Any, dtype: str, steps: int, seeds: int) -> tuple[np.ndarray, np.ndarray]:
-    """The validation losses before and after training, [seeds]."""
-    opt = adamjax.chain(opt)  # one of optax's, too, has a step then
+    """Return the validation losses before and after training, float64[seeds]."""
+    opt = adamjax.chain(opt)  # gives optax's optimizers a `step`
 
     def run(seed: jax.Array) -> tuple[jax.Array, jax.Array]:
-        keys = run_keys(seed)
+        keys = keys_of(seed)
         params = jax.tree.map(lambda p: p.astype(dtype), problem.init(keys.init))
 
         def body(carry: Any, step: jax.Array) -> tuple[Any, None]:
@@ -89,7 +89,7 @@ def losses(problem: Any, opt: Any, dtype: str, steps: int, seeds: int) -> tuple[
 
 
 def tables(quick: bool, only: str = "", case: str = "", seeds: int | None = None) -> Iterator[Table]:
-    """Of the rows whose name has `only`, beside the first, the cases that have `case`, and so many seeds for all."""
+    """Yield the first row and those whose names contain `only`, for the cases whose names contain `case`."""
     text, digits = problems.characters(batch_size=16), MislabelledDigits()
     cases = {
         "transformer, 400 steps": (text, 1e-2, 400, 5),
@@ -121,8 +121,8 @@ def tables(quick: bool, only: str = "", case: str = "", seeds: int | None = None
 
 if __name__ == "__main__":
     parser = command(__doc__)
-    parser.add_argument("--only", default="", help="the rows whose name has this, beside the first")
-    parser.add_argument("--case", default="", help="the columns whose name has this")
-    parser.add_argument("--seeds", type=int, help="how many, for all columns")
+    parser.add_argument("--only", default="", help="run only the first row and those whose names contain this")
+    parser.add_argument("--case", default="", help="run only the columns whose names contain this")
+    parser.add_argument("--seeds", type=int, help="number of seeds for all columns")
     given = parser.parse_args()
     show(tables(given.quick, given.only, given.case, given.seeds))

@@ -1,7 +1,7 @@
-"""How well the suggestions of range tests train the digits:  python -m benchmarks.bench_range_test
+"""Quality of the suggestions of range tests, on the digits:  python -m benchmarks.bench_range_test
 
-For each mode, method and seed: the learning rate suggested, and the validation accuracy that adamw
-reaches with it, kept constant, from the same seed.
+For each mode, method and seed: the suggested learning rate, and the validation accuracy that adamw reaches with it as a
+constant learning rate, from the same seed.
 """
 
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from adamjax.tuning._range_test import METHODS
 from benchmarks._report import Table, command, show
 
 SEEDS = range(5)
-POINTS = {"300 steps": 2, "500 steps": 4}  # of five
+POINTS = {"300 steps": 2, "500 steps": 4}  # indices of five points
 REQUIRED = 0.96
 
 
@@ -37,7 +37,7 @@ def tables(quick: bool) -> Iterator[Table]:
     yield Table("range-test", title, ["", "seed", "learning rate", *POINTS], rows)
     verdicts = [[name, f"{x:.3f}", "ok" if x >= REQUIRED else f"BELOW {REQUIRED}"] for name, x in worst.items()]
     yield Table(
-        "range-test-worst", f"The worst of these, of which {REQUIRED} is required", ["", "accuracy", ""], verdicts
+        "range-test-worst", f"The worst accuracy, which must be at least {REQUIRED}", ["", "accuracy", ""], verdicts
     )
 
 

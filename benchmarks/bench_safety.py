@@ -1,8 +1,8 @@
-"""What it costs to skip bad steps, and to measure one:  python -m benchmarks.bench_safety [--quick]
+"""Cost of skipping bad steps, and of measuring a step:  python -m benchmarks.bench_safety [--quick]
 
-Seconds of a jitted, donated step as multiples of those of the same step without: of the optimizer alone,
-and of whole training steps of a multilayer perceptron. "noise" is the plain step against itself. What
-`measure` takes comes on top of a step, when it is called. All buffers are donated and, with `step`, aliased.
+Seconds of a jitted, donated step, divided by those of the plain step: for the optimizer alone, and for whole training
+steps of a multilayer perceptron. "noise" is the plain step against itself. The time of `measure` adds to that of a step
+when it is called. All buffers are donated and, with `step`, aliased.
 """
 
 from collections.abc import Callable, Iterator

@@ -1,24 +1,25 @@
-"""What ZeRO-1 saves and costs, on 1 to 8 virtual devices:  python -m benchmarks.bench_scale [--quick]
+"""Savings and costs of ZeRO-1, on 1 to 8 virtual devices:  python -m benchmarks.bench_scale [--quick]
 
-A network of 4.2 million float32 parameters in four leaves, AdamW. Bytes of state on a device, the time of a
-training step as a ratio to that of the replicated run on as many devices, and the collectives in the compiled
-program. Virtual devices share the cores of one machine: there a step saves what the devices no longer all do,
-and no network is in the way, so the ratios say that nothing is done twice, not how fast a cluster is.
+A network of 4.2 million float32 parameters in four leaves is trained with AdamW. The table has the bytes of state on a
+device, the time of a training step divided by that of the replicated run on as many devices, and the collectives in the
+compiled program. Virtual devices share the cores of one machine without a network: a step saves the work that the
+devices no longer repeat, so the ratios show that nothing is done twice, not how fast a cluster is.
 
-At 1000 devices, from this: of N parameters, a device has 8 N / 1000 bytes of moments instead of 8 N (56 MB
-instead of 56 GB of 7e9), and reads and writes a thousandth of the 28 N bytes of a step. What it sends, by rings:
+An extrapolation to 1000 devices: with N parameters, a device has 8 N / 1000 bytes of moments instead of 8 N (56 MB
+instead of 56 GB for 7e9 parameters), and reads and writes a thousandth of the 28 N bytes of a step. With ring
+collectives, it sends:
 
 | | gradients | parameters | bytes |
 |---|---|---|---|
 | replicated | all-reduce, 2 x 4 N | | 8 N |
 | zero1_mapped | reduce-scatter, 4 N | all-gather, 4 N | 8 N |
-| zero1, where the backend makes a reduce-scatter | 4 N | all-gather, 4 N | 8 N |
-| zero1, where it does not (as the CPU) | all-reduce, 8 N | all-gather, 4 N | 12 N |
+| zero1, if the backend makes a reduce-scatter | 4 N | all-gather, 4 N | 8 N |
+| zero1, if it does not (as on the CPU) | all-reduce, 8 N | all-gather, 4 N | 12 N |
 
-So ZeRO-1 costs nothing or half as much again, and with bfloat16 parameters half of the all-gather. The collectives
-are one for each leaf, of 999 hops each: small leaves are latency. And hardly an axis is divisible by 1000: let the
-axis have a power of two, or spread over a part of the mesh (`zero1(opt, axis="data")` of a mesh ("replica", "data"));
-`describe` says what stays whole.
+So ZeRO-1 sends as much as the replicated run or half as much again; with bfloat16 parameters, the all-gather is half as
+large. There is one collective for each leaf, of 999 hops each, so small leaves cost latency. Few axes are divisible by
+1000: choose a power of two, or shard over a part of the mesh (`zero1(opt, axis="data")` on a mesh ("replica", "data"));
+`describe` reports which arrays are not sharded.
 """
 
 import math
@@ -47,7 +48,7 @@ Step = Any  # (params, state, batch) -> params, state
 
 
 def loss(params: dict[str, jax.Array], batch: jax.Array) -> jax.Array:
-    """Of these rows, a part of the mean over the whole batch."""
+    """Return the contribution of these rows to the mean over the whole batch."""
     for w in params.values():
         batch = jnp.tanh(batch @ w)
     return jnp.sum(batch**2) / _BATCH
@@ -95,7 +96,7 @@ class Run:
 
 
 def collectives(text: str) -> str:
-    """What compiled HLO has of them: how many, and the bytes that a device has of their results."""
+    """Return the number of each collective in compiled HLO, and the bytes of their results on a device."""
     counts: Counter[str] = Counter()
     sizes: Counter[str] = Counter()
     for result, name in _OPERATION.findall(text):

@@ -1,34 +1,22 @@
-"""Time of an AdamW step against optax, torch and the memory:  python -m benchmarks.bench_step [--quick]
+"""Time of a step of AdamW against optax, torch and the memory limit:  python -m benchmarks.bench_step [--quick]
 
-Seconds of one jitted, donated step, as ratios. Large leaves: to the triad, which moves the 28 bytes a parameter that a
-step in float32 must, in one pass of C; the limit is what a format must move of these. NumPy's arrays, over which
-the triad goes, lie in huge pages where Linux has them, JAX's do not: the second ratio is to a triad over arrays of
-JAX's. Many and tiny leaves: to optax. Ratios are taken round by round: the median and, in brackets, the quartiles.
+Seconds of one jitted, donated step, as ratios. Large leaves are compared with the triad, one pass in C that moves the
+28 bytes a parameter of a float32 step; `limit` is the bytes that the format must move, divided by these 28. The triad
+goes over NumPy's arrays, which lie in huge pages if Linux has them; JAX's arrays do not, so the second ratio is to a
+triad over JAX's arrays. Many and tiny leaves are compared with optax. Ratios are taken round by round; the table has
+their medians and, in brackets, their quartiles.
 """
 
 import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from benchmarks import _steps
 from benchmarks._machine import memory
 from benchmarks._measure import Seconds, interleaved, ratio, triads
 from benchmarks._report import Bars, Table, command, show
-from benchmarks._steps import (
-    CODES_IN_TORCH,
-    EVERY,
-    IN_TORCH,
-    MANY,
-    OF_BFLOAT16,
-    OPTAX,
-    Make,
-    Shapes,
-    Step,
-    gradients,
-    of_jax,
-    of_torch,
-)
 
-# What all rows together keep of a parameter, temporary arrays included.
+# Bytes for each parameter that all rows together need, temporary arrays included.
 BYTES_HELD = 190
 
 
@@ -39,39 +27,39 @@ def tables(quick: bool) -> Iterator[Table]:
     mixed = transformer(1, 64, 512) if quick else transformer(8, 512, 16384)
     count = 5 if quick else 1000
     title = f"{millions} M float32 parameters in 4 leaves"
-    yield measured("large", title, large, EVERY, rounds, in_torch=[*IN_TORCH, *CODES_IN_TORCH])
+    yield measured("large", title, large, _steps.EVERY, rounds, in_torch=[*_steps.IN_TORCH, *_steps.CODES_IN_TORCH])
     title = f"{millions} M bfloat16 parameters in 4 leaves; the moments of optax and torch are bfloat16, too"
-    yield measured("bfloat16", title, large, OF_BFLOAT16 | OPTAX, rounds, dtype="bfloat16")
+    yield measured("bfloat16", title, large, _steps.OF_BFLOAT16 | _steps.OPTAX, rounds, dtype="bfloat16")
     title = f"A transformer's {elements(mixed) / 1e6:.3g} million float32 parameters in {len(mixed)} leaves"
-    yield measured("mixed", title, mixed, {n: make for n, make in EVERY.items() if "int4" not in n}, rounds)
+    yield measured("mixed", title, mixed, {n: make for n, make in _steps.EVERY.items() if "int4" not in n}, rounds)
     for name, shape in (("many", (64, 64)), ("tiny", (64,))):
         title = f"{count} float32 leaves of {math.prod(shape)}"
-        yield measured(name, title, [shape] * count, MANY, rounds, to="optax")
+        yield measured(name, title, [shape] * count, _steps.MANY, rounds, to="optax")
 
 
 def measured(
     name: str,
     title: str,
-    shapes: Shapes,
-    makes: dict[str, Make],
+    shapes: _steps.Shapes,
+    makes: dict[str, _steps.Make],
     rounds: int,
     *,
     dtype: str = "float32",
     to: str = "triad",
-    in_torch: Iterable[str] = IN_TORCH,
+    in_torch: Iterable[str] = _steps.IN_TORCH,
 ) -> Table:
-    """The steps of these optimizers and of those in torch, of leaves of these shapes, above all over those of `to`."""
-    grads = gradients(shapes, dtype)
-    steps = {label: of_jax(make, grads) for label, make in makes.items()}
-    steps |= {label: of_torch(label, grads) for label in in_torch}
+    """Time the steps of these optimizers and of torch's, of leaves of these shapes, relative to `to` above all."""
+    grads = _steps.gradients(shapes, dtype)
+    steps = {label: _steps.of_jax(make, grads) for label, make in makes.items()}
+    steps |= {label: _steps.of_torch(label, grads) for label in in_torch}
     runs = {label: step.run for label, step in steps.items() if step is not None}
     if to == "triad":
         runs |= triads(elements(shapes))
     return table(name, title, steps, interleaved(runs, rounds))
 
 
-def table(name: str, title: str, steps: dict[str, Step | None], seconds: Seconds) -> Table:
-    """A row for each step; `seconds` lacks those that there are not."""
+def table(name: str, title: str, steps: dict[str, _steps.Step | None], seconds: Seconds) -> Table:
+    """Return a table with a row for each step; `seconds` has no entry for steps that are None."""
     to, *others = [peer for peer in ("triad", "triad in JAX's memory", "optax", "torch fused") if peer in seconds]
     limited = to == "triad"
     columns = ["", f"step / {to}", *["limit"] * limited, *(f"/ {peer}" for peer in others)]
@@ -87,16 +75,16 @@ def table(name: str, title: str, steps: dict[str, Step | None], seconds: Seconds
 
 
 def fitting() -> int:
-    """64 millions, or what the memory of the machine has room for."""
+    """Return 64 millions of parameters, or as many as fit into the memory of the machine."""
     return next((m for m in (64, 32, 16) if m * 2**20 * BYTES_HELD < 0.6 * memory()), 8)
 
 
-def elements(shapes: Shapes) -> int:
+def elements(shapes: _steps.Shapes) -> int:
     return sum(map(math.prod, shapes))
 
 
 def transformer(layers: int, width: int, tokens: int) -> list[tuple[int, ...]]:
-    """The leaves of a decoder like GPT-2's."""
+    """Return the shapes of the leaves of a decoder like GPT-2's."""
     norm: list[tuple[int, ...]] = [(width,), (width,)]
     attention = [(width, 3 * width), (3 * width,), (width, width), (width,)]
     perceptron = [(width, 4 * width), (4 * width,), (4 * width, width), (width,)]

@@ -1,10 +1,10 @@
-"""How far stored moments lead from Adam's direction:  python -m benchmarks.bench_storage
+"""Errors of Adam's direction with stored moments:  python -m benchmarks.bench_storage
 
-The gradients of the transformer of `adamjax.problems.characters` are recorded as it trains in float32 for 300
-steps. Then Adam goes along them once more, its moments stored and loaded at each step, and its directions from
-step 100 on are compared with those in float32: the median of the relative errors, and the norm of all errors over
-that of all directions. Of leaves with two axes, embeddings included; the references keep those below 4096
-elements in float32.
+The gradients of the transformer of `adamjax.problems.characters` are recorded while it trains in float32 for 300
+steps. Then Adam is run on them again with moments that are stored and loaded at each step, and its directions from
+step 100 on are compared with those in float32. The figures are the median of the relative errors, and the norm of all
+errors divided by that of all directions. Only leaves with two axes count, embeddings included; the reference
+implementations keep leaves of fewer than 4096 elements in float32.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,13 +19,13 @@ from adamjax import problems
 from adamjax._core import quantization
 from adamjax._core.low_precision import Dither, dither
 from adamjax._transforms import moment_storage
-from adamjax.training import run_keys
+from adamjax.training import keys_of
 from benchmarks._reference_codes import REFERENCES, Reference
 from benchmarks._report import Table, command, show
 
 STEPS, FROM = 300, 100
 
-# What a moment is after it was stored: of the moment, the step and a number of its own.
+# A function from a moment, the step and the number of the moment to the moment as stored and loaded.
 Trip = Callable[[jax.Array, jax.Array, int], jax.Array]
 
 
@@ -71,7 +71,7 @@ ROWS: dict[str, tuple[Trip, Trip]] = {
 
 
 def recorded_gradients() -> list[jax.Array]:
-    problem, opt, keys = problems.characters(), adamjax.adam(3e-3), run_keys(0)
+    problem, opt, keys = problems.characters(), adamjax.adam(3e-3), keys_of(0)
 
     @jax.jit
     def run(params: Any) -> Any:
@@ -86,7 +86,7 @@ def recorded_gradients() -> list[jax.Array]:
 
 
 def errors(grads: list[jax.Array], trips: tuple[Trip, Trip]) -> tuple[float, float]:
-    """The median relative error of the directions, and the norm of the errors over that of the directions."""
+    """Return the median relative error of the directions, and the norm of the errors over that of the directions."""
 
     def directions(g: jax.Array, number: int, stored: bool) -> jax.Array:
         def body(carry: Any, g_t: Any) -> tuple[Any, jax.Array]:
@@ -115,7 +115,7 @@ def tables(quick: bool) -> Iterator[Table]:
     grads = recorded_gradients()
     yield Table(
         "storage",
-        "How far stored moments lead from the direction in float32",
+        "Error of the direction with stored moments, against float32",
         ["", "median of the relative errors", "norm of the errors"],
         [[name, *(f"{error:.3f}" for error in errors(grads, trips))] for name, trips in ROWS.items()],
     )

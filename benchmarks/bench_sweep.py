@@ -1,9 +1,9 @@
-"""Time of a sweep, compilation included, against the alternatives:  python -m benchmarks.bench_sweep [--quick]
+"""Time of a sweep, compilation included, against alternatives:  python -m benchmarks.bench_sweep [--quick]
 
-64 settings of AdamW, 300 steps each, on the digits classifier; on as many CPU devices as there are
-cores. Alternatives: our own sweep on one device, setting after setting; torch with its fused AdamW
-and its best number of threads, one setting after another; optax, rebuilt and compiled again for each
-setting, as changing a hyperparameter does. Of torch and optax an eighth of the settings is timed.
+64 settings of AdamW train the digits classifier for 300 steps each, on as many CPU devices as there are cores. The
+alternatives are: our own sweep on one device, one setting after another; torch with its fused AdamW and its best number
+of threads, one setting after another; and optax, rebuilt and compiled again for each setting, as a change of a
+hyperparameter requires. For torch and optax, an eighth of the settings is timed.
 """
 
 import importlib.util
@@ -16,7 +16,7 @@ import numpy as np
 import optax
 
 from adamjax.problems import digits
-from adamjax.training import run_keys
+from adamjax.training import keys_of
 from adamjax.tuning import Log, Space, sweep
 from benchmarks._measure import cores, interleaved, ratio
 from benchmarks._report import Bars, Table, command, show
@@ -25,7 +25,7 @@ SPACE = Space(learning_rate=Log(1e-4, 1e-1), one_minus_b1=Log(0.01, 0.3), weight
 PROBLEM = digits()
 
 Settings = list[dict[str, float]]
-Sweep = Callable[[], tuple[str, float]]  # how it ran, and the lowest validation loss
+Sweep = Callable[[], tuple[str, float]]  # returns how it ran, and the lowest validation loss
 
 
 def ours(settings: Settings, steps: int, execution: str) -> Sweep:
@@ -37,7 +37,7 @@ def ours(settings: Settings, steps: int, execution: str) -> Sweep:
 
 
 def with_optax(settings: Settings, steps: int) -> Sweep:
-    keys = run_keys(0)
+    keys = keys_of(0)
 
     def train(opt: Any) -> Any:
         @jax.jit

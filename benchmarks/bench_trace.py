@@ -1,10 +1,10 @@
 """Time until a step can run, by the number of leaves:  python -m benchmarks.bench_trace [--quick]
 
-Seconds of tracing a step of AdamW, of lowering it, of compiling it, and of all three, with nothing in JAX's caches, as
-ratios to optax's: the medians of three turns, of one where there are 3000 leaves, and in the last column. Leaves have
-about 4096 elements, of four shapes; in the last column each has its own, so that nothing is gained by tracing once per
-distinct leaf. Leaves that are fused have 16384 elements. Of moments that are rounded, by random numbers of each leaf's
-own, XLA compiles each kernel anew, which takes minutes for a thousand.
+Seconds of tracing, lowering and compiling a step of AdamW, and of all three, with empty caches, as ratios to optax's.
+The figures are medians of three rounds; of one round for 3000 leaves and in the last column. Leaves have about 4096
+elements, of four shapes; in the last column all shapes differ, so that tracing once per shape saves nothing. Leaves of
+fused optimizers have 16384 elements. Rounded moments are measured for few leaves only: each leaf has its own random
+numbers, so XLA compiles its kernel anew, which takes minutes for a thousand.
 """
 
 import time
@@ -23,7 +23,7 @@ STAGES = ("trace", "lower", "compile", "all three")
 
 
 class Row(NamedTuple):
-    """An optimizer, for how many leaves at most, and their first axis."""
+    """An optimizer, the largest number of leaves to measure it for, and their first axis."""
 
     make: Make
     most: int = 3000
@@ -47,14 +47,14 @@ def tables(quick: bool) -> Iterator[Table]:
     counts, unlike = ((2, 5), 5) if quick else ((10, 30, 100, 300, 1000, 3000), 100)
     rows = {name: row for name, row in ROWS.items() if not is_refused(row.make(), row.leaves(1, 1))}
     for row in rows.values():
-        stages(row, 2, 2)  # the first of all is slow, whosever it is
+        stages(row, 2, 2)  # warm up: the first compilation of a process is slow
     seconds = {str(count): in_turns(rows, count, 4, 1 if quick or count > 1000 else 3) for count in counts}
     seconds[f"{unlike}, all unlike"] = in_turns(rows, unlike, unlike, 1)
     yield table(seconds)
 
 
 def in_turns(rows: dict[str, Row], count: int, shapes: int, rounds: int) -> Seconds:
-    """Seconds of each row and stage."""
+    """Return the seconds of each row and stage, in each round."""
     found = [
         {
             f"{name}: {stage}": x
@@ -68,7 +68,7 @@ def in_turns(rows: dict[str, Row], count: int, shapes: int, rounds: int) -> Seco
 
 
 def stages(row: Row, count: int, shapes: int) -> dict[str, float]:
-    """Seconds of each stage, of a step of so many leaves of so many shapes."""
+    """Return the seconds of each stage, for a step of `count` leaves of `shapes` shapes."""
     params, opt = row.leaves(count, shapes), row.make()
     state = jax.eval_shape(opt.init, params)
     jax.clear_caches()
@@ -83,7 +83,7 @@ def stages(row: Row, count: int, shapes: int) -> dict[str, float]:
 
 
 def table(seconds: dict[str, Seconds]) -> Table:
-    """Of the seconds by case, and by row and stage: each over optax's of the same case."""
+    """Return the table of seconds, by case and by row and stage, each divided by optax's in the same case."""
     medians = {case: {name: float(np.median(x)) for name, x in of.items()} for case, of in seconds.items()}
 
     def over_optax(of: dict[str, float], row: str, stage: str) -> float | None:

@@ -1,9 +1,8 @@
-"""What tuning finds, by how it searches:  python -m benchmarks.bench_tune [--quick]
+"""Results of a tuning, by search method:  python -m benchmarks.bench_tune [--quick]
 
-As many trials for each on the digits classifier, from several seeds: the stages of `tune`, Optuna's TPE
-sampler, and random settings from the same ranges. The figure is the validation loss of the setting
-that is chosen, over three fresh seeds, as a multiple of that of the defaults: so it does not depend on
-what luck the search had.
+Each method gets as many trials on the digits classifier, from several seeds: the stages of `tune`, Optuna's TPE
+sampler, and random settings from the same ranges. The figure is the validation loss of the chosen setting over three
+fresh seeds, divided by that of the defaults, so it does not depend on the luck of the search.
 """
 
 from collections.abc import Iterator
@@ -15,12 +14,12 @@ import numpy as np
 from adamjax.optimizers import adamw
 from adamjax.problems import digits
 from adamjax.tuning import tune
-from adamjax.tuning._question import space_of
+from adamjax.tuning._spec import search_space
 from benchmarks._report import Table, command, show
 
 PROBLEM = digits()
-# With a space of one's own, no range test says where to look: all start alike.
-SPACE = space_of(adamw, None, "adam", half=False)
+# With a given space, no range test narrows it: all methods start alike.
+SPACE = search_space(adamw, None, "adam", half=False)
 SEARCHES: dict[str, dict[str, Any]] = {
     "stages, after a range test": {},
     "stages": {"space": SPACE},
@@ -32,7 +31,7 @@ SEARCHES: dict[str, dict[str, Any]] = {
 def tables(quick: bool, trials: int = 64) -> Iterator[Table]:
     run = partial(tune, PROBLEM, trials=6 if quick else trials, steps=20 if quick else 300)
     ratios: dict[str, list[float]] = {name: [] for name in SEARCHES}
-    # Far apart, so that no search sees the seeds by which another is confirmed.
+    # Far apart, so that no search uses the seeds that confirm another.
     for seed in range(0, 100 if quick else 500, 100):
         for name, how in SEARCHES.items():
             report = run(seed=seed, confirm=(5, 3), **how)

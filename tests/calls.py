@@ -152,7 +152,7 @@ CALLS = {
     ),
     "training.train": Call({"problem": BOWL, "optimizer": OPT, "steps": 2}, ("dtype", "start", "mesh")),
     "training.step_fn": Call({"loss_fn": abs, "opt": OPT}),
-    "training.run_keys": Call({"seed": 0}),
+    "training.keys_of": Call({"seed": 0}),
     "problems.DigitsConvnet": Call(),
     "problems.digits_convnet": Call(),
     "problems.Digits": Call(),

@@ -10,7 +10,7 @@ import adamjax
 from adamjax import problems
 from adamjax._core import quantization
 from adamjax._core.low_precision import Dither
-from adamjax.training import run_keys, train_step
+from adamjax.training import keys_of, train_step
 
 # (bits, signed): levels, power, and the magnitudes that a number greater than 0 can become
 KINDS = {(8, True): (127, 2, 0), (8, False): (255, 4, 1), (4, True): (7, 2, 0), (4, False): (16, 4, 1)}
@@ -153,7 +153,7 @@ def test_shapes_of_codes():
 @pytest.fixture(scope="module")
 def captured():
     """The moments of a small transformer after 60 steps, embeddings included."""
-    problem, opt, keys = problems.characters(width=32, depth=1, batch_size=8), adamjax.adam(3e-3), run_keys(0)
+    problem, opt, keys = problems.characters(width=32, depth=1, batch_size=8), adamjax.adam(3e-3), keys_of(0)
 
     @jax.jit
     def run(params):

@@ -11,7 +11,7 @@ from tolerances import CONSTANT_GRADIENT, DIGITS, LEAST_SQUARES
 
 import adamjax
 from adamjax import problems
-from adamjax.training import run_keys, train_step
+from adamjax.training import keys_of, train_step
 
 INT8, INT4 = adamjax.quantized("int8"), adamjax.quantized("int4")
 FORMATS = {
@@ -129,7 +129,7 @@ def digits_loss(mu_dtype=None, nu_dtype=None, rounded=None):
     opt = ROUNDED[rounded](opt) if rounded else opt
 
     def run(seed):
-        keys = run_keys(seed)
+        keys = keys_of(seed)
         params = problem.init(keys.init)
         params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params) if rounded else params
 

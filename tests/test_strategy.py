@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 
 from adamjax.tuning import Choice, Linear, Log, Space
-from adamjax.tuning._strategy import RANGES, Result, plan, staged
+from adamjax.tuning._strategy import RANGES, Result, plan_stages, staged_search
 
 ADAM = Space.of(RANGES)
 DEFAULTS = {"learning_rate": 1e-3, "b1": 0.9, "b2": 0.999, "eps": 1e-8, "weight_decay": 1e-4, "amsgrad": False}
@@ -14,7 +14,8 @@ DEFAULTS = {"learning_rate": 1e-3, "b1": 0.9, "b2": 0.999, "eps": 1e-8, "weight_
 
 def search(score, *, space=ADAM, defaults=DEFAULTS, stages="adam", trials=64, valid=lambda setting: True, seed=0):
     """Every result, and the stage of each, of a search whose trials have the given scores."""
-    strategy = staged(space, defaults, plan(space, stages, trials - 1), method="halton", seed=seed, valid=valid)
+    planned = plan_stages(space, stages, trials - 1)
+    strategy = staged_search(space, defaults, planned, method="halton", seed=seed, valid=valid)
     done, of = [], []
     try:
         batch = next(strategy)
@@ -42,20 +43,20 @@ def test_trials_are_all_used_and_the_defaults_come_first(trials):
 
 
 def test_stages_are_those_that_the_trials_are_enough_for():
-    names = {n: [stage.name for stage in plan(ADAM, "adam", n)] for n in (0, 8, 16, 63)}
+    names = {n: [stage.name for stage in plan_stages(ADAM, "adam", n)] for n in (0, 8, 16, 63)}
     assert names[0] == []
     assert names[8] == ["learning_rate"] * 2
     assert names[16] == ["learning_rate"] * 2 + ["b1", "amsgrad"]
     assert names[63] == ["learning_rate"] * 2 + ["b1, b2", "eps", "weight_decay", "all", "amsgrad"]
-    sizes = Counter(stage.trials for stage in plan(ADAM, "adam", 63)[:-1])
+    sizes = Counter(stage.trials for stage in plan_stages(ADAM, "adam", 63)[:-1])
     assert max(sizes) - min(sizes) <= 1
     own = Space(learning_rate=Log(1e-4, 1.0), max_norm=Log(0.1, 10.0), nesterov=Choice(True, False))
-    assert [s.arguments for s in plan(own, "adam", 40)][2:] == [
+    assert [s.arguments for s in plan_stages(own, "adam", 40)][2:] == [
         ("learning_rate", "max_norm"),
         ("learning_rate", "max_norm"),
         ("nesterov",),
     ]
-    assert [(s.arguments, s.trials) for s in plan(ADAM, ["eps", ("b1", "b2")], 10)] == [
+    assert [(s.arguments, s.trials) for s in plan_stages(ADAM, ["eps", ("b1", "b2")], 10)] == [
         (("eps",), 5),
         (("b1", "b2"), 5),
     ]

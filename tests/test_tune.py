@@ -24,8 +24,8 @@ import adamjax
 from adamjax import cli
 from adamjax.training import train
 from adamjax.tuning import Choice, Linear, Log, Report, Space, tune
-from adamjax.tuning._population import Runner
-from adamjax.tuning._trial import Journal
+from adamjax.tuning._journal import Journal
+from adamjax.tuning._population import PopulationRunner
 
 STEPS = 40
 # Without what would be decided by measured times, and so differ from run to run.
@@ -97,27 +97,27 @@ def test_halving_changes_no_trial(halved):
 
 def test_survivors_move_to_smaller_programs(monkeypatch):
     rooms = []
-    original = Runner._program
+    original = PopulationRunner._program
 
     def program(self, opts, keys, order, room):
         rooms.append(room)
         return original(self, opts, keys, order, room)
 
-    monkeypatch.setattr(Runner, "_program", program)
+    monkeypatch.setattr(PopulationRunner, "_program", program)
     small(trials=9, stages=["learning_rate"], halving=True, confirm=None)
     assert list(dict.fromkeys(rooms)) == [9, 5, 3]
 
 
 def test_halving_is_for_what_takes_long(monkeypatch):
-    monkeypatch.setattr(Runner, "cost", lambda self, *_: self._order(*ORDER) and (1.0, 1.0, True))
-    monkeypatch.setattr(Runner, "_order", lambda self, *_: "vmap")
+    monkeypatch.setattr(PopulationRunner, "cost", lambda self, *_: self._order(*ORDER) and (1.0, 1.0, True))
+    monkeypatch.setattr(PopulationRunner, "_order", lambda self, *_: "vmap")
     assert any(t.status == "pruned" for t in small(halving="auto", confirm=None).searched)
-    monkeypatch.setattr(Runner, "cost", lambda self, *_: (1e-3, 10.0, True))
+    monkeypatch.setattr(PopulationRunner, "cost", lambda self, *_: (1e-3, 10.0, True))
     assert all(t.status == "complete" for t in small(halving="auto", confirm=None).searched)
-    monkeypatch.setattr(Runner, "cost", lambda self, *_: (1.0, 1.0, False))
+    monkeypatch.setattr(PopulationRunner, "cost", lambda self, *_: (1.0, 1.0, False))
     found = small(confirm=None, halving=True)
     assert all(t.status == "complete" for t in found.searched)
-    assert "no halving: a batch needs more memory than there is" in found.warnings
+    assert "no halving: a round needs more memory than there is" in found.warnings
 
 
 ORDER = (None, None, None, None)
@@ -134,13 +134,13 @@ def test_a_killed_tuning_goes_on_where_it_ended(tmp_path, monkeypatch, halving):
     lines = (tmp_path / "whole" / "trials.jsonl").read_text().splitlines()
     assert len({(json.loads(x)["number"], json.loads(x)["seed"]) for x in lines}) == len(lines) == len(expected.trials)
     ran = []
-    original = Runner.run
+    original = PopulationRunner.run
 
     def run(self, opts, seeds, marks, **kwargs):
         ran.append(len(opts) * len(seeds) * kwargs["wanted"].any())
         return original(self, opts, seeds, marks, **kwargs)
 
-    monkeypatch.setattr(Runner, "run", run)
+    monkeypatch.setattr(PopulationRunner, "run", run)
     for survived in (0, 3, 9, len(lines) - 1):
         out = tmp_path / str(survived)
         out.mkdir()

@@ -1,14 +1,14 @@
-"""Optional dependencies, imported when they are needed."""
+"""Imports of optional dependencies when they are needed."""
 
 import importlib
 from typing import Any
 
 
 def require(module: str, extra: str, purpose: str) -> Any:
-    """Import `module`, or say what to install.
+    """Import and return `module`.
 
     Raises:
-      ImportError: It is not installed; the message has the command to run.
+      ImportError: The module is not installed; the message has the command that installs it.
     """
     try:
         return importlib.import_module(module)

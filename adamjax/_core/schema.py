@@ -1,4 +1,4 @@
-"""What a pytree is, in JSON's types: what a checkpoint says of itself, for others to be compared with."""
+"""Schemas of pytrees in JSON's types, by which a checkpoint tells whether it fits."""
 
 import dataclasses
 import re
@@ -10,44 +10,44 @@ import numpy as np
 from adamjax._core.typing import PyTree
 from adamjax._core.value import Value
 
-Description = dict[str, Any]
+Schema = dict[str, str | int | float]  # by path: the type of a node, the dtype and shape of an array, or a number
 
-# What differs from process to process in how a function prints.
+# The part of a function's repr that differs between processes.
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
-def tree_schema(name: str, tree: PyTree) -> Description:
-    """By path, what stands there: the type of a node and its static fields; the dtype and shape of an array.
+def tree_schema(name: str, tree: PyTree) -> Schema:
+    """Describe each node by its type and static fields, each array by its dtype and shape, and each number by itself.
 
-    Parents come before what is below them. A Python number stands for itself.
+    Parents come before their children.
     """
-    described: Description = {}
+    schema: Schema = {}
 
-    def walk(path: str, x: Any) -> None:
-        below = [] if x is None else jax.tree.leaves_with_path(x, is_leaf=lambda y: y is not x)
-        if any(child is x for _, child in below):
-            described[path] = _leaf(x)
+    def walk(path: str, x: PyTree) -> None:
+        children = [] if x is None else jax.tree.leaves_with_path(x, is_leaf=lambda y: y is not x)
+        if any(child is x for _, child in children):
+            schema[path] = _leaf(x)
             return
-        described[path] = _node(x)
-        for key, child in below:
+        schema[path] = _node(x)
+        for key, child in children:
             walk(path + jax.tree_util.keystr(key), child)
 
     walk(name, tree)
-    return described
+    return schema
 
 
-def hyperparameter_schema(name: str, tree: PyTree) -> Description:
-    """The same for a tree of hyperparameters, of which arrays count by the numbers they hold."""
+def hyperparameter_schema(name: str, tree: PyTree) -> Schema:
+    """Describe a tree of hyperparameters: like `tree_schema`, but arrays are described by their values."""
     return tree_schema(name, jax.tree.map(lambda x: np.asarray(x).tolist() if hasattr(x, "dtype") else x, tree))
 
 
-def first_difference(there: Description, here: Description, *, numbers: bool = True) -> str | None:
-    """The first difference, in words; None if there is none.
+def first_difference(there: Schema, here: Schema, *, numbers: bool = True) -> str | None:
+    """Return the first difference between two schemas, in words; None if there is none.
 
     Args:
-      there: One description.
-      here: The other.
-      numbers: Whether two numbers can differ.
+      there: The schema of a checkpoint.
+      here: The schema to compare it with.
+      numbers: Whether to compare numbers.
     """
     for path in here | there:
         a, b = there.get(path, "nothing"), here.get(path, "nothing")
@@ -56,22 +56,22 @@ def first_difference(there: Description, here: Description, *, numbers: bool = T
     return None
 
 
-def _leaf(x: Any) -> Any:
+def _leaf(x: Any) -> str | int | float:
     if hasattr(x, "dtype"):
         return f"{x.dtype}[{','.join(map(str, x.shape))}]"
     return x if isinstance(x, (int, float)) else _print(x)
 
 
-def _node(x: Any) -> str:
-    """The type; of what is more than a container, with the static fields."""
+def _node(x: PyTree) -> str:
+    """Return the type of a node, with the static fields unless it is a plain container."""
     if x is None:
         return "None"
     name = getattr(x, "described_as", type(x).__qualname__)
-    if isinstance(x, (dict, list, tuple)):  # their keys are in the paths
+    if isinstance(x, (dict, list, tuple)):  # the paths contain their keys
         return name
     if isinstance(x, Value):
         fields = [field for field in dataclasses.fields(x) if field.metadata.get("described")]  # type: ignore[arg-type]
-        # A field that is added later changes nothing for those who leave it at its default.
+        # Fields at their defaults are left out, so that adding a field later does not change old schemas.
         chosen = {f.name: getattr(x, f.name) for f in fields if getattr(x, f.name) != f.default}
         return f"{name}({', '.join(f'{field}={_print(content)}' for field, content in chosen.items())})"
     structure: Any = jax.tree.structure(x, is_leaf=lambda y: y is not x)
@@ -79,5 +79,5 @@ def _node(x: Any) -> str:
     return f"{name} {_print(static)}"
 
 
-def _print(x: Any) -> str:
+def _print(x: object) -> str:
     return _ADDRESS.sub("", repr(x))

@@ -4,15 +4,14 @@ import argparse
 import json
 from collections.abc import Sequence
 from importlib.metadata import version
-from typing import Any
 
 from adamjax.cli import _kernels, _train, _tune
-from adamjax.cli._distributed import PLACE
+from adamjax.cli._distributed import DISTRIBUTED_FLAGS
 from adamjax.cli._flags import HYPERPARAMETERS as HYPERPARAMETERS
 from adamjax.cli._flags import OPTIMIZERS as OPTIMIZERS
 from adamjax.cli._flags import PROBLEMS as PROBLEMS
 from adamjax.cli._flags import SCHEDULES as SCHEDULES
-from adamjax.cli._flags import CommandError, flag
+from adamjax.cli._flags import CommandError, Options, flag
 
 COMMANDS = {
     "train": _train.run,
@@ -26,18 +25,18 @@ COMMANDS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code.
 
-    0: done. 1: the training diverged, every trial did, or no learning rate can be suggested. 2: it
-    could not start. 130: stopped by Ctrl-C.
+    0: success. 1: the training diverged, every trial did, or no learning rate can be suggested. 2: the
+    command could not start. 130: Ctrl-C stopped it.
     """
     try:
         options = _parse(arguments)
         return int(COMMANDS[options.pop("command")](options))
     except CommandError as error:
-        return error.report()
+        return error.show()
 
 
-def _parse(arguments: Sequence[str] | None) -> dict[str, Any]:
-    """The flags by name; those that have no value are absent."""
+def _parse(arguments: Sequence[str] | None) -> Options:
+    """Return the values of the flags by name; flags without a value are absent."""
     parser = argparse.ArgumentParser("adamjax", description="Adam for JAX.")
     parser.add_argument("--version", action="version", version=f"adamjax {version('adamjax')}")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -46,36 +45,36 @@ def _parse(arguments: Sequence[str] | None) -> dict[str, Any]:
     _kernels.add_parser(commands)
     options = vars(parser.parse_args(arguments))
     if options["command"] == "train" and ("config" in options or "resume" in options):
-        train.set_defaults(**_earlier_flags(options, train))
+        train.set_defaults(**_flags_of_run(options, train))
         options = vars(parser.parse_args(arguments))
         if "resume" in options:
             _refuse_changes(options, train)
     return options
 
 
-def _earlier_flags(options: dict[str, Any], train: argparse.ArgumentParser) -> dict[str, Any]:
-    """Those of the run that `--resume` or `--config` names; they may have been edited, or be of another version."""
+def _flags_of_run(options: Options, train: argparse.ArgumentParser) -> Options:
+    """Return the checked flags of the run that `--resume` or `--config` names: a user may have edited them."""
     path = options["resume"] / "config.json" if "resume" in options else options["config"]
-    said = f"--resume {options['resume']}: {path}" if "resume" in options else f"--config {path}"
+    source = f"--resume {options['resume']}: {path}" if "resume" in options else f"--config {path}"
     try:
         flags = dict(json.loads(path.read_text())["flags"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CommandError(f"{said} is not the config.json of a run ({error!r})") from error
+        raise CommandError(f"{source} is not the config.json of a run ({error!r})") from error
     known = {action.dest: action for action in train._actions}
     for name, x in flags.items():
         if name not in known:
-            raise CommandError(f"{said} has a flag {name}, which train does not know: remove it")
-        choices = known[name].choices  # argparse does not look at them where a flag has its default
+            raise CommandError(f"{source} has a flag {name}, which train does not know: remove it")
+        choices = known[name].choices  # argparse does not check defaults against them
         if choices and x not in choices:
-            raise CommandError(f"{said}: {flag(name)} is {x!r}, expected one of {', '.join(choices)}")
+            raise CommandError(f"{source}: {flag(name)} is {x!r}, expected one of {', '.join(choices)}")
     return flags
 
 
-def _refuse_changes(options: dict[str, Any], train: argparse.ArgumentParser) -> None:
-    """Flags of a run that goes on are those it began with, which are now the defaults of `train`."""
+def _refuse_changes(options: Options, train: argparse.ArgumentParser) -> None:
+    """Refuse flags of a resumed run that differ from those it began with, now the defaults of `train`."""
     for name, here in options.items():
         before = train.get_default(name)
-        if name not in ("command", "resume", "checkpoint_every", *PLACE) and here != before:
+        if name not in ("command", "resume", "checkpoint_every", *DISTRIBUTED_FLAGS) and here != before:
             written, config = flag(name), options["resume"] / "config.json"
             was = "not given" if before == argparse.SUPPRESS else before
             raise CommandError(

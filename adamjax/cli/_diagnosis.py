@@ -1,31 +1,32 @@
-"""What `adamjax train --diagnose` and `--tensorboard` add to a run."""
+"""The measurements that `adamjax train --diagnose` and `--tensorboard` add to a run."""
 
 from pathlib import Path
-from typing import Any
 
+from adamjax.cli._flags import Options
 from adamjax.diagnostics import AdamStats, History, LogWriter
+from adamjax.run_folder import Record
 
 PICTURE = "diagnostics.png"
 
 
 class Diagnosis:
-    """Collects what is measured in a run; does nothing if that was not asked for.
+    """Collects the measurements of a run, if the flags ask for them.
 
     Args:
       run: The folder of the run.
       options: Its flags.
 
     Raises:
-      ImportError: The log for TensorBoard needs something that is not installed.
+      ImportError: A package that the TensorBoard log needs is not installed.
     """
 
-    def __init__(self, run: Path, options: dict[str, Any]) -> None:
+    def __init__(self, run: Path, options: Options) -> None:
         self._picture = run / PICTURE
         self._history = History()
         self._writer = LogWriter(run / "tensorboard") if options.get("tensorboard") else None
 
-    def offer(self, step: int, record: dict[str, Any], stats: AdamStats | None) -> list[str]:
-        """Take what is known of a step; what of it is to be shown in a line."""
+    def add(self, step: int, record: Record, stats: AdamStats | None) -> list[str]:
+        """Add the measurements of a step; return those that the progress bar shows."""
         if self._writer is not None:
             self._writer.scalars(step, {name: x for name, x in record.items() if name != "step"})
         if stats is None:
@@ -33,16 +34,16 @@ class Diagnosis:
         self._history.append(stats)
         if self._writer is not None:
             self._writer.write(stats)
-        found = stats.overall
+        overall = stats.overall
         return [
-            f"gradient {found.gradient_norm:.2g}",
-            f"update/parameter {found.update_ratio:.2g}",
-            f"eps dominates {100 * found.eps_dominated:.0f} %",
-            f"lost {100 * found.lost:.0f} %",
+            f"gradient {overall.gradient_norm:.2g}",
+            f"update/parameter {overall.update_ratio:.2g}",
+            f"eps dominates {100 * overall.eps_dominated:.0f} %",
+            f"lost {100 * overall.lost:.0f} %",
         ]
 
     def finish(self) -> None:
-        """Draw the picture, and say what was found."""
+        """Plot the measurements, and print the findings."""
         if self._writer is not None:
             self._writer.close()
         if not len(self._history):

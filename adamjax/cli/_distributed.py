@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -15,67 +15,67 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh
 
 from adamjax._core import checks
-from adamjax.cli._flags import CommandError, Flags, flag
+from adamjax.cli._flags import CommandError, Flags, Options, flag
 
-# Where a run is, and not what: another place gives the same result.
-PLACE: Flags = {
-    "coordinator": {"metavar": "HOST:PORT", "help": "where the processes meet: a free port of the host of process 0"},
-    "processes": {"type": int, "help": "how many there are; 1: only this one, with all its devices"},
-    "process_id": {"type": int, "help": "which of them this one is, from 0"},
+# These flags say where a run takes place. They do not change its result, and are not kept with it.
+DISTRIBUTED_FLAGS: Flags = {
+    "coordinator": {"metavar": "HOST:PORT", "help": "address at which the processes meet: a free port of process 0"},
+    "processes": {"type": int, "help": "number of processes; 1: only this one, with all its devices"},
+    "process_id": {"type": int, "help": "number of this process, from 0"},
 }
 
-# Longer, a process that is gone goes unnoticed; shorter, one that is only slow is taken for gone.
+# With a longer timeout, a lost process goes unnoticed; with a shorter one, a slow process is taken for lost.
 _HEARTBEAT_SECONDS = 10
-_LONGEST_PATH = 4096
-# JAX ends a process that has lost the others, and a signal may: what it would say then, another one has to say.
+_MAX_PATH_BYTES = 4096
+# A watching process prints the message, since JAX or a signal may end this one before it could.
 _WATCH = "import sys; sys.stdin.read() or print(sys.argv[1], file=sys.stderr)"
 
 
-class Group(NamedTuple):
+class ProcessGroup(NamedTuple):
     """The processes of a run, seen from one of them.
 
     Fields:
-      mesh: All their devices; None if the run is not distributed, and on one device.
+      mesh: All their devices; None if the run is not distributed, but on one device.
     """
 
     mesh: Mesh | None = None
 
     @property
-    def leads(self) -> bool:
-        """Whether it is this one that says and writes what is to be said and written once."""
+    def is_leader(self) -> bool:
+        """Whether this process prints and writes for all."""
         return jax.process_index() == 0
 
-    def any(self, stop: Callable[[], bool]) -> Callable[[], bool]:
-        """Whether any of them says so: all have to ask."""
+    def any_process(self, stop: Callable[[], bool]) -> Callable[[], bool]:
+        """Return a function that tells whether `stop` is true in any process. All processes must call it."""
         if jax.process_count() == 1:
             return stop
         return lambda: bool(multihost_utils.process_allgather(np.asarray(stop())).any())
 
-    def agreed(self, path: Path) -> Path:
-        """That of the one that leads."""
+    def broadcast_path(self, path: Path) -> Path:
+        """Return the leader's path on every process."""
         if jax.process_count() == 1:
             return path
         text = os.fsencode(path)
-        padded = np.frombuffer(text.ljust(_LONGEST_PATH, b"\0"), np.uint8)
+        padded = np.frombuffer(text.ljust(_MAX_PATH_BYTES, b"\0"), np.uint8)
         return Path(os.fsdecode(np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes().rstrip(b"\0")))
 
     @contextmanager
     def watched(self, folder: Path | None) -> Iterator[None]:
-        """Within, whatever ends this process, another one says in words what that means for the run in `folder`.
+        """Have another process explain, if this one ends early for any reason, how to resume the run in `folder`.
 
-        Which is None where it is still to be chosen.
+        `folder` is None if it is still to be chosen.
         """
         if jax.process_count() == 1:
             yield
             return
-        said = (
+        message = (
             f"adamjax: process {jax.process_index()} of {jax.process_count()} ended before the run did: by an error of "
-            "its own that stands above, by a signal, or because it lost another process (see what that one says). "
+            "its own, printed above, by a signal, or because it lost another process (see its output). "
             f"Started again with --resume {folder or 'and its folder'}, on any number of processes, the run goes on "
             "from its last checkpoint."
         )
-        # In a session of its own: no Ctrl-C ends it.
-        command = [sys.executable, "-c", _WATCH, said]
+        # A session of its own, so that Ctrl-C does not end it.
+        command = [sys.executable, "-c", _WATCH, message]
         watch = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
         try:
             yield
@@ -86,28 +86,28 @@ class Group(NamedTuple):
 
 
 @contextmanager
-def joined(options: dict[str, Any]) -> Iterator[Group]:
-    """The group of processes that the flags say, or that the cluster has started.
+def process_group(options: Options) -> Iterator[ProcessGroup]:
+    """Join the group of processes that the flags describe, or that the cluster has started.
 
     Raises:
-      CommandError: They do not fit together, or there is no such cluster.
+      CommandError: The flags do not fit together, or there is no such cluster.
     """
     if not options.get("distributed"):
-        for name in PLACE:
+        for name in DISTRIBUTED_FLAGS:
             if name in options:
                 raise CommandError(f"{flag(name)} is for --distributed, which was not given")
-        yield Group()
+        yield ProcessGroup()
         return
-    _join(options.get("coordinator"), options.get("processes"), options.get("process_id"))
-    group = Group(jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,)))
+    _initialize(options.get("coordinator"), options.get("processes"), options.get("process_id"))
+    group = ProcessGroup(jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,)))
     try:
         yield group
     except BaseException as error:
         if jax.process_count() == 1:
             raise
-        # To leave in good order, it would wait for the others, and these for it.
+        # An orderly exit would wait for the other processes, which wait for this one.
         if isinstance(error, CommandError):
-            code = error.report()
+            code = error.show()
         else:
             traceback.print_exc()
             code = 1
@@ -116,7 +116,7 @@ def joined(options: dict[str, Any]) -> Iterator[Group]:
         os._exit(code)
 
 
-def _join(coordinator: str | None, processes: int | None, process_id: int | None) -> None:
+def _initialize(coordinator: str | None, processes: int | None, process_id: int | None) -> None:
     try:
         if processes is not None:
             checks.count("processes", processes)

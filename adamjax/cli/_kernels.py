@@ -1,27 +1,25 @@
 """`adamjax kernels`."""
 
-from typing import Any
-
 from adamjax import kernels
-from adamjax.cli._flags import CommandError
+from adamjax.cli._flags import CommandError, Options, Subparsers
 
 
-def add_parser(commands: Any) -> None:
-    """Tell the command line of this command."""
+def add_parser(commands: Subparsers) -> None:
+    """Add the command to the command line."""
     parser = commands.add_parser(
         "kernels",
-        help="the compiled kernels of fused steps",
-        description="Steps of optimizers with fused=True are compiled when they are first needed, and kept.",
+        help="manage the compiled kernels of fused steps",
+        description="The kernels of optimizers with fused=True are compiled when they are first needed, and cached.",
     )
     parser.add_argument(
         "action",
         choices=("build", "status", "clear"),
-        help="build: compile it now; status: what is kept, and where; clear: remove all of it",
+        help="build: compile the kernel now; status: list the cached kernels; clear: remove all of them",
     )
 
 
-def run(options: dict[str, Any]) -> int:
-    """Build, list or remove."""
+def run(options: Options) -> int:
+    """Build, list or remove kernels."""
     action = options["action"]
     if action == "build":
         try:

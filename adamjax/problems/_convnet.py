@@ -1,14 +1,14 @@
-"""A small convolutional network on the handwritten digits."""
+"""A small convolutional network for handwritten digits."""
 
 import dataclasses
 import itertools
-from typing import Any
 
 import jax
 
 from adamjax._core.trees import compute_dtype
+from adamjax._core.typing import PyTree
+from adamjax.problems import _model_parts
 from adamjax.problems._digits import DigitImages
-from adamjax.problems._parts import check_sizes, in_order, init_layers
 
 _SIDE = 8
 
@@ -17,10 +17,10 @@ _SIDE = 8
 class DigitsConvnet(DigitImages):
     """A convolutional network on 8 x 8 images of handwritten digits, as a `Problem`.
 
-    Each convolution is 3 x 3 with stride 2, and a linear layer stands at the end.
+    The convolutions are 3 x 3 with stride 2, and a linear layer follows them.
 
     Fields:
-      channels: Channels that the convolutions put out.
+      channels: Output channels of each convolution.
       batch_size: Images per update, drawn with replacement from the 1437 training images.
     """
 
@@ -28,21 +28,19 @@ class DigitsConvnet(DigitImages):
     batch_size: int = 128
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "channels", check_sizes("channels", self.channels))
+        object.__setattr__(self, "channels", _model_parts.check_sizes("channels", self.channels))
         if not self.channels:
             raise ValueError("Invalid channels value: (); channels must hold a positive int for each convolution")
         self._load()
 
-    def init(self, key: jax.Array) -> Any:
-        """Kernels uniform with variance 2 / fan-in (He et al., 2015), biases of 0; float32."""
+    def init(self, key: jax.Array) -> PyTree:
+        """Return float32 kernels, uniform with variance 2 / fan-in (He et al., 2015), and biases of 0."""
         convolutions = [(3, 3, m, n) for m, n in itertools.pairwise((1, *self.channels))]
-        side = _SIDE
-        for _ in convolutions:
-            side = -(-side // 2)
-        return init_layers(key, [*convolutions, (side**2 * self.channels[-1], 10)])
+        side = -(-_SIDE // 2 ** len(convolutions))
+        return _model_parts.init_layers(key, [*convolutions, (side**2 * self.channels[-1], 10)])
 
-    def _logits(self, params: Any, images: jax.Array) -> jax.Array:
-        *convolutions, head = in_order(params)
+    def _logits(self, params: PyTree, images: jax.Array) -> jax.Array:
+        *convolutions, head = _model_parts.in_order(params)
         x = images.reshape(-1, _SIDE, _SIDE, 1).astype(head["kernel"].dtype)
         for layer in convolutions:
             x = jax.lax.conv_general_dilated(
@@ -54,17 +52,17 @@ class DigitsConvnet(DigitImages):
 
 
 def digits_convnet(*, channels: tuple[int, ...] = (16, 32), batch_size: int = 128) -> DigitsConvnet:
-    """A small convolutional network on the images of `digits`.
+    """Return a small convolutional network on the images of `digits`.
 
     Args:
-      channels: Channels that the convolutions put out, each at half the resolution of the one before.
+      channels: Output channels of each convolution; each halves the resolution.
       batch_size: Images per update.
 
     Returns:
-      A `Problem`, whose parameters are float32.
+      A `Problem` with float32 parameters.
 
     Raises:
-      ImportError: scikit-learn, which carries the images, is not installed.
+      ImportError: scikit-learn, which contains the images, is not installed.
       ValueError: A number of channels or the batch size is not a positive int, or there is no convolution.
 
     >>> import adamjax

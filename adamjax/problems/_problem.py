@@ -1,4 +1,4 @@
-"""What a problem is: everything a training run needs but the optimizer."""
+"""The protocol of problems: everything that a training run needs but the optimizer."""
 
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
@@ -7,13 +7,14 @@ import jax
 import jax.numpy as jnp
 
 from adamjax._core import checks
+from adamjax._core.typing import PyTree
 
 
 @runtime_checkable
 class Problem(Protocol):
-    """A model with its data. All methods are pure and can be jitted.
+    """A model and its data. All methods are pure and can be jitted.
 
-    Keys come from the caller, so that one problem object serves any number of runs at once.
+    The caller passes the keys, so that one problem serves any number of runs at once.
 
     >>> import adamjax, jax, jax.numpy as jnp
     >>> class Line:  # y = 2 x + 1
@@ -30,27 +31,27 @@ class Problem(Protocol):
     >>> adamjax.problems.check(Line())
     """
 
-    def init(self, key: jax.Array) -> Any:
-        """Fresh parameters: a pytree of floating point or complex arrays."""
+    def init(self, key: jax.Array) -> PyTree:
+        """Return initial parameters: a pytree of floating point or complex arrays."""
 
-    def batch(self, step: jax.Array, key: jax.Array) -> Any:
-        """The data of update `step` (an int32 scalar, 0 for the first); `key` is the run's."""
+    def batch(self, step: jax.Array, key: jax.Array) -> PyTree:
+        """Return the data of update `step` (an int32 scalar, 0 for the first); `key` is the same for all of a run."""
 
-    def loss(self, params: Any, batch: Any, key: jax.Array) -> jax.Array:
-        """The loss on one batch, a real scalar; `key` is new at every step (for dropout)."""
+    def loss(self, params: PyTree, batch: PyTree, key: jax.Array) -> jax.Array:
+        """Return the loss on one batch, a real scalar; `key` is new at every step (for dropout)."""
 
-    def evaluate(self, params: Any) -> Mapping[str, jax.Array]:
-        """Scalars measured on validation data, one of them called "loss"."""
+    def evaluate(self, params: PyTree) -> Mapping[str, jax.Array]:
+        """Return scalars measured on validation data, one of them named "loss"."""
 
 
 def check(problem: Any) -> None:
-    """Check that an object is a `Problem`, by shapes alone: nothing is computed.
+    """Check that an object is a `Problem`, from shapes alone: nothing is computed.
 
     Args:
       problem: The object.
 
     Raises:
-      TypeError: A method is missing, or returns something else than the protocol says; or it is a class.
+      TypeError: The object is a class, lacks a method, or a method does not return what the protocol says.
     """
     if isinstance(problem, type):
         raise TypeError(f"{problem.__name__} is a class, and no problem: make one, {problem.__name__}(...)")

@@ -1,7 +1,8 @@
 """Tuning: settings of an optimizer, tried and judged by validation performance."""
 
 from adamjax.problems import Problem as Problem
-from adamjax.tuning._batch import scale_for_batch as scale_for_batch
+from adamjax.tuning._batch_size import scale_for_batch as scale_for_batch
+from adamjax.tuning._journal import Trial as Trial
 from adamjax.tuning._range_test import LrRange as LrRange
 from adamjax.tuning._range_test import lr_range_test as lr_range_test
 from adamjax.tuning._report import Best as Best
@@ -13,5 +14,4 @@ from adamjax.tuning._space import Log as Log
 from adamjax.tuning._space import Space as Space
 from adamjax.tuning._sweep import Sweep as Sweep
 from adamjax.tuning._sweep import sweep as sweep
-from adamjax.tuning._trial import Trial as Trial
 from adamjax.tuning._tune import tune as tune

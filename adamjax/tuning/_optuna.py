@@ -1,4 +1,4 @@
-"""The search by an Optuna sampler: all arguments at once, in batches of ask and tell."""
+"""The search by an Optuna sampler: all arguments at once, by ask and tell."""
 
 import math
 import warnings
@@ -6,18 +6,24 @@ from typing import Any
 
 from adamjax._core.optional import require
 from adamjax.tuning._space import Choice, Linear, OneMinus, Range, Setting, Space
-from adamjax.tuning._strategy import Batch, Strategy
+from adamjax.tuning._strategy import Round, Strategy
+
+# Optuna is an optional dependency, so its types are not named here.
+Sampler = Any  # a name, or Optuna's sampler or study
+Storage = Any  # a URL, one of Optuna's storages, or None
+Study = Any
+PURPOSE = "searching by Optuna's samplers"
 
 
-def study_of(sampler: Any, storage: Any, name: str, *, mode: str, seed: int) -> Any:
-    """The study that `sampler` stands for: itself, or that of a sampler, or of the name of one.
+def open_study(sampler: Sampler, storage: Storage, name: str, *, mode: str, seed: int) -> Study:
+    """Return `sampler` if it is a study; else open a study with that sampler, or with the sampler of that name.
 
     Raises:
       ImportError: Optuna is not installed.
-      ValueError: Optuna has no sampler of that name or cannot open the storage, or a study is of the other
-        direction or comes with a storage.
+      ValueError: Optuna has no sampler of that name or cannot open the storage; or a study has the other
+        direction, or a storage was given with it.
     """
-    optuna = require("optuna", "tune", "searching by Optuna's samplers")
+    optuna = require("optuna", "tune", PURPOSE)
     direction = optuna.study.StudyDirection.MINIMIZE if mode == "min" else optuna.study.StudyDirection.MAXIMIZE
     if isinstance(sampler, optuna.study.Study):
         if sampler.directions != [direction]:
@@ -34,36 +40,34 @@ def study_of(sampler: Any, storage: Any, name: str, *, mode: str, seed: int) -> 
             raise ValueError(f"Invalid sampler value: {sampler!r}; Optuna has no sampler {kind}")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            # Within a batch, each point should know of those that were asked for before it.
+            # The points of a round should take into account those that were asked for before them.
             sampler = make(seed=seed, **{"constant_liar": True} if kind in ("", "TPESampler") else {})
     if not isinstance(sampler, optuna.samplers.BaseSampler):
-        raise ValueError(
-            f"Invalid sampler value: {sampler!r}; sampler must be a name, or a sampler or study of Optuna's"
-        )
+        raise ValueError(f"Invalid sampler value: {sampler!r}; sampler must be a name, or an Optuna sampler or study")
     try:
         return optuna.create_study(
             sampler=sampler, storage=storage, study_name=name, direction=direction, load_if_exists=True
         )
-    except Exception as error:  # of the database's driver
+    except Exception as error:  # each database driver has its own
         reason, *_ = str(error).split("\n")
         raise ValueError(f"Invalid storage value: {storage!r}; {reason}") from error
 
 
-def by_optuna(space: Space, defaults: Setting, study: Any, *, trials: int, batch: int) -> Strategy:
-    """The defaults, then `trials` settings that the study asks for, `batch` at a time.
+def optuna_search(space: Space, defaults: Setting, study: Study, *, trials: int, at_once: int) -> Strategy:
+    """Try the defaults, then `trials` settings that the study proposes, `at_once` in each round.
 
-    A trial that diverged is told as failed, NaN or infinite alike; one that was ended early as
-    pruned. The defaults are not told: they may lie outside the space.
+    The study is told that a diverged trial failed, whether its value is NaN or infinite, and that a trial
+    that ended early was pruned. It is not told the result of the defaults, which may lie outside the space.
     """
-    optuna = require("optuna", "tune", "searching by Optuna's samplers")
+    optuna = require("optuna", "tune", PURPOSE)
     states = optuna.trial.TrialState
-    distributions = {name: _distribution(optuna, space.ranges[name]) for name in space.free}
+    distributions = {name: _distribution(space.ranges[name]) for name in space.free}
     first = [defaults]
     while trials or first:
-        asked = [study.ask(distributions) for _ in range(min(trials, batch))]
+        asked = [study.ask(distributions) for _ in range(min(trials, at_once))]
         trials -= len(asked)
         settings = [_setting(space, trial.params) for trial in asked]
-        results = yield Batch("optuna", [*first, *settings], space)
+        results = yield Round("optuna", [*first, *settings], space)
         for trial, result in zip(asked, results[len(first) :], strict=True):
             if math.isfinite(result.score):
                 study.tell(trial, result.value)
@@ -75,16 +79,17 @@ def by_optuna(space: Space, defaults: Setting, study: Any, *, trials: int, batch
         first = []
 
 
-def _distribution(optuna: Any, r: Range) -> Any:
+def _distribution(r: Range) -> Any:
+    distributions = require("optuna.distributions", "tune", PURPOSE)
     if isinstance(r, OneMinus):
-        return _distribution(optuna, r.complement)
+        return _distribution(r.complement)
     if isinstance(r, Choice):
-        return optuna.distributions.CategoricalDistribution([repr(x) for x in r.options])
-    return optuna.distributions.FloatDistribution(r.low, r.high, log=not isinstance(r, Linear))
+        return distributions.CategoricalDistribution([repr(x) for x in r.options])
+    return distributions.FloatDistribution(r.low, r.high, log=not isinstance(r, Linear))
 
 
-def _setting(space: Space, params: dict[str, Any]) -> Setting:
-    """What Optuna chose: complements and names of options, as the arguments they stand for."""
+def _setting(space: Space, params: Setting) -> Setting:
+    """Convert Optuna's parameters, complements and names of options, to arguments of the optimizer."""
     setting = space.at({})
     for name, x in params.items():
         r = space.ranges[name]

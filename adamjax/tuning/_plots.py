@@ -1,35 +1,39 @@
-"""Pictures of a tuning, each a matplotlib figure made from trials."""
+"""Plots of a tuning: matplotlib figures drawn from its trials."""
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from adamjax._core.optional import require
-from adamjax.tuning._trial import Trial
+from adamjax.tuning._journal import Trial
 
-LONGEST = 20  # name of a value; a longer one would leave no room for the picture
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+MAX_TICK_LENGTH = 20  # characters; longer labels would leave no room for the plot
 BEST, DEFAULTS, OTHERS, INFEASIBLE = "C0", "C1", "0.75", "C3"
 
 
 class Axis(NamedTuple):
-    """How the values of an argument are drawn."""
+    """The positions of the values of an argument along an axis."""
 
     label: str
     scale: str
-    positions: np.ndarray  # float[trials], before the scale
-    ticks: list[str] | None  # names of the positions 0, 1, ..., where the values are not numbers
+    positions: np.ndarray  # float[trials], before scaling
+    ticks: list[str] | None  # labels of the positions 0, 1, ... if the values are not numbers
 
     @property
     def fractions(self) -> np.ndarray:
-        """The positions after the scale, between 0 and 1."""
+        """float[trials]: the scaled positions, between 0 and 1."""
         x = np.log(self.positions) if self.scale == "log" else self.positions
         return np.asarray((x - x.min()) / max(np.ptp(x), 1e-12))
 
 
-class Pictured(NamedTuple):
-    """What is drawn: the trials of the search, and how to read them."""
+class PlotData(NamedTuple):
+    """The trials of a search, and how to judge them."""
 
     trials: Sequence[Trial]
     metric: str
@@ -39,128 +43,129 @@ class Pictured(NamedTuple):
 
     @property
     def values(self) -> np.ndarray:
-        """float[trials]: the last of the metric; NaN where the trial diverged."""
+        """float[trials]: the last value of the metric; NaN for diverged trials."""
         return np.asarray([t.value(self.metric) for t in self.trials])
 
     @property
-    def badness(self) -> np.ndarray:
-        """float[trials]: the rank of each, 0 for the best and 1 for the worst; those that diverged come last."""
+    def rank_fraction(self) -> np.ndarray:
+        """float[trials]: the rank of each trial, from 0 for the best to 1 for the worst; diverged trials come last."""
         x = self.values if self.mode == "min" else -self.values
         return np.unique(np.nan_to_num(x, nan=np.inf), return_inverse=True)[1] / max(len(x) - 1, 1)
 
     @property
     def axes(self) -> dict[str, Axis]:
-        """Of the arguments that take more than one value."""
-        found = {}
+        """The axes of the arguments that take more than one value, by name."""
+        axes = {}
         for name in dict.fromkeys(k for t in self.trials for k in t.setting):
             values = [t.setting[name] for t in self.trials]
             if len({repr(x) for x in values}) > 1:
-                found[name] = axis_of(name, values)
-        return found
+                axes[name] = make_axis(name, values)
+        return axes
 
-    def where(self, status: str) -> np.ndarray:
+    def has_status(self, status: str) -> np.ndarray:
+        """bool[trials]: whether the trial has this status."""
         return np.asarray([t.status == status for t in self.trials])
 
 
-def axis_of(name: str, values: Sequence[Any]) -> Axis:
-    """Logarithmic where the values span a decade; the betas by what they lack of 1."""
+def make_axis(name: str, values: Sequence[object]) -> Axis:
+    """Return an axis for the values: logarithmic if they span a decade; for the betas, of 1 - beta."""
     if not all(isinstance(x, (int, float)) and not isinstance(x, bool) for x in values):
         names = sorted({repr(x) for x in values})
-        shown = [x if len(x) <= LONGEST else f"{x[: LONGEST - 3]}..." for x in names]
-        return Axis(name, "linear", np.asarray([float(names.index(repr(x))) for x in values]), shown)
+        ticks = [x if len(x) <= MAX_TICK_LENGTH else f"{x[: MAX_TICK_LENGTH - 3]}..." for x in names]
+        return Axis(name, "linear", np.asarray([float(names.index(repr(x))) for x in values]), ticks)
     x = np.asarray(values, float)
     if name in ("b1", "b2"):
         return Axis(f"1 - {name}", "log", 1 - x, None)
     return Axis(name, "log" if x.min() > 0 and x.max() > 10 * x.min() else "linear", x, None)
 
 
-def hyperparameters(shown: Pictured) -> Any:
-    """The metric against each argument; where it has its default value in grey, diverged trials at the bad end."""
-    axes = shown.axes
+def hyperparameters(data: PlotData) -> "Figure":
+    """Plot the metric against each argument: default values in grey, diverged trials at the worst end of the axis."""
+    axes = data.axes
     figure, panels = _panels(len(axes))
-    values = shown.values
+    values = data.values
     feasible = np.isfinite(values)
-    limits = _limits(shown)
-    worst = limits[1] if shown.mode == "min" else limits[0]
+    limits = _limits(data)
+    worst = limits[1] if data.mode == "min" else limits[0]
     for panel, (name, axis) in zip(panels, axes.items(), strict=True):
-        default = None if shown.defaults is None else shown.defaults.setting[name]
-        varied = np.asarray([t.setting[name] != default for t in shown.trials])
+        default = None if data.defaults is None else data.defaults.setting[name]
+        varied = np.asarray([t.setting[name] != default for t in data.trials])
         for status, filled in (("complete", True), ("pruned", False)):
             for chosen, colour in ((~varied, OTHERS), (varied, BEST)):
-                chosen = chosen & shown.where(status) & feasible
-                style = {"c": colour} if filled else {"facecolors": "none", "edgecolors": colour}
-                label = status if colour == BEST and chosen.any() else None
-                panel.scatter(axis.positions[chosen], values[chosen], s=22, label=label, **style)
+                chosen = chosen & data.has_status(status) & feasible
+                label, fill = status if colour == BEST and chosen.any() else None, colour if filled else "none"
+                x, y = axis.positions[chosen], values[chosen]
+                panel.scatter(x, y, s=22, facecolors=fill, edgecolors=colour, label=label)
         if not feasible.all():
             x = axis.positions[~feasible]
             panel.scatter(x, np.full(len(x), worst), marker="x", c=INFEASIBLE, label="infeasible", clip_on=False)
-        for trial, colour, label in ((shown.best, BEST, "best"), (shown.defaults, DEFAULTS, "defaults")):
-            if trial is not None and trial in shown.trials:
-                at = axis.positions[list(shown.trials).index(trial)]
+        for trial, colour, label in ((data.best, BEST, "best"), (data.defaults, DEFAULTS, "defaults")):
+            if trial is not None and trial in data.trials:
+                at = axis.positions[list(data.trials).index(trial)]
                 panel.axvline(at, color=colour, linestyle="--", linewidth=1, label=label)
         panel.set(xlabel=axis.label, xscale=axis.scale, ylim=limits, yscale=_scale(limits))
-        _few_ticks(panel)
+        _label_log_axes(panel)
         if axis.ticks:
             panel.set_xticks(range(len(axis.ticks)), axis.ticks)
         if name == next(iter(axes)):
-            panel.set_ylabel(f"validation {shown.metric}")
+            panel.set_ylabel(f"validation {data.metric}")
             panel.legend(fontsize="small")
     return figure
 
 
-def curves(shown: Pictured) -> Any:
-    """The metric against the step, of each trial."""
+def curves(data: PlotData) -> "Figure":
+    """Plot the metric of each trial against the step."""
     figure, (panel,) = _panels(1, width=7.0)
-    limits = _limits(shown, curves=True)
-    for trial in shown.trials:
-        panel.plot(trial.steps, trial.metrics[shown.metric], color=OTHERS, linewidth=0.8)
-    for marked, colour, label in ((shown.defaults, DEFAULTS, "defaults"), (shown.best, BEST, "best")):
+    limits = _limits(data, curves=True)
+    for trial in data.trials:
+        panel.plot(trial.steps, trial.metrics[data.metric], color=OTHERS, linewidth=0.8)
+    for marked, colour, label in ((data.defaults, DEFAULTS, "defaults"), (data.best, BEST, "best")):
         if marked is not None:
-            panel.plot(marked.steps, marked.metrics[shown.metric], color=colour, linewidth=2, label=label)
-    panel.set(xlabel="step", ylabel=f"validation {shown.metric}", ylim=limits, yscale=_scale(limits))
-    _few_ticks(panel)
+            panel.plot(marked.steps, marked.metrics[data.metric], color=colour, linewidth=2, label=label)
+    panel.set(xlabel="step", ylabel=f"validation {data.metric}", ylim=limits, yscale=_scale(limits))
+    _label_log_axes(panel)
     if panel.get_legend_handles_labels()[0]:
         panel.legend()
     return figure
 
 
-def heat_map(shown: Pictured) -> Any:
-    """The metric over learning rate and weight decay; None where they were not both searched."""
-    axes = shown.axes
-    feasible = np.isfinite(shown.values)
+def heat_map(data: PlotData) -> "Figure | None":
+    """Plot the metric over learning rate and weight decay; return None unless both were searched."""
+    axes = data.axes
+    feasible = np.isfinite(data.values)
     if not {"learning_rate", "weight_decay"} <= axes.keys() or not feasible.any():
         return None
-    x, y = axes["learning_rate"], axes["weight_decay"]
-    if x.scale != "log" or y.scale != "log":
+    rate, decay = axes["learning_rate"], axes["weight_decay"]
+    if rate.scale != "log" or decay.scale != "log":
         return None
     figure, (panel,) = _panels(1, width=6.0)
-    limits = _limits(shown)
-    colours = {"vmin": limits[0], "vmax": limits[1], "cmap": "viridis_r" if shown.mode == "min" else "viridis"}
-    at = np.stack([np.log10(x.positions), np.log10(y.positions)])[:, feasible]
-    values = np.clip(shown.values[feasible], *limits)
-    if np.linalg.matrix_rank(at - at.mean(axis=1, keepdims=True), tol=0.05) == 2:
-        panel.tricontourf(*at, values, levels=np.linspace(*limits, 15), **colours)
-    points = panel.scatter(*at, c=values, edgecolors="black", linewidths=0.5, **colours)
+    low, high = _limits(data)
+    cmap = "viridis_r" if data.mode == "min" else "viridis"
+    at = np.log10(np.stack([rate.positions, decay.positions]))
+    inside, values = at[:, feasible], np.clip(data.values[feasible], low, high)
+    x, y = inside
+    if np.linalg.matrix_rank(inside - inside.mean(axis=1, keepdims=True), tol=0.05) == 2:
+        panel.tricontourf(x, y, values, levels=np.linspace(low, high, 15), vmin=low, vmax=high, cmap=cmap)
+    points = panel.scatter(x, y, c=values, edgecolors="black", linewidths=0.5, vmin=low, vmax=high, cmap=cmap)
     if not feasible.all():
-        lost = np.stack([np.log10(x.positions), np.log10(y.positions)])[:, ~feasible]
-        panel.scatter(*lost, marker="x", c=INFEASIBLE, label="infeasible")
+        panel.scatter(at[0, ~feasible], at[1, ~feasible], marker="x", c=INFEASIBLE, label="infeasible")
         panel.legend()
     panel.set(xlabel="log10 learning rate", ylabel="log10 weight decay")
-    figure.colorbar(points, label=f"validation {shown.metric}")
+    figure.colorbar(points, label=f"validation {data.metric}")
     return figure
 
 
-def parallel(shown: Pictured) -> Any:
-    """Parallel coordinates: a line for each trial, the better the darker; None for a single argument."""
-    axes = shown.axes
+def parallel(data: PlotData) -> "Figure | None":
+    """Plot parallel coordinates, a line for each trial, the better the darker; return None for a single argument."""
+    axes = data.axes
     if len(axes) < 2:
         return None
     figure, (panel,) = _panels(1, width=2.0 + 1.6 * len(axes))
     rows = np.stack([axis.fractions for axis in axes.values()], axis=1)
     colours = require("matplotlib", "tune", "plotting a tuning").colormaps["viridis"]
-    badness = shown.badness
-    for i in np.argsort(-badness, kind="stable"):
-        panel.plot(rows[i], color=colours(badness[i]), alpha=1 - 0.8 * badness[i], linewidth=1.2)
+    ranks = data.rank_fraction
+    for i in np.argsort(-ranks, kind="stable"):
+        panel.plot(rows[i], color=colours(ranks[i]), alpha=1 - 0.8 * ranks[i], linewidth=1.2)
     for at, axis in enumerate(axes.values()):
         panel.axvline(at, color="0.4", linewidth=0.8)
         ends = axis.ticks or [f"{axis.positions.min():.3g}", f"{axis.positions.max():.3g}"]
@@ -173,42 +178,29 @@ def parallel(shown: Pictured) -> Any:
     return figure
 
 
-def importance(shown: Pictured) -> Any:
-    """How much worse a random forest orders the trials without knowing an argument (Breiman, 2001)."""
-    axes = shown.axes
-    if not axes or len(shown.trials) < 8:
+def importance(data: PlotData) -> "Figure | None":
+    """Plot how much worse a random forest predicts the ranks of trials without an argument (Breiman, 2001)."""
+    axes = data.axes
+    if not axes or len(data.trials) < 8:
         return None
-    shares = importances(shown)
+    ensemble = require("sklearn.ensemble", "tune", "the importance of hyperparameters")
+    inspection = require("sklearn.inspection", "tune", "the importance of hyperparameters")
+    rows, ranks = np.stack([axis.fractions for axis in axes.values()], axis=1), data.rank_fraction
+    forest = ensemble.RandomForestRegressor(100, random_state=0).fit(rows, ranks)
+    means = inspection.permutation_importance(forest, rows, ranks, n_repeats=10, random_state=0).importances_mean
+    means = np.maximum(means, 0)
+    order = np.argsort(means, kind="stable")
     figure, (panel,) = _panels(1, width=5.0, height=1.2 + 0.35 * len(axes))
-    names = sorted(shares, key=lambda name: shares[name])
-    panel.barh(names, [shares[name] for name in names], color=BEST)
-    panel.set(xlabel=f"share of the variation of {shown.metric}", xlim=(0, 1))
+    panel.barh([list(axes)[i] for i in order], means[order] / max(means.sum(), 1e-12), color=BEST)
+    panel.set(xlabel=f"share of the variation of {data.metric}", xlim=(0, 1))
     return figure
 
 
-def importances(shown: Pictured) -> dict[str, float]:
-    """Permutation importances of a random forest that predicts the rank of a trial; they add up to 1."""
-    ensemble = require("sklearn.ensemble", "tune", "the importance of hyperparameters")
-    inspection = require("sklearn.inspection", "tune", "the importance of hyperparameters")
-    axes, target = shown.axes, shown.badness
-    rows = np.stack([axis.fractions for axis in axes.values()], axis=1)
-    forest = ensemble.RandomForestRegressor(100, random_state=0).fit(rows, target)
-    means = inspection.permutation_importance(forest, rows, target, n_repeats=10, random_state=0).importances_mean
-    means = np.maximum(means, 0)
-    return dict(zip(axes, (means / max(means.sum(), 1e-12)).tolist(), strict=True))
+FIGURES = {plot.__name__: plot for plot in (hyperparameters, curves, heat_map, parallel, importance)}
 
 
-FIGURES = {
-    "hyperparameters": hyperparameters,
-    "curves": curves,
-    "heat_map": heat_map,
-    "parallel": parallel,
-    "importance": importance,
-}
-
-
-def _panels(count: int, *, width: float = 3.4, height: float = 3.6) -> tuple[Any, Any]:
-    """A figure, and its panels in rows of three."""
+def _panels(count: int, *, width: float = 3.4, height: float = 3.6) -> tuple["Figure", "Sequence[Axes]"]:
+    """Return a figure and its panels, in rows of three."""
     figure_module = require("matplotlib.figure", "tune", "plotting a tuning")
     columns, rows = min(count, 3), max(math.ceil(count / 3), 1)
     figure = figure_module.Figure((width * max(columns, 1), height * rows), layout="constrained")
@@ -218,21 +210,21 @@ def _panels(count: int, *, width: float = 3.4, height: float = 3.6) -> tuple[Any
     return figure, panels[:count]
 
 
-def _limits(shown: Pictured, *, curves: bool = False) -> tuple[float, float]:
-    """From the best to a bit beyond the middle of all values: what is far worse would flatten the rest."""
-    values = shown.values
+def _limits(data: PlotData, *, curves: bool = False) -> tuple[float, float]:
+    """Return limits from the best value to the 90 % quantile: far worse values would flatten the rest."""
+    values = data.values
     if curves:
-        values = np.concatenate([t.metrics[shown.metric] for t in shown.trials])
+        values = np.concatenate([t.metrics[data.metric] for t in data.trials])
     values = values[np.isfinite(values)]
     if not values.size:
         return 0.0, 1.0
-    sign = 1 if shown.mode == "min" else -1
+    sign = 1 if data.mode == "min" else -1
     best, reach = (sign * values).min(), np.quantile(sign * values, 0.9)
-    if shown.defaults is not None:
-        reach = np.nanmax([reach, sign * shown.defaults.value(shown.metric)])
+    if data.defaults is not None:
+        reach = np.nanmax([reach, sign * data.defaults.value(data.metric)])
     margin = 0.05 * (reach - best) + 1e-9 * abs(best) + 1e-12
     low, high = best - margin, reach + margin
-    if shown.mode == "min" and best > 0:
+    if data.mode == "min" and best > 0:
         low = max(low, best / 1.2)
     return (float(low), float(high)) if sign > 0 else (float(-high), float(-low))
 
@@ -241,8 +233,8 @@ def _scale(limits: tuple[float, float]) -> str:
     return "log" if limits[0] > 0 and limits[1] > 5 * limits[0] else "linear"
 
 
-def _few_ticks(panel: Any) -> None:
-    """Ticks of logarithmic axes that are readable where the axis spans but a few decades."""
+def _label_log_axes(panel: "Axes") -> None:
+    """Set ticks that are readable on logarithmic axes of a few decades."""
     ticker = require("matplotlib.ticker", "tune", "plotting a tuning")
     for axis in (panel.xaxis, panel.yaxis):
         if axis.get_scale() == "log":

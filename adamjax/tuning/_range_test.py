@@ -1,10 +1,9 @@
-"""Range tests: which learning rates train at all, from one run or from a short one each."""
+"""Range tests: they find the learning rates that train, by one ramped run or by a short run for each."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -13,31 +12,36 @@ from jax import lax
 
 from adamjax._core import checks
 from adamjax._core.optional import require
-from adamjax._transforms.base import as_transformation
+from adamjax._core.typing import PyTree
+from adamjax._transforms.base import Transformation, as_transformation
 from adamjax.optimizers import adamw
 from adamjax.problems import Problem, check
 from adamjax.schedules import Exponential
-from adamjax.training import run_keys, train_step
+from adamjax.training import Keys, keys_of, train_step
+from adamjax.tuning._journal import Json, nan_to_null, null_to_nan
+from adamjax.tuning._space import OptimizerFactory
 from adamjax.tuning._sweep import sweep
-from adamjax.tuning._trial import nulls, numbers
 
-# A constant learning rate has no "steep": the loss of short runs falls fastest where they are half
-# done, and that learning rate is smaller the longer they are.
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# With constant learning rates, "steep" would depend on the length of the runs: the loss falls fastest against the
+# learning rate where training is half done, and longer runs get there with smaller learning rates.
 METHODS = {"ramp": ("valley", "steep", "minimum/10"), "constant": ("valley", "minimum/10")}
-FEWEST = 10  # points that make a curve
+MIN_POINTS = 10  # of a curve
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LrRange:
-    """What a range test found: the training loss against the learning rate.
+    """The result of a range test: the training loss against the learning rate.
 
     Fields:
       learning_rates: float[points], rising.
-      losses: float[points], as they were; from some point on they may be NaN.
+      losses: float[points], not smoothed; after some point they may be NaN.
       mode: "ramp" or "constant"; see `lr_range_test`.
 
     Raises:
-      ValueError: The arrays are not of this kind, or `mode` is not one of these.
+      ValueError: The arrays have other shapes, the learning rates are not positive and rising, or `mode` is unknown.
     """
 
     learning_rates: np.ndarray
@@ -56,10 +60,9 @@ class LrRange:
 
     @cached_property
     def diverged_at(self) -> int | None:
-        """The first point that is not considered: its loss is not finite, or its smoothed loss 4 times the best.
+        """The first point whose loss is not finite, or whose smoothed loss is 4 times the lowest so far; None for none.
 
-        None where there is none. A loss that can be negative must instead rise 3 times as far above
-        the start as it fell below.
+        A loss with negative values must instead rise 3 times as far above its start as it fell below.
         """
         finite = _first(~np.isfinite(self.losses))
         x = _average(_median(self.losses[:finite], len(self.losses)), len(self.losses))
@@ -71,9 +74,9 @@ class LrRange:
 
     @cached_property
     def smoothed(self) -> np.ndarray:
-        """float[points]: running median, then bias-corrected exponential moving average; NaN where not considered.
+        """float[points]: a running median, then an exponential moving average; NaN from `diverged_at` on.
 
-        The average is that of both directions: one alone would lag behind.
+        It is the mean of a forward and a backward average: one alone would lag behind.
         """
         points = len(self.losses)
         x = _median(self.losses[: self.diverged_at], points)
@@ -82,7 +85,7 @@ class LrRange:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What is wrong with the range, and what to do."""
+        """Problems of the range, and what to do about them."""
         if obstacle := self._obstacle():
             return (obstacle,)
         x = self.smoothed[: self.diverged_at]
@@ -92,26 +95,25 @@ class LrRange:
 
     @property
     def band(self) -> tuple[float, float]:
-        """The usable learning rates: from where a tenth of the fall is done, to half of that of the minimum.
+        """The usable learning rates: from that at a tenth of the fall of the loss to half of that at the minimum.
 
         Raises:
-          ValueError: The curve does not say; see `suggestion`.
+          ValueError: The curve does not determine them; see `suggestion`.
         """
         low, best = self._valley()
         return low, max(best / 2, (low * best) ** 0.5)
 
     def suggestion(self, method: str = "valley") -> float:
-        """The learning rate to train with, as the smoothed loss says; methods are those of fastai.
+        """Return a learning rate to train with, derived from the smoothed loss by one of fastai's methods.
 
         Args:
-          method: "valley": two thirds (in the logarithm) into the stretch where the loss falls, from
-            where a tenth of the fall is done to the minimum. "minimum/10": a tenth of the learning
-            rate of the minimum. "steep" (of a ramp only): where the loss falls fastest against the
-            logarithm of the learning rate.
+          method: "valley": two thirds of the way, on a logarithmic scale, from the learning rate at a tenth of the fall
+            of the loss to that at its minimum. "minimum/10": a tenth of the learning rate at the minimum. "steep" (for
+            a ramp only): the learning rate at which the loss falls fastest against the logarithm of the learning rate.
 
         Raises:
-          ValueError: The curve does not say, since the loss does not fall, has no minimum inside the
-            range, or blows up at once; or the mode has no such method.
+          ValueError: The curve determines no learning rate, since the loss does not fall, has no minimum inside
+            the range, or blows up at once; or the mode has no such method.
         """
         checks.choice("method", method, METHODS[self.mode])
         low, best = self._valley()
@@ -119,7 +121,7 @@ class LrRange:
             return float(low ** (1 / 3) * best ** (2 / 3))
         if method == "minimum/10":
             return best / 10
-        # Over a twentieth of the curve: from point to point, slopes are mostly noise.
+        # Take slopes over a twentieth of the curve: between neighbours they are mostly noise.
         half, end = max(len(self.losses) // 40, 1), int(np.nanargmin(self.smoothed))
         i = np.arange(self._begin(), end + 1)
         before, after = np.maximum(i - half, 0), np.minimum(i + half, end)
@@ -129,14 +131,14 @@ class LrRange:
 
     @property
     def suggestions(self) -> dict[str, float]:
-        """What each method suggests; empty where the curve does not say."""
+        """The suggestion of each method; empty if the curve determines none."""
         return {} if self._obstacle() else {method: self.suggestion(method) for method in METHODS[self.mode]}
 
-    def plot(self, path: str | Path | None = None) -> Any:
-        """Draw the curve, the suggestions and the band; a matplotlib figure.
+    def plot(self, path: str | Path | None = None) -> "Figure":
+        """Plot the curve, the suggestions and the band; return a matplotlib figure.
 
         Args:
-          path: Where to save it; None for nowhere.
+          path: File to save the figure to; None not to save it.
 
         Raises:
           ImportError: matplotlib is not installed.
@@ -150,7 +152,7 @@ class LrRange:
             for i, (method, lr) in enumerate(self.suggestions.items()):
                 axis.axvline(lr, color=f"C{i + 3}", linestyle="--", label=f"{method}: {lr:.2g}")
             low, high = np.nanmin(self.smoothed), np.nanmax(self.smoothed)
-            # What comes after a blow-up would flatten the rest.
+            # Losses after a blow-up would flatten the rest of the curve.
             axis.set_ylim(low - 0.1 * (high - low), high + 0.3 * (high - low))
         axis.set(xscale="log", xlabel="learning rate", ylabel="training loss", title="\n".join(self.warnings))
         axis.legend()
@@ -158,33 +160,33 @@ class LrRange:
             figure.savefig(path, dpi=150)
         return figure
 
-    def to_json(self) -> dict[str, Any]:
-        """The fields in JSON's types; losses that are not finite become null."""
+    def to_json(self) -> Json:
+        """Return the fields in JSON's types; losses that are not finite become null."""
         return {
             "learning_rates": self.learning_rates.tolist(),
-            "losses": nulls(self.losses.tolist()),
+            "losses": nan_to_null(self.losses.tolist()),
             "mode": self.mode,
         }
 
     @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> "LrRange":
-        """The inverse of `to_json`."""
-        return cls(np.asarray(content["learning_rates"]), np.asarray(numbers(content["losses"])), content["mode"])
+    def from_json(cls, content: Json) -> "LrRange":
+        """Return the `LrRange` that `to_json` wrote."""
+        return cls(np.asarray(content["learning_rates"]), np.asarray(null_to_nan(content["losses"])), content["mode"])
 
     def __repr__(self) -> str:
         rates, end = self.learning_rates, self.diverged_at
-        found = [f"{len(rates)} points from {rates[0]:.3g} to {rates[-1]:.3g}"]
+        facts = [f"{len(rates)} points from {rates[0]:.3g} to {rates[-1]:.3g}"]
         if end is not None:
-            found.append(f"diverged at {rates[end]:.3g}")
+            facts.append(f"diverged at {rates[end]:.3g}")
         if self.suggestions:
-            found += [f"{method} {lr:.3g}" for method, lr in self.suggestions.items()]
-            found.append(f"band {self.band[0]:.3g} to {self.band[1]:.3g}")
-        return f"LrRange({self.mode}: {', '.join([*found, *self.warnings])})"
+            facts += [f"{method} {lr:.3g}" for method, lr in self.suggestions.items()]
+            facts.append(f"band {self.band[0]:.3g} to {self.band[1]:.3g}")
+        return f"LrRange({self.mode}: {', '.join([*facts, *self.warnings])})"
 
     def _obstacle(self) -> str:
-        """Why the curve does not say which learning rate is good; empty where it does."""
+        """Return the reason why the curve determines no learning rate; empty if it does."""
         x, margin = self.smoothed[: self.diverged_at], len(self.losses) // 50
-        if len(x) < FEWEST:
+        if len(x) < MIN_POINTS:
             return f"the loss blows up after {len(x)} points: lower min_lr and max_lr, or take more steps"
         noise = np.median(np.abs(self.losses[: self.diverged_at] - x))
         if x.argmin() <= margin or _start(x) - x.min() <= 2 * noise:
@@ -194,13 +196,13 @@ class LrRange:
         return ""
 
     def _valley(self) -> tuple[float, float]:
-        """The learning rates where the fall has clearly begun, and of the minimum."""
+        """Return the learning rates at a tenth of the fall of the loss and at its minimum."""
         if obstacle := self._obstacle():
             raise ValueError(f"no learning rate can be suggested: {obstacle}")
         return float(self.learning_rates[self._begin()]), float(self.learning_rates[np.nanargmin(self.smoothed)])
 
     def _begin(self) -> int:
-        """The point from which on a tenth of the fall is done, up to the minimum."""
+        """Return the first point from which, up to the minimum, a tenth of the fall of the loss is done."""
         x = self.smoothed[: int(np.nanargmin(self.smoothed)) + 1]
         start = _start(self.smoothed[: self.diverged_at])
         return int(np.flatnonzero(x >= start - 0.1 * (start - x[-1])).max(initial=-1)) + 1
@@ -214,85 +216,85 @@ def lr_range_test(
     num_steps: int = 200,
     mode: str = "ramp",
     num_rates: int = 32,
-    optimizer: Callable[..., Any] = adamw,
+    optimizer: OptimizerFactory = adamw,
     seed: int = 0,
 ) -> LrRange:
-    """Train with learning rates from far too small to far too large, and watch the training loss.
+    """Train with learning rates from far too small to far too large, and record the training loss.
 
     Args:
-      problem: What to train.
-      min_lr, max_lr: The range: wide enough that the loss stands still at one end, and blows up at
-        the other.
-      num_steps: Updates of each run, at least 10.
-      mode: "ramp": one run, whose learning rate grows exponentially from `min_lr` to `max_lr`; its
-        losses up to the first that is not finite. "constant": a run for each of `num_rates`
-        learning rates, from the same start and with the same batches; the mean loss of its last
-        quarter, NaN where it diverged. It costs `num_rates` times as much, and is less noisy.
-      num_rates: How many learning rates "constant" tries, at least 10.
-      optimizer: Called with `learning_rate` (a schedule for "ramp", a number for "constant"),
-        returns the optimizer.
-      seed: Of the parameters, the data order and the keys of the loss.
+      problem: The problem to train.
+      min_lr: The smallest learning rate, small enough that the loss hardly changes.
+      max_lr: The largest learning rate, large enough that the loss blows up.
+      num_steps: Number of updates of each run, at least 10.
+      mode: "ramp": one run, whose learning rate grows exponentially from `min_lr` to `max_lr`; the curve is its losses
+        up to the first that is not finite. "constant": a run for each of `num_rates` learning rates, from the same
+        parameters and with the same batches; the curve is the mean loss of the last quarter of each, NaN if it
+        diverged. It costs `num_rates` times as much, and is less noisy.
+      num_rates: Number of learning rates that "constant" tries, at least 10.
+      optimizer: Called with `learning_rate` (a schedule for "ramp", a number for "constant"), returns the optimizer.
+      seed: Seed of the parameters, the data order and the keys of the loss.
 
     Returns:
       An `LrRange`.
 
     Raises:
-      ValueError: A number is out of range, or `mode` is not one of these.
-      TypeError: `problem` is not a `Problem`, or a number is not one.
+      ValueError: A number is out of range, or `mode` is unknown.
+      TypeError: `problem` is not a `Problem`, or an argument that should be a number is not.
 
     References:
       Smith, 2017, https://arxiv.org/abs/1506.01186, section 3.3.
 
     >>> import adamjax
     >>> from adamjax.tuning import lr_range_test
-    >>> found = lr_range_test(adamjax.problems.digits())
-    >>> 1e-3 < found.suggestion() < 1e-1
+    >>> result = lr_range_test(adamjax.problems.digits())
+    >>> 1e-3 < result.suggestion() < 1e-1
     True
     """
     checks.choice("mode", mode, tuple(METHODS))
     low, high = checks.number("min_lr", min_lr), checks.number("max_lr", max_lr)
     if low <= 0:
-        raise ValueError(f"Invalid min_lr value: {min_lr!r}; min_lr must be above 0, the range is logarithmic")
+        raise ValueError(f"Invalid min_lr value: {min_lr!r}; min_lr must be above 0: the range is logarithmic")
     if low >= high:
         raise ValueError(f"Invalid min_lr value: {min_lr!r}; min_lr must be below max_lr, which is {max_lr!r}")
     for name, x in (("num_steps", num_steps), ("num_rates", num_rates)):
-        checks.count(name, x, FEWEST)
+        checks.count(name, x, MIN_POINTS)
     checks.function("optimizer", optimizer)
     checks.integer("seed", seed)
     if mode == "ramp":
         check(problem)
-        losses = _ramp(problem, optimizer(learning_rate=Exponential(low, high, num_steps - 1)), num_steps, seed)
+        opt = optimizer(learning_rate=Exponential(low, high, num_steps - 1))
+        losses = _ramp(problem, as_transformation(opt, "what the optimizer returns"), num_steps, seed)
         end = _first(~np.isfinite(losses))
         cut = slice(None if end is None else end + 1)
         return LrRange(np.geomspace(low, high, num_steps)[cut], losses[cut], mode)
     rates = np.geomspace(low, high, num_rates)
     settings = [{"learning_rate": float(lr)} for lr in rates]
-    found = sweep(problem, settings, optimizer=optimizer, steps=num_steps, seeds=[seed], points=4)
-    return LrRange(rates, np.where(found.infeasible, np.nan, found.losses[:, 0, -1]), mode)
+    swept = sweep(problem, settings, optimizer=optimizer, steps=num_steps, seeds=[seed], points=4)
+    return LrRange(rates, np.where(swept.infeasible, np.nan, swept.losses[:, 0, -1]), mode)
 
 
-def _ramp(problem: Problem, optimizer: Any, steps: int, seed: int) -> np.ndarray:
-    """The losses of one run, in one program."""
-    opt = as_transformation(optimizer, "what the optimizer returns")
+def _ramp(problem: Problem, opt: Transformation, steps: int, seed: int) -> np.ndarray:
+    """Return the losses of one run, made in one program."""
 
     @jax.jit
-    def run(keys: Any) -> jax.Array:
-        def body(carry: tuple[Any, Any], step: jax.Array) -> tuple[tuple[Any, Any], jax.Array]:
+    def run(keys: Keys) -> jax.Array:
+        def body(carry: tuple[PyTree, PyTree], step: jax.Array) -> tuple[tuple[PyTree, PyTree], jax.Array]:
             params, state, loss = train_step(problem, opt, keys, *carry, step)
             return (params, state), loss
 
         params = problem.init(keys.init)
         return lax.scan(body, (params, opt.init(params)), jnp.arange(steps, dtype=jnp.int32))[1]
 
-    return np.asarray(run(run_keys(seed)), np.float64)
+    return np.asarray(run(keys_of(seed)), np.float64)
 
 
 def _first(where: np.ndarray) -> int | None:
+    """Return the first index that is True, or None."""
     return int(where.argmax()) if where.any() else None
 
 
 def _median(x: np.ndarray, points: int) -> np.ndarray:
-    """Running median over a fortieth of the curve, at least three points: a spike does not move it."""
+    """Return the running median over a fortieth of the curve, at least three points: a spike does not move it."""
     half = min(max(points // 80, 1), len(x) - 1)
     if half < 1:
         return x
@@ -300,7 +302,7 @@ def _median(x: np.ndarray, points: int) -> np.ndarray:
 
 
 def _average(x: np.ndarray, points: int) -> np.ndarray:
-    """Bias-corrected exponential moving average; it remembers a fortieth of the curve."""
+    """Return the bias-corrected exponential moving average with the time constant of a fortieth of the curve."""
     decay, total, weight, averages = 1 - 1 / (1 + points / 40), 0.0, 0.0, []
     for loss in x:
         total, weight = decay * total + loss, decay * weight + 1
@@ -308,6 +310,6 @@ def _average(x: np.ndarray, points: int) -> np.ndarray:
     return np.asarray(averages)
 
 
-def _start(x: np.ndarray) -> Any:
-    """The level that a smoothed loss falls from: that of the first quarter of the way to the minimum."""
-    return np.median(x[: int(x.argmin()) // 4 + 1])
+def _start(x: np.ndarray) -> float:
+    """Return the level that a smoothed loss falls from: its median over the first quarter of the way to the minimum."""
+    return float(np.median(x[: int(x.argmin()) // 4 + 1]))

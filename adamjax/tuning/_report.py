@@ -1,51 +1,55 @@
-"""What a tuning found: the best setting, how sure that is, and how it looks."""
+"""The report of a tuning: the best setting, how certain it is, tables and plots."""
 
 import dataclasses
 import io
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
 
 from adamjax import optimizers
 from adamjax._core.optional import require
-from adamjax.tuning import _plots, _trial
-from adamjax.tuning._page import page
-from adamjax.tuning._plots import Pictured
+from adamjax._core.typing import GradientTransformation
+from adamjax.tuning import _journal, _plots
+from adamjax.tuning._html import page
+from adamjax.tuning._journal import CONFIRM, Json, Trial
+from adamjax.tuning._plots import PlotData
 from adamjax.tuning._range_test import LrRange
-from adamjax.tuning._space import Setting
-from adamjax.tuning._trial import CONFIRM, Trial
+from adamjax.tuning._space import OptimizerFactory, Setting
 
-CERTAINTY = 0.95
-EDGE = 0.05  # of what was searched
-MANY = 0.1  # diverged trials, of all
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+CONFIDENCE = 0.95
+EDGE = 0.05  # fraction of the searched range
+MANY_DIVERGED = 0.1  # fraction of the trials
 
 
 @dataclasses.dataclass(frozen=True)
 class Best:
-    """A setting, and the optimizer it makes.
+    """The best setting, and the optimizer that it makes.
 
     Fields:
       arguments: Keyword arguments of the optimizer.
-      call: What is to be called with them, by its name.
-      make: The same; None where it is not known (of a report read from a folder).
+      call: Name of the function to call with them.
+      make: That function; None if it is unknown, which happens in a report read from a folder.
     """
 
     arguments: Setting
     call: str
-    make: Callable[..., Any] | None = dataclasses.field(default=None, repr=False)
+    make: OptimizerFactory | None = dataclasses.field(default=None, repr=False)
 
     @property
-    def optimizer(self) -> Any:
+    def optimizer(self) -> GradientTransformation:
         """The optimizer.
 
         Raises:
-          ValueError: It is not known how to make it.
+          ValueError: The function that makes it is unknown.
         """
         if self.make is None:
             raise ValueError(f"the report was read from a folder: call {self.call} with the arguments yourself")
@@ -60,12 +64,11 @@ class Confirmed:
     """A setting that was run again with fresh seeds.
 
     Fields:
-      number: Which trial it was.
+      number: Number of its trial.
       setting: Keyword arguments of the optimizer.
-      values: The metric at the end, for each seed; NaN where it diverged.
-      tied: Whether it is indistinguishable from the best: the difference, seed by seed, is within
-        what Student's t allows of noise at 95 % certainty. Where all values are positive it is that
-        of the logarithms, since the noise of a loss shrinks with it.
+      values: The metric at the end, for each seed; NaN for a run that diverged.
+      tied: Whether it is indistinguishable from the best by a paired t-test at 95 % confidence. If all values are
+        positive, the test compares their logarithms, since the noise of a loss is in proportion to the loss.
     """
 
     number: int
@@ -80,7 +83,7 @@ class Confirmed:
 
     @property
     def spread(self) -> float:
-        """The standard deviation over the seeds; NaN of one seed."""
+        """The standard deviation over the seeds; NaN for a single seed."""
         return float(np.std(self.values, ddof=1)) if len(self.values) > 1 else math.nan
 
     def __str__(self) -> str:
@@ -91,23 +94,23 @@ class Confirmed:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Report:
-    """What a tuning found.
+    """The results of a tuning.
 
     Fields:
       question: What was tuned: problem, optimizer, space, steps and so on, by name.
-      trials: Every run that ended, those that confirm included.
+      trials: Every run that ended, including those with fresh seeds.
       defaults: The setting that the others are compared with.
-      make: What makes an optimizer of a setting; None where it is not known.
-      range_test: The range test of the learning rate; None where there was none.
-      explored: The smallest and the largest value of each argument that was searched.
+      make: The function that makes an optimizer from a setting; None if it is unknown.
+      range_test: The range test of the learning rate; None if there was none.
+      explored: The smallest and the largest value searched of each argument.
       execution: How the runs were executed, in words.
-      notes: What else is to be said.
+      notes: Further remarks, which are part of `warnings`.
     """
 
-    question: dict[str, Any]
+    question: Json
     trials: Sequence[Trial]
     defaults: Setting
-    make: Callable[..., Any] | None
+    make: OptimizerFactory | None
     range_test: LrRange | None
     explored: Mapping[str, Sequence[float]]
     execution: str
@@ -126,11 +129,11 @@ class Report:
 
     @cached_property
     def confirmed(self) -> list[Confirmed]:
-        """What was run again with fresh seeds, best first; those that diverged come last."""
+        """The settings that were run again with fresh seeds, best first; those that diverged come last."""
         runs: dict[int, list[Trial]] = {}
         for trial in sorted((t for t in self.trials if t.stage == CONFIRM), key=lambda t: (t.number, t.seed)):
             runs.setdefault(trial.number, []).append(trial)
-        # A tuning that was stopped may have confirmed some settings with fewer seeds than others.
+        # A tuning that was interrupted may have confirmed some settings with fewer seeds than others.
         seeds = max(map(len, runs.values()), default=0)
         values = {n: tuple(t.value(self._metric) for t in ts) for n, ts in runs.items() if len(ts) == seeds}
         means = {n: np.nan_to_num(self._sign * np.mean(x), nan=np.inf) for n, x in values.items()}
@@ -140,41 +143,41 @@ class Report:
 
     @property
     def best(self) -> Best:
-        """The best setting: of those confirmed the best on average; else of the search.
+        """The setting with the best mean among those confirmed; if none was, the best of the search.
 
         Raises:
           ValueError: Every trial diverged.
         """
         confirmed = [c.setting for c in self.confirmed if math.isfinite(c.mean)]
-        found = confirmed or [t.setting for t in self.ranking]
-        if not found:
+        settings = confirmed or [t.setting for t in self.ranking]
+        if not settings:
             raise ValueError(
                 f"all {len(self.searched)} trials diverged: lower the range of the learning rate, "
-                "or look at the problem (adamjax lr-range shows where it trains)"
+                "or look at the problem (adamjax lr-range shows which learning rates train)"
             )
-        return Best(found[0], self.question["optimizer"], self.make)
+        return Best(settings[0], self.question["optimizer"], self.make)
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What to be careful with."""
-        found = list(self.notes)
+        """Reasons to doubt the results, and what to do about them."""
+        warnings = list(self.notes)
         searched = self.searched
         diverged = sum(t.status == "infeasible" for t in searched) / max(len(searched), 1)
-        if diverged >= MANY:
-            found.append(f"{diverged:.0%} of the trials diverged: the ranges reach too far, or the problem is fragile")
+        if diverged >= MANY_DIVERGED:
+            warnings.append(f"{diverged:.0%} of the trials diverged: the ranges are too wide, or training is unstable")
         if not self.ranking:
-            return (*found, "every trial diverged: there is no best setting")
+            return (*warnings, "every trial diverged: there is no best setting")
         best = self.best.arguments
         for name, (low, high) in self.explored.items():
-            place = _plots.axis_of(name, [low, high, best[name]]).fractions[2]
-            # Where the default itself is best there is nothing that points beyond.
-            if best[name] != self.defaults[name] and not EDGE <= place <= 1 - EDGE:
+            fraction = _plots.make_axis(name, [low, high, best[name]]).fractions[2]
+            # If the default value is the best, nothing suggests looking beyond the edge.
+            if best[name] != self.defaults[name] and not EDGE <= fraction <= 1 - EDGE:
                 ends = f"{low:.3g} to {high:.3g}"
-                found.append(f"the best {name}, {best[name]:.3g}, lies on the edge of what was searched ({ends})")
-        return (*found, *self._doubts(best))
+                warnings.append(f"the best {name}, {best[name]:.3g}, lies on the edge of what was searched ({ends})")
+        return (*warnings, *self._doubts(best))
 
     def _doubts(self, best: Setting) -> list[str]:
-        """Whether the best is better than the defaults."""
+        """Return the reasons to doubt that the best setting is better than the defaults."""
         if not self.confirmed:
             return [
                 f"the best was not confirmed with fresh seeds: it may be the luckiest of {len(self.searched)} trials"
@@ -188,15 +191,15 @@ class Report:
         return []
 
     def table(self) -> str:
-        """The settings confirmed (else the best of the search) beside the defaults, as text."""
+        """Return a text table of the confirmed settings (if none were, the best of the search) and the defaults."""
         rows = [["", self._metric, "", *self.defaults]]
-        found = [(c.setting, str(c), c.tied) for c in self.confirmed] or [
+        results = [(c.setting, str(c), c.tied) for c in self.confirmed] or [
             (t.setting, f"{t.value(self._metric):.4g}", False) for t in self.ranking[:5]
         ]
-        for place, (setting, value, tied) in enumerate(found):
-            name = "defaults" if setting == self.defaults else "tuned" if place == 0 else ""
-            shown = (f"{x:.4g}" if isinstance(x, float) else str(x) for x in setting.values())
-            rows.append([name, value, "=" if tied and place else "", *shown])
+        for rank, (setting, value, tied) in enumerate(results):
+            name = "defaults" if setting == self.defaults else "tuned" if rank == 0 else ""
+            cells = (f"{x:.4g}" if isinstance(x, float) else str(x) for x in setting.values())
+            rows.append([name, value, "=" if tied and rank else "", *cells])
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(x.ljust(w) for x, w in zip(row, widths, strict=True)).rstrip() for row in rows]
         if any(row[2] for row in rows):
@@ -204,43 +207,42 @@ class Report:
         return "\n".join(lines)
 
     def to_json(self) -> str:
-        """All of it, as JSON; what is not finite is null."""
-        best = _trial.plain(self.best.arguments) if self.ranking else None
+        """Return the whole report as JSON; numbers that are not finite are null."""
+        best = _journal.json_setting(self.best.arguments) if self.ranking else None
         confirmed = [
-            {"setting": _trial.plain(c.setting)}
-            | dict(zip(("mean", "spread"), _trial.nulls((c.mean, c.spread)), strict=True))
-            | {"values": _trial.nulls(c.values), "indistinguishable": c.tied}
+            {"setting": _journal.json_setting(c.setting)}
+            | dict(zip(("mean", "spread"), _journal.nan_to_null((c.mean, c.spread)), strict=True))
+            | {"values": _journal.nan_to_null(c.values), "indistinguishable": c.tied}
             for c in self.confirmed
         ]
         content = {
             "question": self.question,
             "best": best,
             "call": str(self.best) if self.ranking else None,
-            "defaults": _trial.plain(self.defaults),
+            "defaults": _journal.json_setting(self.defaults),
             "confirmed": confirmed,
             "warnings": self.warnings,
             "range_test": self.range_test and self.range_test.suggestions,
             "execution": self.execution,
-            "trials": [_trial.to_json(t) for t in self.trials],
+            "trials": [_journal.json_trial(t) for t in self.trials],
         }
         return json.dumps(content, indent=2, allow_nan=False)
 
-    def figures(self) -> dict[str, Any]:
-        """The pictures that there is something to draw for, as matplotlib figures, by title.
+    def figures(self) -> dict[str, "Figure"]:
+        """Return the plots that the trials suffice for, as matplotlib figures, by name.
 
         Raises:
           ImportError: matplotlib, or scikit-learn, is not installed.
         """
-        found = {name: draw(self._pictured) for name, draw in _plots.FIGURES.items()} if self.searched else {}
+        figures = {name: plot(self._plot_data) for name, plot in _plots.FIGURES.items()} if self.searched else {}
         if self.range_test is not None:
-            found["range_test"] = self.range_test.plot()
-        return {name: figure for name, figure in found.items() if figure is not None}
+            figures["range_test"] = self.range_test.plot()
+        return {name: figure for name, figure in figures.items() if figure is not None}
 
     def save(self, directory: str | Path) -> None:
-        """Write `tune.json`, `trials.jsonl`, `report.json`, the pictures and `report.html`, which contains them.
+        """Write `tune.json`, `trials.jsonl`, `report.json`, the plots and `report.html`, which contains them.
 
-        Trials that the folder has already are left as they are. Of several processes, all must call
-        this, and the first one writes.
+        Trials that the folder holds already are left as they are. All processes must call this; the first one writes.
 
         Raises:
           ValueError, FileExistsError: The folder holds another tuning.
@@ -248,9 +250,9 @@ class Report:
         """
         path = Path(directory)
         figures = self.figures() if jax.process_index() == 0 else {}
-        journal = _trial.Journal(path, self.question, resume=True)
+        journal = _journal.Journal(path, self.question, resume=True)
         curve = self.range_test and self.range_test.to_json()
-        defaults, explored = _trial.plain(self.defaults), {name: list(x) for name, x in self.explored.items()}
+        defaults, explored = _journal.json_setting(self.defaults), {name: list(x) for name, x in self.explored.items()}
         journal.decide(
             defaults=defaults, range_test=curve, explored=explored, execution=self.execution, notes=list(self.notes)
         )
@@ -265,35 +267,30 @@ class Report:
             (path / f"{name}.png").write_bytes(pictures[name])
         (path / "report.json").write_text(self.to_json() + "\n")
         best = str(self.best) if self.ranking else "every trial diverged"
-        asked = self.question | {"execution": self.execution}
-        (path / "report.html").write_text(page(best, self.table(), self.warnings, pictures, asked), encoding="utf-8")
+        question = self.question | {"execution": self.execution}
+        (path / "report.html").write_text(page(best, self.table(), self.warnings, pictures, question), encoding="utf-8")
 
     @classmethod
     def load(cls, directory: str | Path) -> "Report":
-        """The report of a folder that a tuning wrote, or is still writing.
+        """Return the report of a folder that a tuning wrote, or is still writing.
 
-        Arguments that are no numbers, strings, bools or None are read as the text they print as.
+        Arguments other than numbers, strings, bools and None are read as the text that they print as.
 
         Raises:
-          ValueError: The folder holds none, or is damaged.
+          ValueError: The folder holds no tuning, or is damaged.
         """
         path = Path(directory)
-        found, lines = _trial.read(path)
-        if not found:
+        decisions, lines = _journal.read_files(path)
+        if not decisions:
             raise ValueError(f"{path} holds no tuning: it has no tune.json")
-        content = _trial.decided(found, path)
-        curve = content.get("range_test")
-        name = content["question"]["optimizer"]
-        return cls(
-            content["question"],
-            _trial.parse(lines, path),
-            content.get("defaults", {}),
-            getattr(optimizers, name.removeprefix("adamjax."), None) if name.startswith("adamjax.") else None,
-            curve and LrRange.from_json(curve),
-            content.get("explored", {}),
-            content.get("execution", ""),
-            content["notes"],
-        )
+        content = _journal.parse_decisions(decisions, path)
+        question, curve = content["question"], content.get("range_test")
+        package, _, name = question["optimizer"].rpartition(".")
+        make = getattr(optimizers, name, None) if package == "adamjax" else None
+        trials, defaults = _journal.parse_trials(lines, path), content.get("defaults", {})
+        range_test, explored = curve and LrRange.from_json(curve), content.get("explored", {})
+        execution, notes = content.get("execution", ""), content["notes"]
+        return cls(question, trials, defaults, make, range_test, explored, execution, notes)
 
     def __repr__(self) -> str:
         best = f"; best {self.best}" if self.ranking else ""
@@ -308,15 +305,15 @@ class Report:
         return 1 if self.question["mode"] == "min" else -1
 
     @cached_property
-    def _pictured(self) -> Pictured:
+    def _plot_data(self) -> PlotData:
         searched = self.searched
         best = self.best.arguments if self.ranking else None
         marked = [next((t for t in searched if t.setting == setting), None) for setting in (best, self.defaults)]
-        return Pictured(searched, self._metric, self.question["mode"], *marked)
+        return PlotData(searched, self._metric, self.question["mode"], *marked)
 
 
 def _indistinguishable(values: Sequence[float], best: Sequence[float], sign: int) -> bool:
-    """Whether values may differ from the best by noise alone: a paired t-test."""
+    """Return whether a paired t-test cannot tell values from the best."""
     x, y = np.asarray(values), np.asarray(best)
     if not np.isfinite(x).all() or len(x) < 2:
         return bool(np.isfinite(x).all())
@@ -324,5 +321,5 @@ def _indistinguishable(values: Sequence[float], best: Sequence[float], sign: int
         x, y = np.log(x), np.log(y)
     differences = sign * (x - y)
     stats = require("scipy.stats", "tune", "telling a difference from noise")
-    bound = stats.t.ppf((1 + CERTAINTY) / 2, len(x) - 1) * np.std(differences, ddof=1) / math.sqrt(len(x))
+    bound = stats.t.ppf((1 + CONFIDENCE) / 2, len(x) - 1) * np.std(differences, ddof=1) / math.sqrt(len(x))
     return bool(np.mean(differences) <= bound)

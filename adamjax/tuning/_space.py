@@ -1,28 +1,30 @@
-"""Where to look: ranges of hyperparameters, and points spread over them."""
+"""The space that a search covers: ranges of hyperparameters, and points spread over them."""
 
 import dataclasses
 import itertools
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from adamjax._core import checks
 from adamjax._core.optional import require
+from adamjax._core.typing import GradientTransformation
 
-Setting = dict[str, Any]
+Setting = dict[str, Any]  # keyword arguments of an optimizer
+OptimizerFactory = Callable[..., GradientTransformation]  # called with a setting
 
 METHODS = ("halton", "sobol", "random", "grid")
 
 
 @dataclasses.dataclass(frozen=True)
 class Log:
-    """From `low` to `high`, each factor as likely as the next.
+    """A range from `low` to `high` on a logarithmic scale: equal factors are equally likely.
 
     Raises:
-      ValueError: Not 0 < low < high.
+      ValueError: The bounds are not 0 < low < high.
     """
 
     low: float
@@ -34,25 +36,25 @@ class Log:
             raise ValueError(f"Invalid range: {self}; a logarithmic range starts above 0")
 
     def at(self, u: float) -> float:
-        """The value at the fraction `u` of the range."""
+        """Return the value at the fraction `u` of the range."""
         return min(max(self.low * (self.high / self.low) ** u, self.low), self.high)
 
     def fraction(self, x: float) -> float:
-        """Where in the range `x` lies: the inverse of `at`."""
+        """Return the fraction of the range at which `x` lies: the inverse of `at`."""
         return math.log(x / self.low) / math.log(self.high / self.low) if x > 0 else -math.inf
 
     def between(self, u: float, v: float) -> "Log":
-        """From the fraction `u` to the fraction `v`, which may lie outside."""
+        """Return the range from the fraction `u` to the fraction `v`, which may lie outside this one."""
         factor = self.high / self.low
         return Log(self.low * factor**u, self.low * factor**v)
 
 
 @dataclasses.dataclass(frozen=True)
 class Linear:
-    """From `low` to `high`, each difference as likely as the next.
+    """A range from `low` to `high` on a linear scale: equal differences are equally likely.
 
     Raises:
-      ValueError: Not low < high.
+      ValueError: The bounds are not low < high.
     """
 
     low: float
@@ -62,41 +64,41 @@ class Linear:
         _check_range(self)
 
     def at(self, u: float) -> float:
-        """The value at the fraction `u` of the range."""
+        """Return the value at the fraction `u` of the range."""
         return min(max(self.low + u * (self.high - self.low), self.low), self.high)
 
     def fraction(self, x: float) -> float:
-        """Where in the range `x` lies: the inverse of `at`."""
+        """Return the fraction of the range at which `x` lies: the inverse of `at`."""
         return (x - self.low) / (self.high - self.low)
 
     def between(self, u: float, v: float) -> "Linear":
-        """From the fraction `u` to the fraction `v`, which may lie outside."""
+        """Return the range from the fraction `u` to the fraction `v`, which may lie outside this one."""
         width = self.high - self.low
         return Linear(self.low + u * width, self.low + v * width)
 
 
 class Choice:
-    """One of some values, whatever they are; each as likely as the next.
+    """A choice among values of any type, all equally likely.
 
     >>> from adamjax.tuning import Choice
     >>> Choice(False, "torch")
     Choice(False, 'torch')
 
     Raises:
-      ValueError: There are none.
+      ValueError: There are no values.
     """
 
-    def __init__(self, *options: Any) -> None:
+    def __init__(self, *options: object) -> None:
         if not options:
             raise ValueError("Invalid range: Choice(); a choice needs at least one value")
         self.options = options
 
     def at(self, u: float) -> Any:
-        """The value at the fraction `u` of the list."""
+        """Return the value at the fraction `u` of the list."""
         return self.options[min(int(u * len(self.options)), len(self.options) - 1)]
 
-    def fraction(self, x: Any) -> float:
-        """Where in the list `x` lies: the inverse of `at`."""
+    def fraction(self, x: object) -> float:
+        """Return the fraction of the list at which `x` lies: the inverse of `at`."""
         return (self.options.index(x) + 0.5) / len(self.options)
 
     def __eq__(self, other: object) -> bool:
@@ -111,7 +113,7 @@ class Choice:
 
 @dataclasses.dataclass(frozen=True)
 class OneMinus:
-    """1 - x, for x in a range: betas crowd at 1."""
+    """The range of 1 - x, for x in another range: good betas crowd near 1."""
 
     complement: Log | Linear
 
@@ -132,11 +134,11 @@ class Space:
     """Ranges of an optimizer's hyperparameters, by the names of its arguments.
 
     Args:
-      **ranges: A `Log`, `Linear` or `Choice` for each. `one_minus_b1=Log(0.01, 0.3)` is a range of
-        `b1`; any other argument can be prefixed like this too. What is not a range is a constant.
+      **ranges: A `Log`, `Linear` or `Choice` for each argument; any other value is a constant.
+        `one_minus_b1=Log(0.01, 0.3)` is a range of 1 - `b1`; the prefix works with every argument.
 
     Raises:
-      ValueError: There is no range, or one name twice.
+      ValueError: There is no range, or an argument has two.
 
     >>> from adamjax.tuning import Log, Space
     >>> space = Space(learning_rate=Log(1e-4, 1e-1), one_minus_b1=Log(0.01, 1.0), eps=1e-8)
@@ -144,98 +146,95 @@ class Space:
     {'learning_rate': 0.1, 'b1': 0.0, 'eps': 1e-08}
     """
 
-    def __init__(self, **ranges: Any) -> None:
+    def __init__(self, **ranges: object) -> None:
         self.ranges: dict[str, Range] = {}
         for given, r in ranges.items():
             name = given.removeprefix("one_minus_")
             if name in self.ranges:
                 raise ValueError(f"Invalid space: both {name} and one_minus_{name}; give one of them")
-            if not isinstance(r, (Log, Linear, Choice)):
-                r = Choice(r)
             if given != name:
-                if isinstance(r, Choice):
-                    raise ValueError(f"Invalid space: {given}={ranges[given]!r}; {given} must be a Log or a Linear")
-                r = OneMinus(r)
-            self.ranges[name] = r
+                if not isinstance(r, (Log, Linear)):
+                    raise ValueError(f"Invalid space: {given}={r!r}; {given} must be a Log or a Linear")
+                self.ranges[name] = OneMinus(r)
+            else:
+                self.ranges[name] = r if isinstance(r, (Log, Linear, Choice)) else Choice(r)
         if not self.free:
             raise ValueError(
-                "Invalid space: it has no range, at least one argument must be a Log, a Linear or a Choice(a, b, ...)"
+                "Invalid space: it has no range; at least one argument must be a Log, a Linear or a Choice(a, b, ...)"
             )
 
     @classmethod
     def of(cls, ranges: Mapping[str, Range]) -> "Space":
-        """The space of these ranges, by the names of the arguments themselves."""
-        return cls(**{_written(name, r): _content(r) for name, r in ranges.items()})
+        """Return the space of these ranges by the names of the arguments, without prefixes."""
+        return cls(**dict(_keyword(name, r) for name, r in ranges.items()))
 
     @property
     def free(self) -> list[str]:
-        """The names that have more than one value."""
+        """The arguments that have more than one value."""
         return [name for name, r in self.ranges.items() if not (isinstance(r, Choice) and len(r.options) == 1)]
 
     def points(self, count: int, *, method: str = "halton", seed: int = 0) -> list[Setting]:
-        """Settings spread over the space.
+        """Return settings spread over the space.
 
         Args:
-          count: How many; of a grid, how many along each range (a choice has its own number).
-          method: "halton" or "sobol": evenly, as quasi-random numbers (scipy's, scrambled) do.
-            "random": independently. "grid": every combination, ends included.
-          seed: Of the scrambling, or of the random numbers.
+          count: Number of settings; for a grid, number of values along each range (a choice has all of its own).
+          method: "halton" or "sobol": scrambled quasi-random points (scipy's), which are spread evenly.
+            "random": independent points. "grid": every combination, the ends of the ranges included.
+          seed: Seed of the scrambling or of the random numbers.
 
         Returns:
-          Keyword arguments of the optimizer, a dict for each point.
+          A dict of the optimizer's keyword arguments for each point.
 
         Raises:
-          ValueError: `count` is less than 1 (of a grid, 2), `seed` less than 0, or `method` is not one of these.
+          ValueError: `count` is less than 1 (2 for a grid), `seed` is negative, or `method` is unknown.
         """
         checks.choice("method", method, METHODS)
         checks.integer("count", count)
         checks.count("seed", seed, 0)
         if count < (2 if method == "grid" else 1):
             raise ValueError(f"Invalid count value: {count}; a space has at least 1 point, a grid 2 along each range")
-        rows: Iterable[Any]
+        rows: Iterable[Sequence[float]]
         if method == "grid":
-            rows = itertools.product(*(_ticks(r, count) for r in (self.ranges[name] for name in self.free)))
+            rows = itertools.product(*(_grid_fractions(self.ranges[name], count) for name in self.free))
         elif method == "random":
             rows = np.random.default_rng(seed).random((count, len(self.free)))
         else:
             qmc = require("scipy.stats.qmc", "tune", "quasi-random points")
             engine = qmc.Halton if method == "halton" else qmc.Sobol
-            draws = count if method == "halton" else 2 ** math.ceil(math.log2(count))  # Sobol' balances powers of 2
+            draws = (
+                count if method == "halton" else 2 ** math.ceil(math.log2(count))
+            )  # Sobol' points balance at powers of 2
             rows = engine(len(self.free), rng=seed).random(draws)[:count]
         return [self.at(dict(zip(self.free, map(float, row), strict=True))) for row in rows]
 
     def at(self, fractions: dict[str, float]) -> Setting:
-        """The setting at a fraction of each free range."""
+        """Return the setting at a fraction of each free range."""
         return {name: r.at(fractions.get(name, 0.0)) for name, r in self.ranges.items()}
 
     @property
     def bounds(self) -> dict[str, tuple[float, float]]:
-        """The smallest and the largest value of each range that is one of numbers."""
+        """The smallest and the largest value of each numeric range."""
         ends = {n: (r.at(0.0), r.at(1.0)) for n, r in self.ranges.items() if not isinstance(r, Choice)}
         return {name: (min(pair), max(pair)) for name, pair in ends.items()}
 
     def __repr__(self) -> str:
-        return f"Space({', '.join(f'{_written(name, r)}={_content(r)!r}' for name, r in self.ranges.items())})"
+        keywords = (_keyword(name, r) for name, r in self.ranges.items())
+        return f"Space({', '.join(f'{name}={x!r}' for name, x in keywords)})"
 
 
-def printed(x: Any) -> str:
-    """How it prints in every process: without the address of a function or of an object."""
+def stable_repr(x: object) -> str:
+    """Return the `repr` of `x` without memory addresses, so that it is the same in every process."""
     return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(x))
 
 
-def _written(name: str, r: Range) -> str:
-    """The argument of `Space` that gives `name` the range `r`."""
-    return f"one_minus_{name}" if isinstance(r, OneMinus) else name
-
-
-def _content(r: Range) -> Any:
-    """The value of that argument."""
+def _keyword(name: str, r: Range) -> tuple[str, object]:
+    """Return the keyword argument of `Space`, and its value, that give `name` the range `r`."""
     if isinstance(r, OneMinus):
-        return r.complement
-    return r.options[0] if isinstance(r, Choice) and len(r.options) == 1 else r
+        return f"one_minus_{name}", r.complement
+    return name, r.options[0] if isinstance(r, Choice) and len(r.options) == 1 else r
 
 
-def _ticks(r: Range, count: int) -> list[float]:
+def _grid_fractions(r: Range, count: int) -> list[float]:
     if isinstance(r, Choice):
         return [(i + 0.5) / len(r.options) for i in range(len(r.options))]
     return [i / (count - 1) for i in range(count)]
@@ -246,7 +245,7 @@ def _check_range(r: Log | Linear) -> None:
         x = getattr(r, name)
         if isinstance(x, bool) or not isinstance(x, (int, float, np.integer, np.floating)) or not math.isfinite(x):
             raise ValueError(f"Invalid range: {r}; {name} must be a finite number")
-        if isinstance(x, np.generic):  # which JSON has none of
+        if isinstance(x, np.generic):  # JSON has no NumPy scalars
             object.__setattr__(r, name, x.item())
     if r.low >= r.high:
         raise ValueError(f"Invalid range: {r}; low must be below high")

@@ -1,16 +1,16 @@
-"""The staged search: which settings to try next, from what the ones before gave."""
+"""The staged search: it chooses the settings to try next from the results so far."""
 
 import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Generator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from adamjax.tuning._space import Choice, Linear, Log, OneMinus, Range, Setting, Space
 
-# Where each of Adam's hyperparameters is looked for first; a range is left where its edge is best.
+# Initial ranges of Adam's hyperparameters. The search leaves a range whose edge is best.
 RANGES: Mapping[str, Range] = {
     "learning_rate": Log(1e-4, 1e-1),
     "b1": OneMinus(Log(0.02, 0.5)),
@@ -19,41 +19,41 @@ RANGES: Mapping[str, Range] = {
     "weight_decay": Log(1e-5, 1.0),
     "amsgrad": Choice(False, True),
 }
-FEWEST = 4  # trials that a stage needs
+MIN_STAGE_TRIALS = 4
 TRIALS_FOR_B2 = 48
-EDGE = 0.1  # of a range
+EDGE = 0.1  # fraction of a range
 
 
 class Stage(NamedTuple):
-    """What a batch of trials is for: the arguments it varies."""
+    """A stage of the search: the arguments it varies, and its number of trials."""
 
     name: str
     arguments: tuple[str, ...]
     trials: int
 
 
-class Batch(NamedTuple):
-    """Settings to try at once.
+class Round(NamedTuple):
+    """A round of trials: settings to try at once.
 
     Fields:
-      stage: What for.
-      settings: Which.
-      within: The space they are from.
+      stage: Name of the stage they belong to.
+      settings: The settings.
+      space: The space they were drawn from.
     """
 
     stage: str
     settings: list[Setting]
-    within: Space
+    space: Space
 
 
 class Result(NamedTuple):
-    """What came of one.
+    """The result of a trial.
 
     Fields:
-      setting: Which it was.
-      score: Lower is better; inf where it diverged or was ended early.
-      value: The last of the metric.
-      pruned_at: The step at which it was ended early; else 0.
+      setting: The setting that was tried.
+      score: Lower is better; inf if the trial diverged or was pruned.
+      value: Last value of the metric.
+      pruned_at: The step at which the trial was pruned; 0 if it was not.
     """
 
     setting: Setting
@@ -62,33 +62,33 @@ class Result(NamedTuple):
     pruned_at: int
 
 
-Strategy = Generator[Batch, list[Result], None]
+Strategy = Generator[Round, list[Result], None]
 
 
-def plan(space: Space, stages: str | Sequence[str | Sequence[str]], trials: int) -> list[Stage]:
-    """The stages that `trials` trials (besides the defaults) are enough for, as equal in size as they can be.
+def plan_stages(space: Space, stages: str | Sequence[str | Sequence[str]], trials: int) -> list[Stage]:
+    """Divide `trials` trials (besides the defaults) among as many stages as they suffice for, as evenly as possible.
 
-    For "adam": the learning rate twice (wide, then where it was good); then the learning rate
-    together with the betas, with epsilon, with weight decay, with each other argument of the space;
-    all of them together; last the choices (AMSGrad), on the best settings. With fewer trials, the
-    later stages are left out.
+    The stages of "adam" are the learning rate twice (the whole range, then its best part); the learning rate together
+    with the betas, with epsilon, with weight decay, and with each other argument of the space; all of them together;
+    and last the choices (AMSGrad), on the best settings. With fewer trials, the later stages are left out.
     """
     if not isinstance(stages, str):
         groups = [(group,) if isinstance(group, str) else tuple(group) for group in stages]
         wanted = [(", ".join(group), group) for group in groups]
-        switches: list[str] = []
+        choices: list[str] = []
     else:
-        wanted, switches = _of_adam(space, trials), [n for n in space.free if isinstance(space.ranges[n], Choice)]
-    share = min(FEWEST, trials // (4 * FEWEST)) if wanted else trials // max(len(switches), 1)
-    rest = trials - share * len(switches)
-    count = min(len(wanted), max(rest // FEWEST, 1))
+        wanted, choices = _adam_stages(space, trials), [n for n in space.free if isinstance(space.ranges[n], Choice)]
+    share = min(MIN_STAGE_TRIALS, trials // (4 * MIN_STAGE_TRIALS)) if wanted else trials // max(len(choices), 1)
+    rest = trials - share * len(choices)
+    count = min(len(wanted), max(rest // MIN_STAGE_TRIALS, 1))
     sizes = [rest // count + (i < rest % count) for i in range(count)]
-    found = [Stage(*stage, size) for stage, size in zip(wanted, sizes, strict=False)]
-    found += [Stage(name, (name,), share) for name in switches]
-    return [stage for stage in found if stage.trials]
+    planned = [Stage(*stage, size) for stage, size in zip(wanted, sizes, strict=False)]
+    planned += [Stage(name, (name,), share) for name in choices]
+    return [stage for stage in planned if stage.trials]
 
 
-def _of_adam(space: Space, trials: int) -> list[tuple[str, tuple[str, ...]]]:
+def _adam_stages(space: Space, trials: int) -> list[tuple[str, tuple[str, ...]]]:
+    """Return the name and the arguments of each stage of "adam" but the choices."""
     numbers = [name for name in space.free if not isinstance(space.ranges[name], Choice)]
     betas = [n for n in numbers if n == "b1" or (n == "b2" and (trials >= TRIALS_FOR_B2 or "b1" not in numbers))]
     first = [n for n in ("eps", "weight_decay") if n in numbers]
@@ -96,14 +96,14 @@ def _of_adam(space: Space, trials: int) -> list[tuple[str, tuple[str, ...]]]:
     groups = [tuple(betas)] if betas else []
     groups += [(name,) for name in (*first, *others)]
     rate = ("learning_rate",) if "learning_rate" in numbers else ()
-    found = [(", ".join(group), (*rate, *group)) for group in groups]
+    stages = [(", ".join(group), (*rate, *group)) for group in groups]
     searched = [n for n in numbers if n in (*rate, *betas, *first, *others)]
     if len(groups) > 1 or (rate and groups):
-        found.append(("all", tuple(searched)))
-    return [("learning_rate", rate)] * 2 * len(rate) + found
+        stages.append(("all", tuple(searched)))
+    return [("learning_rate", rate)] * 2 * len(rate) + stages
 
 
-def staged(
+def staged_search(
     space: Space,
     defaults: Setting,
     stages: Sequence[Stage],
@@ -112,48 +112,48 @@ def staged(
     seed: int,
     valid: Callable[[Setting], bool],
 ) -> Strategy:
-    """The defaults and then stage after stage, each around the best so far.
+    """Try the defaults and then stage after stage, each around the best setting so far.
 
-    What a stage does not vary is as in the best setting so far. After it the range of each of its
-    arguments narrows to where the best quarter lies; if the best lies on the edge of a logarithmic
-    range, the range moves in that direction instead, as far as settings remain `valid`.
+    Arguments that a stage does not vary keep their values of the best setting so far. After a stage, the
+    range of each of its arguments narrows to where the best quarter lies. If the best lies on the edge
+    of a logarithmic range, the range moves in that direction instead, while settings remain `valid`.
     """
     region, done = space, list[Result]()
-    batch = [defaults]
+    settings = [defaults]
     for i, stage in enumerate(stages):
         best = min(done, key=lambda r: r.score).setting if done else defaults
         if all(isinstance(region.ranges[name], Choice) for name in stage.arguments):
-            within = Space.of({name: region.ranges[name] for name in stage.arguments})
-            batch += _switched(region, stage, sorted(done, key=lambda r: r.score), best)
+            searched = Space.of({name: region.ranges[name] for name in stage.arguments})
+            settings += _with_other_choices(region, stage, sorted(done, key=lambda r: r.score), best)
         else:
             ranges = {n: r if n in stage.arguments else Choice(best[n]) for n, r in region.ranges.items()}
-            within = Space.of(ranges)
-            points = within.points(stage.trials, method=method, seed=seed + i)
-            batch += [{n: _tidy(ranges[n], x) for n, x in point.items()} for point in points]
-        if batch:
-            done += yield Batch(stage.name, batch, within)
-        batch = []
-        region = _moved(region, stage, done, valid)
-    if batch:
-        yield Batch("defaults", batch, region)
+            searched = Space.of(ranges)
+            points = searched.points(stage.trials, method=method, seed=seed + i)
+            settings += [{n: _rounded(ranges[n], x) for n, x in point.items()} for point in points]
+        if settings:
+            done += yield Round(stage.name, settings, searched)
+        settings = []
+        region = _region_after(region, stage, done, valid)
+    if settings:
+        yield Round("defaults", settings, region)
 
 
-def _switched(region: Space, stage: Stage, done: Sequence[Result], best: Setting) -> list[Setting]:
-    """The best settings so far, with the other choices."""
+def _with_other_choices(region: Space, stage: Stage, done: Sequence[Result], best: Setting) -> list[Setting]:
+    """Return the best settings so far with each of the other choices."""
     bases = [r.setting for r in done if math.isfinite(r.score)] or [best]
-    choices: list[Any] = [region.ranges[name] for name in stage.arguments]
+    choices = [r.options for name in stage.arguments if isinstance(r := region.ranges[name], Choice)]
     tried = [r.setting for r in done]
-    found: list[Setting] = []
+    untried: list[Setting] = []
     for base in bases:
-        for options in itertools.product(*(choice.options for choice in choices)):
+        for options in itertools.product(*choices):
             setting = base | dict(zip(stage.arguments, options, strict=True))
-            if setting not in tried and setting not in found and len(found) < stage.trials:
-                found.append(setting)
-    return found
+            if setting not in tried and setting not in untried and len(untried) < stage.trials:
+                untried.append(setting)
+    return untried
 
 
-def _moved(region: Space, stage: Stage, done: Sequence[Result], valid: Callable[[Setting], bool]) -> Space:
-    """The region after a stage; only the ranges of its arguments change."""
+def _region_after(region: Space, stage: Stage, done: Sequence[Result], valid: Callable[[Setting], bool]) -> Space:
+    """Return the space to search after a stage; only the ranges of its arguments change."""
     feasible = sorted((r for r in done if math.isfinite(r.score)), key=lambda r: r.score)
     top = [r.setting for r in feasible[: max(3, stage.trials // 4)]]
     best = top[0] if top else done[0].setting
@@ -163,17 +163,17 @@ def _moved(region: Space, stage: Stage, done: Sequence[Result], valid: Callable[
         if isinstance(r, Choice):
             continue
         if not top:
-            # Everything diverged: of all arguments, the learning rate is the one to blame.
+            # All trials diverged, most likely because of the learning rate.
             moved: Range = r.between(-1.0, 0.0) if name == "learning_rate" and isinstance(r, Log) else r
         else:
-            moved = _around(r, [r.fraction(setting[name]) for setting in top])
+            moved = _narrowed_or_moved(r, [r.fraction(setting[name]) for setting in top])
         if all(valid(best | {name: moved.at(u)}) for u in (0.0, 1.0)):
             ranges[name] = moved
     return Space.of(ranges)
 
 
-def _around(r: Log | Linear | OneMinus, fractions: Sequence[float]) -> Range:
-    """The part of a range where the best lie, the very best of which is the first."""
+def _narrowed_or_moved(r: Log | Linear | OneMinus, fractions: Sequence[float]) -> Range:
+    """Return the part of a range with the best values, or the range moved if the first of them lies on its edge."""
     inside = np.clip(fractions, 0, 1)
     logarithmic = isinstance(r.complement if isinstance(r, OneMinus) else r, Log)
     if logarithmic and not EDGE <= fractions[0] <= 1 - EDGE:
@@ -187,11 +187,11 @@ def _around(r: Log | Linear | OneMinus, fractions: Sequence[float]) -> Range:
     return moved
 
 
-def _tidy(r: Range, x: Any) -> Any:
-    """The value without digits that mean nothing: a ten-thousandth of a value, or of a linear range."""
+def _rounded(r: Range, x: float) -> float:
+    """Round a value to significant digits: a ten-thousandth of itself, or of a linear range."""
     if isinstance(r, Choice):
         return x
     if isinstance(r, OneMinus):
-        return round(1 - _tidy(r.complement, 1 - x), 15)
+        return round(1 - _rounded(r.complement, 1 - x), 15)
     step = x if isinstance(r, Log) else r.high - r.low
     return min(max(round(x, 4 - math.ceil(math.log10(step))), r.low), r.high)

@@ -1,38 +1,38 @@
-"""Hyperparameters for another batch size."""
+"""Scaling of hyperparameters to another batch size."""
 
 import inspect
 import math
 import numbers
 from collections.abc import Mapping
-from typing import Any
 
 from adamjax._core import checks
 from adamjax.optimizers import adam
+from adamjax.tuning._space import Setting
 
 RULES = ("sqrt", "beta2_half_life")
 
 
-def scale_for_batch(hparams: Mapping[str, Any], *, old: int, new: int, rule: str = "sqrt") -> dict[str, Any]:
-    """Adam's hyperparameters for a batch size of `new`, of those that were good for `old`.
+def scale_for_batch(hparams: Mapping[str, object], *, old: int, new: int, rule: str = "sqrt") -> Setting:
+    """Scale Adam's hyperparameters from batch size `old` to batch size `new`.
 
     Args:
-      hparams: Keyword arguments of an optimizer. Those that the rule changes and that are not
+      hparams: Keyword arguments of an optimizer. Hyperparameters that the rule changes and that are not
         given are taken to be adamjax's defaults.
-      old: The batch size they belong to.
+      old: The batch size that `hparams` were tuned for.
       new: The batch size to scale to.
-      rule: With k = new / old: "sqrt" multiplies the learning rate by sqrt(k), divides eps by it, and
-        multiplies 1 - b1 and 1 - b2 by k, for as long as noise dominates the gradients (Malladi et
-        al., 2022; their steps also grow fewer, by k). "beta2_half_life" raises b2 to the power of
-        k and leaves everything else: the second moment then forgets half after as many examples as
-        before (Marek et al., 2025, who found it enough to train at any small batch size).
+      rule: With k = new / old, "sqrt" multiplies the learning rate by sqrt(k), divides eps by sqrt(k), and
+        multiplies 1 - b1 and 1 - b2 by k. It holds while noise dominates the gradients (Malladi et
+        al., 2022, who also divide the number of steps by k). "beta2_half_life" raises b2 to the power of
+        k and changes nothing else: the second moment then has the same half-life in examples as
+        before (Marek et al., 2025, who found this sufficient for training at any small batch size).
 
     Returns:
-      All of `hparams`, with those changed.
+      A copy of `hparams` with the scaled values.
 
     Raises:
-      ValueError: A batch size is not positive, a number is out of its range, or a larger batch would bring b1 or b2
-        down to 0; the message has the largest factor that is possible.
-      TypeError: One of the numbers is a schedule or an array: scale its peak.
+      ValueError: A batch size is not positive, a hyperparameter is out of its range, or a larger batch would bring
+        b1 or b2 down to 0; the message has the largest possible factor.
+      TypeError: A hyperparameter is a schedule or an array: scale its peak instead.
 
     References:
       Malladi et al., 2022, https://arxiv.org/abs/2205.10287;
@@ -55,7 +55,7 @@ def scale_for_batch(hparams: Mapping[str, Any], *, old: int, new: int, rule: str
     if rule == "beta2_half_life":
         return {**hparams, "b2": now["b2"] ** factor}
     scaled = {name: _one_minus(factor * _one_minus(now[name])) for name in ("b1", "b2")}
-    least = min(scaled, key=lambda name: scaled[name])
+    least = min(scaled, key=scaled.__getitem__)
     if scaled[least] <= 0 and factor > 1:
         raise ValueError(
             f"a batch {factor:g} times as large would make {least} {scaled[least]:g}: with {least}={now[least]:g}, "
@@ -65,7 +65,7 @@ def scale_for_batch(hparams: Mapping[str, Any], *, old: int, new: int, rule: str
     return {**hparams, "learning_rate": rate, **scaled, "eps": eps}
 
 
-def _number(name: str, x: Any) -> float:
+def _number(name: str, x: object) -> float:
     checked = x if callable(x) else checks.number(name, x, below=1.0 if name in ("b1", "b2") else math.inf)
     if not isinstance(checked, float):
         raise TypeError(f"{name} is {x!r}, and only a number can be scaled: scale its peak, or each of its values")
@@ -73,5 +73,5 @@ def _number(name: str, x: Any) -> float:
 
 
 def _one_minus(x: float) -> float:
-    """Without the digits that a difference to 1 cannot have: 1 - 0.9 is 0.1."""
+    """Return 1 - x without the digits that rounding adds, so that 1 - 0.9 is 0.1."""
     return round(1 - x, 15)

@@ -1,0 +1,220 @@
+"""The record of one run of a tuning, and the folder that keeps all of them."""
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from adamjax.run_folder import replace
+from adamjax.tuning._space import Setting, stable_repr
+
+# Names of stages: of the first trial, and of the runs with fresh seeds.
+DEFAULTS, CONFIRM = "defaults", "confirm"
+
+Json = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """One run of a setting.
+
+    Fields:
+      number: Number of the setting, in the order in which settings were tried.
+      stage: Name of the stage it belongs to.
+      setting: Keyword arguments of the optimizer.
+      seed: Seed of the parameters, the data order and the loss.
+      status: "complete"; "pruned", ended early because others were better; "infeasible", diverged.
+      steps: The numbers of updates after which it was evaluated.
+      losses: Mean training loss since the evaluation before.
+      metrics: The validation metrics, by name.
+      diverged_at: The first step (counted from 1) at which a value was not finite; 0 for none.
+    """
+
+    number: int
+    stage: str
+    setting: Setting
+    seed: int
+    status: str
+    steps: list[int]
+    losses: list[float]
+    metrics: dict[str, list[float]]
+    diverged_at: int
+
+    def value(self, metric: str) -> float:
+        """Return the last value of a metric; NaN if the run diverged."""
+        return math.nan if self.status == "infeasible" else self.metrics[metric][-1]
+
+
+class Journal:
+    """The folder in which a tuning keeps its decisions, and each trial as soon as it ends.
+
+    `tune.json` holds the specification and what was decided before the first trial; `trials.jsonl` a
+    line for each trial. Both stay readable however the process ends: an unfinished line is dropped
+    when the next one is written. With several processes, the first one reads and writes.
+
+    Args:
+      path: The folder; None to keep nothing.
+      question: What is tuned, in JSON's types. A folder that holds another one is refused.
+      resume: Whether to continue a tuning that the folder holds.
+
+    Raises:
+      FileExistsError: The folder holds a tuning, and `resume` is False.
+      ValueError: The folder holds another tuning, or is damaged.
+    """
+
+    def __init__(self, path: Path | None, question: Json, *, resume: bool) -> None:
+        self.path = path
+        self.decisions: Json = {"question": question, "notes": []}
+        self._trials: dict[tuple[int, int], Trial] = {}
+        self._finished_bytes = 0  # of trials.jsonl, up to the end of the last finished line
+        if path is None:
+            return
+        decisions, lines = _broadcast_texts(read_files(path) if jax.process_index() == 0 else ("", ""))
+        if not decisions:
+            self._write_decisions()
+            return
+        if not resume:
+            raise FileExistsError(f"{path} already holds a tuning: resume it, or choose another folder")
+        self.decisions = parse_decisions(decisions, path)
+        for name, here in question.items():
+            there = self.decisions["question"].get(name)
+            if there != here:
+                raise ValueError(
+                    f"{path} holds another tuning: its {name} is {there!r}, here it is {here!r}; choose another folder"
+                )
+        for trial in parse_trials(lines, path):
+            self._trials[trial.number, trial.seed] = trial
+        self._finished_bytes = len(lines.encode())
+
+    def get(self, number: int, seed: int, stage: str, setting: Setting) -> Trial | None:
+        """Return the trial of that number and seed if it has ended already, else None.
+
+        Raises:
+          ValueError: That trial had another setting or stage.
+        """
+        trial = self._trials.get((number, seed))
+        if trial is None:
+            return None
+        if (trial.stage, trial.setting) != (stage, json_setting(setting)):
+            raise ValueError(
+                f"{self.path} holds another tuning: its trial {number} is {trial.setting} for {trial.stage!r}, "
+                f"here it is {json_setting(setting)} for {stage!r}; choose another folder"
+            )
+        return dataclasses.replace(trial, setting=setting)
+
+    def decide(self, **decisions: object) -> None:
+        """Keep decisions that later trials depend on; do not touch a file that holds them already."""
+        if self.decisions != self.decisions | decisions:
+            self.decisions |= decisions
+            self._write_decisions()
+
+    def note(self, text: str) -> None:
+        """Keep a note for the report."""
+        self.decide(notes=[*self.decisions["notes"], text])
+
+    def write(self, trials: Iterable[Trial]) -> None:
+        """Keep trials that have ended; leave those that are kept already as they are."""
+        new = {(t.number, t.seed): t for t in trials if (t.number, t.seed) not in self._trials}
+        self._trials |= new
+        if self.path is not None and new and jax.process_index() == 0:
+            self._finished_bytes = append_trials(self.path / "trials.jsonl", self._finished_bytes, new.values())
+
+    def _write_decisions(self) -> None:
+        if self.path is not None and jax.process_index() == 0:
+            replace(self.path / "tune.json", json.dumps(self.decisions, indent=2, allow_nan=False) + "\n")
+
+
+def parse_decisions(text: str, path: Path) -> Json:
+    """Return the content of a `tune.json`.
+
+    Raises:
+      ValueError: The text is not that of a `tune.json`.
+    """
+    try:
+        decisions = dict(json.loads(text))
+        decisions["question"]["optimizer"], decisions["notes"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path / 'tune.json'} is damaged ({error!r}): choose another folder") from error
+    return decisions
+
+
+def parse_trials(lines: str, path: Path) -> list[Trial]:
+    """Return the trials in the lines of a `trials.jsonl`.
+
+    Raises:
+      ValueError: A line is not a trial.
+    """
+    trials = []
+    for i, line in enumerate(lines.splitlines(), start=1):
+        try:
+            fields = json.loads(line)
+            curves = {k: null_to_nan(x) for k, x in fields["metrics"].items()}
+            trials.append(Trial(**fields | {"losses": null_to_nan(fields["losses"]), "metrics": curves}))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"line {i} of {path / 'trials.jsonl'} is not a trial ({error!r}): remove it") from error
+    return trials
+
+
+def append_trials(path: Path, finished_bytes: int, trials: Iterable[Trial]) -> int:
+    """Write a line for each trial after the first `finished_bytes`, and sync the file; return its new size."""
+    lines = "".join(json.dumps(json_trial(t), allow_nan=False) + "\n" for t in trials).encode()
+    with open(path, "ab") as file:
+        file.truncate(finished_bytes)
+        file.write(lines)
+        file.flush()
+        os.fsync(file.fileno())
+    return finished_bytes + len(lines)
+
+
+def json_trial(trial: Trial) -> Json:
+    """Return the fields of a trial in JSON's types; numbers that are not finite become null."""
+    curves = {k: nan_to_null(x) for k, x in trial.metrics.items()}
+    fields = dataclasses.asdict(dataclasses.replace(trial, setting={}))
+    return fields | {"setting": json_setting(trial.setting), "losses": nan_to_null(trial.losses), "metrics": curves}
+
+
+def json_setting(setting: Setting) -> Setting:
+    """Return a setting in JSON's types: values other than finite numbers, strings, bools and None become text."""
+
+    def is_json(x: object) -> bool:
+        return math.isfinite(x) if isinstance(x, (int, float)) else isinstance(x, (str, type(None)))
+
+    return {k: x if is_json(x) else stable_repr(x) for k, x in setting.items()}
+
+
+def nan_to_null(curve: Iterable[float]) -> list[float | None]:
+    """Replace numbers that are not finite by None: JSON has no NaN."""
+    return [x if math.isfinite(x) else None for x in curve]
+
+
+def null_to_nan(curve: Iterable[float | None]) -> list[float]:
+    """Replace None by NaN: the inverse of `nan_to_null`, but for infinities."""
+    return [math.nan if x is None else x for x in curve]
+
+
+def read_files(path: Path) -> tuple[str, str]:
+    """Return the text of `tune.json` and the finished lines of `trials.jsonl`; empty if there is no such file."""
+    decisions, trials = path / "tune.json", path / "trials.jsonl"
+    if not decisions.exists() and trials.exists():
+        raise ValueError(f"{trials} has no tune.json beside it: choose another folder")
+    lines = trials.read_text() if trials.exists() else ""
+    return decisions.read_text() if decisions.exists() else "", lines[: lines.rfind("\n") + 1]
+
+
+def _broadcast_texts(texts: tuple[str, str]) -> tuple[str, str]:
+    """Return the first process's texts on every process."""
+    if jax.process_count() == 1:
+        return texts
+    sizes = multihost_utils.broadcast_one_to_all(np.asarray([len(t.encode()) for t in texts]))
+    buffer = np.zeros(int(sizes.sum()), np.uint8)
+    if jax.process_index() == 0:
+        buffer[:] = np.frombuffer("".join(texts).encode(), np.uint8)
+    content = bytes(multihost_utils.broadcast_one_to_all(buffer))
+    return content[: sizes[0]].decode(), content[sizes[0] :].decode()

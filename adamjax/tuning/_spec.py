@@ -1,0 +1,176 @@
+"""The specification of a tuning: the arguments that decide its result, the space to search, and names for it all."""
+
+import dataclasses
+import hashlib
+import importlib
+import inspect
+import json
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
+
+import jax
+import jax.numpy as jnp
+
+from adamjax._core import checks
+from adamjax._core.low_precision import is_low_precision
+from adamjax._core.typing import PyTree
+from adamjax.optimizers import adamw
+from adamjax.problems import Problem
+from adamjax.tuning._journal import Json
+from adamjax.tuning._optuna import Sampler, Storage
+from adamjax.tuning._space import OptimizerFactory, Setting, Space, stable_repr
+from adamjax.tuning._strategy import RANGES
+from adamjax.tuning._sweep import make_optimizer
+
+SAMPLERS = ("halton", "sobol", "random")
+
+Stages = str | Sequence[str | Sequence[str]]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Spec:
+    """The arguments of `tune` that decide its result, checked."""
+
+    problem: Problem
+    optimizer: OptimizerFactory
+    space: Space  # to search; see `search_space`
+    stages: Stages
+    sampler: Sampler
+    trials: int
+    steps: int
+    confirm: Sequence[int] | None
+    metric: str
+    mode: str
+    seed: int
+
+    def __post_init__(self) -> None:
+        for name, least in (("trials", 1), ("steps", 1), ("seed", 0)):
+            object.__setattr__(self, name, checks.count(name, getattr(self, name), least))
+        confirm = self.confirm
+        if confirm is not None:
+            if not isinstance(confirm, Sequence) or len(confirm) != 2:
+                raise ValueError(f"Invalid confirm value: {confirm!r}; confirm must be two ints, or None")
+            confirm = [checks.count(f"confirm[{i}]", x) for i, x in enumerate(confirm)]
+            object.__setattr__(self, "confirm", confirm)
+        if self.seed + (confirm[1] if confirm else 0) >= 2**31:
+            raise ValueError(
+                f"Invalid seed value: {self.seed}; seed, and the confirming seeds after it, must be below 2**31"
+            )
+        make_optimizer(self.optimizer, self.defaults, 0)
+
+    @cached_property
+    def defaults(self) -> Setting:
+        """The optimizer's default setting; for arguments without a default, adamw's or the middle of the range."""
+        parameters = [p for f in (adamw, self.optimizer) for p in inspect.signature(f).parameters.values()]
+        defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+        middle = self.space.at(dict.fromkeys(self.space.free, 0.5))
+        return middle | {name: defaults[name] for name in self.space.free if name in defaults}
+
+    @property
+    def is_staged(self) -> bool:
+        """Whether the search goes by stages, rather than by a sampler of Optuna's."""
+        return isinstance(self.sampler, str) and self.sampler in SAMPLERS
+
+    @cached_property
+    def question(self) -> Json:
+        """The specification in JSON's types, as the journal and the report keep it."""
+        stages = self.stages
+        return {
+            "problem": problem_name(self.problem),
+            "parameters": parameter_summary(self.problem),
+            "optimizer": optimizer_name(self.optimizer),
+            "space": stable_repr(self.space),
+            "stages": stages if isinstance(stages, str) else [[s] if isinstance(s, str) else list(s) for s in stages],
+            "sampler": self.sampler if isinstance(self.sampler, str) else type(self.sampler).__name__,
+        } | {name: getattr(self, name) for name in ("trials", "steps", "confirm", "metric", "mode", "seed")}
+
+    @property
+    def digest(self) -> str:
+        """A short hash of the question, which names the study of a tuning."""
+        return hashlib.sha256(json.dumps(self.question).encode()).hexdigest()[:12]
+
+
+def search_space(optimizer: OptimizerFactory, space: Space | None, stages: Stages, *, half: bool) -> Space:
+    """Return the arguments in `stages` of `space`, or of Adam's ranges of the arguments that `optimizer` takes.
+
+    Arguments that `functools.partial` fixes are not searched, nor is eps unless `half` is True or a stage names it.
+
+    Raises:
+      ValueError: A stage names an argument without a range, or there are no stages.
+    """
+    if stages != "adam" and (isinstance(stages, str) or not isinstance(stages, Sequence)):
+        kind = ValueError if isinstance(stages, str) else TypeError
+        raise kind(f'Invalid stages value: {stages!r}; stages must be "adam", or the arguments of each stage')
+    asked = None if isinstance(stages, str) else [n for s in stages for n in ((s,) if isinstance(s, str) else s)]
+    if asked is not None and not (asked and all(s for s in stages)):
+        raise ValueError(f"Invalid stages value: {stages!r}; every stage needs at least one argument")
+    if not isinstance(space, Space | None):
+        raise TypeError(f"Invalid space value: {space!r}; space must be a Space, or None")
+    if space is not None:
+        known, ranges = space.free, space.ranges
+    else:
+        takes, fixed = inspect.signature(optimizer).parameters, _fixed_arguments(optimizer)
+        any_name = any(p.kind is p.VAR_KEYWORD for p in takes.values())
+        known = [name for name in RANGES if (any_name or name in takes) and name not in fixed]
+        ranges = {name: RANGES[name] for name in known if half or name != "eps" or asked}
+    for name in asked or ():
+        if name not in known:
+            raise ValueError(f"Invalid stages value: {name!r} has no range, only {', '.join(known)}; add one to space")
+    if asked is not None:
+        ranges = {n: r for n, r in ranges.items() if n in asked or n not in known}
+    if not ranges:
+        raise ValueError(f"{optimizer_name(optimizer)} has none of the arguments {', '.join(RANGES)}: give a space")
+    return Space.of(ranges)
+
+
+def _fixed_arguments(optimizer: OptimizerFactory) -> set[str]:
+    """Return the arguments that `functools.partial` gives to the optimizer."""
+    return optimizer.keywords.keys() | _fixed_arguments(optimizer.func) if isinstance(optimizer, partial) else set()
+
+
+def optimizer_name(optimizer: Callable[..., object]) -> str:
+    """Return an expression for the optimizer, such as adamjax.adamw, as far as there is one."""
+    if isinstance(optimizer, partial):
+        keywords = (f"{k}={stable_repr(x)}" for k, x in optimizer.keywords.items())
+        given = [optimizer_name(optimizer.func), *map(stable_repr, optimizer.args), *keywords]
+        return f"functools.partial({', '.join(given)})"
+    if not hasattr(optimizer, "__qualname__"):
+        return stable_repr(optimizer)
+    package, name = optimizer.__module__.split(".")[0], optimizer.__qualname__
+    public = getattr(importlib.import_module(package), name, None) is optimizer
+    return f"{package if public else optimizer.__module__}.{name}"
+
+
+def problem_name(problem: Problem) -> str:
+    """Return the `repr` of the problem, or its class if that would be an address."""
+    return type(problem).__qualname__ if type(problem).__repr__ is object.__repr__ else stable_repr(problem)
+
+
+def parameter_summary(problem: Problem) -> str:
+    """Return a short description of the parameters that differs between trees."""
+    leaves = jax.tree.leaves_with_path(abstract_params(problem))
+    digest = hashlib.sha256(str([(path, x.shape, str(x.dtype)) for path, x in leaves]).encode())
+    return f"{sum(x.size for _, x in leaves)} in {len(leaves)} arrays ({digest.hexdigest()[:8]})"
+
+
+def has_half_precision(problem: Problem) -> bool:
+    """Return whether some parameters have half precision."""
+    dtypes = {x.dtype for x in jax.tree.leaves(abstract_params(problem))}
+    return any(jnp.issubdtype(d, jnp.floating) and is_low_precision(d) for d in dtypes)
+
+
+def abstract_params(problem: Problem) -> PyTree:
+    """Return the shapes and dtypes of the problem's parameters."""
+    return jax.eval_shape(problem.init, jax.eval_shape(jax.random.key, 0))
+
+
+def check_sampler(sampler: Sampler, storage: Storage) -> None:
+    """Check that a sampler is known, and may have the storage."""
+    ours = isinstance(sampler, str) and sampler in SAMPLERS
+    if isinstance(sampler, str) and not ours and sampler.split(":")[0] != "optuna":
+        names = ", ".join(map(repr, SAMPLERS))
+        raise ValueError(f"Invalid sampler value: {sampler!r}; sampler must be one of {names}, 'optuna', or a study")
+    if storage is not None and ours:
+        raise ValueError(f"Invalid storage value: {storage!r}; only Optuna's samplers have a storage")
+    if (storage is not None or not isinstance(sampler, str)) and jax.process_count() > 1:
+        raise ValueError("Invalid storage value: the processes of one program would each ask for other settings")
