@@ -35,7 +35,6 @@ class AdamRule:
     amsgrad: AMSGrad | None = None
 
     def accumulate(self, g: Array, m: Array, v: Array, s: Any) -> tuple[Array, Array]:
-        """The new moments."""
         return ema(m, g, s.decay1), ema(v, abs_sq(g), s.decay2)
 
     def maximum(self, v: Array, v_max: Array, s: Any) -> Array:
@@ -43,7 +42,6 @@ class AdamRule:
         return jnp.maximum(v_max, v / s.c2 if self.amsgrad == "corrected" else v)
 
     def direction(self, g: Array, m: Array, v: Array, v_max: Array | None, s: Any) -> Array:
-        """The direction, from the new moments."""
         return divide_by_real(self.m_hat(g, m, s), self.root(v, v_max, s) + s.eps)
 
     def m_hat(self, g: Array, m: Array, s: Any) -> Array:
@@ -104,12 +102,10 @@ class ScaleByAdam(Moments):
 
     @property
     def tracks_max(self) -> bool:
-        """Whether the state has `nu_max`."""
         return self.amsgrad is not None
 
     @property
     def rule(self) -> AdamRule:
-        """The rule of one array."""
         return AdamRule(self.nesterov, self.amsgrad)  # type: ignore[arg-type]  # normalised by __post_init__
 
     def _scalars(self, t: Array) -> AdamScalars:

@@ -56,7 +56,6 @@ class ScaleByAdamax(Moments):
 
     @property
     def rule(self) -> AdamaxRule:
-        """The rule of one array."""
         return AdamaxRule()
 
     def _scalars(self, t: Array) -> AdamaxScalars:

@@ -228,11 +228,11 @@ def may_skip(opt: Transformation) -> bool:
 
 def contains_foreign(opt: Transformation) -> bool:
     """Return whether a transformation from elsewhere is anywhere inside `opt`."""
-    return any(map(_is_foreign, jax.tree.leaves(opt, is_leaf=_is_foreign)))
-
-
-def _is_foreign(x: object) -> bool:
-    return isinstance(x, Foreign)
+    for field in vars(opt).values():
+        for x in field if isinstance(field, tuple) else (field,):
+            if isinstance(x, Transformation) and (isinstance(x, Foreign) or contains_foreign(x)):
+                return True
+    return False
 
 
 @value

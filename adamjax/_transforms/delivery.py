@@ -31,7 +31,6 @@ class AsUpdate(Delivery):
         self.targets = targets
 
     def ops_for(self, index: int, dtype: np.dtype, p: Any) -> Sequence[LeafOp]:
-        """Round the update of leaf `index`."""
         target = update_dtype(dtype, trees.dtype_of(self.targets[index]))
         return () if target == dtype else (LeafOp(RoundTo(target), None, target),)
 
@@ -40,11 +39,9 @@ class AddToParam(Delivery):
     """Deliver the new parameter: the update, rounded to its dtype, and added in float32 or wider."""
 
     def ops_for(self, index: int, dtype: np.dtype, p: Any) -> Sequence[LeafOp]:
-        """Add the update to the parameter."""
         return (LeafOp(add_to_param, None, trees.dtype_of(p)),)
 
     def unchanged(self, index: int, p: Any) -> Any:
-        """The parameter."""
         return p
 
 

@@ -33,12 +33,10 @@ class ScaleLeaves(LeafTransform):
     state: PyTree
 
     def ops_for(self, index: int, dtype: np.dtype, p: Any) -> Sequence[LeafOp]:
-        """Scale the update of leaf `index`."""
         dtype = trees.compute_dtype(dtype)
         return (LeafOp(scale_update, self.factor(dtype), dtype),)
 
     def new_state(self, leaf_states: list[Any]) -> PyTree:
-        """The state after the step."""
         return self.state
 
 

@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -62,26 +62,10 @@ class Parts(NamedTuple):
     eps: Any
 
 
-class Rule(Protocol):
-    """The step of one array, in float32 or wider; `s` holds the scalars of the step. Hashable."""
-
-    def accumulate(self, g: Array, m: Array, v: Array, s: Any) -> tuple[Array, Array]:
-        """The new first and second moment."""
-
-    def maximum(self, v: Array, v_max: Array, s: Any) -> Array:
-        """The new running maximum of the second moment."""
-
-    def direction(self, g: Array, m: Array, v: Array, v_max: Array | None, s: Any) -> Array:
-        """The direction of the step, from the new moments."""
-
-    def parts(self, m: Array, v: Array, v_max: Array | None, s: Any) -> Parts:
-        """The parts of the direction that the moments have."""
-
-
 class Moments(Leafwise):
     """Base of the transformations that keep two moments per parameter.
 
-    A member has the fields `mu_dtype` and `nu_dtype`, and says the rule of one array.
+    A member has the fields `mu_dtype` and `nu_dtype`, and says the rule of one array: an `AdamRule`, or a subclass.
     """
 
     mu_dtype: Any
@@ -93,7 +77,7 @@ class Moments(Leafwise):
         return False
 
     @property
-    def rule(self) -> Rule:
+    def rule(self) -> Any:
         """The rule of one array."""
         raise NotImplementedError
 
@@ -154,7 +138,7 @@ class StepMoments(LeafTransform):
       layout: The groups whose moments are packed.
     """
 
-    rule: Rule
+    rule: Any
     scalars: Callable[[np.dtype], Any]
     count: Array
     finish: Callable[..., PyTree]
@@ -184,7 +168,6 @@ class StepMoments(LeafTransform):
         return cls(member.rule, scalars, count, finish, list(zip(*columns, strict=True)), layout)
 
     def ops_for(self, index: int, dtype: np.dtype, p: Any) -> Sequence[LeafOp]:
-        """Step the moments of leaf `index`."""
         m, v, v_max = self.leaf_states[index]
         for x in (m, v, v_max):
             if isinstance(x, QuantizedArray):
@@ -194,7 +177,6 @@ class StepMoments(LeafTransform):
         return (LeafOp(StepLeaf(self.rule), operands, dtype),)
 
     def new_state(self, leaf_states: list[Any]) -> PyTree:
-        """The state with the new moments."""
         return self.finish(*([list(column) for column in zip(*leaf_states, strict=True)] or [[], [], []]))
 
 
@@ -211,7 +193,7 @@ def moment_dithers(count: Array, index: int, m: Moment, v: Moment) -> tuple[Dith
 class StepLeaf:
     """A `LeafFunction`: load the moments of one leaf, step in float32 or wider, and store them."""
 
-    rule: Rule
+    rule: Any
 
     def __call__(self, g: Array, p: Any, stored: Any, operands: Any) -> tuple[Array, Any]:
         scalars, (dither1, dither2) = operands

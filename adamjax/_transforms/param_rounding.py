@@ -84,14 +84,12 @@ class RoundParams(Delivery):
         self._dither = dither
 
     def ops_for(self, index: int, dtype: np.dtype, p: Any) -> Sequence[LeafOp]:
-        """Deliver leaf `index`."""
         own, _ = self._pairs[index]
         if not is_low_precision(own):
             return self._plain.ops_for(index, dtype, own)
         return (LeafOp(self._function, self._dither(index), _FLOAT32 if self._function.as_update else own.dtype),)
 
     def unchanged(self, index: int, p: Any) -> Any:
-        """The parameter itself, if parameters are delivered."""
         return None if self._function.as_update else self._pairs[index][0]
 
 

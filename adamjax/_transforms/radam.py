@@ -82,7 +82,6 @@ class ScaleByRAdam(Moments):
 
     @property
     def rule(self) -> RAdamRule:
-        """The rule of one array."""
         return RAdamRule(self.nesterov)
 
     def _scalars(self, t: Array) -> RAdamScalars:

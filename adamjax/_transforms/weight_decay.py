@@ -34,14 +34,12 @@ class DecayLeaves(LeafTransform):
     state: PyTree = ()
 
     def ops_for(self, index: int, dtype: np.dtype, p: Any) -> Sequence[LeafOp]:
-        """Let leaf `index` decay."""
         if self.decays is not None and self.decays[index] is False:
             return ()
         dtype = trees.compute_dtype(dtype, trees.dtype_of(p))
         return (LeafOp(add_scaled_param, self.factor(dtype), dtype),)
 
     def new_state(self, leaf_states: list[Any]) -> PyTree:
-        """The state after the step."""
         return self.state
 
 
@@ -113,7 +111,6 @@ class NegateLeaves(LeafTransform):
     """Change the sign of each leaf."""
 
     def ops_for(self, index: int, dtype: np.dtype, p: Any) -> Sequence[LeafOp]:
-        """Negate leaf `index`."""
         return (LeafOp(negate, None, dtype),)
 
 

@@ -86,7 +86,6 @@ class StepPerParameter(LeafTransform):
         return (LeafOp(together, [op.operands for op in ops], trees.compute_dtype(dtype, jnp.dtype(jnp.complex64))),)
 
     def new_state(self, leaf_states: list[Any]) -> PyTree:
-        """A state for each parameter."""
         rows = zip(self.steps, self.states, leaf_states, strict=True)
         return self.updates.like([s if step is None else step[-1].new_state([new]) for step, s, new in rows]).tree
 

@@ -86,7 +86,6 @@ class _NAdamMoments(Moments):
 
     @property
     def rule(self) -> TorchNAdamRule:
-        """The rule of one array."""
         return TorchNAdamRule()
 
     def _scalars(self, t: Array) -> NAdamScalars:

@@ -83,7 +83,6 @@ class KernelExecutor(Executor):
         self.mode = mode
 
     def run_leaf(self, index: int, program: LeafProgram, u: Any, p: Any, states: list[Any]) -> tuple[Any, list[Any]]:
-        """Run a program on leaf `index`."""
         functions, operands = program
         if self._uses_kernel(index, functions, u, p, states):
             return _backend.run_kernel(_platform().KERNEL, functions, u, p, states, operands)
@@ -114,7 +113,6 @@ class KernelExecutor(Executor):
         states: list[list[Any]],
         packed_state: Any,
     ) -> tuple[list[Any], list[list[Any]], Any]:
-        """Run a program on the leaves `indices`."""
         before, together, after = program.before[0], program.together, program.after[0]
         functions = before.functions, together.functions, after.functions
         operands = before.operands, together.operands, after.operands
