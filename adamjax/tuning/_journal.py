@@ -61,7 +61,7 @@ class Journal:
 
     Args:
       path: The folder; None to keep nothing.
-      question: What is tuned, in JSON's types. A folder that holds another one is refused.
+      question: The specification in JSON's types. A folder that holds another one is refused.
       resume: Whether to continue a tuning that the folder holds.
 
     Raises:

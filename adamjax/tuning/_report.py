@@ -97,7 +97,7 @@ class Report:
     """The results of a tuning.
 
     Fields:
-      question: What was tuned: problem, optimizer, space, steps and so on, by name.
+      question: The specification by name: problem, optimizer, space, steps and so on.
       trials: Every run that ended, including those with fresh seeds.
       defaults: The setting that the others are compared with.
       make: The function that makes an optimizer from a setting; None if it is unknown.
