@@ -18,11 +18,10 @@ from jax import Array
 
 from adamjax._core import checks, collectives, low_precision, trees
 from adamjax._core.trees import Leaves
-from adamjax._core.typing import AxisName, Extra, GradientTransformation, PyTree
+from adamjax._core.typing import AxisName, GradientTransformation, PyTree
 from adamjax._core.value import Value, static_field, value
-from adamjax._transforms.base import Foreign, MaySkip, Result, Transformation
+from adamjax._transforms.base import Foreign, MaySkip, Result, StepContext, Transformation
 from adamjax._transforms.chain import Chain
-from adamjax._transforms.delivery import Delivery
 from adamjax._transforms.moments import find_moments
 
 _SCALES = [2.0**k for k in range(25)]
@@ -91,21 +90,14 @@ class SkipNonfinite(MaySkip):
         counts = trees.make_on_mesh_of(lambda: jnp.zeros(len(paths), jnp.int32), params)
         return SkipState(skipped, consecutive, exceeded, LeafCounts(counts, paths), self.inner._init(params))
 
-    def _run(
-        self, updates: Leaves, state: PyTree, params: Leaves | None, extra: Extra, delivery: Delivery | None
-    ) -> Result:
+    def _run(self, updates: Leaves, state: PyTree, context: StepContext) -> Result:
         def apply(grads: Leaves, inner: PyTree) -> Result:
-            return self.inner._run(grads, inner, params, extra, delivery)
+            return self.inner._run(grads, inner, context)
 
-        return self._step_if_finite(apply, updates, state, params, delivery)
+        return self._step_if_finite(apply, updates, state, context)
 
     def _step_if_finite(
-        self,
-        apply: Callable[[Leaves, PyTree], Result],
-        grads: Leaves,
-        state: PyTree,
-        params: Leaves | None,
-        delivery: Delivery | None,
+        self, apply: Callable[[Leaves, PyTree], Result], grads: Leaves, state: PyTree, context: StepContext
     ) -> Result:
         """Apply the gradients if they are finite; else deliver results that change nothing."""
         checks.state(state, SkipState, "skip_nonfinite")
@@ -114,6 +106,7 @@ class SkipNonfinite(MaySkip):
         ok = ~jnp.any(bad)
 
         def skip(grads: Leaves, inner: PyTree) -> Result:
+            params, _, delivery = context
             made, delivered, after = jax.eval_shape(apply, grads, inner)
             found = trees.unflatten_by_path(inner, after)
             # Where paths differ, the leaves are in the same order.
@@ -272,16 +265,14 @@ class DynamicLossScale(MaySkip):
         scale = trees.make_on_mesh_of(lambda: jnp.asarray(self.initial, jnp.float32), params)
         return LossScaleState(scale, trees.zero_count(params), self.inner._init(params))
 
-    def _run(
-        self, updates: Leaves, state: PyTree, params: Leaves | None, extra: Extra, delivery: Delivery | None
-    ) -> Result:
+    def _run(self, updates: Leaves, state: PyTree, context: StepContext) -> Result:
         checks.state(state, LossScaleState, "dynamic_loss_scale")
 
         def apply(grads: Leaves, inner: PyTree) -> Result:
             unscaled = grads.map(lambda g: _times(g, 1 / state.scale))
-            return self.inner.inner._run(unscaled, inner, params, extra, delivery)
+            return self.inner.inner._run(unscaled, inner, context)
 
-        found, delivered, inner = self.inner._step_if_finite(apply, updates, state.inner, params, delivery)
+        found, delivered, inner = self.inner._step_if_finite(apply, updates, state.inner, context)
         return found, delivered, self._rescaled(state, inner)
 
     def _rescaled(self, state: LossScaleState, inner: SkipState) -> LossScaleState:

@@ -4,7 +4,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -17,7 +17,22 @@ from adamjax._core.value import Value, name_of, static_field, value
 from adamjax._transforms.delivery import AddToParam, AsUpdate, Delivery, deliver
 from adamjax._transforms.leafwise import LeafTransform, run_leafwise
 
-# What a step gives: results, the leaf states of the delivery, and the new state.
+
+class StepContext(NamedTuple):
+    """The rest of a step's arguments.
+
+    Fields:
+      params: The parameters as a transformation sees them.
+      extra: The keyword arguments of `update`.
+      delivery: The last operation on each leaf; None to hand the updates to the next transformation.
+    """
+
+    params: Leaves | None
+    extra: Extra
+    delivery: Delivery | None
+
+
+# A step's results (None where a leaf is frozen), the new leaf states of its delivery, and the new state.
 Result = tuple[Leaves, list[Any], PyTree]
 
 
@@ -72,7 +87,7 @@ class Transformation(Value):
         """
         grads, leaves = checks.updates(updates, params)
         delivery = AsUpdate((grads if leaves is None else leaves).leaves)
-        found, _, state = self._run(grads, state, leaves, extra, delivery)
+        found, _, state = self._run(grads, state, StepContext(leaves, extra, delivery))
         if leaves is not None and any(u is None for u in found.leaves):
             # Zeros instead of None: optax.apply_updates and others do not accept None.
             wide = any(isinstance(t, RoundsParams) for t in delivering(self))
@@ -83,10 +98,11 @@ class Transformation(Value):
     def step(self, grads: PyTree, state: PyTree, params: PyTree, **extra: Any) -> tuple[PyTree, PyTree]:
         """Make one whole step: `update`, then `apply_updates`, in one pass.
 
-        `adamjax.training.step_fn` compiles it such that it runs in place. If you compile it yourself, donate
-        parameters and state to a jitted function that takes them in the order in which it returns them: JAX gives the
-        memory of a donated array to the first result of its shape. `jax.jit(opt.step, donate_argnums=(1, 2))` gives
-        the memory of the first moments to the parameters and copies everything, 4 to 8 times the time of a step.
+        To step in place, donate parameters and state to a function that takes them in this order, as
+        `adamjax.training.step_fn` does. JAX gives the memory of a donated array to the first result of its shape, so
+        `jax.jit(opt.step, donate_argnums=(1, 2))`, which takes the state first, copies every array: 5 to 9 times the
+        time, and twice the parameters' memory in temporaries. Called by name,
+        `jax.jit(opt.step, donate_argnames=("params", "state"))(grads=..., state=..., params=...)` is right.
 
         Args:
           grads: The gradients: like `params` in structure and shapes. A None freezes the parameter at its place.
@@ -103,32 +119,21 @@ class Transformation(Value):
         """
         checks.params_given(params, grads, "step", "step(grads, state, params)")
         updates, leaves = checks.updates(grads, params)
-        if leaves is None:  # no parameters, no gradients
-            leaves = updates
-        found, _, state = self._run(updates, state, leaves, extra, AddToParam())
-        pairs = zip(found.leaves, updates.column(params), strict=True)
+        leaves = leaves or updates  # without parameters, there are no gradients
+        found, _, state = self._run(updates, state, StepContext(leaves, extra, AddToParam()))
+        pairs = zip(found.leaves, leaves.leaves, strict=True)
         return found.like([p if new is None else new for new, p in pairs]).tree, state
 
     def _init(self, params: PyTree) -> PyTree:
         """Make the state; `params` are checked."""
         return ()
 
-    def _run(
-        self, updates: Leaves, state: PyTree, params: Leaves | None, extra: Extra, delivery: Delivery | None
-    ) -> Result:
+    def _run(self, updates: Leaves, state: PyTree, context: StepContext) -> Result:
         """Run one step, the only way through it: `update`, `step` and the wrappers differ by the delivery.
 
-        Args:
-          updates: The updates so far, in any dtype; they fit the parameters. None is a frozen leaf.
-          state: This transformation's state, not checked yet.
-          params: The parameters as this transformation sees them.
-          extra: Keyword arguments of `update`.
-          delivery: The last operation on each leaf; None to hand the updates to the next transformation.
-
-        Returns:
-          What is delivered for each leaf (None where it is frozen), the new leaf states of the delivery, and the
-          new state.
+        The `updates` fit the parameters, in any dtype; None is a frozen leaf. The `state` is not checked yet.
         """
+        params, extra, delivery = context
         new, state = self._update(updates.tree, state, None if params is None else params.tree, extra)
         return *deliver(updates.like(updates.column(new)), params, delivery), state
 
@@ -161,9 +166,8 @@ class Leafwise(Transformation):
         """
         raise NotImplementedError
 
-    def _run(
-        self, updates: Leaves, state: PyTree, params: Leaves | None, extra: Extra, delivery: Delivery | None
-    ) -> Result:
+    def _run(self, updates: Leaves, state: PyTree, context: StepContext) -> Result:
+        params, _, delivery = context
         transforms = self._leaf_transforms(updates, state, params)
         new, states = run_leafwise([*transforms, *([] if delivery is None else [delivery])], updates, params)
         return new, states[-1], transforms[-1].new_state(states[len(transforms) - 1])
@@ -193,20 +197,16 @@ class StepsParts(Wrapper):
     """
 
     def _run_parts(
-        self,
-        updates: Leaves,
-        state: PyTree,
-        params: Leaves,
-        extra: Extra,
-        delivery: Delivery | None,
-        whole: tuple[Leaves, Callable[[Leaves], Leaves]],
+        self, parts: tuple[Leaves, Leaves], state: PyTree, context: StepContext, gather: Callable[[Leaves], Leaves]
     ) -> Result:
-        """Run a step on parts; `whole` are the whole parameters, and the function that makes results whole."""
+        """Run a step on the parts of updates and parameters; `gather` makes its results whole."""
+        delivery, (updates, params) = context.delivery, parts
         rounds = delivery is not None and delivery.leaf_states is not None
-        found, delivered, state = self.inner._run(updates, state, params, extra, None if rounds else delivery)
-        found = whole[1](found)
+        inside = context._replace(params=params, delivery=None if rounds else delivery)
+        found, delivered, state = self.inner._run(updates, state, inside)
+        found = gather(found)
         if rounds:
-            found, delivered = deliver(found, whole[0], delivery)
+            found, delivered = deliver(found, context.params, delivery)
         return found, delivered, state
 
 

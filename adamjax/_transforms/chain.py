@@ -5,19 +5,20 @@ from typing import Any
 
 from adamjax._core import checks, trees
 from adamjax._core.trees import Leaves
-from adamjax._core.typing import Extra, GradientTransformation, Path, PyTree
+from adamjax._core.typing import GradientTransformation, Path, PyTree
 from adamjax._core.value import value
 from adamjax._transforms.base import (
     Foreign,
     Leafwise,
     Result,
     RoundsParams,
+    StepContext,
     Transformation,
     as_transformation,
     check_not_fused,
     delivering,
 )
-from adamjax._transforms.delivery import Delivery, update_dtype
+from adamjax._transforms.delivery import update_dtype
 from adamjax._transforms.leafwise import Executor, LeafTransform, run_leafwise
 
 
@@ -46,11 +47,9 @@ class Chain(Transformation):
         """The way to run the leaf program that the chain ends with."""
         return Executor(paths)
 
-    def _run(
-        self, updates: Leaves, state: PyTree, params: Leaves | None, extra: Extra, delivery: Delivery | None
-    ) -> Result:
+    def _run(self, updates: Leaves, state: PyTree, context: StepContext) -> Result:
         checks.member_states(state, len(self.transforms), "a chain")
-        grads = updates
+        grads, (params, _, delivery) = updates, context
         states: list[PyTree] = []
         program: list[LeafTransform] = []  # of the leafwise members since the last other one
         ends: list[int] = []  # of each such member's part in the program
@@ -68,7 +67,8 @@ class Chain(Transformation):
                 # Others keep their state in the dtype of the updates they are given: hand them the dtype of the
                 # parameters, not our wider intermediate one.
                 updates = _rounded(updates, grads if params is None else params)
-            updates, delivered, part = transform._run(updates, part, params, extra, delivery if i == last else None)
+            inside = context if i == last else context._replace(delivery=None)
+            updates, delivered, part = transform._run(updates, part, inside)
             states.append(part)
             if i == last:
                 return updates, delivered, tuple(states)

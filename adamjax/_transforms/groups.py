@@ -9,11 +9,10 @@ import jax
 
 from adamjax._core import checks, trees
 from adamjax._core.trees import Leaves
-from adamjax._core.typing import Extra, PyTree
+from adamjax._core.typing import PyTree
 from adamjax._core.value import static_field, value
-from adamjax._transforms.base import Result, RoundsParams, Transformation, as_transformation, delivering
+from adamjax._transforms.base import Result, RoundsParams, StepContext, Transformation, as_transformation, delivering
 from adamjax._transforms.chain import Chain
-from adamjax._transforms.delivery import Delivery
 
 
 @value
@@ -70,20 +69,19 @@ class Groups(Transformation):
     def _init(self, params: PyTree) -> tuple[PyTree, ...]:
         return tuple([member._init(part) for member, part in zip(self.members, self.split_params(params), strict=True)])
 
-    def _run(
-        self, updates: Leaves, state: PyTree, params: Leaves | None, extra: Extra, delivery: Delivery | None
-    ) -> Result:
+    def _run(self, updates: Leaves, state: PyTree, context: StepContext) -> Result:
         checks.member_states(state, len(self.members), "groups")
+        params = context.params
         owners = self._assign_groups(updates if params is None else params)
         results, delivered, states = [], [], []
         for i, (member, part) in enumerate(zip(self.members, state, strict=True)):
-            own = None if params is None else _select(params, owners, i)
-            found, of_delivery, part = member._run(_select(updates, owners, i), part, own, extra, delivery)
+            inside = context._replace(params=None if params is None else _select(params, owners, i))
+            found, of_delivery, part = member._run(_select(updates, owners, i), part, inside)
             results.append(found.leaves)
             delivered.append(of_delivery)
             states.append(part)
         merged = [results[owner][k] for k, owner in enumerate(owners)]
-        kept = [] if delivery is None else [delivered[owner][k] for k, owner in enumerate(owners)]
+        kept = [] if context.delivery is None else [delivered[owner][k] for k, owner in enumerate(owners)]
         return updates.like(merged), kept, tuple(states)
 
 

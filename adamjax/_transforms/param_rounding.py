@@ -14,10 +14,11 @@ from jax import Array
 from adamjax._core import checks, low_precision, trees
 from adamjax._core.low_precision import Dither
 from adamjax._core.trees import Leaves
-from adamjax._core.typing import Extra, PyTree
+from adamjax._core.typing import PyTree
 from adamjax._transforms.base import (
     Result,
     RoundsParams,
+    StepContext,
     StepsParts,
     check_not_fused,
     contains_foreign,
@@ -151,24 +152,22 @@ class Rounding(RoundsParams):
         inner = self.inner._init(jax.tree.map(to_float32, params))
         return RoundingState(trees.zero_count(params), seed, self._init_residuals(params), inner)
 
-    def _run(
-        self, updates: Leaves, state: PyTree, params: Leaves | None, extra: Extra, delivery: Delivery | None
-    ) -> Result:
+    def _run(self, updates: Leaves, state: PyTree, context: StepContext) -> Result:
         checks.state(state, RoundingState, type(self).__name__)
-        checks.params_given(params, updates, type(self).__name__)
-        params = updates if params is None else params  # without parameters, there are no gradients
+        checks.params_given(context.params, updates, type(self).__name__)
+        params = context.params or updates  # without parameters, there are no gradients
         residuals = self._checked_residuals(updates, params, state.kept)
         after = state._replace(count=trees.increment(state.count))
         rounded = RoundParams(
             self._rounding,
-            delivery or AddToParam(),
+            context.delivery or AddToParam(),
             list(zip(params.leaves, residuals, strict=True)),
             partial(low_precision.dither, after.count, seed=after.seed),
         )
-        seen = self._float32_params(params, residuals)
+        inside = context._replace(params=self._float32_params(params, residuals), delivery=rounded)
         # Ours take gradients in any dtype, and a kernel is faster with narrow ones; others compute in that dtype.
         grads = updates.map(to_float32) if contains_foreign(self.inner) else updates
-        found, delivered, inner = self.inner._run(grads, state.inner, seen, extra, rounded)
+        found, delivered, inner = self.inner._run(grads, state.inner, inside)
         kept = params.like([residual for _, residual in delivered]).tree
         return found, [], after._replace(kept=kept, inner=inner)
 

@@ -7,10 +7,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from adamjax._core import trees
 from adamjax._core.trees import Leaves
-from adamjax._core.typing import Extra, GradientTransformation, PyTree
+from adamjax._core.typing import GradientTransformation, PyTree
 from adamjax._core.value import value
-from adamjax._transforms.base import Result, Wrapper
-from adamjax._transforms.delivery import Delivery
+from adamjax._transforms.base import Result, StepContext, Wrapper
 
 
 @value
@@ -25,11 +24,9 @@ class Offload(Wrapper):
     def _init(self, params: PyTree) -> PyTree:
         return _settle(_move(self.inner._init(params), jax.memory.Space.Host))
 
-    def _run(
-        self, updates: Leaves, state: PyTree, params: Leaves | None, extra: Extra, delivery: Delivery | None
-    ) -> Result:
+    def _run(self, updates: Leaves, state: PyTree, context: StepContext) -> Result:
         on_device = _move(state, jax.memory.Space.Device)
-        found, delivered, state = self.inner._run(updates, on_device, params, extra, delivery)
+        found, delivered, state = self.inner._run(updates, on_device, context)
         return found, delivered, _move(state, jax.memory.Space.Host)
 
 

@@ -10,10 +10,9 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 from adamjax._core import checks, trees
 from adamjax._core.trees import Leaves
-from adamjax._core.typing import Extra, GradientTransformation, PyTree
+from adamjax._core.typing import GradientTransformation, PyTree
 from adamjax._core.value import Value, static_field, value
-from adamjax._transforms.base import Result, StepsParts
-from adamjax._transforms.delivery import Delivery
+from adamjax._transforms.base import Result, StepContext, StepsParts
 from adamjax.sharding import _layout
 from adamjax.sharding._layout import Names, StateLayout
 
@@ -106,18 +105,16 @@ class Zero1(StepsParts):
         specs = _canonical(s.spec for s in jax.tree.leaves(whole))
         return Zero1State(_layout.init_sharded(self.inner, params, plan.state), specs)
 
-    def _run(
-        self, updates: Leaves, state: PyTree, params: Leaves | None, extra: Extra, delivery: Delivery | None
-    ) -> Result:
-        checks.params_given(params, updates, "zero1")
-        params = updates if params is None else params  # without parameters, there are no gradients
+    def _run(self, updates: Leaves, state: PyTree, context: StepContext) -> Result:
+        checks.params_given(context.params, updates, "zero1")
+        params = context.params or updates  # without parameters, there are no gradients
         plan, whole = self._plan_of(state, params.tree)
-        grads, own = [x.like(x.column(_layout.constrain(x.tree, plan.params))) for x in (updates, params)]
 
-        def together(found: Leaves) -> Leaves:
-            return found.like(found.column(_layout.constrain(found.tree, whole)))
+        def constrain(x: Leaves, shardings: PyTree) -> Leaves:
+            return x.like(x.column(_layout.constrain(x.tree, shardings)))
 
-        found, delivered, inner = self._run_parts(grads, state.inner, own, extra, delivery, (params, together))
+        parts = constrain(updates, plan.params), constrain(params, plan.params)
+        found, delivered, inner = self._run_parts(parts, state.inner, context, lambda x: constrain(x, whole))
         return found, delivered, Zero1State(_layout.constrain(inner, plan.state), state.specs)
 
     def _plan_of(self, state: PyTree, params: PyTree) -> tuple[StateLayout, PyTree]:

@@ -9,10 +9,9 @@ from jax.sharding import AxisType
 from adamjax._core import checks, collectives, trees
 from adamjax._core.quantization import is_quantized
 from adamjax._core.trees import Leaves
-from adamjax._core.typing import Extra, GradientTransformation, PyTree
+from adamjax._core.typing import GradientTransformation, PyTree
 from adamjax._core.value import static_field, value
-from adamjax._transforms.base import Result, StepsParts, Transformation
-from adamjax._transforms.delivery import Delivery
+from adamjax._transforms.base import Result, StepContext, StepsParts, Transformation
 from adamjax.sharding import _layout
 from adamjax.sharding._layout import Names
 
@@ -39,14 +38,11 @@ class Zero1Mapped(StepsParts):
         _check_blocks(state)
         return state
 
-    def _run(
-        self, updates: Leaves, state: PyTree, params: Leaves | None, extra: Extra, delivery: Delivery | None
-    ) -> Result:
-        checks.params_given(params, updates, "zero1_mapped")
-        params = updates if params is None else params  # without parameters, there are no gradients
+    def _run(self, updates: Leaves, state: PyTree, context: StepContext) -> Result:
+        checks.params_given(context.params, updates, "zero1_mapped")
+        params = context.params or updates  # without parameters, there are no gradients
         parts = _Parts(self.inner, self.axis, params.tree)
-        grads, own = parts.sum(updates), parts.take(params)
-        return self._run_parts(grads, state, own, extra, delivery, (params, parts.gather))
+        return self._run_parts((parts.sum(updates), parts.take(params)), state, context, parts.gather)
 
 
 class _Parts:
