@@ -85,6 +85,25 @@ class GroupProgram(NamedTuple):
     shapes: tuple[tuple[int, ...], ...]
 
 
+class Leaf(NamedTuple):
+    """One leaf of a step.
+
+    Fields:
+      index: Its index in the tree.
+      u: The update so far; None if the leaf is frozen.
+      p: The parameter as the transformations see it, or None.
+      states: The leaf state of each transformation.
+    """
+
+    index: int  # type: ignore[assignment]  # hides tuple.index
+    u: Any
+    p: Any
+    states: list[Any]
+
+
+Done = tuple[Any, list[Any]]  # the result of a leaf, and its new leaf states
+
+
 class Executor:
     """Runs leaf programs by XLA. A subclass may run those that it recognises by a kernel.
 
@@ -95,43 +114,31 @@ class Executor:
     def __init__(self, paths: Callable[[], list[Path]]) -> None:
         self.paths = paths
 
-    def run_leaf(self, index: int, program: LeafProgram, u: Any, p: Any, states: list[Any]) -> tuple[Any, list[Any]]:
-        """Run a program on leaf `index`; return its result and the new leaf states, one of each transformation."""
+    def run_leaf(self, leaf: Leaf, program: LeafProgram) -> Done:
+        """Run a program on one leaf."""
         if not program.functions:
-            return u, states
-        return run_program(program.functions, u, p, states, program.operands)
+            return leaf.u, leaf.states
+        return run_program(program.functions, leaf.u, leaf.p, leaf.states, program.operands)
 
-    def run_group(
-        self,
-        indices: Sequence[int],
-        program: GroupProgram,
-        us: list[Any],
-        ps: list[Any],
-        states: list[list[Any]],
-        packed_state: Any,
-    ) -> tuple[list[Any], list[list[Any]], Any]:
-        """Run a program on the leaves `indices`; return results, new leaf states of each, and the new packed state."""
-        frozen = tuple([u is None for u in us])
-        leaves = list(zip(indices, us, ps, states, strict=True))
-        before = [
-            (None, s) if u is None else self.run_leaf(i, program_, u, p, s)
-            for program_, (i, u, p, s) in zip(program.before, leaves, strict=True)
-        ]
+    def run_group(self, leaves: Sequence[Leaf], program: GroupProgram, packed_state: Any) -> tuple[list[Done], Any]:
+        """Run a program on a group of leaves; return the result of each, and the new packed state."""
+        before = list(map(self.run_leaf, leaves, program.before))
         joined = packing.concat([u for u, _ in before], program.shapes)
-        direction, [new_packed] = self.run_leaf(-1, program.together, joined, None, [packed_state])
+        direction, [new] = self.run_leaf(Leaf(-1, joined, None, [packed_state]), program.together)
         parts = packing.split(direction, program.shapes)
-        after = [
-            (None, s) if u is None else self.run_leaf(i, program_, packing.sharded_like(part, u), p, s)
-            for program_, part, (i, u, p, _), (_, s) in zip(program.after, parts, leaves, before, strict=True)
+        rest = [
+            leaf._replace(u=None if leaf.u is None else packing.sharded_like(part, leaf.u), states=states)
+            for leaf, part, (_, states) in zip(leaves, parts, before, strict=True)
         ]
-        new_packed = packing.where_frozen(new_packed, packed_state, program.shapes, frozen)
-        return [u for u, _ in after], [s for _, s in after], new_packed
+        frozen = tuple([leaf.u is None for leaf in leaves])
+        new = packing.where_frozen(new, packed_state, program.shapes, frozen)
+        return list(map(self.run_leaf, rest, program.after)), new
 
 
 @partial(jax.jit, static_argnums=0)
 def run_program(
     functions: tuple[tuple[int, LeafFunction], ...], u: Any, p: Any, states: list[Any], operands: list[Any]
-) -> tuple[Any, list[Any]]:
+) -> Done:
     """Run the operations of one leaf one after the other: by XLA, as one compiled function."""
     for (number, function), operand in zip(functions, operands, strict=True):
         u, states[number] = function(u, p, states[number], operand)
@@ -144,98 +151,69 @@ def run_leafwise(
     params: Leaves | None,
     executor: Callable[[Callable[[], list[Path]]], Executor] = Executor,
 ) -> tuple[Leaves, list[list[Any]]]:
-    """Run one step of every leaf.
+    """Run one step of every leaf: what the `transforms` do to it, in order.
 
-    Args:
-      transforms: What is done, in order.
-      updates: The updates so far. A leaf that is None is frozen: nothing is done to it, and its state stays.
-      params: The parameters as the transformations see them, or None.
-      executor: Makes the `Executor`.
-
-    Returns:
-      The results, and for each transformation its new leaf states.
+    A leaf of `updates` that is None is frozen: nothing is done to it, and its state stays. Returns the results, and
+    the new leaf states of each transformation.
     """
-    run = executor(cache(updates.paths))
-    ps = [None] * len(updates.leaves) if params is None else params.leaves
-    results = list(updates.leaves)
-    states = [[()] * len(ps) if t.leaf_states is None else list(t.leaf_states) for t in transforms]
-    grouped = _run_groups(transforms, run, updates.leaves, ps, results, states)
-    for index, (u, p) in enumerate(zip(updates.leaves, ps, strict=True)):
-        if u is None or index in grouped:
-            continue
-        dtype = trees.dtype_of(u)
-        u = trees.cast(u, dtype)  # numbers and weak types, which a program may leave as they are
-        program, _ = _program(transforms, range(len(transforms)), index, dtype, p)
-        results[index], new = run.run_leaf(index, program, u, p, [column[index] for column in states])
-        for column, state in zip(states, new, strict=True):
-            column[index] = state
-    return updates.like(results), states
-
-
-def _run_groups(
-    transforms: Sequence[LeafTransform],
-    run: Executor,
-    us: list[Any],
-    ps: list[Any],
-    results: list[Any],
-    states: list[list[Any]],
-) -> set[int]:
-    """Run the groups of leaves, put `results` and `states` in place, and return which leaves were in groups."""
+    run, count = executor(cache(updates.paths)), len(updates.leaves)
+    ps = [None] * count if params is None else params.leaves
+    before = [[()] * count if t.leaf_states is None else t.leaf_states[:count] for t in transforms]
+    leaves = [
+        # Numbers and weak types become arrays of a dtype: a program may leave them as they are.
+        Leaf(i, None if u is None else trees.cast(u, trees.dtype_of(u)), p, states)
+        for i, (u, p, *states) in enumerate(zip(updates.leaves, ps, *before, strict=True))
+    ]
+    done = [(leaf.u, leaf.states) for leaf in leaves]
     packed = next((number for number, t in enumerate(transforms) if t.layout), None)
-    if packed is None:
-        return set()
+    groups: list[Any] = []
     grouped: set[int] = set()
-    for k, places in enumerate(transforms[packed].layout, len(us)):
-        indices, shapes = zip(*places, strict=True)
-        grouped.update(indices)
-        if all(us[i] is None for i in indices):
-            continue
-        program = _group_program(transforms, packed, k, indices, shapes, us, ps)
-        of_leaves = [[() if j == packed else column[i] for j, column in enumerate(states)] for i in indices]
-        own_us, own_ps = [us[i] for i in indices], [ps[i] for i in indices]
-        made, of_leaves, states[packed][k] = run.run_group(
-            indices, program, own_us, own_ps, of_leaves, states[packed][k]
-        )
-        for i, result, new in zip(indices, made, of_leaves, strict=True):
-            results[i] = result
-            for j, column in enumerate(states):
-                if j != packed:
-                    column[i] = new[j]
-    return grouped
+    if packed is not None:
+        groups += transforms[packed].leaf_states[count:]  # type: ignore[index]
+        for k, places in enumerate(transforms[packed].layout):
+            indices, shapes = zip(*places, strict=True)
+            grouped.update(indices)
+            group = [leaves[i] for i in indices]
+            if any(leaf.u is not None for leaf in group):
+                program = _group_program(transforms, packed, count + k, group, shapes)
+                made, groups[k] = run.run_group(group, program, groups[k])
+                for i, new in zip(indices, made, strict=True):
+                    done[i] = new
+    for leaf in leaves:
+        if leaf.u is not None and leaf.index not in grouped:
+            whole, _ = _program(transforms, range(len(transforms)), leaf, leaf.u.dtype)
+            done[leaf.index] = run.run_leaf(leaf, whole)
+    after = [list(column) for column in zip(*[states for _, states in done], strict=True)] or [[] for _ in transforms]
+    if packed is not None:
+        after[packed] += groups
+    return updates.like([u for u, _ in done]), after
 
 
 def _group_program(
     transforms: Sequence[LeafTransform],
     packed: int,
     k: int,
-    indices: Sequence[int],
+    group: Sequence[Leaf],
     shapes: tuple[tuple[int, ...], ...],
-    us: list[Any],
-    ps: list[Any],
 ) -> GroupProgram:
-    given = [(i, us[i]) for i in indices if us[i] is not None]
-    before = {i: _program(transforms, range(packed), i, trees.dtype_of(u), ps[i]) for i, u in given}
-    joined = packing.concat_dtype([dtype for _, dtype in before.values()])
-    *_, last = ops = transforms[packed].ops_for(k, joined, None)
+    frozen = LeafProgram((), [])
+    given = {leaf.index: leaf for leaf in group if leaf.u is not None}
+    before = {i: _program(transforms, range(packed), leaf, leaf.u.dtype) for i, leaf in given.items()}
+    *_, last = ops = transforms[packed].ops_for(k, packing.concat_dtype([dtype for _, dtype in before.values()]), None)
     together = LeafProgram(tuple([(0, op.function) for op in ops]), [op.operands for op in ops])
     rest = range(packed + 1, len(transforms))
-    after = {i: _program(transforms, rest, i, last.dtype, ps[i])[0] for i, _ in given}
-    nothing = LeafProgram((), [])
-    return GroupProgram(
-        [before[i][0] if i in before else nothing for i in indices],
-        together,
-        [after.get(i, nothing) for i in indices],
-        shapes,
-    )
+    after = {i: _program(transforms, rest, leaf, last.dtype) for i, leaf in given.items()}
+    programs = [[part[x.index][0] if x.index in part else frozen for x in group] for part in (before, after)]
+    return GroupProgram(programs[0], together, programs[1], shapes)
 
 
 def _program(
-    transforms: Sequence[LeafTransform], numbers: Sequence[int], index: int, dtype: np.dtype, p: Any
+    transforms: Sequence[LeafTransform], numbers: Sequence[int], leaf: Leaf, dtype: np.dtype
 ) -> tuple[LeafProgram, np.dtype]:
     """The operations of these transformations on one leaf, and the dtype of the update after them."""
     functions, operands = [], []
     for number in numbers:
-        for op in transforms[number].ops_for(index, dtype, p):
+        for op in transforms[number].ops_for(leaf.index, dtype, leaf.p):
             functions.append((number, op.function))
             operands.append(op.operands)
             dtype = op.dtype

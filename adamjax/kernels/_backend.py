@@ -28,7 +28,7 @@ from adamjax._transforms.param_rounding import ParamRounding, RoundParam
 from adamjax._transforms.weight_decay import add_scaled_param, negate
 
 Functions = tuple[tuple[int, LeafFunction], ...]
-Leaf = tuple[Array, Moment, Moment, Moment | None, Array | None]  # p, m, v, v_max, and the residual of p
+LeafArrays = tuple[Array, Moment, Moment, Moment | None, Array | None]  # p, m, v, v_max, and the residual of p
 Dithers = tuple[Dither | None, ...]  # of both moments, and of p if it is rounded by one
 
 
@@ -73,7 +73,7 @@ class LeafSpec(NamedTuple):
     Fields:
       variant: The variant of the step.
       shape: The shape of the parameter; of the whole, where a device has a part.
-      structure: The structure of the `Leaf`.
+      structure: The structure of the `LeafArrays`.
       formats: The bits and the block size of each moment's codes; 0 where it is of floats, or is not kept.
     """
 
@@ -83,7 +83,7 @@ class LeafSpec(NamedTuple):
     formats: tuple[tuple[int, int], ...]
 
     @classmethod
-    def of(cls, variant: StepVariant, leaf: Leaf) -> "LeafSpec":
+    def of(cls, variant: StepVariant, leaf: LeafArrays) -> "LeafSpec":
         """Describe a leaf."""
         formats = [(x.bits, x.block_size) if isinstance(x, QuantizedArray) else (0, 0) for x in leaf[1:4]]
         return cls(variant, leaf[0].shape, jax.tree.structure(leaf), tuple(formats))
@@ -156,7 +156,7 @@ def step_scalars(functions: Functions, operands: Sequence[Any]) -> tuple[StepSca
     return StepScalars(adam, jnp.float32(sign), coupled, rate, decay), dithers
 
 
-def leaf_of(functions: Functions, p: Array, states: Sequence[Any]) -> Leaf:
+def arrays_of(functions: Functions, p: Array, states: Sequence[Any]) -> LeafArrays:
     """The arrays that a program that was recognised steps."""
     number, last = functions[-1]
     own, residual = states[number] if isinstance(last, RoundParam) else (p, None)
@@ -176,7 +176,7 @@ def _run_kernel(
     variant = variant_of(functions)
     assert variant is not None
     scalars, dithers = step_scalars(functions, operands)
-    leaf = leaf_of(functions, p, states)
+    leaf = arrays_of(functions, p, states)
     new, m, v, v_max, residual = step_leaf(backend, variant, leaf, u, scalars, dithers)
     after = list(states)
     after[_moments_number(functions)] = (m, v, v_max)
@@ -203,8 +203,8 @@ run_kernel = jax.jit(_run_kernel, static_argnums=(0, 1))
 
 
 def step_leaf(
-    backend: Backend, variant: StepVariant, leaf: Leaf, g: Array, scalars: StepScalars, dithers: Dithers
-) -> Leaf:
+    backend: Backend, variant: StepVariant, leaf: LeafArrays, g: Array, scalars: StepScalars, dithers: Dithers
+) -> LeafArrays:
     """Step one leaf by a kernel."""
     p, *others = leaf
     spec = LeafSpec.of(variant, leaf)

@@ -11,7 +11,7 @@ from jax import Array
 from adamjax._core import trees
 from adamjax._core.quantization import QuantizedArray
 from adamjax.kernels import _compile
-from adamjax.kernels._backend import Backend, Leaf, LeafSpec, StepScalars, StepVariant, all_but_grad
+from adamjax.kernels._backend import Backend, LeafArrays, LeafSpec, StepScalars, StepVariant, all_but_grad
 
 # As in adam.cc.
 _TILE = 256
@@ -19,12 +19,12 @@ _ROUNDINGS = (None, "stochastic_rounding", "kahan", "master_weights", "low_bits"
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
-def is_faster(leaf: Leaf) -> bool:
+def is_faster(leaf: LeafArrays) -> bool:
     """Return whether the kernel steps a parameter faster than XLA: here, any."""
     return True
 
 
-def unsupported_reason(leaf: Leaf, g: Array) -> str | None:
+def unsupported_reason(leaf: LeafArrays, g: Array) -> str | None:
     """Return the reason why the kernel cannot step a parameter, or None."""
     p, m, v, *_ = leaf
     named = (("parameter", p), ("gradient", g), ("first moment", m), ("second moment", v))

@@ -12,7 +12,7 @@ from adamjax._core import trees
 from adamjax._core.typing import FusedMode, Path
 from adamjax._core.value import static_field, value
 from adamjax._transforms.chain import Chain
-from adamjax._transforms.leafwise import Executor, GroupProgram, LeafProgram
+from adamjax._transforms.leafwise import Done, Executor, GroupProgram, Leaf, LeafProgram
 from adamjax.kernels import _backend, _cpu, _packed_call
 
 # XLA steps arrays with fewer elements as fast: a call of a kernel has its price.
@@ -82,57 +82,48 @@ class KernelExecutor(Executor):
         super().__init__(paths)
         self.mode = mode
 
-    def run_leaf(self, index: int, program: LeafProgram, u: Any, p: Any, states: list[Any]) -> tuple[Any, list[Any]]:
+    def run_leaf(self, leaf: Leaf, program: LeafProgram) -> Done:
         functions, operands = program
-        if self._uses_kernel(index, functions, u, p, states):
-            return _backend.run_kernel(_platform().KERNEL, functions, u, p, states, operands)
-        return super().run_leaf(index, program, u, p, states)
+        if self._uses_kernel(leaf, functions):
+            return _backend.run_kernel(_platform().KERNEL, functions, leaf.u, leaf.p, leaf.states, operands)
+        return super().run_leaf(leaf, program)
 
-    def _uses_kernel(self, index: int, functions: _backend.Functions, u: Any, p: Any, states: list[Any]) -> bool:
+    def _uses_kernel(self, leaf: Leaf, functions: _backend.Functions) -> bool:
+        index, u, p, states = leaf
         if np.size(p) < MIN_KERNEL_SIZE or not _backend.delivers_param(functions):
             return False
         if (platform := _platform()) is None:
             return self._require_supported(index, f"on {jax.default_backend()} there is no kernel")
         if (variant := _backend.variant_of(functions)) is None:
             return self._require_supported(index, f"a kernel steps Adam, and not its {trees.dtype_of(p)} step")
-        leaf = _backend.leaf_of(functions, p, states)
-        if not platform.is_faster(leaf):
+        arrays = _backend.arrays_of(functions, p, states)
+        if not platform.is_faster(arrays):
             return False
         if variant.rounding is not None and platform is not _cpu:
             why: str | None = "the kernel of this platform does not round as the wrapper around it does"
         else:
-            why = _backend.unsupported_placement(u) or platform.unsupported_reason(leaf, u)
+            why = _backend.unsupported_placement(u) or platform.unsupported_reason(arrays, u)
         return self._require_supported(index, why)
 
-    def run_group(
-        self,
-        indices: Sequence[int],
-        program: GroupProgram,
-        us: list[Any],
-        ps: list[Any],
-        states: list[list[Any]],
-        packed_state: Any,
-    ) -> tuple[list[Any], list[list[Any]], Any]:
-        before, together, after = program.before[0], program.together, program.after[0]
-        functions = before.functions, together.functions, after.functions
-        operands = before.operands, together.operands, after.operands
+    def run_group(self, leaves: Sequence[Leaf], program: GroupProgram, packed_state: Any) -> tuple[list[Done], Any]:
+        parts = program.before[0], program.together, program.after[0]
         alike = len({x.functions for x in program.before}) == len({x.functions for x in program.after}) == 1
-        if alike and self._group_uses_kernel(indices, sum(functions, ()), us, ps, packed_state):
-            new, packed_state = _packed_call.run_group(functions, us, ps, packed_state, operands)
-            return new, states, packed_state
-        return Executor(self.paths).run_group(indices, program, us, ps, states, packed_state)
+        if alike and self._group_uses_kernel(leaves, sum([x.functions for x in parts], ()), packed_state):
+            arrays = [leaf.u for leaf in leaves], [leaf.p for leaf in leaves], packed_state
+            functions, operands = tuple([x.functions for x in parts]), tuple([x.operands for x in parts])
+            new, packed_state = _packed_call.run_group(functions, *arrays, operands)
+            return [(p, leaf.states) for p, leaf in zip(new, leaves, strict=True)], packed_state
+        return Executor(self.paths).run_group(leaves, program, packed_state)
 
-    def _group_uses_kernel(
-        self, indices: Sequence[int], functions: _backend.Functions, us: list[Any], ps: list[Any], packed_state: Any
-    ) -> bool:
+    def _group_uses_kernel(self, leaves: Sequence[Leaf], functions: _backend.Functions, packed_state: Any) -> bool:
         variant = _backend.variant_of(functions)
-        if variant is None or variant.rounding is not None or any(u is None for u in us):
+        if variant is None or variant.rounding is not None or any(leaf.u is None for leaf in leaves):
             return False
         # A kernel does not see where a parameter is, and XLA does.
-        if _platform() is not _cpu or not _backend.is_on_one_device(us):
+        if _platform() is not _cpu or not _backend.is_on_one_device([leaf.u for leaf in leaves]):
             return False
-        reasons = [_cpu.unsupported_reason((p, *packed_state, None), u) for u, p in zip(us, ps, strict=True)]
-        return all(self._require_supported(i, why) for i, why in zip(indices, reasons, strict=True))
+        reasons = [_cpu.unsupported_reason((leaf.p, *packed_state, None), leaf.u) for leaf in leaves]
+        return all(self._require_supported(leaf.index, why) for leaf, why in zip(leaves, reasons, strict=True))
 
     def _require_supported(self, index: int, why: str | None) -> bool:
         """Return whether there is no reason against the kernel. Raise if there is, and `mode` is True."""

@@ -9,7 +9,7 @@ from jax.custom_batching import custom_vmap
 
 from adamjax._core import collectives
 from adamjax._core.packing import concat, split
-from adamjax._transforms.leafwise import Executor, GroupProgram, LeafProgram
+from adamjax._transforms.leafwise import Executor, GroupProgram, Leaf, LeafProgram
 from adamjax._transforms.moment_storage import Moment
 from adamjax.kernels import _backend, _compile
 from adamjax.kernels._backend import Functions, LeafSpec, StepVariant
@@ -56,9 +56,10 @@ def _run_by_xla(
     before, together, after = map(LeafProgram, functions, operands)
     count = len(params)
     program = GroupProgram([before] * count, together, [after] * count, tuple([x.shape for x in params]))
-    states = [[()] * (1 + max(number for number, _ in functions[2])) for _ in params]
-    new, _, moments = Executor(list).run_group(range(count), program, grads, params, states, moments)
-    return new, moments
+    states: list[Any] = [()] * (1 + max(number for number, _ in functions[2]))
+    leaves = [Leaf(i, g, p, states) for i, (g, p) in enumerate(zip(grads, params, strict=True))]
+    new, moments = Executor(list).run_group(leaves, program, moments)
+    return [p for p, _ in new], moments
 
 
 @cache

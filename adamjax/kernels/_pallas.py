@@ -25,7 +25,7 @@ from adamjax._core.low_precision import Dither
 from adamjax._core.numerics import Decay
 from adamjax._core.quantization import Code, QuantizedArray, largest
 from adamjax._transforms.adam import AdamRule, AdamScalars
-from adamjax.kernels._backend import OFFSETS, Backend, Leaf, LeafSpec, StepScalars, StepVariant
+from adamjax.kernels._backend import OFFSETS, Backend, LeafArrays, LeafSpec, StepScalars, StepVariant
 
 # Typed as Any: parts of this API are missing in our minimum jax.
 plgpu: Any = mosaic_gpu
@@ -34,12 +34,12 @@ plgpu: Any = mosaic_gpu
 _ROWS, _WARPS = 8, 4
 
 
-def is_faster(leaf: Leaf) -> bool:
+def is_faster(leaf: LeafArrays) -> bool:
     """Return whether the kernel steps a parameter faster than XLA."""
     return any(isinstance(x, QuantizedArray) for x in leaf)
 
 
-def unsupported_reason(leaf: Leaf, g: Array) -> str | None:
+def unsupported_reason(leaf: LeafArrays, g: Array) -> str | None:
     """Return the reason why the kernel cannot step a parameter whose moments are quantised, or None."""
     p, *moments, _ = leaf
     for name, array in (("parameter", p), ("gradient", g)):
@@ -191,8 +191,8 @@ def _index(shape: tuple[int, ...], axes: list[tuple[int, int]], start: Any) -> A
 
 
 def _step_rows(
-    variant: StepVariant, rows: _Rows, axes: Any, row: list[Any], places: Any, start: Any, g: Array, leaf: Leaf
-) -> Leaf:
+    variant: StepVariant, rows: _Rows, axes: Any, row: list[Any], places: Any, start: Any, g: Array, leaf: LeafArrays
+) -> LeafArrays:
     """Step some rows of one parameter. The first row is row `start`."""
     seed, phase, first = places
     dither, scalars = Dither(seed, phase), _step_scalars(row)
@@ -264,15 +264,15 @@ def _shift(shape: tuple[int, ...], dtype: Any) -> Array:
 
 
 def _programs(
-    step: Callable[..., Leaf],
+    step: Callable[..., LeafArrays],
     rows: _Rows,
     count: int,
     scalars: Array,
     places: Array,
     g: Array,
-    leaf: Leaf,
+    leaf: LeafArrays,
     interpret: bool,
-) -> Leaf:
+) -> LeafArrays:
     """Run the kernel in place, with `count` programs for each of many parameters."""
     arrays, structure = jax.tree.flatten(leaf)
     layouts = [layout for x in (g, *leaf) if x is not None for layout in _layouts(rows, x)]
