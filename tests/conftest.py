@@ -1,8 +1,10 @@
 """JAX at its strictest, on eight virtual devices."""
 
 import os
+from pathlib import Path
 
 import jax
+import jaxlib
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
@@ -13,13 +15,23 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 @pytest.fixture(autouse=True, scope="session")
 def compiled_once(tmp_path_factory):
-    """Many tests compile the same programs; processes that tests start share them too."""
-    name, base = "JAX_COMPILATION_CACHE_DIR", tmp_path_factory.getbasetemp()
-    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-    os.environ.setdefault("ADAMJAX_CACHE_DIR", str(base / "kernels"))
-    folder = os.environ.setdefault(name, str(base / "compiled"))
-    jax.config.update(name.lower(), folder)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    """Keep compiled programs and kernels for other tests, for the processes they start and, except in CI, the next run.
+
+    JAX keys them by the program, its own version, the flags of XLA and the processor: a hit is what compiling again
+    would give. Set JAX_COMPILATION_CACHE_DIR and ADAMJAX_CACHE_DIR to keep them elsewhere.
+    """
+    kept = Path.home() / ".cache" / "adamjax-tests" / jaxlib.__version__
+    if os.environ.get("CI"):
+        base = tmp_path_factory.getbasetemp()
+        kept = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    os.environ.setdefault("ADAMJAX_CACHE_DIR", str(kept / "kernels"))
+    # As environment variables, processes that tests start inherit them.
+    for name, default in (
+        ("JAX_COMPILATION_CACHE_DIR", str(kept / "compiled")),
+        ("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1"),
+    ):
+        given = os.environ.setdefault(name, default)
+        jax.config.update(name.lower(), float(given) if name.endswith("SECS") else given)
     compilation_cache.reset_cache()
 
 

@@ -46,11 +46,13 @@ def wide(moment):
     return np.asarray(moment.decode() if isinstance(moment, QuantizedArray) else moment, np.float64)
 
 
-def assert_same_step(fused, plain, grads, state, params, rate, coupled=0.0):
-    """And what comes of the plain one, by a learning rate, which may add `coupled` times parameters to gradients."""
-    found, expected = jax.jit(fused.step)(grads, state, params), jax.jit(plain.step)(grads, state, params)
-    assert_near_steps(found, expected, grads, state, params, rate, coupled)
-    return expected
+def assert_same_steps(fused, plain, state, params, all_grads, rate, coupled=0.0):
+    """Go on with the plain steps, which learn at a rate and may add `coupled` times parameters to gradients."""
+    steps = jax.jit(fused.step), jax.jit(plain.step)
+    for grads in all_grads:
+        found, expected = (step(grads, state, params) for step in steps)
+        assert_near_steps(found, expected, grads, state, params, rate, coupled)
+        params, state = expected
 
 
 def assert_near_steps(found, expected, grads, state, params, rate, coupled=0.0):

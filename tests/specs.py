@@ -8,6 +8,9 @@ import oracle
 import adamjax
 from adamjax import interop, schedules
 
+# Where all optimizers share the code in question, one of each kind stands for them.
+KINDS = ("adamw schedules", "amsgrad torch", "radam", "adamaxw", "adam coupled")
+
 
 class Spec(NamedTuple):
     make: Any  # () -> optimizer

@@ -55,6 +55,7 @@ def test_chains_nest():
     assert_close(opt.update(GRADS, state, PARAMS)[0], inner.update(clipped, inner.init(PARAMS), PARAMS)[0], RECOMPILED)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("lenient")
 @pytest.mark.parametrize(
     "around",

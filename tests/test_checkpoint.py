@@ -320,6 +320,7 @@ def kill_in_a_save(arguments, directory, **kwargs):
     assert process.wait() == -signal.SIGKILL
 
 
+@pytest.mark.slow
 def test_kill_9_in_a_save(tmp_path):
     kill_in_a_save(["-c", textwrap.dedent(SAVES), str(tmp_path)], tmp_path)
     opt, like = adamjax.adam(), {"w": jnp.zeros(300_000)}
@@ -407,6 +408,7 @@ def test_resume_after_ctrl_c(tmp_path, whole, monkeypatch, capsys):
     assert_same_run(folder, whole)
 
 
+@pytest.mark.slow
 def test_resume_after_kill_9(tmp_path, whole):
     kill_in_a_save(["-m", "adamjax", *TRAIN, "--out", "run"], tmp_path / "run" / "checkpoints", cwd=tmp_path)
     assert cli.main(["train", "--resume", str(tmp_path / "run")]) == 0

@@ -19,7 +19,7 @@ import adamjax
 from adamjax import cli, problems, sharding, training
 from adamjax.run_folder import read_metrics
 
-RUN = ["--steps=150", "--report-every=10", "--evaluate-every=50", "--checkpoint-every=50"]
+RUN = ["--steps=60", "--report-every=5", "--evaluate-every=20", "--checkpoint-every=20"]
 RUN += ["--dtype=bfloat16", "--rounding=kahan", "--mu-dtype=int8", "--skip-nonfinite=5", "--diagnose"]
 
 
@@ -69,17 +69,10 @@ def one(tmp_path_factory):
     return folder
 
 
-def test_two_processes_are_one_with_two_devices(one, tmp_path):
-    codes, said = finish(start([*RUN, "--out", str(tmp_path / "run")]))
-    assert codes == [0, 0], said
-    assert "validation after 150 steps" in said[0][0]
-    assert "validation" not in said[1][0]
-    assert Train().result(tmp_path / "run") == Train().result(one)
-    assert (tmp_path / "run" / "diagnostics.png").exists()
-
-
-def test_a_signal_to_one_of_two_processes_stops_both(one, tmp_path):
-    """And one process goes on, to what would have come."""
+@pytest.mark.slow
+@pytest.mark.processes
+def test_two_processes_that_a_signal_stops_are_one_with_two_devices(one, tmp_path):
+    """One of them gets the signal; two others go on, to what would have come."""
     out = tmp_path / "run"
     started = start([*RUN, "--out", str(out)])
     wait_for(lambda: (out / "metrics.jsonl").exists() and (out / "metrics.jsonl").read_text().count("\n") > 1, started)
@@ -87,14 +80,18 @@ def test_a_signal_to_one_of_two_processes_stops_both(one, tmp_path):
     codes, said = finish(started)
     assert codes == [130, 130], said
     assert f"adamjax train --resume {out} goes on" in said[0][1]
-    codes, said = finish(start(["--resume", str(out)], processes=1, devices=2))
-    assert codes == [0], said
+    codes, said = finish(start(["--resume", str(out)]))
+    assert codes == [0, 0], said
+    assert "validation after 60 steps" in said[0][0]
+    assert "validation" not in said[1][0]
     assert Train().result(out) == Train().result(one)
+    assert (out / "diagnostics.png").exists()
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_the_others_and_fewer_go_on(tmp_path):
     """Of four, two; to the loss of one device, without any of this."""
-    out, steps = tmp_path / "run", 120
+    out, steps = tmp_path / "run", 60
     started = start([f"--steps={steps}", "--checkpoint-every=10", "--out", str(out)], processes=4)
     wait_for((out / "checkpoints" / "10").exists, started)
     started[2].kill()
@@ -113,6 +110,7 @@ def test_a_killed_process_ends_the_others_and_fewer_go_on(tmp_path):
     assert_close(found, expected, PROCESSES)
 
 
+@pytest.mark.slow
 def test_what_one_refuses_ends_all(tmp_path):
     (tmp_path / "metrics.jsonl").touch()
     codes, said = finish(start([*RUN, "--out", str(tmp_path)], slurm=True), timeout=60)
@@ -131,6 +129,7 @@ def losses(*arguments, **options):
     return np.concatenate([report.losses for report in reports]), reports[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "spread",
     [
@@ -189,6 +188,7 @@ def test_bad_flags(flags, said, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_how_a_run_is_distributed_is_no_part_of_it(tmp_path, capsys):
     """But that it is: the state is another one then."""
     flags = ["--steps=4", "--checkpoint-every=2", "--batch-size=8", "--out", str(tmp_path / "run")]

@@ -12,10 +12,13 @@ import pytest
 
 import adamjax
 
+pytestmark = pytest.mark.numbers
+
 DOCS = Path(__file__).parent.parent / ".docs"
 GUIDES = sorted((DOCS / "guides").glob("*.md"))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("lenient")
 @pytest.mark.filterwarnings("ignore:fused='auto' leaves")  # where there is no compiler
 @pytest.mark.parametrize("guide", GUIDES, ids=lambda path: path.stem)

@@ -10,7 +10,7 @@ import pytest
 from helpers import assert_close, assert_equal, by_step, make_mesh
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from same_step import assert_in_place, assert_near_steps, assert_same_step, wide
+from same_step import assert_in_place, assert_near_steps, assert_same_steps, wide
 from tolerances import FUSED_ROUNDED, RECOMPILED
 
 import adamjax
@@ -24,7 +24,6 @@ pytestmark = pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang+
 LR = 1e-2
 # Larger than the crossover, with a rest that fills no vector; and two that XLA steps.
 SHAPES = {"matrix": (131, 257), "cube": (16, 8, 256), "short": (7,), "scalar": ()}
-DTYPES = ["float32", "bfloat16", "float16"]
 
 
 def numbers(seed=0, dtype="float32", shapes=SHAPES):
@@ -66,11 +65,10 @@ FORMATS = {
 def three_steps(make, dtype="float32", grad_dtype=None, coupled=0.0, **kw):
     fused, plain = make(fused=True, **kw), make(**kw)
     params = numbers(dtype=dtype)
-    state = plain.init(params)
-    assert_equal(fused.init(params), state)
-    for i in range(3):
-        grads = gradients(i, grad_dtype or dtype)
-        params, state = assert_same_step(fused, plain, grads, state, params, LR, coupled)
+    states = jax.jit(lambda params: (fused.init(params), plain.init(params)))(params)
+    assert_equal(*states)
+    all_grads = [gradients(i, grad_dtype or dtype) for i in range(3)]
+    assert_same_steps(fused, plain, states[1], params, all_grads, LR, coupled)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -78,9 +76,17 @@ def test_forms(form):
     three_steps(FORMS[form], coupled=0.1 if form == "coupled" else 0.0)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("format", FORMATS)
-def test_formats(format, dtype):
+# The kernel reads and writes each operand by its own type: every format of float32 parameters, and each half precision
+# one beside moments that are floats, halves and codes.
+HALVES = [("bfloat16", format) for format in ("float32", "mixed", "int4 and int8")]
+HALVES += [("float16", format) for format in ("float32", "float16", "bfloat16 and int8")]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "format"),
+    [*(("float32", format) for format in FORMATS), *(pytest.param(*half, marks=pytest.mark.slow) for half in HALVES)],
+)
+def test_formats(dtype, format):
     three_steps(FORMS["amsgrad"], dtype, **FORMATS[format])
 
 
@@ -134,9 +140,10 @@ def test_torchs_whose_parameters_count_their_own_steps(options):
     assert_equal(fused.init(params), state)
     text = jax.jit(fused.step).lower(params, state, params).as_text()
     assert text.count(f'custom_call @"{kernels.build().stem}"') == 2
+    steps = jax.jit(fused.step), jax.jit(plain.step)
     for i in range(3):
         grads = gradients(i) | {"absent": None} | ({"matrix": None, "short": None} if i == 1 else {})
-        found, expected = (jax.jit(opt.step)(grads, state, params) for opt in (fused, plain))
+        found, expected = (step(grads, state, params) for step in steps)
         before = of_all((params, state))[1]
         seen = {name: g for name, g in grads.items() if name != "absent"}
         assert_near_steps(of_all(found), of_all(expected), seen, before, params, LR, coupled)
@@ -156,10 +163,10 @@ def test_torchs_that_cannot_be_fused():
 def test_parameters_that_are_frozen_or_absent():
     fused, plain = FORMS["adamw"](fused=True), FORMS["adamw"]()
     params = numbers() | {"absent": None}
-    grads = gradients(0) | {"matrix": None, "absent": None}
-    expected = plain.step(grads, plain.init(params), params)
-    assert_close(fused.step(grads, fused.init(params), params), expected, RECOMPILED)
-    assert_equal(fused.step(grads, fused.init(params), params)[0]["matrix"], params["matrix"])
+    grads, state = gradients(0) | {"matrix": None, "absent": None}, plain.init(params)
+    found, expected = (jax.jit(opt.step)(grads, state, params) for opt in (fused, plain))
+    assert_close(found, expected, RECOMPILED)
+    assert_equal(found[0]["matrix"], params["matrix"])
 
 
 def test_parameters_that_are_numbers():
@@ -168,8 +175,10 @@ def test_parameters_that_are_numbers():
     assert_equal(fused.step(params, fused.init(params), params), plain.step(params, plain.init(params), params))
 
 
-@pytest.mark.parametrize("form", ["adamw", "amsgrad"])
-@pytest.mark.parametrize("format", FORMATS)
+# AMSGrad stores what AdamW does, and one moment more.
+@pytest.mark.parametrize(
+    ("form", "format"), [*(("amsgrad", format) for format in FORMATS), ("adamw", "float32"), ("adamw", "int4")]
+)
 def test_numbers_at_the_edges(form, format):
     """What is not finite, not normal, or has no square stays what it is in the plain step."""
     edges = [0.0, -0.0, np.nan, np.inf, -np.inf, 1e-45, 1e-38, -1e-30, 1e-23, 1e-19, 1e19, -1e20, 3e38]
@@ -177,8 +186,9 @@ def test_numbers_at_the_edges(form, format):
     p = jnp.asarray(np.repeat(np.resize(edges[:2] + edges[5:], 16), 1040), jnp.float32)
     fused, plain = (FORMS[form](**kw, **FORMATS[format]) for kw in ({"fused": True}, {}))
     params, state = {"w": p}, plain.init({"w": p})
+    steps = jax.jit(fused.step), jax.jit(plain.step)
     for _ in range(3):
-        found, expected = jax.jit(fused.step)({"w": g}, state, params), jax.jit(plain.step)({"w": g}, state, params)
+        found, expected = (step({"w": g}, state, params) for step in steps)
         assert_equal(found[1][0].count, expected[1][0].count)
         for a, b in zip(numbers_of(found), numbers_of(expected), strict=True):
             fine = np.isfinite(a)
@@ -310,6 +320,7 @@ def test_derivatives_are_those_of_the_plain_step():
     assert_close(found, jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(0.1, PARAMS), 4 * RECOMPILED)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", ["int8", "int4 and int8"])
 def test_derivatives_beside_codes(format):
     """The codes of the first step do not depend on the learning rate."""
@@ -320,7 +331,7 @@ def test_derivatives_beside_codes(format):
         return sum(jnp.sum(x**2) for x in jax.tree.leaves(new))
 
     expected = jax.jit(jax.value_and_grad(loss))(0.1)
-    for compiled in (jax.jit, lambda f: f):
+    for compiled in (jax.jit, *([lambda f: f] if format == "int8" else [])):
         assert_close(compiled(jax.value_and_grad(lambda x: loss(x, fused=True)))(0.1), expected, 4 * RECOMPILED)
 
 
@@ -335,15 +346,15 @@ def place(tree, mesh, specs=SPECS):
     return {name: jax.device_put(jnp.copy(x), NamedSharding(mesh, specs[name])) for name, x in tree.items()}
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("cube", "format"),
+    ("cube", "format", "kind"),
     [
-        (P("data", "model"), "bfloat16"),
-        (P(None, ("data", "model")), "bfloat16"),
-        (P("model", None, "data"), "bfloat16"),
-        (P("model", None, "data"), "int8"),
-        (P("data", "model"), "int4"),
+        (P("data", "model"), "bfloat16", AxisType.Auto),
+        (P(None, ("data", "model")), "bfloat16", AxisType.Explicit),
+        (P("model", None, "data"), "bfloat16", AxisType.Auto),
+        (P("model", None, "data"), "int8", AxisType.Explicit),
+        (P("data", "model"), "int4", AxisType.Auto),
     ],
 )
 def test_each_device_steps_its_part(cube, format, kind):
@@ -405,7 +416,7 @@ def test_many_states_on_many_devices(kind):
         advance = jax.jit(jax.vmap(FUSED_OPT.step))
         assert "all-gather" not in advance.lower(*placed).compile().as_text()
         found = advance(*placed)
-    assert_close(jax.device_get(found), jax.vmap(PLAIN_OPT.step)(*many), RECOMPILED)
+    assert_close(jax.device_get(found), jax.jit(jax.vmap(PLAIN_OPT.step))(*many), RECOMPILED)
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
@@ -501,13 +512,15 @@ def test_what_cannot_be_fused(options, params, why):
     with pytest.raises(ValueError, match=rf"fused=True cannot step params\['w'\]: {why}.* Take fused=False"):
         opt.step(params, opt.init(params), params)
     opt, plain = adamjax.adam(LR, fused="auto", **options), adamjax.adam(LR, **options)
+    state = plain.init(params)
     with pytest.warns(UserWarning, match=rf"fused='auto' leaves params\['w'\] to XLA: {why}"):
-        found = opt.step(params, opt.init(params), params)
-    assert_equal(found, plain.step(params, plain.init(params), params))
-    opt.step(params, opt.init(params), params)  # said once: a second warning would be an error here
+        found = jax.jit(opt.step)(params, state, params)
+    assert_equal(found, jax.jit(plain.step)(params, state, params))
+    jax.eval_shape(opt.step, params, state, params)  # said once: a second warning would be an error here
     small = {"w": params["w"][:3]}
+    state = plain.init(small)
     fused = adamjax.adam(LR, fused=True, **options)
-    assert_equal(fused.step(small, fused.init(small), small), plain.step(small, plain.init(small), small))
+    assert_equal(*(jax.jit(o.step)(small, state, small) for o in (fused, plain)))
 
 
 @pytest.fixture
@@ -534,8 +547,8 @@ def test_without_a_compiler(compiler, said, monkeypatch, forgetful, tmp_path):
         opt.step(params, opt.init(params), params)
     auto = adamjax.adam(LR, fused="auto")
     with pytest.warns(UserWarning, match=said):
-        found = auto.step(params, auto.init(params), params)
-    assert_equal(found, adamjax.adam(LR).step(params, auto.init(params), params))
+        found = jax.jit(auto.step)(params, auto.init(params), params)
+    assert_equal(found, jax.jit(adamjax.adam(LR).step)(params, auto.init(params), params))
     assert cli.main(["kernels", "build"]) == 2
 
 
@@ -569,7 +582,13 @@ def test_a_value_like_the_others():
             adamjax.adamw(fused=bad)
 
 
+@pytest.mark.slow  # it compiles
 def test_kernels_are_kept(monkeypatch, tmp_path, capsys):
+    hasty = tmp_path / "c++"  # optimizing would take most of the time
+    hasty.write_text(f'#!/bin/sh\nexec {_compile._compiler()} "$@" -O0\n')
+    hasty.chmod(0o755)
+    tmp_path = tmp_path / "kernels"
+    monkeypatch.setenv("CXX", str(hasty))
     monkeypatch.setenv("ADAMJAX_CACHE_DIR", str(tmp_path))
     assert kernels.status() == []
     with ThreadPoolExecutor() as pool:  # as many processes would

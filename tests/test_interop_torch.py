@@ -15,6 +15,8 @@ from tolerances import TORCH_COURSE
 import adamjax
 from adamjax.interop import torch as optim
 
+pytestmark = pytest.mark.numbers
+
 GOLDEN = np.load(Path(__file__).parent / "golden" / "torch.npz")
 needs_torch = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed")
 ONE_OF_EACH = ("adam decoupled amsgrad", "adamw", "nadam decoupled", "radam decoupled eps", "adamax coupled maximize")

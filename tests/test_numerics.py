@@ -14,6 +14,8 @@ import adamjax
 from adamjax._core import numerics
 from adamjax._transforms import radam
 
+pytestmark = pytest.mark.numbers
+
 STEPS = (1, 2, 3, 10, 100, 10**3, 10**4, 10**5, 10**6, 10**7)
 
 

@@ -11,6 +11,8 @@ from tolerances import ORACLE
 
 import adamjax
 
+pytestmark = pytest.mark.numbers
+
 STEPS = 60
 SHAPE = (6, 7)
 

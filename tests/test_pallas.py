@@ -10,7 +10,7 @@ import pytest
 from helpers import assert_close, assert_equal, by_step, make_mesh
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from same_step import assert_near_steps, assert_same_step
+from same_step import assert_near_steps, assert_same_steps
 from tolerances import FUSED_ROUNDED, RECOMPILED
 
 import adamjax
@@ -64,9 +64,8 @@ def gradients(seed, dtype="float32", shapes=SHAPES):
 def three_steps(make, dtype="float32", coupled=0.0, **kw):
     fused, plain = make(fused=True, **kw), make(**kw)
     params = numbers(0, dtype)
-    state = plain.init(params)
-    for i in range(3):
-        params, state = assert_same_step(fused, plain, gradients(i + 1, dtype), state, params, LR, coupled)
+    state = jax.jit(plain.init)(params)
+    assert_same_steps(fused, plain, state, params, [gradients(i + 1, dtype) for i in range(3)], LR, coupled)
 
 
 def adamw(**kw):

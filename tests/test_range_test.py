@@ -12,6 +12,8 @@ from adamjax.training import train
 from adamjax.tuning import LrRange, lr_range_test, sweep
 from adamjax.tuning._range_test import METHODS
 
+pytestmark = pytest.mark.numbers
+
 DIGITS = adamjax.problems.digits(hidden=(8,), batch_size=16)
 RATES = np.geomspace(1e-6, 1, 200)
 
@@ -179,8 +181,8 @@ def test_plot(tmp_path, mode):
     assert axis.get_xscale() == "log"
 
 
-@pytest.mark.parametrize("mode", METHODS)
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.slow
+@pytest.mark.parametrize(("mode", "seed"), [*zip(METHODS, (0, 1), strict=True)])
 def test_every_suggestion_trains(mode, seed):
     problem = adamjax.problems.digits()
     found = lr_range_test(problem, mode=mode, seed=seed)

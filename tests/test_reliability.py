@@ -30,6 +30,8 @@ from tolerances import LONG_RUN
 import adamjax
 from adamjax import interop, schedules
 
+pytestmark = pytest.mark.numbers
+
 EXAMPLES = int(os.environ.get("ADAMJAX_FUZZ", "120"))
 PACKAGE = Path(adamjax.__file__).parent
 PUBLIC_CALLS = calls.public()
@@ -378,6 +380,7 @@ def is_adam(x):
     return isinstance(x, adamjax.AdamState)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LONG_RUNS)
 def test_a_million_steps(name, long_run):
     """Nothing wears out: moments and parameters stay near those in double, whatever they are stored in."""

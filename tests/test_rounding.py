@@ -1,5 +1,6 @@
 """Half precision parameters: where they land, what is kept, and what is refused."""
 
+from functools import cache
 from typing import Any, cast
 
 import jax
@@ -15,6 +16,8 @@ from tolerances import RECOMPILED
 import adamjax
 from adamjax import storage
 from adamjax.rounding import RoundingState
+
+pytestmark = pytest.mark.numbers
 
 INNERS = {"ours": adamjax.scale_by_learning_rate(1e-5), "optax's": optax.sgd(1e-5)}
 wrappers = pytest.mark.parametrize("name", ROUNDED)
@@ -85,17 +88,20 @@ def apply_flax(p, updates):
     return state.apply_gradients(grads={"p": updates}).params["p"]
 
 
+@cache
+def landed(name):
+    return after(ROUNDED[name](adamjax.scale_by_learning_rate(1.0)), *random_walk("bfloat16"))
+
+
 @wrappers
-@pytest.mark.parametrize("apply", [adamjax.apply_updates, optax.apply_updates, apply_flax])
+@pytest.mark.parametrize("apply", [optax.apply_updates, apply_flax])
 @pytest.mark.usefixtures("lenient")
 def test_parameters_land_where_they_are_meant_to(name, apply):
-    """Whoever adds the updates, and as `step` does; for the masters, that is the master rounded."""
+    """Whoever adds the updates; for the masters, that is the master rounded."""
     p, grads = random_walk("bfloat16")
     opt = ROUNDED[name](adamjax.scale_by_learning_rate(1.0))
     found, state = after(opt, p, grads, apply)
-    expected, expected_state = after(opt, p, grads)
-    assert_equal(found, expected)
-    assert_equal(state, expected_state)
+    assert_equal((found, state), landed(name))
     if "master" in name or name == "low_bits":
         weights = opt.weights(found, state)
         if name == "master_weights":

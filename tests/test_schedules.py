@@ -12,6 +12,8 @@ from helpers import assert_equal
 import adamjax
 from adamjax import schedules
 
+pytestmark = pytest.mark.numbers
+
 # (schedule, {step: exact value}), the values as the numbers that were given.
 EXACT = [
     (schedules.constant(0.1), {0: 0.1, 7: 0.1, 10**9: 0.1}),

@@ -67,8 +67,7 @@ def replicated_state(opt, params):
 def train(advance, params, state, steps=5):
     """Step, giving away all buffers; everything stays what and where it is, and compiles once."""
     advance = jax.jit(advance, donate_argnums=(0, 1))
-    grads = jax.tree.map(lambda p: p * p, params)
-    params = jax.tree.map(jnp.copy, params)
+    grads, params = jax.jit(lambda p: (jax.tree.map(lambda x: x * x, p), jax.tree.map(jnp.copy, p)))(params)
     before = [(jax.typeof(x), x.sharding, x.committed) for x in jax.tree.leaves((params, state))]
     for _ in range(steps):
         params, state = advance(params, state, grads)

@@ -1,5 +1,6 @@
 """How moments are kept: rounding to narrow dtypes, which leaves are quantised, and how many bytes that takes."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -16,6 +17,8 @@ from adamjax._core.low_precision import Dither
 from adamjax._core.quantization import is_quantized
 from adamjax._transforms import moment_storage
 
+pytestmark = pytest.mark.numbers
+
 NARROW = ["bfloat16", "float16"]
 any_quantized: Any = adamjax.quantized  # with arguments of the wrong type
 INT8, INT4 = adamjax.quantized("int8"), adamjax.quantized("int4")
@@ -28,25 +31,25 @@ def like(dtype):
     return jnp.zeros((), dtype)
 
 
-def decaying(x, dtype, seeds=4000):
+@partial(jax.jit, static_argnums=(0, 2, 3))
+def _settled(settle, x, dtype, seeds):
+    store = jax.vmap(lambda seed: settle(x, like(dtype), Dither(seed, jnp.uint32(0))))
+    return store(jnp.arange(seeds, dtype=jnp.uint32))
+
+
+def settled(settle, x, dtype, seeds=4000):
     """`x` rounded with many seeds, in float64."""
-    store = jax.jit(
-        jax.vmap(lambda seed: moment_storage.round_second_moment(x, like(dtype), Dither(seed, jnp.uint32(0))))
-    )
-    return np.asarray(store(jnp.arange(seeds, dtype=jnp.uint32)), np.float64)
+    return np.asarray(_settled(settle, x, dtype, seeds), np.float64)
+
+
+decaying = partial(settled, moment_storage.round_second_moment)
 
 
 @pytest.mark.parametrize("dtype", NARROW)
 @pytest.mark.parametrize("x", [1.0, -1.003, 1.001, 0.9999, 3e-5, 1.7e-7, 6.2e-5, 1234.5])
 def test_right_on_average(dtype, x):
     x = np.float32(x)
-    seeds = jnp.arange(4000, dtype=jnp.uint32)
-    store = jax.jit(
-        jax.vmap(
-            lambda seed: moment_storage.round_first_moment(jnp.array([x]), like(dtype), Dither(seed, jnp.uint32(0)))
-        )
-    )
-    found = np.asarray(store(seeds), np.float64)
+    found = settled(moment_storage.round_first_moment, jnp.array([x]), dtype)
     if x > 0:
         np.testing.assert_array_equal(found, decaying(jnp.array([x]), dtype))
     nearest = np.asarray(jnp.asarray(x).astype(dtype), np.float64)

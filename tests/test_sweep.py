@@ -40,14 +40,13 @@ def assert_same_results(a, b, tolerance=SWEEP):
 def test_a_member_is_a_run_of_its_own(by_map):
     assert by_map.losses.shape == by_map.metrics["accuracy"].shape == (6, 2, 3)
     np.testing.assert_array_equal(by_map.steps, [10, 20, 30])
-    for i, setting in enumerate(SETTINGS[1:4], start=1):
-        for k, seed in enumerate([3, 5]):
-            opt = adamjax.adamw(**setting)
-            reports = list(train(DIGITS, opt, steps=STEPS, seed=seed, report_every=10, evaluate_every=10))[1:]
-            np.testing.assert_allclose(by_map.losses[i, k], [r.losses.mean() for r in reports], rtol=SWEEP)
-            for name in ("loss", "accuracy"):
-                expected = [r.metrics[name] for r in reports]
-                np.testing.assert_allclose(by_map.metrics[name][i, k], expected, rtol=SWEEP)
+    for i, k, seed in ((1, 0, 3), (4, 1, 5)):
+        opt = adamjax.adamw(**SETTINGS[i])
+        reports = list(train(DIGITS, opt, steps=STEPS, seed=seed, report_every=10, evaluate_every=10))[1:]
+        np.testing.assert_allclose(by_map.losses[i, k], [r.losses.mean() for r in reports], rtol=SWEEP)
+        for name in ("loss", "accuracy"):
+            expected = [r.metrics[name] for r in reports]
+            np.testing.assert_allclose(by_map.metrics[name][i, k], expected, rtol=SWEEP)
 
 
 @pytest.mark.parametrize("execution", ["vmap", "sharded", "auto"])
@@ -61,6 +60,7 @@ def test_executions_agree(by_map, execution):
     assert found.execution.split()[0] == (min(found.probe, key=found.probe.get) if found.probe else "vmap")
 
 
+@pytest.mark.slow
 def test_a_mesh_of_ones_own(by_map):
     mesh = jax.make_mesh((2, 2), ("a", "b"), devices=jax.devices()[:4])
     found = sweep(DIGITS, SETTINGS, steps=STEPS, points=3, execution="map", seeds=[3, 5], mesh=mesh)
@@ -68,6 +68,7 @@ def test_a_mesh_of_ones_own(by_map):
     assert_same_results(found, by_map)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("execution", ["vmap", "sharded"])
 def test_chunks_where_memory_is_short(by_map, execution, monkeypatch):
     sizes = []
@@ -88,7 +89,8 @@ def test_chunks_where_memory_is_short(by_map, execution, monkeypatch):
     np.testing.assert_allclose(whole.losses, np.tile(by_map.losses, (4, 1, 1)), rtol=SWEEP)
 
 
-@pytest.mark.parametrize("execution", ["map", "vmap", "sharded"])
+@pytest.mark.slow
+@pytest.mark.parametrize("execution", ["vmap", "sharded"])  # in "map", one comes after the other
 def test_a_diverging_setting_disturbs_no_other(execution):
     calm = [dict(s) for s in SETTINGS]
     wild = [dict(s) for s in SETTINGS]
@@ -106,6 +108,7 @@ def test_a_diverging_setting_disturbs_no_other(execution):
     assert "1 diverged" in repr(wild)
 
 
+@pytest.mark.slow
 def test_settings_of_different_structure():
     settings = [
         {"learning_rate": 1e-2, "amsgrad": False},
@@ -114,7 +117,7 @@ def test_settings_of_different_structure():
         {"learning_rate": 3e-3, "amsgrad": "paper"},
     ]
     together = sweep(DIGITS, settings, optimizer=adamjax.adam, steps=STEPS, points=2, execution="vmap")
-    for i, setting in enumerate(settings):
+    for i, setting in enumerate(settings[:3]):
         alone = sweep(DIGITS, [setting], optimizer=adamjax.adam, steps=STEPS, points=2, execution="vmap")
         np.testing.assert_allclose(together.losses[i], alone.losses[0], rtol=SWEEP)
     assert len({float(x) for x in together.losses[:, 0, -1]}) == 4
@@ -274,6 +277,8 @@ PROCESS = """
 """
 
 
+@pytest.mark.slow
+@pytest.mark.processes
 def test_two_processes(by_map, tmp_path):
     port = str(free_port())
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}

@@ -27,6 +27,8 @@ from adamjax.tuning import Choice, Linear, Log, Report, Space, tune
 from adamjax.tuning._journal import Journal
 from adamjax.tuning._population import PopulationRunner
 
+pytestmark = pytest.mark.numbers
+
 STEPS = 40
 # Without what would be decided by measured times, and so differ from run to run.
 small = partial(tune, BOWL, steps=STEPS, trials=12, execution="vmap", halving=False, confirm=(2, 2))
@@ -74,6 +76,7 @@ def test_what_is_confirmed_are_the_best_and_the_defaults_with_fresh_seeds(report
     assert winner.spread == pytest.approx(np.std(winner.values, ddof=1))
 
 
+@pytest.mark.slow
 def test_halving_ends_the_worse_half_early(halved):
     assert {t.status for t in halved.searched} == {"complete", "pruned"}
     assert halved.searched[0].status == "complete"
@@ -86,6 +89,7 @@ def test_halving_ends_the_worse_half_early(halved):
             assert all(t.value("loss") >= worst for t in ended)
 
 
+@pytest.mark.slow
 def test_halving_changes_no_trial(halved):
     whole = small(halving=False, confirm=None)
     assert all(t.status == "complete" for t in whole.searched)
@@ -108,6 +112,7 @@ def test_survivors_move_to_smaller_programs(monkeypatch):
     assert list(dict.fromkeys(rooms)) == [9, 5, 3]
 
 
+@pytest.mark.slow
 def test_halving_is_for_what_takes_long(monkeypatch):
     monkeypatch.setattr(PopulationRunner, "cost", lambda self, *_: self._order(*ORDER) and (1.0, 1.0, True))
     monkeypatch.setattr(PopulationRunner, "_order", lambda self, *_: "vmap")
@@ -127,8 +132,9 @@ class Killed(BaseException):
     """Nothing catches this."""
 
 
-@pytest.mark.parametrize("halving", [False, True])
-def test_a_killed_tuning_goes_on_where_it_ended(tmp_path, monkeypatch, halving):
+@pytest.mark.slow
+@pytest.mark.parametrize(("halving", "ends"), [(False, (0, 3, 9, -1)), (True, (3, 9))])
+def test_a_killed_tuning_goes_on_where_it_ended(tmp_path, monkeypatch, halving, ends):
     monkeypatch.setattr(Report, "save", lambda self, directory: None)
     expected = small(halving=halving, out=tmp_path / "whole")
     lines = (tmp_path / "whole" / "trials.jsonl").read_text().splitlines()
@@ -141,7 +147,7 @@ def test_a_killed_tuning_goes_on_where_it_ended(tmp_path, monkeypatch, halving):
         return original(self, opts, seeds, marks, **kwargs)
 
     monkeypatch.setattr(PopulationRunner, "run", run)
-    for survived in (0, 3, 9, len(lines) - 1):
+    for survived in [end % len(lines) for end in ends]:
         out = tmp_path / str(survived)
         out.mkdir()
         (out / "tune.json").write_text((tmp_path / "whole" / "tune.json").read_text())
@@ -158,6 +164,7 @@ def test_a_killed_tuning_goes_on_where_it_ended(tmp_path, monkeypatch, halving):
     assert not any(ran)
 
 
+@pytest.mark.slow
 def test_trials_are_written_as_they_end(tmp_path, monkeypatch):
     counts = []
     original = Journal.write
@@ -193,6 +200,7 @@ PROCESS = """
 """
 
 
+@pytest.mark.slow
 def test_kill_9(tmp_path):
     out = tmp_path / "run"
     code = textwrap.dedent(PROCESS.format(tests=os.path.dirname(__file__), out=str(out)))
@@ -243,6 +251,7 @@ def test_folders_of_other_tunings_are_refused(tmp_path, report):
         small(out=tmp_path, trials=1, confirm=None)
 
 
+@pytest.mark.slow
 def test_what_prints_an_address_goes_on_in_another_process(tmp_path):
     """Where functions lie in memory is no part of the question."""
 
@@ -273,6 +282,7 @@ def test_what_prints_an_address_goes_on_in_another_process(tmp_path):
     assert again().to_json() == first.to_json()
 
 
+@pytest.mark.slow
 def test_epsilon_is_searched_in_half_precision_or_when_asked(report):
     assert "eps" not in report.best.arguments
     half = tune(Bowl("bfloat16"), steps=4, trials=20, execution="vmap", confirm=None)
@@ -282,6 +292,7 @@ def test_epsilon_is_searched_in_half_precision_or_when_asked(report):
     assert asked.best.arguments.keys() == {"learning_rate", "b2", "eps"}
 
 
+@pytest.mark.slow
 def test_spaces_and_optimizers_of_ones_own():
     def clipped(learning_rate, max_norm=1.0, nesterov=False):
         return adamjax.chain(adamjax.clip_by_global_norm(max_norm), adamjax.adam(learning_rate, nesterov=nesterov))
@@ -296,6 +307,7 @@ def test_spaces_and_optimizers_of_ones_own():
     )
 
 
+@pytest.mark.slow
 def test_numbers_of_numpy(tmp_path):
     space = Space(learning_rate=Log(np.float32(1e-3), np.float64(1)), b1=Linear(np.int64(0), np.float32(0.5)))
     three, four = np.int64(3), np.int32(4)
@@ -323,6 +335,7 @@ def test_an_optimizer_that_takes_no_schedule_has_no_range_test():
     assert "range_test" not in found.figures()
 
 
+@pytest.mark.slow
 def test_a_higher_metric_can_be_better(report):
     found = small(metric="score", mode="max", trials=20, confirm=(5, 3))
     values = [t.value("score") for t in found.ranking]
@@ -330,6 +343,7 @@ def test_a_higher_metric_can_be_better(report):
     assert found.best.arguments == report.best.arguments
 
 
+@pytest.mark.slow
 def test_where_everything_diverges(tmp_path, capsys):
     found = tune(CLOSED, steps=STEPS, trials=8, execution="vmap", out=tmp_path / "a")
     assert {t.status for t in found.trials} == {"infeasible"}
@@ -345,6 +359,7 @@ def test_where_everything_diverges(tmp_path, capsys):
     assert "every trial diverged" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_trials_that_diverge_end_at_once_and_are_counted():
     # A step of the learning rate or more leaves the walls; smaller ones stay within.
     space = Space(learning_rate=Log(1e-3, 1e2))
@@ -357,6 +372,7 @@ def test_trials_that_diverge_end_at_once_and_are_counted():
     assert all(t.setting["learning_rate"] > found.best.arguments["learning_rate"] for t in diverged)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 class TestOptuna:
     def test_asks_and_tells(self):
@@ -564,6 +580,7 @@ class TestReport:
         assert halved.table().splitlines()[1].startswith("tuned")
 
 
+@pytest.mark.slow
 def test_commands(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     base = ["tune", "bowl:BOWL", "--steps", "8", "--confirm", "1", "2"]
@@ -623,6 +640,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path, capsys, monkeypatch):
     assert f"--out {tmp_path} --resume goes on" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_many_devices():
     mesh = jax.make_mesh((2,), ("settings",), devices=jax.devices()[:2])
     found = small(mesh=mesh, halving=True, confirm=(1, 2), trials=9, stages=["learning_rate"])
