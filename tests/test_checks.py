@@ -52,10 +52,10 @@ BAD_ARGUMENTS = [
         r"^Invalid threshold value: 3; threshold must be at least 4",
     ),
     (lambda: adamjax.adam(amsgrad="tf"), ValueError, r"^Invalid amsgrad value: 'tf'.*'torch', 'corrected', 'paper'"),
-    (lambda: adamjax.adam(amsgrad=1), ValueError, r"^Invalid amsgrad value: 1"),  # type: ignore[arg-type]
-    (lambda: adamjax.amsgrad(variant=True), ValueError, r"^Invalid variant value: True"),  # type: ignore[arg-type]
-    (lambda: adamjax.adam(nesterov="yes"), ValueError, r"^Invalid nesterov value: 'yes'"),  # type: ignore[arg-type]
-    (lambda: adamjax.adam(maximize=None), ValueError, r"^Invalid maximize value: None"),  # type: ignore[arg-type]
+    (lambda: adamjax.adam(amsgrad=1), ValueError, r"^Invalid amsgrad value: 1"),
+    (lambda: adamjax.amsgrad(variant=True), ValueError, r"^Invalid variant value: True"),
+    (lambda: adamjax.adam(nesterov="yes"), ValueError, r"^Invalid nesterov value: 'yes'"),
+    (lambda: adamjax.adam(maximize=None), ValueError, r"^Invalid maximize value: None"),
     (
         lambda: adamjax.adamw(decay_schedule="both"),
         ValueError,
@@ -75,7 +75,7 @@ BAD_ARGUMENTS = [
     (lambda: adamjax.adam(nu_dtype="tiny"), TypeError, r"^Invalid nu_dtype value: 'tiny'"),
     (lambda: adamjax.adam(nu_dtype=jnp.complex64), ValueError, r"^Invalid nu_dtype value: complex64"),
     (lambda: adamjax.clip_by_global_norm(-1.0), ValueError, r"^Invalid max_norm value: -1\.0"),
-    (lambda: adamjax.clip_by_global_norm(1.0, axis_name=0), TypeError, r"^Invalid axis_name value: 0"),  # type: ignore[arg-type]
+    (lambda: adamjax.clip_by_global_norm(1.0, axis_name=0), TypeError, r"^Invalid axis_name value: 0"),
     (
         lambda: adamjax.adamw(mask={"a": 1.0}),
         TypeError,

@@ -17,6 +17,8 @@ from adamjax._transforms.delivery import AddToParam, AsUpdate, add_to_param
 from adamjax._transforms.leafwise import run_leafwise
 from adamjax.kernels import _backend
 
+pytestmark = pytest.mark.numbers
+
 ROOT = os.path.dirname(adamjax.__file__)
 LR = 1e-3
 MAKES = {
