@@ -34,7 +34,7 @@ def evenly(t: jax.Array, number: int) -> Dither:
 
 
 def independently(t: jax.Array, number: int) -> Dither:
-    return Dither(dither(t * 1000 + number, 0).turn * jnp.uint32(0x7FEB352D), jnp.uint32(0))
+    return Dither(dither(t * 1000 + number, 0).phase * jnp.uint32(0x7FEB352D), jnp.uint32(0))
 
 
 def coded(bits: int, signed: bool, block_size: int, numbers: Callable[..., Dither] = evenly) -> Trip:

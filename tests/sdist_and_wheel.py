@@ -92,10 +92,10 @@ def check_wheel(path):
 
 def check_readme():
     """The version stands in pyproject.toml; what quotes it follows."""
-    text = (ROOT / "README.md").read_text()
-    changes, cited = r"\n## Changelog\n.*?\n### (\S+)", r"\n  version = \{(\S+)\}"
-    for place, pattern in (("newest version of the changelog", changes), ("cited version", cited)):
-        equal(place, re.search(pattern, text, re.DOTALL)[1], PROJECT["version"])
+    newest = r"\n## (\d\S*)", ".github/CHANGELOG.md", "newest version of the changelog"
+    cited = r"\n  version = \{(\S+)\}", "README.md", "cited version"
+    for pattern, file, place in (newest, cited):
+        equal(place, re.search(pattern, (ROOT / file).read_text())[1], PROJECT["version"])
 
 
 def check_installed(wheel, folder):
