@@ -10,11 +10,11 @@ rounding to nearest loses it, every time. Each wrapper keeps what rounding would
 | `master_weights` | 4, or 2 for bfloat16 | below half the spacing of float32 |
 
 The wrapped transformation sees gradients and parameters in float32, so that it rounds nothing itself. The
-updates that come out are float32: for each half precision parameter p the difference u to what p is to
-become, and p + u is exactly that, whether added by our `apply_updates`, optax's or flax's (not by equinox's, which
+updates are float32: the update u of a half precision parameter p is the exact difference to the new parameter, so
+p + u is that parameter, whether added by our `apply_updates`, optax's or flax's (not by equinox's, which
 leaves the sum in float32). Parameters in float32 or wider pass through as if there were no wrapper, and keep nothing.
 
-What an optimizer with ``fused=True`` steps on a CPU, its kernel lands as well, in the same pass.
+With ``fused=True`` on a CPU, the kernel rounds the parameters in the same pass.
 """
 
 from typing import Any

@@ -1,8 +1,8 @@
-"""Steps that gradients cannot spoil: skipping those that are not finite, and scaling the loss in float16.
+"""Protection from bad gradients: steps that are not finite are skipped, and the loss is scaled in float16.
 
-A single NaN in the gradients stays in Adam's moments for ever; so does an infinity, which a finite gradient
-above 1.8e19 becomes when it is squared in float32. What passes here is the gradients whose squares are
-finite. At any other step, parameters, moments and count stay what they are, bit for bit, and it is counted.
+A single NaN in the gradients stays in Adam's moments for ever. So does an infinity, which a finite gradient
+above 1.8e19 becomes when it is squared in float32. Only gradients with finite squares pass. At any other step,
+parameters, moments and count stay as they are, bit for bit, and the step is counted.
 """
 
 import json
@@ -33,7 +33,7 @@ class LeafCounts(Value):
 
     Fields:
       counts: int32[number of parameters].
-      paths: Those of the parameters, in the order of the tree.
+      paths: The paths of the parameters, in the order of the tree.
     """
 
     counts: Any
@@ -53,9 +53,9 @@ class SkipState(NamedTuple):
 
     Fields:
       skipped: int32 scalar, the number of steps skipped so far.
-      consecutive: int32 scalar, how many of the last ones were, without one between that was not.
-      exceeded: bool scalar, whether there ever were `max_consecutive` in a row.
-      nonfinite: For each parameter, at how many steps its gradient was not finite.
+      consecutive: int32 scalar, the number of steps skipped in a row just now.
+      exceeded: bool scalar, True once `max_consecutive` steps were skipped in a row.
+      nonfinite: For each parameter, the number of steps at which its gradient was not finite.
       inner: The state of the wrapped transformation.
     """
 
@@ -109,7 +109,7 @@ class SkipNonfinite(MaySkip):
             params, _, delivery = context
             made, delivered, after = jax.eval_shape(apply, grads, inner)
             found = trees.unflatten_by_path(inner, after)
-            # Where paths differ, the leaves are in the same order.
+            # If the paths differ, the leaves are still in the same order.
             structure: Any = jax.tree.structure(after)
             inner = jax.tree.unflatten(structure, jax.tree.leaves(inner)) if found is None else found
             ps = [None] * len(made.leaves) if params is None else params.leaves
@@ -121,7 +121,7 @@ class SkipNonfinite(MaySkip):
         if isinstance(ok, jax.core.Tracer):
             # A branch, and not a selection by element, which would need the old moments beside the new ones.
             result, delivered, inner = jax.lax.cond(ok, apply, skip, grads, state.inner)
-        else:  # Where nothing is compiled, a branch would be, at each step.
+        else:  # Eagerly, `cond` would compile its branches at each step.
             result, delivered, inner = (apply if ok else skip)(grads, state.inner)
         consecutive = jnp.where(ok, 0, trees.increment(state.consecutive))
         exceeded = state.exceeded
@@ -139,14 +139,14 @@ def skip_nonfinite(
     """Skip the steps at which a gradient is NaN, infinite, or too large for its square to be finite.
 
     A skipped step leaves the parameters and the state of `opt`, its step counts included, bit for bit as they
-    were, as if it had not been: a run with bad gradients here and there ends where one without these
-    steps does. All parameters are skipped together. What is outside of `opt` is not held back: put
-    this around everything that counts steps.
+    were. A run with bad gradients here and there ends where a run without these steps does. All parameters
+    are skipped together. A transformation outside of `opt` is not held back, so put this around everything
+    that counts steps.
 
-    The squares of the gradients are summed leaf by leaf, in float32 or wider; what is skipped is a
-    sum that is not finite. So the norm of a parameter's gradient may be up to 1.8e19. That costs one more
-    reading of the gradients. `step` works in place; the updates of `update` have to be stored, which without
-    this the compiler spares itself.
+    The squares of the gradients are summed leaf by leaf, in float32 or wider; a step is skipped if a sum is
+    not finite. So the norm of a parameter's gradient may be up to 1.8e19. The sum costs one more
+    reading of the gradients. `step` works in place; `update` has to store its updates, which the compiler
+    avoids without this wrapper.
 
     Args:
       opt: A transformation, ours or optax's.
@@ -178,7 +178,7 @@ def skip_nonfinite(
 
 
 def _minus_zeros(like: jax.ShapeDtypeStruct) -> Array:
-    """Not 0: added to a parameter that is -0, it would make it 0."""
+    """Updates that change nothing. Adding 0 would turn a parameter that is -0 into 0; adding -0 does not."""
     return collectives.pcast_like(-jnp.zeros(like.shape, like.dtype, device=like.sharding), like)
 
 
@@ -191,9 +191,9 @@ def _check_parts(state: SkipState) -> None:
 
 
 def _nonfinite(grads: PyTree, paths: tuple[str, ...], axis_name: AxisName) -> Array:
-    """bool[len(paths)]: of which parameters the gradient is not finite, on any device."""
+    """Return bool[len(paths)]: True for the parameters whose gradient is not finite on some device."""
     found = {trees.path_of(path): collectives.sum_of_squares(g) for path, g in jax.tree.leaves_with_path(grads)}
-    # Frameworks may wrap parameters and gradients differently: paths matter where some have no gradient.
+    # Match by order, since frameworks may wrap gradients differently; match by path if some gradients are missing.
     sums = dict(zip(paths, found.values(), strict=True)) if len(found) == len(paths) else found
     if unknown := sums.keys() - set(paths):
         raise ValueError(
@@ -212,9 +212,9 @@ class LossScaleState(NamedTuple):
     """State of `dynamic_loss_scale`.
 
     Fields:
-      scale: float32 scalar, what the loss is to be multiplied by: a power of two from 1 to 2**24.
+      scale: float32 scalar, the factor of the loss: a power of two from 1 to 2**24.
       good: int32 scalar, the steps since it last changed.
-      inner: That of `skip_nonfinite`.
+      inner: The state of `skip_nonfinite`.
     """
 
     scale: Array
@@ -243,13 +243,13 @@ class DynamicLossScale(MaySkip):
         self._replace_field("growth_interval", checks.count("growth_interval", self.growth_interval))
 
     def scale(self, loss: Array, state: LossScaleState) -> Array:
-        """The loss to differentiate: `loss` times the scale of this step, in float32 or wider."""
+        """Return the loss to differentiate: `loss` times the scale of this step, in float32 or wider."""
         checks.state(state, LossScaleState, "dynamic_loss_scale")
         dtype = trees.compute_dtype(trees.dtype_of(loss))
         return loss.astype(dtype) * state.scale.astype(dtype)
 
     def unscale(self, grads: PyTree, state: LossScaleState) -> PyTree:
-        """The gradients of the loss itself, in float32 or wider; None stays."""
+        """Return the gradients of the loss itself, in float32 or wider; None stays."""
         checks.state(state, LossScaleState, "dynamic_loss_scale")
         # Exact: a power of two.
         return trees.map_leaves(lambda g: _times(g, 1 / state.scale), grads)
@@ -293,22 +293,22 @@ def dynamic_loss_scale(
     max_consecutive: int | None = None,
     axis_name: AxisName = None,
 ) -> DynamicLossScale:
-    """Gradients of a scaled loss, for float16: without it, those below 6e-8 are 0.
+    """Scale the loss for float16, in which gradients below 6e-8 are 0.
 
     Multiply the loss by the scale before it is differentiated, with the method `scale`; the step divides
-    the gradients by it again, in float32. Where they are not finite, the step is skipped as by
-    `skip_nonfinite`, and the scale is halved; after `growth_interval` steps without that, it is
-    doubled. It stays between 1 and 2**24, and a power of two, so that scaling rounds nothing.
+    the gradients by it again, in float32. If they are not finite, the step is skipped as by
+    `skip_nonfinite`, and the scale is halved. After `growth_interval` steps without that, it is
+    doubled. It stays a power of two between 1 and 2**24, so that scaling rounds nothing.
 
     Args:
-      opt: A transformation. Of float16 parameters, one of optax's must be inside `master_weights` or `kahan`.
+      opt: A transformation. For float16 parameters, one of optax's must be inside `master_weights` or `kahan`.
       initial: The scale to begin with: a power of two from 1 to 2**24.
       growth_interval: At least 1.
       max_consecutive, axis_name: See `skip_nonfinite`.
 
     Returns:
       A transformation with state `LossScaleState`, and the methods `scale(loss, state)`, and
-      `unscale(grads, state)` for who wants to see the gradients.
+      `unscale(grads, state)` to look at the gradients.
 
     Raises:
       TypeError, ValueError: An argument is not as above; at `init`, a transformation of optax's
@@ -339,18 +339,18 @@ def _times(g: Array, factor: Array) -> Array:
 
 
 def _has_foreign(opt: Transformation) -> bool:
-    """Whether one of others would be given gradients in the dtype of the parameters."""
+    """Return whether a transformation from elsewhere would be given gradients in the dtype of the parameters."""
     return isinstance(opt, Foreign) or (isinstance(opt, Chain) and any(map(_has_foreign, opt.transforms)))
 
 
 def check(state: PyTree) -> None:
-    """Raise if training has gone wrong, as far as a state knows it.
+    """Raise if training has gone wrong, as far as a state shows it.
 
-    For the host, now and then: it waits for the device.
+    Call it on the host, now and then: it waits for the device.
 
     Args:
-      state: What `init` or `update` returned, or anything that holds it; also with an axis of
-        devices or of a population in front.
+      state: A state that `init` or `update` returned, or any tree that holds one; also with a leading axis of
+        devices or of a population.
 
     Raises:
       FloatingPointError: `max_consecutive` steps in a row were skipped (the message has the counts,
@@ -379,14 +379,14 @@ def check(state: PyTree) -> None:
 
 
 def check_skipped(state: PyTree) -> None:
-    """The part of `check` that costs nothing: whether too many steps were skipped."""
+    """Raise if too many steps were skipped: the part of `check` that costs nothing."""
     for found in _skip_states(state):
         if np.any(found.exceeded):
             raise FloatingPointError(_exceeded(found))
 
 
 def skipped(state: PyTree) -> int | None:
-    """How many steps were, by `skip_nonfinite` or `dynamic_loss_scale`; None if the state is of neither."""
+    """Return how many steps `skip_nonfinite` or `dynamic_loss_scale` skipped; None if the state has neither."""
     return max((int(np.max(found.skipped)) for found in _skip_states(state)), default=None)
 
 

@@ -29,7 +29,7 @@ class ClipByGlobalNorm(Transformation):
         squares = [collectives.sum_of_squares(x) for x in leaves]
         norm = sqrt_with_zero_slope(collectives.psum_of_scalars(squares, self.axis_name, dtype))
         limit = checks.as_scalar("max_norm", self.max_norm, norm.dtype)
-        # Not `norm > limit`: a NaN must reach all updates, instead of passing unclipped.
+        # With `norm > limit`, a NaN would pass unclipped instead of reaching all updates.
         exceeds = ~(norm <= limit)
         shrink = jnp.where(exceeds, limit / jnp.where(exceeds, norm, 1.0), 1.0)
         factor = cache(lambda dtype: shrink.astype(dtype))

@@ -1,4 +1,4 @@
-"""How a step ends: the last operation of the leaf program delivers its result."""
+"""The end of a step: the last operation of a leaf program delivers its result."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,6 @@
-"""How a moment is stored between steps, as a dtype or as codes, and how it is rounded to that.
+"""The storage of moments between steps, as a dtype or as codes, and the rounding to it.
 
-The arithmetic of a step is in float32 or wider whatever the storage; see `adamjax.storage` for what is rounded when,
-and why.
+`adamjax.storage` says what is rounded when, and why.
 """
 
 import dataclasses

@@ -16,7 +16,7 @@ from adamjax._transforms.moments import Moments
 
 
 class RAdamScalars(NamedTuple):
-    """Those of `AdamScalars`, and two more."""
+    """The fields of `AdamScalars`, and two more."""
 
     decay1: Decay
     decay2: Decay
@@ -87,7 +87,7 @@ class ScaleByRAdam(Moments):
     def _scalars(self, t: Array) -> RAdamScalars:
         longest, length = sma_lengths(self.b2, t)
         tractable = length >= jnp.maximum(checks.as_scalar("threshold", self.threshold, t.dtype), 4.0)
-        # Where it is not, any number does in their place, as long as its root has a slope.
+        # If it is not, any lengths do, as long as the root below has a slope.
         longest, length = jnp.where(tractable, longest, 6.0), jnp.where(tractable, length, 6.0)
         variance = (length - 4) / (longest - 4) * ((length - 2) / (longest - 2)) * (longest / length)
         return RAdamScalars(*adam_scalars(self, t), tractable, jnp.sqrt(variance))

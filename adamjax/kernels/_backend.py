@@ -33,7 +33,7 @@ Dithers = tuple[Dither | None, ...]  # of both moments, and of p if it is rounde
 
 
 class StepVariant(NamedTuple):
-    """What is compiled into a kernel: a step of Adam that delivers a parameter.
+    """The static part of a step of Adam that delivers a parameter, compiled into a kernel.
 
     Fields:
       nesterov, amsgrad: Those of `AdamRule`.
@@ -68,7 +68,7 @@ class StepScalars(NamedTuple):
 
 
 class LeafSpec(NamedTuple):
-    """What is compiled in for one leaf.
+    """The static part of the step of one leaf.
 
     Fields:
       variant: The variant of the step.
@@ -90,7 +90,7 @@ class LeafSpec(NamedTuple):
 
     @property
     def unit(self) -> int:
-        """How many numbers of a row belong together."""
+        """The elements of a row that belong together."""
         return math.lcm(*(max(block, 8 // bits) for bits, block in self.formats if bits))
 
 
@@ -307,7 +307,7 @@ def _partitioned(backend: Backend, leaf: LeafSpec, shapes: tuple[tuple[int, ...]
     batch = ndim - len(leaf.shape)
 
     def partition(mesh: Any, _: Any, results: Any) -> Any:
-        # As the first moment is: its parts are what a device keeps.
+        # Follow the first moment: a device keeps its parts.
         of_m = results[1].sharding
         spec = _in_whole_blocks(leaf, of_m, shapes[0])
         row, array = NamedSharding(of_m.mesh, _of_row(spec, batch)), NamedSharding(of_m.mesh, spec)
