@@ -78,7 +78,7 @@ def stochastic_rounding(opt: GradientTransformation, seed: int | Array = 0) -> S
     """Round half precision parameters stochastically: up or down, such that the mean is right.
 
     While its updates are steady, a parameter stays within a spacing or two of where float32 would be.
-    No state but a count and a seed, 8 bytes. The random numbers come from seed, leaf and position,
+    The state is a count and a seed, 8 bytes. The random numbers come from seed, leaf and position. They are
     the same however the parameters are sharded, and are spread evenly over the steps.
 
     Args:
@@ -134,7 +134,7 @@ def _compensate(start: Array, u: Array, residual: Array, dither: Dither, dtype: 
 def kahan(opt: GradientTransformation) -> Kahan:
     """Add to half precision parameters with Kahan's compensated summation.
 
-    What rounding to nearest takes from a parameter is kept, in the parameter's dtype, and added to
+    The residual that rounding to nearest takes from a parameter is kept, in the parameter's dtype, and added to
     its next update. Parameter and residual together have about twice the digits of the parameter.
 
     Args:
@@ -227,7 +227,7 @@ def master_weights(opt: GradientTransformation, *, low_bits: bool = False) -> Ma
 
     Args:
       opt: A transformation, ours or optax's.
-      low_bits: Of bfloat16 parameters, keep only the 16 bits of float32 that bfloat16 does not have: the
+      low_bits: For bfloat16 parameters, keep only the 16 bits of float32 that bfloat16 does not have: the
         same float32 copy, in 2 bytes instead of 4. A parameter that is changed from outside then
         stays changed, while a whole copy would overwrite it at the next step.
 

@@ -91,12 +91,12 @@ def _select(leaves: Leaves, owners: list[int], i: int) -> Leaves:
 
 
 def groups(members: Mapping[str, Any], *, default: Any = None) -> Groups:
-    """One optimizer with other hyperparameters, or another optimizer, for some of the parameters.
+    """Use other hyperparameters, or another optimizer, for some of the parameters.
 
     Args:
-      members: By regular expression: what treats the parameters whose path ("layer_0/kernel") it is found in. A
-        transformation, ours or optax's, or a dict of the hyperparameters that differ from those of
-        `default`, such as {"learning_rate": 1e-4, "weight_decay": 0.0}.
+      members: A dict from regular expressions to members. A member steps the parameters in whose path
+        ("layer_0/kernel") its expression is found: a transformation, ours or optax's, or a dict of the
+        hyperparameters that differ from those of `default`, such as {"learning_rate": 1e-4, "weight_decay": 0.0}.
       default: A transformation for all other parameters. None: there must be none.
 
     Returns:

@@ -105,18 +105,18 @@ def _check_varying_alike(updates: Leaves, indices: list[int]) -> None:
 def packed(opt: GradientTransformation, below: int = _MAX_PACKED_SIZE) -> Transformation:
     """Keep the moments of small parameters in a few flat arrays, and step those together.
 
-    For a model of a thousand small arrays, handing them all over, and compiling a step of each, takes longer than
-    the arithmetic. Here up to 16 of them share one array for each moment: their gradients are put behind each
-    other, stepped as one, and taken apart again. The parameters stay the tree that they are.
+    For a model of a thousand small arrays, passing them to the program and compiling a step of each takes longer than
+    the arithmetic. Here up to 16 of them share one array for each moment: their gradients are concatenated,
+    stepped as one, and split again. The parameters stay the tree that they are.
 
-    What is packed is the moments alone, wherever in `opt` they are kept: in a chain, a group, or a wrapper. All else
-    sees the trees that it always sees, so that weight decay, masks, schedules, clipping, gradients that are None
-    and the wrappers are as they were, and `packed(kahan(opt))` is `kahan(packed(opt))`. The numbers are those of `opt`;
-    only what moments in half precision are rounded by comes from elsewhere, and is as good.
+    Only moments are packed, wherever in `opt` they are kept: in a chain, a group, or a wrapper. Weight decay, masks,
+    schedules, clipping, gradients that are None and the wrappers see the trees that they always see, and
+    `packed(kahan(opt))` is `kahan(packed(opt))`. The numbers are those of `opt`, except that moments in half
+    precision are rounded by other random numbers.
 
-    Moments of larger parameters, and those that are quantised, stay in the tree. On a mesh, those that are packed
+    Moments of larger parameters and quantised moments stay in the tree. On a mesh, packed moments
     are whole on each device, wherever the parameters are; `zero1` spreads the others. With `fused=True` in `opt`, on
-    one device, `step` takes each group through memory once, without putting anything behind each other.
+    one device, `step` takes each group through memory once, and concatenates nothing.
 
     Args:
       opt: A transformation. At least one of its parts is to be of adamjax's Adam family.

@@ -40,7 +40,7 @@ class Fused(Chain):
     float16, and moments quantised. It steps groups of `adamjax.packed` as well, if there is one device, and no wrapper
     that rounds.
 
-    On a GPU it is Pallas, for quantised moments: where they are floats, XLA's step is one pass as it is, and is taken.
+    On a GPU it is Pallas, for quantised moments. XLA's step of float moments is one pass already, and is taken.
     It needs jax 0.11 and a Hopper or later. Parameters and gradients may be float32 or bfloat16; a moment beside a
     quantised one is quantised or float32; blocks have a multiple of 64 numbers, and the last axis a multiple of
     those. Inside `jax.shard_map`, it needs ``check_vma=False``.
