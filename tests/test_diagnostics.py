@@ -259,6 +259,7 @@ WRAPPED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WRAPPED)
 def test_moments_are_found_wherever_they_are(name, lenient):
     opt, params = WRAPPED[name](), PARAMS if name == "groups" else {"a": PARAMS["a"]}
@@ -412,6 +413,7 @@ def test_figures_are_logged(tmp_path):
     assert tags["update_ratio/all"] == float(stats.overall.update_ratio)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_measured_is_the_same_run(tmp_path, capsys):
     opt = adamjax.adam(0.1)
     *_, plain = training.train(BOWL, opt, steps=30)

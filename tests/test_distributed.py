@@ -26,7 +26,8 @@ RUN += ["--dtype=bfloat16", "--rounding=kahan", "--mu-dtype=int8", "--skip-nonfi
 def start(arguments, processes=2, devices=1, slurm=False):
     """Processes with so many devices each, which are one run: told so by flags, or as Slurm tells."""
     command = [sys.executable, "-m", "adamjax", "train", "--distributed", *arguments]
-    environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": os.path.dirname(__file__)}
+    paths = os.pathsep.join([os.path.dirname(__file__), *sys.path])
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": paths}
     port, started = free_port(), []
     for i in range(processes):
         place = ["--coordinator", f"127.0.0.1:{port}", "--processes", str(processes), "--process-id", str(i)]

@@ -135,6 +135,7 @@ def test_an_equinox_model_unfiltered_is_refused_by_name():
         adamjax.adam().init(model)
 
 
+@pytest.mark.slow
 def test_equinox_ensemble():
     """A vmapped population of models, each with its own learning rate."""
     keys, rates = jax.random.split(jax.random.key(0)), jnp.array([1e-3, 1e-2])
@@ -165,6 +166,7 @@ def small_steps(tx, params, steps=6):
     return params, state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "around",
     [

@@ -1,6 +1,7 @@
 """Fused steps of half precision parameters, which land as the wrapper around them says."""
 
 import shutil
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -78,12 +79,15 @@ def assert_same(found, expected, params):
 
 
 # The moments are stepped before the wrapper lands the parameter: one has them in every format, others in two.
-CASES = [("kahan", format, "bfloat16") for format in FORMATS]
+CASES: list[Any] = [("kahan", format, "bfloat16") for format in FORMATS]
 CASES += [(wrapper, format, "bfloat16") for wrapper in WRAPPERS if wrapper != "kahan" for format in ("float32", "int8")]
 CASES += [(wrapper, "float32", "float16") for wrapper in WRAPPERS if wrapper != "low_bits"]
 
 
-@pytest.mark.parametrize(("wrapper", "format", "dtype"), CASES)
+MOST = [case if case[1] == "float32" else pytest.param(*case, marks=pytest.mark.slow) for case in CASES]
+
+
+@pytest.mark.parametrize(("wrapper", "format", "dtype"), MOST)
 def test_the_plain_steps(wrapper, format, dtype):
     fused, plain = pair(WRAPPERS[wrapper], **FORMATS[format])
     params = draw(0, dtype)
@@ -212,6 +216,7 @@ def test_masks_see_what_the_plain_step_shows_them(wrapper):
     assert_same(found, expected, params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_many_at_once(wrapper):
     """Over parameters and their states, and over learning rates."""

@@ -468,6 +468,7 @@ def assert_near(found, expected):
         assert np.max(np.abs(a - b)) <= FUSED * float(jnp.finfo("float32").eps) * (np.max(np.abs(b)) + 1)
 
 
+@pytest.mark.slow
 @COMPILER
 @pytest.mark.parametrize(
     "options",

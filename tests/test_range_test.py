@@ -152,6 +152,7 @@ def test_a_ramp_is_cut_where_it_is_not_finite():
     assert found.diverged_at < len(found.losses)
 
 
+@pytest.mark.slow
 def test_constant_rates_are_training_runs_and_divergence_is_marked():
     found = lr_range_test(DIGITS, mode="constant", min_lr=1e-4, max_lr=1e30, num_steps=20, num_rates=18, seed=2)
     np.testing.assert_allclose(found.learning_rates, np.logspace(-4, 30, 18))

@@ -159,6 +159,7 @@ def test_all_buffers_are_used_again(kind):
     assert memory.alias_size_in_bytes == bytes_of_a_device((params, state))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "kind"), [("int8", AxisType.Auto), ("int4", AxisType.Explicit)])
 def test_quantised_moments_keep_their_blocks_together(name, kind):
     opt, mesh = adamjax.adamw(LR, mu_dtype=quantized(name), nu_dtype=quantized("int8")), make_mesh(kind)
@@ -214,6 +215,7 @@ def test_zero1_beside_tensor_parallelism(kind, axis):
     assert found[1].specs == tuple(specs[name] for name in sorted(specs))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", MODES)
 def test_a_state_is_one_type_wherever_it_is_made(kind):
     """It says how the parameters are sharded: what differs there would compile again."""
@@ -496,6 +498,7 @@ def test_zero1_inside_shard_map_over_two_axes_and_in_8_bits():
     assert_close(params, expected, LR / 4)  # other random numbers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", MODES)
 def test_offload_keeps_the_moments_on_the_host(kind):
     mesh = make_mesh(kind)

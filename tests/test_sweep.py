@@ -123,6 +123,7 @@ def test_settings_of_different_structure():
     assert len({float(x) for x in together.losses[:, 0, -1]}) == 4
 
 
+@pytest.mark.slow
 def test_optimizers_of_ones_own():
     def warmed_up(learning_rate, max_norm):
         rate = adamjax.schedules.warmup_cosine(learning_rate, warmup_steps=3, total_steps=STEPS)
@@ -153,6 +154,7 @@ def test_a_scale_of_the_loss():
         list(train(BOWL, adamjax.chain(scaled(0.1)), steps=1))
 
 
+@pytest.mark.slow
 def test_optimizers_of_optax(by_map, lenient):
     found = sweep(DIGITS, SETTINGS[:2], optimizer=optax.adamw, steps=STEPS, points=3, execution="vmap", seeds=[3, 5])
     np.testing.assert_allclose(found.losses, by_map.losses[:2], rtol=SWEEP)
@@ -193,6 +195,7 @@ def test_a_validation_that_is_not_finite_is_a_divergence():
         sweep(Cliff(), settings[:1], optimizer=opt, steps=8, points=8, execution="vmap").winner  # noqa: B018
 
 
+@pytest.mark.slow
 def test_spaces_and_the_progress_bar(capsys):
     space = Space(learning_rate=Log(1e-3, 1e-2))
     found = sweep(DIGITS, space, trials=5, method="random", steps=4, points=2, execution="vmap", progress=True)

@@ -128,6 +128,7 @@ def test_runs_are_reproducible():
     assert not np.array_equal(first, other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_parameters(dtype):
     *_, report = train(problems.digits(), adamjax.adam(3e-3), steps=200, dtype=dtype)
@@ -211,6 +212,7 @@ def test_train_command_with_every_optimizer(tmp_path, optimizer):
     assert read(tmp_path / "run")[0]["flags"]["dtype"] == "bfloat16"
 
 
+@pytest.mark.slow
 def test_train_command_in_low_precision(tmp_path):
     arguments = [
         "train",
@@ -300,6 +302,7 @@ def test_edited_configs(tmp_path, capsys, flags, message):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_named_problems(tmp_path):
     for name in cli.PROBLEMS:
         problems.check(getattr(problems, name)())
@@ -366,7 +369,7 @@ class Slow(test_training.Parabola):
 def test_ctrl_c_leaves_a_usable_folder(tmp_path):
     (tmp_path / "slow.py").write_text(textwrap.dedent(SLOW))
     command = [sys.executable, "-m", "adamjax", "train", "--problem", "slow:Slow", "--steps", "100000", "--out", "run"]
-    environment = os.environ | {"PYTHONPATH": os.path.dirname(__file__)}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), *sys.path])}
     process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True)
     metrics = tmp_path / "run" / "metrics.jsonl"
     deadline = time.monotonic() + 120

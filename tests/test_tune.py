@@ -99,6 +99,7 @@ def test_halving_changes_no_trial(halved):
         np.testing.assert_allclose(a.metrics["loss"], b.metrics["loss"][: len(a.steps)], rtol=SWEEP)
 
 
+@pytest.mark.slow
 def test_survivors_move_to_smaller_programs(monkeypatch):
     rooms = []
     original = PopulationRunner._program

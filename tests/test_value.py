@@ -155,6 +155,7 @@ def loss_after_steps(opt, params):
 
 
 # The others are differentiated below.
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["amsgrad torch", "radam intractable", "adamaxw"])
 def test_hypergradients_are_finite(name):
     opt = SPECS[name].make()
