@@ -28,7 +28,8 @@ from adamjax._core.low_precision import Dither
 from adamjax._core.trees import Leaves
 from adamjax._core.typing import GradientTransformation, PyTree
 from adamjax._core.value import static_field, value
-from adamjax._transforms.param_rounding import ParamRounding, Rounding, to_float32
+from adamjax._transforms.param_rounding import ParamRounding, to_float32
+from adamjax._transforms.param_rounding import Rounding as Rounding
 from adamjax._transforms.param_rounding import RoundingState as RoundingState
 
 _FLOAT32 = jnp.dtype(jnp.float32)

@@ -227,10 +227,12 @@ def may_skip(opt: Transformation) -> bool:
 
 
 def contains_foreign(opt: Transformation) -> bool:
-    """Return whether a transformation from elsewhere is anywhere inside `opt`."""
+    """Return whether `opt` is a transformation from elsewhere, or has one anywhere inside."""
+    if isinstance(opt, Foreign):
+        return True
     for field in vars(opt).values():
         for x in field if isinstance(field, tuple) else (field,):
-            if isinstance(x, Transformation) and (isinstance(x, Foreign) or contains_foreign(x)):
+            if isinstance(x, Transformation) and contains_foreign(x):
                 return True
     return False
 
