@@ -240,8 +240,7 @@ def _abstract(tree: PyTree, default: Sharding) -> PyTree:
     )
 
 
-# A flat dict by path makes orbax independent of the tree's node types. Leave out empty arrays, which orbax
-# rejects.
+# A flat dict by path makes orbax independent of the tree's node types. Leave out empty arrays, which orbax rejects.
 def _by_path(tree: PyTree) -> dict[str, Any]:
     return {jax.tree_util.keystr(path): x for path, x in jax.tree.leaves_with_path(tree) if x.size}
 

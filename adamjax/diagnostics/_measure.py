@@ -28,8 +28,7 @@ class LeafStats(NamedTuple):
     Fields:
       size: The number of elements.
       gradient_norm, update_norm, parameter_norm: Euclidean norms.
-      update_ratio: The root mean square of the update divided by that of the parameter; infinite if the
-        parameter is 0.
+      update_ratio: The root mean square of the update divided by that of the parameter; infinite if the parameter is 0.
       rate_low, rate_median, rate_high: The 5th, 50th and 95th percentiles of the effective learning rate,
         |update| / |bias-corrected first moment|, over up to 1024 elements. The update includes weight decay.
         For all parameters together: the means of their percentiles, weighted by size.

@@ -69,13 +69,11 @@ def import_state(
     """Convert the state of a run of torch.optim to one with which `opt` continues it.
 
     Args:
-      opt: An optimizer of `adamjax.interop.torch`; or `adamjax.adam`, `adamw`, `amsgrad` or `adamax`, with
-        options that torch has too, if all parameters have done the same number of steps; or
-        `adamjax.groups` of such optimizers.
+      opt: An optimizer of `adamjax.interop.torch`; or `adamjax.adam`, `adamw`, `amsgrad` or `adamax`, with options that
+        torch has too, if all parameters have done the same number of steps; or `adamjax.groups` of such optimizers.
       params: The parameters, or `jax.ShapeDtypeStruct`s.
-      state_dict: The result of torch's `optimizer.state_dict()`, with all its groups; NumPy arrays may
-        replace its tensors. Or the path of a file: written by `torch.save`, or safetensors with keys
-        such as "state.0.exp_avg".
+      state_dict: The result of torch's `optimizer.state_dict()`, with all its groups; NumPy arrays may replace its
+        tensors. Or the path of a file: written by `torch.save`, or safetensors with keys such as "state.0.exp_avg".
       order: The paths ("layer_0/kernel") of the parameters in torch's order, group after group. None:
         the order of the leaves of `params`; for `adamjax.groups`, member after member.
       convert: A function of path and array that converts each of torch's moments to the layout of `params`,

@@ -59,8 +59,7 @@ def adam(
       foreach, capturable, differentiable: Ignored.
 
     Returns:
-      A transformation whose state is a tuple that starts with a tree of `AdamState`s, one for each
-      parameter.
+      A transformation whose state is a tuple that starts with a tree of `AdamState`s, one for each parameter.
 
     Raises:
       ValueError: A hyperparameter is out of range (in torch's words), or another argument is invalid.

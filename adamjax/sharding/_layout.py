@@ -70,8 +70,7 @@ def init_sharded(opt: GradientTransformation, params: PyTree, sharding: PyTree) 
 
     Args:
       opt: A transformation of adamjax or optax.
-      params: The parameters: arrays, also inside `jax.jit`, or `jax.ShapeDtypeStruct`s, which give an abstract
-        state.
+      params: The parameters: arrays, also inside `jax.jit`, or `jax.ShapeDtypeStruct`s, which give an abstract state.
       sharding: A tree of `jax.sharding.NamedSharding`s with the structure of the state, from `state_sharding`.
 
     Returns:
