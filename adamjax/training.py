@@ -1,7 +1,6 @@
 """Training: one compiled step that works in place, and whole runs of a problem."""
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -71,8 +70,7 @@ def step_fn(
     checks.choice("has_aux", has_aux, (False, True))
     checks.count("accumulate", accumulate)
 
-    def checked_loss(params: PyTree, batch: PyTree) -> tuple[Array, PyTree]:
-        return _loss_and_aux(loss_fn(params, batch), has_aux)
+    checked_loss = partial(_loss_and_aux, loss_fn, has_aux)
 
     def train_step(params: PyTree, state: PyTree, batch: PyTree) -> tuple[Any, ...]:
         _check_params(params, state)
@@ -115,8 +113,9 @@ class TrainStep:
         return jitted
 
 
-def _loss_and_aux(returned: Any, has_aux: bool) -> tuple[Array, PyTree]:
-    """Check what `loss_fn` returned, and split it."""
+def _loss_and_aux(loss_fn: Callable[..., Any], has_aux: bool, params: PyTree, batch: PyTree) -> tuple[Array, PyTree]:
+    """Call `loss_fn`, check what it returns, and split it."""
+    returned = loss_fn(params, batch)
     if has_aux and not (isinstance(returned, tuple) and len(returned) == 2):
         raise TypeError(f"loss_fn returned {_shown(returned)}, and has_aux=True expects (loss, aux)")
     loss, aux = returned if has_aux else (returned, None)
@@ -294,24 +293,45 @@ def train(
         checks.count(name, x)
     check(problem)
     transformation = as_transformation(optimizer, "argument optimizer of train")
-    checks.integer("seed", seed)
+    keys = keys_of(seed)
     checks.function("stop", stop)
     checks.choice("diagnose", diagnose, (False, True))
     if start is not None and not all(hasattr(start, name) for name in ("step", "params", "state")):
         raise TypeError(f"Invalid start value: {start!r}; start must be a Report of train, or a Checkpoint of one")
     placed = problem if mesh is None else ShardedProblem(problem, mesh)
-    return _Run(
-        problem=placed,
-        optimizer=transformation,
-        steps=steps,
-        seed=seed,
-        dtype=dtype,
-        report_every=report_every,
-        evaluate_every=evaluate_every,
-        stop=stop,
-        start=start,
-        diagnose=diagnose,
-    ).reports()
+    # Every process reads the figures, so each must have all of them.
+    everywhere = placed.replicated if isinstance(placed, ShardedProblem) else None
+
+    def reports() -> Iterator[Report]:
+        advance = TrainStep(partial(train_step, placed, transformation, keys), 1)
+        measure_next = jax.jit(partial(measured_step, placed, transformation, keys), out_shardings=everywhere)
+        evaluate = jax.jit(placed.evaluate, out_shardings=everywhere)
+        if start is None:
+            params, state = _initial(placed, transformation, dtype, keys)
+        else:
+            params, state = start.params, start.state
+        losses: list[Array] = []
+        for step in range(0 if start is None else start.step + 1, steps + 1):
+            if step:
+                params, state, loss = advance(params, state, np.int32(step - 1))
+                losses.append(loss)
+            if step % report_every and step % evaluate_every and step < steps:
+                continue
+            found = np.asarray(jax.device_get(losses), np.float64)
+            losses.clear()
+            diverged_at = None if may_skip(transformation) else _first_nonfinite_step(found, step)
+            report = Report(step, found, None, params, state, diverged_at)
+            last = step == steps or diverged_at is not None or stop()
+            if diagnose and not last:
+                report = report._replace(stats=measure_next(params, state, np.int32(step)))
+            if last or step % evaluate_every == 0:
+                report = report._replace(metrics={k: float(x) for k, x in evaluate(params).items()})
+            yield report
+            check_skipped(state)
+            if last:
+                return
+
+    return reports()
 
 
 class ShardedProblem:
@@ -332,6 +352,7 @@ class ShardedProblem:
                     f"{x.shape[0]} rows equally: choose a batch size that is a multiple of {mesh.size}"
                 )
         self._problem = problem
+        self.loss, self.evaluate = problem.loss, problem.evaluate
         self._by_rows = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
         self.replicated: NamedSharding = NamedSharding(mesh, PartitionSpec())
 
@@ -346,14 +367,6 @@ class ShardedProblem:
             return jax.lax.with_sharding_constraint(x, self._by_rows if x.ndim else self.replicated)
 
         return jax.tree.map(share, self._problem.batch(step, key))
-
-    def loss(self, params: PyTree, batch: PyTree, key: Array) -> Array:
-        """The loss of the problem inside."""
-        return self._problem.loss(params, batch, key)
-
-    def evaluate(self, params: PyTree) -> Mapping[str, Array]:
-        """The metrics of the problem inside."""
-        return self._problem.evaluate(params)
 
 
 class Keys(NamedTuple):
@@ -425,64 +438,17 @@ def measured_step(
     return measure(grads, updates, after, params, opt=optimizer)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Run:
-    """The checked arguments of `train`."""
+def _initial(problem: Problem, optimizer: Transformation, dtype: DTypeLike | None, keys: Keys) -> tuple[PyTree, PyTree]:
+    """The parameters and the state before the first step."""
+    if isinstance(problem, ShardedProblem):
+        params = jax.jit(partial(first_params, problem, dtype))(keys)
+        return params, init_sharded(optimizer, params, state_sharding(optimizer, params))
 
-    problem: Problem
-    optimizer: Transformation
-    steps: int
-    seed: int
-    dtype: DTypeLike | None
-    report_every: int
-    evaluate_every: int
-    stop: Callable[[], bool]
-    start: Any  # a Report, a Checkpoint or None
-    diagnose: bool
+    def initial(keys: Keys) -> tuple[PyTree, PyTree]:
+        params = first_params(problem, dtype, keys)
+        return params, optimizer.init(params)
 
-    def reports(self) -> Iterator[Report]:
-        """Train; see `train`."""
-        keys = keys_of(self.seed)
-        params, state = self._start(keys)
-        advance = TrainStep(partial(train_step, self.problem, self.optimizer, keys), 1)
-        # Every process reads these results, so each must have all of them.
-        everywhere = self.problem.replicated if isinstance(self.problem, ShardedProblem) else None
-        measure_next = jax.jit(partial(measured_step, self.problem, self.optimizer, keys), out_shardings=everywhere)
-        evaluate = jax.jit(self.problem.evaluate, out_shardings=everywhere)
-        losses: list[Array] = []
-        for step in range(0 if self.start is None else self.start.step + 1, self.steps + 1):
-            if step:
-                params, state, loss = advance(params, state, np.int32(step - 1))
-                losses.append(loss)
-            if step % self.report_every and step % self.evaluate_every and step < self.steps:
-                continue
-            found = np.asarray(jax.device_get(losses), np.float64)
-            losses.clear()
-            diverged_at = None if may_skip(self.optimizer) else _first_nonfinite_step(found, step)
-            report = Report(step, found, None, params, state, diverged_at)
-            last = step == self.steps or diverged_at is not None or self.stop()
-            if self.diagnose and not last:
-                report = report._replace(stats=measure_next(params, state, np.int32(step)))
-            if last or step % self.evaluate_every == 0:
-                report = report._replace(metrics={k: float(x) for k, x in evaluate(params).items()})
-            yield report
-            check_skipped(state)
-            if last:
-                return
-
-    def _start(self, keys: Keys) -> tuple[PyTree, PyTree]:
-        """The parameters and the state before the first step."""
-
-        def initial(keys: Keys) -> tuple[PyTree, PyTree]:
-            params = first_params(self.problem, self.dtype, keys)
-            return params, self.optimizer.init(params)
-
-        if self.start is not None:
-            return self.start.params, self.start.state
-        if not isinstance(self.problem, ShardedProblem):
-            return jax.jit(initial)(keys)
-        params = jax.jit(partial(first_params, self.problem, self.dtype))(keys)
-        return params, init_sharded(self.optimizer, params, state_sharding(self.optimizer, params))
+    return jax.jit(initial)(keys)
 
 
 def _first_nonfinite_step(losses: np.ndarray, step: int) -> int | None:

@@ -10,7 +10,7 @@ import json
 import math
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn
 
 import jax
 import jax.export
@@ -184,17 +184,8 @@ def is_moment(x: object) -> bool:
     return x is None or is_quantized(x)
 
 
-def _flatten(x: QuantizedArray) -> tuple[tuple[Any, Any], tuple[int, bool, int, int]]:
-    return (x.codes, x.scales), (x.bits, x.signed, x.block_size, x.size)
-
-
-def _flatten_with_keys(x: QuantizedArray) -> Any:
-    children, static = _flatten(x)
-    return tuple(zip(map(jax.tree_util.GetAttrKey, ("codes", "scales")), children, strict=True)), static
-
-
-jax.tree_util.register_pytree_with_keys(
-    QuantizedArray, _flatten_with_keys, lambda static, children: QuantizedArray(*children, *static), _flatten
+jax.tree_util.register_dataclass(
+    QuantizedArray, data_fields=["codes", "scales"], meta_fields=["bits", "signed", "block_size", "size"]
 )
 jax.export.register_pytree_node_serialization(
     QuantizedArray,

@@ -50,11 +50,6 @@ class Series(NamedTuple):
         x = x[~np.isnan(x)]
         return float(np.median(x)) if len(x) else math.nan
 
-    @property
-    def gradient(self) -> float:
-        """The median over time of the gradient's root mean square."""
-        return self.usual("gradient_norm") / math.sqrt(self.of.size[-1])
-
 
 def series(stats: Iterable[AdamStats]) -> tuple[Series, list[Series]]:
     """Return the series of all parameters together, and of each parameter."""
@@ -118,7 +113,10 @@ def explain(stats: AdamStats | Iterable[AdamStats]) -> list[Finding]:
     warning: eps (1e-08) dominates 100 % of w, whose gradients are about 1e-09: lower eps, or scale the loss
     """
     overall, leaves = series(stats if isinstance(stats, Iterable) else [stats])
-    findings = [finding for rule in RULES for finding in _limited(list(rule(overall, leaves)))]
+    findings = []
+    for name, rule in RULES.items():
+        severity = "error" if name in _ERRORS else "warning"
+        findings += _limited([Finding(severity, name, *found) for found in rule(overall, leaves)])
     return sorted(findings, key=lambda finding: finding.severity)
 
 
@@ -131,7 +129,7 @@ def _limited(found: list[Finding], most: int = 5) -> list[Finding]:
     return [*found[:most], rest[0]._replace(path=others, message=f"the same holds for {others} ({rest[0].rule})")]
 
 
-Found = Iterator[Finding]
+Found = Iterator[tuple[str, float, str, str]]  # path, figure, message and remedy of each finding of a rule
 
 
 def _nonfinite(overall: Series, leaves: list[Series]) -> Found:
@@ -139,9 +137,7 @@ def _nonfinite(overall: Series, leaves: list[Series]) -> Found:
         bad = leaf.of.nonfinite_gradients > 0
         if bad.any():
             first = int(leaf.counts[np.argmax(bad)])
-            yield Finding(
-                "error",
-                "nonfinite",
+            yield (
                 leaf.path,
                 float(bad.mean()),
                 f"the gradient of {leaf.path} was not finite in {bad.sum()} of {len(bad)} measured steps, "
@@ -151,12 +147,21 @@ def _nonfinite(overall: Series, leaves: list[Series]) -> Found:
             )
 
 
+def _uphill(overall: Series, leaves: list[Series]) -> Found:
+    cosine = overall.usual("cosine")
+    if cosine > 0.2:
+        yield (
+            overall.path,
+            cosine,
+            f"updates point uphill: the cosine of their angle to the gradient is {cosine:.2f}",
+            "leave out maximize=True, or one of two changes of sign in the chain",
+        )
+
+
 def _no_gradient(overall: Series, leaves: list[Series]) -> Found:
     for leaf in leaves:
         if np.all(leaf.of.zero_gradients == 1) and leaf.dtype != "float16":
-            yield Finding(
-                "warning",
-                "no_gradient",
+            yield (
                 leaf.path,
                 1.0,
                 f"{leaf.path} never got a gradient but 0",
@@ -169,9 +174,7 @@ def _underflow(overall: Series, leaves: list[Series]) -> Found:
     for leaf in leaves:
         zero = leaf.usual("zero_gradients")
         if leaf.dtype == "float16" and zero > 1 / 3:
-            yield Finding(
-                "warning",
-                "underflow",
+            yield (
                 leaf.path,
                 zero,
                 f"{_percent(zero)} of the gradients of {leaf.path} are 0: float16 has nothing below 6e-08",
@@ -181,9 +184,7 @@ def _underflow(overall: Series, leaves: list[Series]) -> Found:
 
 def _rounding(overall: Series, leaves: list[Series]) -> Found:
     for leaf in _worst(leaves, "lost", above=1 / 3):
-        yield Finding(
-            "warning",
-            "rounding",
+        yield (
             leaf.path,
             leaf.usual("lost"),
             f"rounding to {leaf.dtype} discards {_percent(leaf.usual('lost'))} of the updates of {leaf.path}",
@@ -195,14 +196,12 @@ def _rounding(overall: Series, leaves: list[Series]) -> Found:
 
 def _eps(overall: Series, leaves: list[Series]) -> Found:
     for leaf in _worst(leaves, "eps_dominated", above=0.5):
-        share = leaf.usual("eps_dominated")
-        yield Finding(
-            "warning",
-            "eps",
+        share, gradient = leaf.usual("eps_dominated"), leaf.usual("gradient_norm") / math.sqrt(leaf.of.size[-1])
+        yield (
             leaf.path,
             share,
             f"eps ({leaf.of.eps[-1]:.0e}) dominates {_percent(share)} of {leaf.path}, whose gradients are about "
-            f"{leaf.gradient:.0e}",
+            f"{gradient:.0e}",
             "lower eps, or scale the loss",
         )
 
@@ -215,9 +214,7 @@ def _rate_high(overall: Series, leaves: list[Series]) -> Found:
             ratio = float(one.of.update_ratio[0])  # later ratios are smaller: steps that are too long inflate params
         if ratio > 0.1:
             times = "" if math.isinf(ratio) else f" about {_round(ratio / 1e-3)}x"
-            yield Finding(
-                "warning",
-                "rate_high",
+            yield (
                 one.path,
                 ratio,
                 f"an update is {ratio:.2g} of {one.path}, where 0.001 is usual: the learning rate is{times} too high",
@@ -229,9 +226,7 @@ def _rate_high(overall: Series, leaves: list[Series]) -> Found:
 def _rate_low(overall: Series, leaves: list[Series]) -> Found:
     ratio = float(np.max(overall.of.update_ratio, initial=0, where=~np.isnan(overall.of.update_ratio)))
     if 0 < ratio < 1e-5:
-        yield Finding(
-            "warning",
-            "rate_low",
+        yield (
             overall.path,
             ratio,
             f"no update is more than {ratio:.0e} of the parameters, where 0.001 is usual: "
@@ -244,34 +239,17 @@ def _warm_up(overall: Series, leaves: list[Series]) -> Found:
     steps, b2 = int(overall.counts[-1]), float(overall.of.b2[-1])
     needed = 1 / (1 - b2) if b2 < 1 else math.inf
     if 100 <= steps < needed / 15:  # too few steps to judge below 100
-        yield Finding(
-            "warning",
-            "warm_up",
+        yield (
             overall.path,
             steps / needed,
             f"the second moment has not warmed up: b2={b2:.7g} needs about {_round(needed)} steps, the run has {steps}",
-            f"lower b2 (to {_b2_for(steps)}, say), or train longer",
-        )
-
-
-def _uphill(overall: Series, leaves: list[Series]) -> Found:
-    cosine = overall.usual("cosine")
-    if cosine > 0.2:
-        yield Finding(
-            "error",
-            "uphill",
-            overall.path,
-            cosine,
-            f"updates point uphill: the cosine of their angle to the gradient is {cosine:.2f}",
-            "leave out maximize=True, or one of two changes of sign in the chain",
+            f"lower b2 (to {1 - 1 / max(steps / 10, 2):.3g}, say), or train longer",
         )
 
 
 def _storage(overall: Series, leaves: list[Series]) -> Found:
     for leaf in _worst(leaves, "storage_error", above=0.5):
-        yield Finding(
-            "warning",
-            "storage",
+        yield (
             leaf.path,
             leaf.usual("storage_error"),
             f"storing the moments of {leaf.path} changes its direction by {_percent(leaf.usual('storage_error'))}",
@@ -279,24 +257,24 @@ def _storage(overall: Series, leaves: list[Series]) -> Found:
         )
 
 
-RULES: tuple[Callable[[Series, list[Series]], Found], ...] = (
-    _nonfinite,
-    _uphill,
-    _no_gradient,
-    _underflow,
-    _rounding,
-    _eps,
-    _rate_high,
-    _rate_low,
-    _warm_up,
-    _storage,
-)
+RULES: dict[str, Callable[[Series, list[Series]], Found]] = {
+    "nonfinite": _nonfinite,
+    "uphill": _uphill,
+    "no_gradient": _no_gradient,
+    "underflow": _underflow,
+    "rounding": _rounding,
+    "eps": _eps,
+    "rate_high": _rate_high,
+    "rate_low": _rate_low,
+    "warm_up": _warm_up,
+    "storage": _storage,
+}
+_ERRORS = ("nonfinite", "uphill")  # the others are warnings
 
 
 def _worst(leaves: list[Series], name: str, above: float) -> list[Series]:
     """Return the series whose median is above a bound, the largest first."""
-    found = [leaf for leaf in leaves if leaf.usual(name) > above]
-    return sorted(found, key=lambda leaf: -leaf.usual(name))
+    return sorted((leaf for leaf in leaves if leaf.usual(name) > above), key=lambda leaf: -leaf.usual(name))
 
 
 def _percent(x: float) -> str:
@@ -306,7 +284,3 @@ def _percent(x: float) -> str:
 def _round(x: float) -> str:
     """Round to one digit."""
     return f"{float(f'{x:.0e}'):.0f}"
-
-
-def _b2_for(steps: int) -> str:
-    return f"{1 - 1 / max(steps / 10, 2):.3g}"

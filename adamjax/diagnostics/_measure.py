@@ -168,7 +168,7 @@ def measure(
     chosen = [(key, *row) for key, row in zip(keys, rows, strict=True) if row[0] is not None]
     if not chosen:
         raise ValueError("there are no gradients to measure: all of them are None, or the tree is empty")
-    moments = _moments_by_path(state, opt, params, {key for key, *_ in chosen})
+    moments = _moments_by_path(state, opt, params, {key: np.shape(g) for key, g, *_ in chosen})
     sums, rates, hyper, counts = [], [], [], []
     for key, g, u, p in chosen:
         found = moments[key]
@@ -202,9 +202,9 @@ class _Moments(NamedTuple):
 
 
 def _moments_by_path(
-    state: PyTree, opt: GradientTransformation | None, params: PyTree, needed: set[Path]
+    state: PyTree, opt: GradientTransformation | None, params: PyTree, needed: dict[Path, tuple[int, ...]]
 ) -> dict[Path, _Moments]:
-    """Find the moments of the parameters by path; raise if some of the `needed` ones are missing."""
+    """Find the moments of the parameters by path; raise if some of the `needed` shapes are missing."""
     keys = [key for key, _ in jax.tree.leaves_with_path(params)]
     nodes = find_moments(state)
     if not nodes:
@@ -212,7 +212,6 @@ def _moments_by_path(
     found: dict[Path, _Moments] = {}
     for (where, node), member in zip(nodes, _members(opt, nodes), strict=True):
         maxima = getattr(node, "nu_max", None)
-        structure: Any
         with_paths, structure = jax.tree.flatten_with_path(node.mu, is_leaf=is_moment)
         columns = [[None] * len(with_paths) if x is None else structure.flatten_up_to(x) for x in (node.nu, maxima)]
         for (key, m), v, v_max in zip(with_paths, *columns, strict=True):
@@ -221,16 +220,13 @@ def _moments_by_path(
                 owner = key if key in keys else max((k for k in keys if where[-len(k) :] == k), key=len, default=None)
                 if owner is not None:
                     found[owner] = _Moments(node.count, m, v, v_max, member)
-    for key, p in jax.tree.leaves_with_path(params):
-        if key not in needed:
-            continue
+    for key, shape in needed.items():
         name = f"params{jax.tree_util.keystr(key)}"
         if key not in found:
             raise ValueError(
                 f"the state has no moments of {name}: it belongs to other parameters, or another optimizer "
                 "(of a parameter that Adam does not train, the gradient should be None)"
             )
-        shape = np.shape(p)
         if found[key].m.shape not in (shape, (*shape, 2)):
             raise ValueError(
                 f"the moments of {name} have shape {found[key].m.shape}, expected {shape}: "

@@ -72,8 +72,7 @@ def adam(
     >>> int(state[0]["w"].count), int(state[0]["b"].count)
     (1, 0)
     """
-    b1, b2 = _check(lr, betas, eps, weight_decay)
-    _check_flags(amsgrad=amsgrad, decoupled_weight_decay=decoupled_weight_decay)
+    b1, b2 = _check(lr, betas, eps, weight_decay, amsgrad=amsgrad, decoupled_weight_decay=decoupled_weight_decay)
     checks.choice("fused", fused, (None, False, True, "auto"))
     moments = scale_by_adam(b1, b2, eps, amsgrad=amsgrad)
     return _of_torch(moments, lr, weight_decay, maximize, decoupled_weight_decay, fused)
@@ -122,8 +121,7 @@ def nadam(
     Returns:
       A transformation whose state is a tuple that starts with a tree of `NAdamState`s.
     """
-    b1, b2 = _check(lr, betas, eps, weight_decay, momentum_decay=momentum_decay)
-    _check_flags(decoupled_weight_decay=decoupled_weight_decay)
+    b1, b2 = _check(lr, betas, eps, weight_decay, momentum_decay, decoupled_weight_decay=decoupled_weight_decay)
     moments = ScaleByTorchNAdam(b1, b2, eps, momentum_decay)
     return _of_torch(moments, lr, weight_decay, maximize, decoupled_weight_decay)
 
@@ -141,8 +139,7 @@ def radam(
     differentiable: bool = False,
 ) -> Chain:
     """torch.optim.RAdam. Arguments, result and errors are those of `adam`."""
-    b1, b2 = _check(lr, betas, eps, weight_decay)
-    _check_flags(decoupled_weight_decay=decoupled_weight_decay)
+    b1, b2 = _check(lr, betas, eps, weight_decay, decoupled_weight_decay=decoupled_weight_decay)
     return _of_torch(ScaleByTorchRAdam(b1, b2, eps, 0.0), lr, weight_decay, maximize, decoupled_weight_decay)
 
 
@@ -178,9 +175,14 @@ def _of_torch(
 
 
 def _check(
-    lr: ScalarOrSchedule, betas: Betas, eps: Scalar, weight_decay: ScalarOrSchedule, momentum_decay: Scalar = 0.0
+    lr: ScalarOrSchedule,
+    betas: Betas,
+    eps: Scalar,
+    weight_decay: ScalarOrSchedule,
+    momentum_decay: Scalar = 0.0,
+    **flags: bool,
 ) -> Betas:
-    """Check numbers like torch does, in its words, and return the two betas. Do not check arrays and schedules."""
+    """Check numbers like torch does, in its words, and flags; return the two betas. Leave out arrays and schedules."""
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:
         raise ValueError(f"Invalid betas: {betas!r}, expected a pair of numbers")
     rules = (
@@ -194,9 +196,6 @@ def _check(
     for name, x, below in rules:
         if isinstance(x, (int, float)) and not 0.0 <= x < below:
             raise ValueError(f"Invalid {name}: {x}")
+    for name, flag in flags.items():
+        checks.choice(name, flag, (False, True))
     return betas[0], betas[1]
-
-
-def _check_flags(**flags: object) -> None:
-    for name, x in flags.items():
-        checks.choice(name, x, (False, True))
