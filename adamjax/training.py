@@ -26,10 +26,9 @@ def step_fn(
 ) -> "TrainStep":
     """A compiled training step that updates parameters and state in place.
 
-    The step takes `(params, state, batch)` and returns `(params, state, loss)`. It donates parameters and state: the
-    arrays that it is given are deleted, so continue with those that it returns. These come in the order of the
-    arguments, so JAX gives each its own memory again, and nothing is copied. Each call of `step_fn` compiles once:
-    call it before the loop, not in it.
+    The step takes `(params, state, batch)` and returns `(params, state, loss)`. It donates parameters and state, so
+    continue with those that it returns. They come in the order of the arguments: JAX then gives each its own memory
+    again, and copies nothing. Each call of `step_fn` compiles anew: call it before the loop.
 
     Args:
       loss_fn: Called as `loss_fn(params, batch)`; returns a real floating point scalar. Parameters may be complex.
@@ -39,11 +38,10 @@ def step_fn(
       has_aux: If True, `loss_fn` returns `(loss, aux)`, where `aux` is any pytree of arrays, and the step returns
         `(params, state, loss, aux)`.
       accumulate: Number k of equal micro-batches to divide each batch into. They are computed one after another, to
-        save memory; of gradients, the step keeps one sum, in float32 or wider. Loss and gradients are the means over
-        the micro-batches, and equal those of the whole batch if the loss is a mean over its rows. All arrays of
-        the batch must have the same first axis, divisible by k. Micro-batch i has rows i, i + k, i + 2k, ..., so
-        a batch that is sharded by rows stays on its devices. Scalars, such as a key, go to every micro-batch.
-        Each `aux` is kept: they are stacked along a new first axis of length k.
+        save memory; the step keeps one sum of their gradients, in float32 or wider. Loss and gradients are means over
+        them, equal to those of the whole batch if the loss is a mean over its rows. All arrays of the batch must have
+        the same first axis, divisible by k. Micro-batch i has rows i, i + k, i + 2k, ..., so a batch that is sharded
+        by rows stays on its devices. Scalars, such as a key, go to all. `aux` gets a new first axis of length k.
 
     Returns:
       The step. On a mesh, parameters and state keep the shardings that they have at its first call.
@@ -201,11 +199,8 @@ def _loss_and_gradients(
 
 def _check_scale(optimizer: Transformation) -> None:
     """Refuse a loss scale inside another transformation: nobody could scale the loss by it."""
-
-    def scales(x: Any) -> bool:
-        return isinstance(x, DynamicLossScale)
-
-    if not scales(optimizer) and any(map(scales, jax.tree.leaves(optimizer, is_leaf=scales))):
+    parts = jax.tree.leaves(optimizer, is_leaf=lambda x: isinstance(x, DynamicLossScale))
+    if not isinstance(optimizer, DynamicLossScale) and any(isinstance(x, DynamicLossScale) for x in parts):
         raise ValueError(
             f"dynamic_loss_scale is within {type(optimizer).__name__}, where the loss cannot be scaled: "
             "put it around all the others, dynamic_loss_scale(chain(...))"
@@ -259,21 +254,20 @@ def train(
       dtype: Dtype of the parameters; None for the dtypes that `problem.init` returns.
       report_every: Updates between reports.
       evaluate_every: Updates between evaluations.
-      stop: Called at each report; the run ends when it returns True. With many processes, it must return the same in
-        all of them.
+      stop: Called at each report, with the same result in all processes; the run ends when it returns True.
       start: A `Report` or `checkpoint.Checkpoint` of the same run, to continue from. The next step reuses its memory.
         The continued run equals the uninterrupted one to the last bit.
       diagnose: If True, measure the next update at each report (see `adamjax.diagnostics`). That update is then
         computed twice, so that measuring does not change a bit of the run.
       mesh: Devices to train on, with axes in Auto mode: of this process or, after `jax.distributed.initialize`, of many
-        that all call this. Each device takes an equal part of each batch, along the first axis of its arrays. The
-        methods of the problem see the whole batch, as on one device. The parameters are replicated; the
-        state is replicated too, or divided by `adamjax.sharding.zero1` around the optimizer. None: one device.
+        that all call this. Each device takes an equal part of each batch, along the first axis of its arrays, but the
+        methods of the problem see the whole batch. The parameters are replicated; the state too, unless
+        `adamjax.sharding.zero1` around the optimizer divides it. None: one device.
 
     Returns:
-      An iterator of reports: one before the first step (but not at `start`), then as often as asked for. The last
-      one has metrics; it comes early if `stop` returns True, or if a loss is not finite. Inside
-      `skip_nonfinite` or `dynamic_loss_scale`, the optimizer skips such steps instead.
+      An iterator of reports: one before the first step (but not at `start`), then as often as asked for. The last one
+      has metrics; it comes early if `stop` returns True, or if a loss is not finite and the optimizer does not skip
+      such steps, inside `skip_nonfinite` or `dynamic_loss_scale`.
 
     Raises:
       TypeError: `problem` is not a `Problem`, `optimizer` not a transformation, or `start` not a report or checkpoint.

@@ -118,9 +118,8 @@ def as_scalar(name: str, x: Any, dtype: np.dtype) -> Any:
 def parameters(params: PyTree) -> None:
     """Check that every leaf of `params` is a floating point or complex array."""
     if not all(map(_is_inexact, jax.tree.leaves(params))):
-        for path, leaf in jax.tree.leaves_with_path(params):
-            if not _is_inexact(leaf):
-                raise TypeError(_leaf_message(_at("params", path), leaf))
+        path, leaf = next(x for x in jax.tree.leaves_with_path(params) if not _is_inexact(x[1]))
+        raise TypeError(_leaf_message(_at("params", path), leaf))
 
 
 def updates(grads: PyTree, like: PyTree, name: str = "params") -> tuple[Leaves, Leaves | None]:
@@ -147,12 +146,17 @@ def moments(grads: Leaves, found: PyTree, name: str, *, real: bool = False) -> l
     return _fitting(grads, found, name, real)
 
 
+def nodes_at(grads: Leaves, tree: PyTree, name: str = "state") -> list[Any]:
+    """Check that `tree` has a node for each gradient; return those in order."""
+    try:
+        return grads.column(tree)
+    except ValueError:
+        raise ValueError(f"the gradients {_difference(grads.tree, tree, name)}; {_remedy(name)}") from None
+
+
 def _fitting(grads: Leaves, like: PyTree, name: str, real: bool = False) -> list[Any]:
     """Return the nodes of `like` at the places of the gradients, if they fit them."""
-    try:
-        column = grads.column(like)
-    except ValueError:
-        raise ValueError(f"the gradients {_difference(grads.tree, like, name)}; {_remedy(name)}") from None
+    column = nodes_at(grads, like, name)
     for g, x in zip(grads.leaves, column, strict=True):
         if g is not None and not _fits(g, x, real):
             _raise_first_misfit(grads, column, name, real)
@@ -242,14 +246,6 @@ def arrays(found: PyTree, name: str) -> None:
             raise TypeError(f"{_at(name, path)} is {_describe(x)}, expected an array; {_remedy(name)}")
 
 
-def per_param_states(found: PyTree, grads: Leaves) -> list[Any]:
-    """Check that the tree `found` has a state for each gradient; return those in order."""
-    try:
-        return grads.column(found)
-    except ValueError:
-        raise ValueError(f"the gradients {_difference(grads.tree, found, 'state')}; {_remedy('state')}") from None
-
-
 def params_given(params: PyTree, grads: PyTree, who: str, call: str = "update(grads, state, params)") -> None:
     """Check that `who`, which reads the parameters, was given them (an empty tree needs none)."""
     if params is None and jax.tree.leaves(grads):
@@ -258,9 +254,8 @@ def params_given(params: PyTree, grads: PyTree, who: str, call: str = "update(gr
 
 def _is_real(x: Any) -> bool:
     dtype = getattr(x, "dtype", np.void)
-    if _is_foreign_dtype(dtype):
-        return False
-    return bool(jnp.issubdtype(dtype, np.floating) or jnp.issubdtype(dtype, np.integer))
+    known = not _is_foreign_dtype(dtype)
+    return known and bool(jnp.issubdtype(dtype, np.floating) or jnp.issubdtype(dtype, np.integer))
 
 
 def _shape(x: Any) -> tuple[int, ...]:
@@ -340,8 +335,8 @@ def _raise_first_misfit(grads: Leaves, like: list[Any] | None, name: str, real: 
 
 def _difference(tree: PyTree, like: PyTree, name: str) -> str:
     """The first difference between `tree` and `like`, in words."""
-    whole = f"are {jax.tree.structure(tree)}, expected {jax.tree.structure(like)}"
-    return _first_difference(tree, like, name) or whole
+    found = _first_difference(tree, like, name)
+    return found or f"are {jax.tree.structure(tree)}, expected {jax.tree.structure(like)}"
 
 
 def _first_difference(tree: PyTree, like: PyTree, where: str) -> str | None:
@@ -383,22 +378,20 @@ def _at(name: str, path: Path) -> str:
 
 def _leaf_message(where: str, leaf: object) -> str:
     expected = "expected a floating point or complex array"
-    if callable(leaf) and not hasattr(leaf, "dtype"):
-        return (
-            f"{where} is {_describe(leaf)}, {expected}: pass arrays only, for instance "
-            "equinox.filter(model, equinox.is_inexact_array) or the parameters that flax's init returned"
+    remedy = "keep it outside the parameters, or put None at its place in parameters and gradients"
+    found = _describe(leaf)
+    if hasattr(leaf, "dtype"):
+        if _is_foreign_dtype(leaf.dtype):
+            found, expected = f"{found} of type {type(leaf).__name__}", f"{expected} of JAX or NumPy"
+            remedy = "convert it, as in jnp.asarray(tensor.detach().numpy())"
+        elif jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            found, remedy = "a PRNG key", "keep keys outside the parameters"
+    elif callable(leaf):
+        remedy = (
+            "pass arrays only, for instance equinox.filter(model, equinox.is_inexact_array) "
+            "or the parameters that flax's init returned"
         )
-    if hasattr(leaf, "dtype") and _is_foreign_dtype(leaf.dtype):
-        return (
-            f"{where} is {_describe(leaf)} of type {type(leaf).__name__}, {expected} of JAX or NumPy: convert it, "
-            "as in jnp.asarray(tensor.detach().numpy())"
-        )
-    if hasattr(leaf, "dtype") and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        return f"{where} is a PRNG key, {expected}: keep keys outside the parameters"
-    return (
-        f"{where} is {_describe(leaf)}, {expected}: keep it outside the parameters, "
-        "or put None at its place in parameters and gradients"
-    )
+    return f"{where} is {found}, {expected}: {remedy}"
 
 
 def _describe(x: object) -> str:

@@ -72,11 +72,10 @@ def _node(x: PyTree) -> str:
     if isinstance(x, Value):
         fields = [field for field in dataclasses.fields(x) if field.metadata.get("described")]  # type: ignore[arg-type]
         # Fields at their defaults are left out, so that adding a field later does not change old schemas.
-        chosen = {f.name: getattr(x, f.name) for f in fields if getattr(x, f.name) != f.default}
-        return f"{name}({', '.join(f'{field}={_print(content)}' for field, content in chosen.items())})"
+        chosen = [f"{f.name}={_print(y)}" for f in fields if (y := getattr(x, f.name)) != f.default]
+        return f"{name}({', '.join(chosen)})"
     structure: Any = jax.tree.structure(x, is_leaf=lambda y: y is not x)
-    _, static = structure.node_data()
-    return f"{name} {_print(static)}"
+    return f"{name} {_print(structure.node_data()[1])}"
 
 
 def _print(x: object) -> str:

@@ -1,5 +1,7 @@
 """Statistics of one step: of its gradients, updates, moments and parameters."""
 
+import operator
+from collections import namedtuple
 from typing import Any, NamedTuple
 
 import jax
@@ -97,24 +99,12 @@ def check_stats(x: object) -> AdamStats:
     return x
 
 
-class _Sums(NamedTuple):
-    """Sums over the elements of one parameter."""
-
-    size: Array
-    gradient: Array  # squares, like the next two
-    update: Array
-    parameter: Array
-    product: Array  # gradient times update
-    zero: Array  # counts, down to `dominated`
-    nonfinite: Array
-    moved: Array
-    lost: Array
-    alive: Array
-    dominated: Array
-    signal: Array  # squares, from here on
-    noise: Array
-    direction: Array
-    error: Array
+# Sums over the elements of one parameter. `gradient`, `update`, `parameter`, and all from `signal` on are of squares,
+# `product` is of gradient times update, and the others count elements.
+_Sums = namedtuple(
+    "_Sums",
+    "size gradient update parameter product zero nonfinite moved lost alive dominated signal noise direction error",
+)
 
 
 def measure(
@@ -169,7 +159,7 @@ def measure(
     if not chosen:
         raise ValueError("there are no gradients to measure: all of them are None, or the tree is empty")
     moments = _moments_by_path(state, opt, params, {key: np.shape(g) for key, g, *_ in chosen})
-    sums, rates, hyper, counts = [], [], [], []
+    sums, rates, hyper = [], [], []
     for key, g, u, p in chosen:
         found = moments[key]
         total, quantiles = _leaf(g, u, p, found)
@@ -177,12 +167,10 @@ def measure(
         sums.append(jax.lax.psum(total, axes) if axes else total)
         rates.append(jax.lax.pmean(quantiles, axes) if axes else quantiles)
         hyper.append(jnp.stack([_float32("b2", found.member.b2), _float32("eps", found.member.eps)]))
-        counts.append(found.count)
     table, rate_table, hyper_table = jnp.stack(sums, 1), jnp.stack(rates, 1), jnp.stack(hyper, 1)
-    sizes = table[0]
-    mean_rates = jnp.sum(rate_table * sizes[None], axis=1) / jnp.sum(sizes)
+    mean_rates = jnp.sum(rate_table * table[:1], axis=1) / jnp.sum(table[0])
     return AdamStats(
-        jnp.max(jnp.stack(counts)),
+        jnp.max(jnp.stack([moments[key].count for key, *_ in chosen])),
         _figures(_Sums(*jnp.sum(table, axis=1)), mean_rates, jnp.max(hyper_table, axis=1)),
         _figures(_Sums(*table), rate_table, hyper_table),
         tuple(trees.path_of(key) for key, *_ in chosen),
@@ -212,6 +200,7 @@ def _moments_by_path(
     found: dict[Path, _Moments] = {}
     for (where, node), member in zip(nodes, _members(opt, nodes), strict=True):
         maxima = getattr(node, "nu_max", None)
+        structure: Any
         with_paths, structure = jax.tree.flatten_with_path(node.mu, is_leaf=is_moment)
         columns = [[None] * len(with_paths) if x is None else structure.flatten_up_to(x) for x in (node.nu, maxima)]
         for (key, m), v, v_max in zip(with_paths, *columns, strict=True):
@@ -242,7 +231,7 @@ def _members(opt: GradientTransformation | None, nodes: list[tuple[Path, Any]]) 
         return all(hasattr(x, name) for name in ("b1", "b2", "eps"))
 
     members = [x for x in jax.tree.leaves(opt, is_leaf=has_betas) if has_betas(x)]
-    if opt is None or not members:
+    if not members:
         return [scale_by_adam(amsgrad=getattr(node, "nu_max", None) is not None) for _, node in nodes]
     if len(members) == 1:
         return members * len(nodes)
@@ -317,9 +306,7 @@ def _summed(terms: list[Array]) -> Array:
     if terms[0].ndim > 1:
         # Reduce all terms at once. One at a time, XLA would read the arrays for each, or store the terms.
         zeros = [np.zeros((), x.dtype) for x in terms]
-        terms = jax.lax.reduce(
-            terms, zeros, lambda a, b: [x + y for x, y in zip(a, b, strict=True)], [terms[0].ndim - 1]
-        )
+        terms = jax.lax.reduce(terms, zeros, lambda a, b: list(map(operator.add, a, b)), [terms[0].ndim - 1])
     return jnp.stack([jnp.sum(x) for x in terms])
 
 

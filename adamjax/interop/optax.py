@@ -47,8 +47,7 @@ def import_state(opt: GradientTransformation, params: PyTree, state: PyTree) -> 
             "opt keeps the maximum of uncorrected moments, like torch, but optax keeps that of corrected ones: "
             "use variant='corrected'"
         )
-    start = opt.init(trees.concrete(params))
-    return _filled(start, state, "state")
+    return _filled(opt.init(trees.concrete(params)), state, "state")
 
 
 def export_state(opt: GradientTransformation, state: PyTree) -> PyTree:
@@ -123,8 +122,8 @@ def _filled(template: PyTree, theirs: PyTree, where: str) -> PyTree:
     if isinstance(template, AdamState):
         return _adam(template, theirs, where)
     if isinstance(template, ScheduleState):
-        counts = [s.count for _, s in _find(theirs, "ScaleByScheduleState")] or [_only(theirs, where)[1].count]
-        return ScheduleState(jnp.asarray(counts[0]))
+        (_, found), *_ = _find(theirs, "ScaleByScheduleState") or [_only(theirs, where)]
+        return ScheduleState(jnp.asarray(found.count))
     if _is_state(template) and type(template).__name__ == type(theirs).__name__:
         fields = template._fields
         return type(template)(*(_filled(getattr(template, f), getattr(theirs, f), f"{where}.{f}") for f in fields))
@@ -151,14 +150,12 @@ def _adam(template: AdamState, theirs: PyTree, where: str) -> AdamState:
     path, found = _only(theirs, where)
     if (template.nu_max is None) != (not hasattr(found, "nu_max")):
         raise ValueError(f"{where}{path} is {'with' if hasattr(found, 'nu_max') else 'without'} nu_max, and opt is not")
-    mu, nu, nu_max = (
-        packed_like(
-            getattr(template, name),
-            _like(unpacked(getattr(template, name)), getattr(found, name, None), f"{where}{path}.{name}"),
-        )
-        for name in ("mu", "nu", "nu_max")
-    )
-    return AdamState(jnp.asarray(found.count), mu, nu, nu_max)
+
+    def moment(name: str) -> PyTree:
+        like = getattr(template, name)
+        return packed_like(like, _like(unpacked(like), getattr(found, name, None), f"{where}{path}.{name}"))
+
+    return AdamState(jnp.asarray(found.count), *map(moment, ("mu", "nu", "nu_max")))
 
 
 def _structures(a: PyTree, b: PyTree) -> tuple[Any, Any]:
@@ -171,8 +168,7 @@ def _like(template: PyTree, x: PyTree, where: str) -> PyTree:
         raise ValueError(
             f"{where} is {found}, expected {expected}: of other parameters, or opt stores moments in another format"
         )
-    pairs = zip(jax.tree.leaves_with_path(template), jax.tree.leaves(x), strict=True)
-    for (path, like), leaf in pairs:
+    for (path, like), leaf in zip(jax.tree.leaves_with_path(template), jax.tree.leaves(x), strict=True):
         name = where + jax.tree_util.keystr(path)
         if like.shape != jnp.shape(leaf):
             raise ValueError(f"{name} has shape {jnp.shape(leaf)}, expected {like.shape}")
@@ -194,9 +190,9 @@ def _only(theirs: PyTree, where: str) -> tuple[str, Any]:
 
 def _find(tree: PyTree, name: str, where: str = "") -> list[tuple[str, Any]]:
     """Return the states of type `name` in `tree`, with their paths. Names of types work without optax installed."""
-    if _is_state(tree) and type(tree).__name__ == name:
-        return [(where, tree)]
     if _is_state(tree):
+        if type(tree).__name__ == name:
+            return [(where, tree)]
         children = [(f".{field}", getattr(tree, field)) for field in tree._fields]
     elif isinstance(tree, (tuple, list)):
         children = [(f"[{i}]", child) for i, child in enumerate(tree)]

@@ -1,9 +1,8 @@
 """torch.optim's Adam family in JAX: the same signatures, defaults, algorithms and numbers.
 
-These functions differ from those of the same names in `adamjax` as torch differs from optax. Each
-parameter counts its own steps, and is skipped while its gradient is None; complex parameters are
-treated as pairs of real ones; NAdam schedules its momentum; RAdam adds eps before it corrects the
-bias. Unlike in torch, moments of half precision parameters are float32.
+These functions differ from those of the same names in `adamjax` as torch differs from optax. Each parameter counts its
+own steps, and is skipped while its gradient is None; complex parameters are treated as pairs of real ones; NAdam
+schedules its momentum; RAdam adds eps before it corrects the bias. Moments of half precision are kept in float32.
 
 torch's arguments `foreach`, `capturable` and `differentiable` select an implementation, not an algorithm. They
 are accepted, so that calls need no changes, and ignored. `fused=True` means the same as for `adamjax.adam`.
@@ -175,12 +174,7 @@ def _of_torch(
 
 
 def _check(
-    lr: ScalarOrSchedule,
-    betas: Betas,
-    eps: Scalar,
-    weight_decay: ScalarOrSchedule,
-    momentum_decay: Scalar = 0.0,
-    **flags: bool,
+    lr: object, betas: Betas, eps: object, weight_decay: object, momentum_decay: object = 0.0, **flags: object
 ) -> Betas:
     """Check numbers like torch does, in its words, and flags; return the two betas. Leave out arrays and schedules."""
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:

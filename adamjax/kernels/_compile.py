@@ -20,8 +20,6 @@ SOURCE = Path(__file__).with_name("adam.cc")
 _HANDLERS = {"": "AdamjaxStep", "-group": "AdamjaxGroup"}
 
 _FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared")
-_X86_FLAGS = ("-march=native", "-mprefer-vector-width=512")
-_OTHER_FLAGS = ("-mcpu=native",)
 
 
 class Kernel(NamedTuple):
@@ -128,7 +126,8 @@ def _compiler() -> str:
 
 
 def _flags() -> tuple[str, ...]:
-    return _FLAGS + (_X86_FLAGS if platform.machine() in ("x86_64", "AMD64") else _OTHER_FLAGS)
+    is_x86 = platform.machine() in ("x86_64", "AMD64")
+    return (*_FLAGS, *(("-march=native", "-mprefer-vector-width=512") if is_x86 else ("-mcpu=native",)))
 
 
 def _path(compiler: str) -> Path:

@@ -280,7 +280,7 @@ def _layout_of(
     transform = as_transformation(opt, f"argument opt of {who}")
     checks.parameters(params)
     if mesh is None:
-        meshes = [s.mesh for p in jax.tree.leaves(params) if isinstance(s := sharding_of(p), NamedSharding)]
+        meshes = [s.mesh for s in map(sharding_of, jax.tree.leaves(params)) if isinstance(s, NamedSharding)]
         if not meshes:
             raise ValueError(f"no leaf of params is on a mesh: {_PUT}, or give {who} abstract ones with shardings")
         mesh = meshes[0]
@@ -297,7 +297,6 @@ _PUT = "put them there, by jax.device_put(params, NamedSharding(mesh, PartitionS
 
 
 def check_mesh(mesh: Any) -> None:
-    """Check the argument `mesh`."""
     if not isinstance(mesh, (Mesh, AbstractMesh)):
         raise TypeError(f"Invalid mesh value: {mesh!r}; mesh must be a jax.sharding.Mesh")
     if len(set(mesh.axis_types)) > 1:
@@ -352,8 +351,7 @@ def constrain(tree: PyTree, shardings: PyTree) -> PyTree:
 
 def mesh_axes_by_dim(sharding: NamedSharding, ndim: int) -> list[Names]:
     """Return the mesh axes that each dimension of an array is sharded over."""
-    parts = _names(sharding.spec)
-    return [*parts, *([()] * (ndim - len(parts)))]
+    return [*_names(sharding.spec), *[()] * (ndim - len(sharding.spec))]
 
 
 def canonical_spec(spec: PartitionSpec) -> PartitionSpec:
@@ -407,8 +405,8 @@ def _check_sharding(sharding: PyTree, state: PyTree) -> None:
     expected: Any = jax.tree.structure(state)
     found: Any = jax.tree.structure(sharding)
     if found != expected or not all(isinstance(s, NamedSharding) for s in jax.tree.leaves(sharding)):
-        what = f"a tree of {found}" if found != expected else "a tree of something else"
+        what = found if found != expected else "something else"
         raise ValueError(
-            f"Invalid sharding value: {what}, expected NamedShardings in {expected}: "
+            f"Invalid sharding value: a tree of {what}, expected NamedShardings in {expected}: "
             "make it with state_sharding(opt, params)"
         )

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import jax.export
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from adamjax._core import checks, trees
 from adamjax._core.trees import Leaves
@@ -15,7 +15,7 @@ from adamjax._core.value import Value, static_field, value
 from adamjax._transforms.base import Result, StepsParts
 from adamjax._transforms.delivery import Delivery
 from adamjax.sharding import _layout
-from adamjax.sharding._layout import Names, StateLayout
+from adamjax.sharding._layout import MeshLike, Names, StateLayout
 
 
 class Specs:
@@ -111,7 +111,13 @@ class Zero1(StepsParts):
     ) -> Result:
         checks.params_given(params, updates, "zero1")
         params = updates if params is None else params  # without parameters, there are no gradients
-        plan, whole = self._plan_of(state, params.tree)
+        checks.state(state, Zero1State, "zero1")
+        if len(state.specs) != (count := len(jax.tree.leaves(params.tree))):
+            raise ValueError(
+                f"the state of zero1 is that of {len(state.specs)} parameters, and params has {count}: "
+                "call init(params) for these"
+            )
+        plan, whole = self._plan(params.tree, state.specs, "the state of zero1 was made where it was")
         grads, own = [x.like(x.column(_layout.constrain(x.tree, plan.params))) for x in (updates, params)]
 
         def together(found: Leaves) -> Leaves:
@@ -119,16 +125,6 @@ class Zero1(StepsParts):
 
         found, delivered, inner = self._run_parts(grads, state.inner, own, extra, delivery, (params, together))
         return found, delivered, Zero1State(_layout.constrain(inner, plan.state), state.specs)
-
-    def _plan_of(self, state: PyTree, params: PyTree) -> tuple[StateLayout, PyTree]:
-        checks.state(state, Zero1State, "zero1")
-        count = len(jax.tree.leaves(params))
-        if len(state.specs) != count:
-            raise ValueError(
-                f"the state of zero1 is that of {len(state.specs)} parameters, and params has {count}: "
-                "call init(params) for these"
-            )
-        return self._plan(params, state.specs, "the state of zero1 was made where it was")
 
     def _plan(self, params: PyTree, specs: Sequence[PartitionSpec | None], said: str) -> tuple[StateLayout, PyTree]:
         """Where everything is during a step, and where the parameters are before and after it."""
@@ -148,25 +144,22 @@ def _canonical(specs: Iterable[PartitionSpec]) -> tuple[PartitionSpec, ...]:
 
 def _mesh_of(leaves: list[tuple[Any, Any]], given: Any) -> Any:
     """Return the mesh of the parameters, or the given one: tracers know only the abstract mesh."""
-    for path, p in leaves:
-        found = jax.typeof(p).sharding if isinstance(p, jax.core.Tracer) else _layout.sharding_of(p)
-        mesh = getattr(found, "mesh", None)
-        if mesh is None or mesh.empty:
-            traced = isinstance(p, jax.core.Tracer)
-            if traced and given is not None:
-                return given
-            raise ValueError(
-                f"params{jax.tree_util.keystr(path)} is on no mesh: put the parameters there, by "
-                "jax.device_put(params, NamedSharding(mesh, PartitionSpec()))"
-                + (", or give zero1 the mesh" if traced else "")
-            )
-        if AxisType.Manual in mesh.axis_types:
-            raise ValueError("zero1 is for arrays under jax.jit: inside of jax.shard_map, take zero1_mapped")
-        _layout.check_mesh(mesh)
-        if given is not None and given.abstract_mesh != mesh.abstract_mesh:
-            raise ValueError(f"params{jax.tree_util.keystr(path)} is on {mesh}, expected {given}, the mesh of zero1")
-        return mesh
-    raise ValueError("zero1 needs the parameters to know their mesh, and there are none")
+    if not leaves:
+        raise ValueError("zero1 needs the parameters to know their mesh, and there are none")
+    path, p = leaves[0]
+    traced, where = isinstance(p, jax.core.Tracer), f"params{jax.tree_util.keystr(path)}"
+    mesh = getattr(jax.typeof(p).sharding if traced else _layout.sharding_of(p), "mesh", None)
+    if mesh is None or mesh.empty:
+        if traced and given is not None:
+            return given
+        remedy = "jax.device_put(params, NamedSharding(mesh, PartitionSpec()))" + ", or give zero1 the mesh" * traced
+        raise ValueError(f"{where} is on no mesh: put the parameters there, by {remedy}")
+    if AxisType.Manual in mesh.axis_types:
+        raise ValueError("zero1 is for arrays under jax.jit: inside of jax.shard_map, take zero1_mapped")
+    _layout.check_mesh(mesh)
+    if given is not None and given.abstract_mesh != mesh.abstract_mesh:
+        raise ValueError(f"{where} is on {mesh}, expected {given}, the mesh of zero1")
+    return mesh
 
 
 def _whole(path: Any, p: Any, mesh: Any, spec: PartitionSpec | None, said: str) -> NamedSharding:
@@ -185,11 +178,7 @@ def _whole(path: Any, p: Any, mesh: Any, spec: PartitionSpec | None, said: str) 
 
 
 def zero1(
-    opt: GradientTransformation,
-    *,
-    mesh: Mesh | AbstractMesh | None = None,
-    axis: str | Names,
-    specs: PyTree = None,
+    opt: GradientTransformation, *, mesh: MeshLike | None = None, axis: str | Names, specs: PyTree = None
 ) -> Zero1:
     """Spread the state of `opt` over an axis of the mesh: each of its n devices stores and steps an n-th (ZeRO-1).
 
