@@ -272,12 +272,6 @@ def _runs(x: Array, length: int) -> Array:
     return x.reshape(*x.shape[:-1], count, length)
 
 
-def _join(x: Array, like: Array) -> Array:
-    """Undo `_runs`: merge the blocks into one axis of the length and sharding of `like`."""
-    x = x.reshape(*x.shape[:-2], x.shape[-2] * x.shape[-1])
-    return sharded_like(x[..., : like.shape[-1]] if x.shape[-1] != like.shape[-1] else x, like)
-
-
 def sharded_like(x: Array, like: Array) -> Array:
     """Give `x` the sharding in the type of `like`, if there is one."""
     wanted = jax.typeof(like).sharding
@@ -286,7 +280,9 @@ def sharded_like(x: Array, like: Array) -> Array:
 
 def _spread(scales: Array, block_size: int, like: Array) -> Array:
     """Broadcast the scales to the numbers of an array with the shape and sharding of `like`."""
-    return _join(jnp.broadcast_to(scales[..., None], (*scales.shape, block_size)), like)
+    x = jnp.broadcast_to(scales[..., None], (*scales.shape, block_size))
+    x = x.reshape(*scales.shape[:-1], scales.shape[-1] * block_size)
+    return sharded_like(x[..., : like.shape[-1]] if x.shape[-1] != like.shape[-1] else x, like)
 
 
 def _pack(nibbles: Array) -> Array:

@@ -136,74 +136,57 @@ def _nonfinite(overall: Series, leaves: list[Series]) -> Found:
     for leaf in leaves:
         bad = leaf.of.nonfinite_gradients > 0
         if bad.any():
-            first = int(leaf.counts[np.argmax(bad)])
-            yield (
-                leaf.path,
-                float(bad.mean()),
-                f"the gradient of {leaf.path} was not finite in {bad.sum()} of {len(bad)} measured steps, "
-                f"first at step {first}",
+            times, first = f"{bad.sum()} of {len(bad)}", int(leaf.counts[np.argmax(bad)])
+            message = f"the gradient of {leaf.path} was not finite in {times} measured steps, first at step {first}"
+            remedy = (
                 "wrap the optimizer in skip_nonfinite (float16: dynamic_loss_scale), and look for a division by 0 "
-                "or a logarithm of it in the loss",
+                "or a logarithm of it in the loss"
             )
+            yield leaf.path, float(bad.mean()), message, remedy
 
 
 def _uphill(overall: Series, leaves: list[Series]) -> Found:
     cosine = overall.usual("cosine")
     if cosine > 0.2:
-        yield (
-            overall.path,
-            cosine,
-            f"updates point uphill: the cosine of their angle to the gradient is {cosine:.2f}",
-            "leave out maximize=True, or one of two changes of sign in the chain",
-        )
+        message = f"updates point uphill: the cosine of their angle to the gradient is {cosine:.2f}"
+        remedy = "leave out maximize=True, or one of two changes of sign in the chain"
+        yield overall.path, cosine, message, remedy
 
 
 def _no_gradient(overall: Series, leaves: list[Series]) -> Found:
     for leaf in leaves:
         if np.all(leaf.of.zero_gradients == 1) and leaf.dtype != "float16":
-            yield (
-                leaf.path,
-                1.0,
-                f"{leaf.path} never got a gradient but 0",
+            message = f"{leaf.path} never got a gradient but 0"
+            remedy = (
                 "connect it to the loss (no stop_gradient, no rounding, no saturated activation before it), or make "
-                "its gradient None",
+                "its gradient None"
             )
+            yield leaf.path, 1.0, message, remedy
 
 
 def _underflow(overall: Series, leaves: list[Series]) -> Found:
     for leaf in leaves:
         zero = leaf.usual("zero_gradients")
         if leaf.dtype == "float16" and zero > 1 / 3:
-            yield (
-                leaf.path,
-                zero,
-                f"{_percent(zero)} of the gradients of {leaf.path} are 0: float16 has nothing below 6e-08",
-                "scale the loss: dynamic_loss_scale",
-            )
+            message = f"{_percent(zero)} of the gradients of {leaf.path} are 0: float16 has nothing below 6e-08"
+            yield leaf.path, zero, message, "scale the loss: dynamic_loss_scale"
 
 
 def _rounding(overall: Series, leaves: list[Series]) -> Found:
-    for leaf in _worst(leaves, "lost", above=1 / 3):
-        yield (
-            leaf.path,
-            leaf.usual("lost"),
-            f"rounding to {leaf.dtype} discards {_percent(leaf.usual('lost'))} of the updates of {leaf.path}",
-            "use stochastic_rounding, kahan or master_weights"
-            if leaf.dtype in ("bfloat16", "float16")
-            else "raise the learning rate",
-        )
+    for leaf, share in _worst(leaves, "lost", above=1 / 3):
+        message = f"rounding to {leaf.dtype} discards {_percent(share)} of the updates of {leaf.path}"
+        low = leaf.dtype in ("bfloat16", "float16")
+        remedy = "use stochastic_rounding, kahan or master_weights" if low else "raise the learning rate"
+        yield leaf.path, share, message, remedy
 
 
 def _eps(overall: Series, leaves: list[Series]) -> Found:
-    for leaf in _worst(leaves, "eps_dominated", above=0.5):
-        share, gradient = leaf.usual("eps_dominated"), leaf.usual("gradient_norm") / math.sqrt(leaf.of.size[-1])
-        yield (
-            leaf.path,
-            share,
-            f"eps ({leaf.of.eps[-1]:.0e}) dominates {_percent(share)} of {leaf.path}, whose gradients are about "
-            f"{gradient:.0e}",
-            "lower eps, or scale the loss",
+    for leaf, share in _worst(leaves, "eps_dominated", above=0.5):
+        eps, gradient = leaf.of.eps[-1], leaf.usual("gradient_norm") / math.sqrt(leaf.of.size[-1])
+        message = (
+            f"eps ({eps:.0e}) dominates {_percent(share)} of {leaf.path}, whose gradients are about {gradient:.0e}"
         )
+        yield leaf.path, share, message, "lower eps, or scale the loss"
 
 
 def _rate_high(overall: Series, leaves: list[Series]) -> Found:
@@ -214,47 +197,38 @@ def _rate_high(overall: Series, leaves: list[Series]) -> Found:
             ratio = float(one.of.update_ratio[0])  # later ratios are smaller: steps that are too long inflate params
         if ratio > 0.1:
             times = "" if math.isinf(ratio) else f" about {_round(ratio / 1e-3)}x"
-            yield (
-                one.path,
-                ratio,
-                f"an update is {ratio:.2g} of {one.path}, where 0.001 is usual: the learning rate is{times} too high",
-                "lower it, or warm up",
+            message = (
+                f"an update is {ratio:.2g} of {one.path}, where 0.001 is usual: the learning rate is{times} too high"
             )
+            yield one.path, ratio, message, "lower it, or warm up"
             return
 
 
 def _rate_low(overall: Series, leaves: list[Series]) -> Found:
     ratio = float(np.max(overall.of.update_ratio, initial=0, where=~np.isnan(overall.of.update_ratio)))
     if 0 < ratio < 1e-5:
-        yield (
-            overall.path,
-            ratio,
+        message = (
             f"no update is more than {ratio:.0e} of the parameters, where 0.001 is usual: "
-            f"the learning rate is about {_round(1e-3 / ratio)}x too low",
-            "raise it",
+            f"the learning rate is about {_round(1e-3 / ratio)}x too low"
         )
+        yield overall.path, ratio, message, "raise it"
 
 
 def _warm_up(overall: Series, leaves: list[Series]) -> Found:
     steps, b2 = int(overall.counts[-1]), float(overall.of.b2[-1])
     needed = 1 / (1 - b2) if b2 < 1 else math.inf
     if 100 <= steps < needed / 15:  # too few steps to judge below 100
-        yield (
-            overall.path,
-            steps / needed,
-            f"the second moment has not warmed up: b2={b2:.7g} needs about {_round(needed)} steps, the run has {steps}",
-            f"lower b2 (to {1 - 1 / max(steps / 10, 2):.3g}, say), or train longer",
-        )
+        wanted = f"b2={b2:.7g} needs about {_round(needed)} steps, the run has {steps}"
+        message = f"the second moment has not warmed up: {wanted}"
+        remedy = f"lower b2 (to {1 - 1 / max(steps / 10, 2):.3g}, say), or train longer"
+        yield overall.path, steps / needed, message, remedy
 
 
 def _storage(overall: Series, leaves: list[Series]) -> Found:
-    for leaf in _worst(leaves, "storage_error", above=0.5):
-        yield (
-            leaf.path,
-            leaf.usual("storage_error"),
-            f"storing the moments of {leaf.path} changes its direction by {_percent(leaf.usual('storage_error'))}",
-            "keep them in more bits, or in smaller blocks (quantized(..., block_size=), or keep=)",
-        )
+    for leaf, change in _worst(leaves, "storage_error", above=0.5):
+        message = f"storing the moments of {leaf.path} changes its direction by {_percent(change)}"
+        remedy = "keep them in more bits, or in smaller blocks (quantized(..., block_size=), or keep=)"
+        yield leaf.path, change, message, remedy
 
 
 RULES: dict[str, Callable[[Series, list[Series]], Found]] = {
@@ -272,9 +246,10 @@ RULES: dict[str, Callable[[Series, list[Series]], Found]] = {
 _ERRORS = ("nonfinite", "uphill")  # the others are warnings
 
 
-def _worst(leaves: list[Series], name: str, above: float) -> list[Series]:
-    """Return the series whose median is above a bound, the largest first."""
-    return sorted((leaf for leaf in leaves if leaf.usual(name) > above), key=lambda leaf: -leaf.usual(name))
+def _worst(leaves: list[Series], name: str, above: float) -> list[tuple[Series, float]]:
+    """Return the series whose median is above a bound, with that, the largest first."""
+    found = [(leaf, x) for leaf in leaves if (x := leaf.usual(name)) > above]
+    return sorted(found, key=lambda row: -row[1])
 
 
 def _percent(x: float) -> str:

@@ -255,7 +255,10 @@ def _leaf(g: Array, u: Array, p: Array, found: _Moments) -> tuple[Array, Array]:
         g, u, p = (jnp.stack([x.real, x.imag], axis=-1) for x in (g, u, p))
     dtype = trees.compute_dtype(*map(trees.dtype_of, (g, u, p)), m.dtype)
     real = trees.real_dtype(dtype)
-    lost = (u != 0) & (_rounded_sum(p, u, dtype) == p.astype(dtype))
+    stepped = p.astype(dtype) + u.astype(dtype)
+    if low_precision.is_low_precision(p.dtype):
+        stepped = low_precision.round_to_nearest(stepped, p.dtype)
+    lost = (u != 0) & (stepped == p.astype(dtype))
     g, u, p = g.astype(dtype), u.astype(dtype), p.astype(dtype)
     v_loaded = moment_storage.load(v, real, g)
     v_max = None if found.v_max is None else moment_storage.load(found.v_max, real, g)
@@ -302,18 +305,11 @@ def _quantiles(x: Array) -> Array:
 
 
 def _summed(terms: list[Array]) -> Array:
-    """Return the sum of each term, stacked."""
     if terms[0].ndim > 1:
         # Reduce all terms at once. One at a time, XLA would read the arrays for each, or store the terms.
         zeros = [np.zeros((), x.dtype) for x in terms]
         terms = jax.lax.reduce(terms, zeros, lambda a, b: list(map(operator.add, a, b)), [terms[0].ndim - 1])
     return jnp.stack([jnp.sum(x) for x in terms])
-
-
-def _rounded_sum(p: Array, u: Array, dtype: np.dtype) -> Array:
-    """Return `p + u`, rounded to the dtype of `p`."""
-    target = p.astype(dtype) + u.astype(dtype)
-    return low_precision.round_to_nearest(target, p.dtype) if low_precision.is_low_precision(p.dtype) else target
 
 
 def _some(x: Array) -> Array:

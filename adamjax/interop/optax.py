@@ -1,6 +1,5 @@
 """Convert states of optax's Adam family to adamjax and back, to continue a run."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -41,8 +40,8 @@ def import_state(opt: GradientTransformation, params: PyTree, state: PyTree) -> 
         hold. The message names the place.
     """
     as_transformation(opt, "argument opt of import_state")
-    amsgrad = {m.amsgrad for m in _moments(opt) if isinstance(m, ScaleByAdam)}
-    if "torch" in amsgrad:
+    parts = jax.tree.leaves(opt, is_leaf=lambda x: isinstance(x, ScaleByAdam))
+    if any(isinstance(x, ScaleByAdam) and x.amsgrad == "torch" for x in parts):
         raise ValueError(
             "opt keeps the maximum of uncorrected moments, like torch, but optax keeps that of corrected ones: "
             "use variant='corrected'"
@@ -69,7 +68,8 @@ def export_state(opt: GradientTransformation, state: PyTree) -> PyTree:
         raise TypeError(f"{opt!r} is not one of adamjax's optimizers, such as adamjax.adamw")
     checks.member_states(state, len(opt.transforms), "opt")
     exported = []
-    for transform, part in zip(map(_within, opt.transforms), state, strict=True):
+    for transform, part in zip(opt.transforms, state, strict=True):
+        transform = transform.inner if isinstance(transform, Packed) else transform
         if isinstance(transform, Moments) and getattr(transform, "amsgrad", None) != "torch":
             checks.state(part, AdamState, type(transform).__name__)
             count, mu, nu, nu_max = map(unpacked, part)
@@ -102,19 +102,6 @@ def wrap(opt: GradientTransformation) -> Any:
     """
     found = as_transformation(opt, "argument opt of wrap")
     return require("optax", "optax", "wrapping for optax").GradientTransformationExtraArgs(found.init, found.update)
-
-
-def _within(opt: Any) -> Any:
-    """Return the transformation inside `packed`, or `opt` itself."""
-    return opt.inner if isinstance(opt, Packed) else opt
-
-
-def _moments(opt: object) -> Iterator[Moments]:
-    """Yield the parts of `opt` that have moments, except those inside wrappers of other libraries."""
-    if isinstance(_within(opt), Moments):
-        yield _within(opt)
-    for inner in getattr(opt, "transforms", ()):
-        yield from _moments(inner)
 
 
 def _filled(template: PyTree, theirs: PyTree, where: str) -> PyTree:

@@ -2,7 +2,7 @@
 
 These functions differ from those of the same names in `adamjax` as torch differs from optax. Each parameter counts its
 own steps, and is skipped while its gradient is None; complex parameters are treated as pairs of real ones; NAdam
-schedules its momentum; RAdam adds eps before it corrects the bias. Moments of half precision are kept in float32.
+schedules its momentum; RAdam adds eps before it corrects the bias. Unlike in torch, no moments are in half precision.
 
 torch's arguments `foreach`, `capturable` and `differentiable` select an implementation, not an algorithm. They
 are accepted, so that calls need no changes, and ignored. `fused=True` means the same as for `adamjax.adam`.
