@@ -356,11 +356,9 @@ class ShardedProblem:
 
     def batch(self, step: Array, key: Array) -> PyTree:
         """The whole batch, its arrays divided by rows; scalars are on all devices."""
-
-        def share(x: Array) -> Array:
-            return jax.lax.with_sharding_constraint(x, self._by_rows if x.ndim else self.replicated)
-
-        return jax.tree.map(share, self._problem.batch(step, key))
+        batch = self._problem.batch(step, key)
+        shardings = jax.tree.map(lambda x: self._by_rows if x.ndim else self.replicated, batch)
+        return jax.lax.with_sharding_constraint(batch, shardings)
 
 
 class Keys(NamedTuple):

@@ -51,7 +51,6 @@ def number(name: str, x: object, *, low: float = 0.0, below: float = math.inf) -
 
 
 def count(name: str, x: object, least: int = 1) -> int:
-    """Check a count: an int of at least `least`."""
     if isinstance(x, bool) or not isinstance(x, (int, np.integer)):
         raise TypeError(f"Invalid {name} value: {x!r}; {name} must be an int")
     if x < least:
@@ -70,7 +69,6 @@ def integer(name: str, x: object) -> Any:
 
 
 def function(name: str, x: Any) -> Any:
-    """Check that an argument is callable."""
     if not callable(x):
         raise TypeError(f"Invalid {name} value: {x!r}; {name} must be a function")
     return x
@@ -137,10 +135,7 @@ def updates(grads: PyTree, like: PyTree, name: str = "params") -> tuple[Leaves, 
 
 
 def moments(grads: Leaves, found: PyTree, name: str, *, real: bool = False) -> list[Any]:
-    """Check that the tree `found` has an array of the gradient's shape for each gradient; return those in order.
-
-    A `real` moment may belong to a complex gradient.
-    """
+    """Return the arrays of the tree `found` that fit the gradients; `real` ones may belong to complex gradients."""
     if found is None and any(g is not None for g in grads.leaves):
         raise ValueError(f"{name} is None, expected an array for each gradient; {_remedy(name)}")
     return _fitting(grads, found, name, real)
@@ -164,7 +159,6 @@ def _fitting(grads: Leaves, like: PyTree, name: str, real: bool = False) -> list
 
 
 def mask(tree: PyTree) -> None:
-    """Check that every leaf of a mask is True or False."""
     for path, leaf in jax.tree.leaves_with_path(tree):
         if not isinstance(leaf, (bool, np.bool_)):
             hint = "; give the mask as one function of params, or as one tree" if callable(leaf) else ""
@@ -199,7 +193,6 @@ def state(found: object, expected: type, who: str) -> None:
 
 
 def has_count(found: object, who: str) -> None:
-    """Check that `found` is a state with a step count."""
     state(found, tuple, who)
     if "count" not in getattr(found, "_fields", ()):
         raise TypeError(f"{who} was given a state without a count: this state belongs to another optimizer")

@@ -17,10 +17,7 @@ _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
 def tree_schema(name: str, tree: PyTree) -> Schema:
-    """Describe each node by its type and static fields, each array by its dtype and shape, and each number by itself.
-
-    Parents come before their children.
-    """
+    """Describe each node, parents first, by its type and static fields, each array by its type, and each number."""
     schema: Schema = {}
 
     def walk(path: str, x: PyTree) -> None:
@@ -42,13 +39,7 @@ def hyperparameter_schema(name: str, tree: PyTree) -> Schema:
 
 
 def first_difference(there: Schema, here: Schema, *, numbers: bool = True) -> str | None:
-    """Return the first difference between two schemas, in words; None if there is none.
-
-    Args:
-      there: The schema of a checkpoint.
-      here: The schema to compare it with.
-      numbers: Whether to compare numbers.
-    """
+    """Return the first difference between the schema of a checkpoint and one from here, in words; None if none."""
     for path in here | there:
         a, b = there.get(path, "nothing"), here.get(path, "nothing")
         if a != b and (numbers or isinstance(a, str) or isinstance(b, str)):

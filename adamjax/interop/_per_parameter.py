@@ -53,18 +53,11 @@ class PerParameter(Leafwise):
 
 @dataclass(frozen=True)
 class StepPerParameter(LeafTransform):
-    """The steps of all parameters, each with the transforms of one.
+    """The steps of all parameters, each with the transforms of one."""
 
-    Fields:
-      steps: The transforms of each; None where it is frozen.
-      updates: For their structure.
-      states: The state of each before the step.
-      leaf_states: The leaf state of each.
-    """
-
-    steps: list[list[LeafTransform] | None]
-    updates: Leaves
-    states: list[Any]
+    steps: list[list[LeafTransform] | None]  # None where a parameter is frozen
+    updates: Leaves  # for their structure
+    states: list[Any]  # before the step
     leaf_states: Sequence[Any]
 
     def ops_for(self, index: int, dtype: np.dtype, p: Any) -> Sequence[LeafOp]:

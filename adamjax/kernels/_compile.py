@@ -74,11 +74,7 @@ def build() -> Path:
 
 @cache
 def target() -> str:
-    """Compile, load and register the kernel, and return its FFI target; with "-group", that for several arrays.
-
-    Raises:
-      RuntimeError: The kernel cannot be compiled.
-    """
+    """Compile, load and register the kernel, and return its FFI target; with "-group", that for several arrays."""
     path = build()
     library = ctypes.CDLL(str(path))
     for suffix, name in _HANDLERS.items():

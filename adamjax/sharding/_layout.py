@@ -162,27 +162,16 @@ def _line(row: Sequence[str], widths: Sequence[int], numbers: tuple[int, ...] = 
 
 
 class StateLayout(NamedTuple):
-    """The shardings of a step.
-
-    Fields:
-      params: The `NamedSharding`s of the parameters during the step.
-      state: The `NamedSharding`s of the state.
-      like: The state, of `jax.ShapeDtypeStruct`s.
-      unsharded_reason: The reason why an array is not spread, for each array of the state; "" if it is, or if it
-        is a scalar.
-    """
+    """The `NamedSharding`s of parameters and state during a step."""
 
     params: PyTree
     state: PyTree
-    like: PyTree
-    unsharded_reason: tuple[str, ...]
+    like: PyTree  # the state, of `jax.ShapeDtypeStruct`s
+    unsharded_reason: tuple[str, ...]  # why an array of the state is not spread; "" if it is, or if it is a scalar
 
 
 def _once_per_structure(lay_out: Callable[..., T]) -> Callable[..., T]:
-    """Cache `lay_out(opt, params, *rest)`.
-
-    A layout depends on the structure of `opt`, not on the values of its arrays: these may be tracers.
-    """
+    """Cache `lay_out(opt, params, *rest)`: it does not depend on the values of arrays, which may be tracers."""
     cache: dict[Hashable, T] = {}
 
     @wraps(lay_out)
