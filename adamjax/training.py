@@ -431,7 +431,6 @@ def measured_step(
 
 
 def _initial(problem: Problem, optimizer: Transformation, dtype: DTypeLike | None, keys: Keys) -> tuple[PyTree, PyTree]:
-    """The parameters and the state before the first step."""
     if isinstance(problem, ShardedProblem):
         params = jax.jit(partial(first_params, problem, dtype))(keys)
         return params, init_sharded(optimizer, params, state_sharding(optimizer, params))

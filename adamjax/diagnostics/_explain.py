@@ -78,8 +78,7 @@ def series(stats: Iterable[AdamStats]) -> tuple[Series, list[Series]]:
 def explain(stats: AdamStats | Iterable[AdamStats]) -> list[Finding]:
     """Explain in words what is wrong with a run.
 
-    With more than one measurement, the rules look at the median over time, so that an unusual start or
-    end does not count.
+    With many measurements, the rules look at the median over time, so that an unusual start or end does not count.
 
     | rule | condition |
     |---|---|

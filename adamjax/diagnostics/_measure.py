@@ -93,7 +93,6 @@ class AdamStats(Value):
 
 
 def check_stats(x: object) -> AdamStats:
-    """Check that `x` is a result of `measure`."""
     if not isinstance(x, AdamStats):
         raise TypeError(f"Invalid stats value: {x!r}; stats must be what adamjax.diagnostics.measure returned")
     return x

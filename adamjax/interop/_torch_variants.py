@@ -119,7 +119,6 @@ class ScaleByTorchNAdam(Leafwise):
         return b1 * (1 - 0.5 * jnp.exp(t * momentum_decay * math.log(0.96)))
 
     def parts(self, m: Array, v: Array, v_max: None, t: Array) -> Parts:
-        """The parts of the direction that the two moments have, at step `t`."""
         return _NAdamMoments(self, jnp.zeros_like(t)).parts(m, v, v_max, t)
 
     def _init(self, params: PyTree) -> NAdamState:

@@ -151,14 +151,9 @@ def describe(
         shape = f"[{','.join(map(str, x.shape))}]"
         rows.append((trees.path_of(path), shape, str(pair[1].spec), *map(str, sizes), reason))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    width = sum(widths[:3]) + 4
-    lines = [_line(row, widths) for row in rows]
-    return "\n".join([*lines, _line(("bytes a device", *map(str, totals)), [width, *widths[3:5]], numbers=(1, 2))])
-
-
-def _line(row: Sequence[str], widths: Sequence[int], numbers: tuple[int, ...] = (3, 4)) -> str:
-    cells = [x.rjust(w) if i in numbers else x.ljust(w) for i, (x, w) in enumerate(zip(row, widths, strict=False))]
-    return "  ".join(cells).rstrip()
+    line = "  ".join(f"{{:{side}{width}}}" for side, width in zip("<<<>><", widths, strict=True))
+    total = f"{'bytes a device':{sum(widths[:3]) + 4}}  {totals[0]:{widths[3]}}  {totals[1]:{widths[4]}}"
+    return "\n".join([*(line.format(*row).rstrip() for row in rows), total])
 
 
 class StateLayout(NamedTuple):
@@ -242,8 +237,7 @@ def split_axes(opt: Transformation, params: PyTree, count: int) -> PyTree:
 
     def axis(path: Path, p: jax.ShapeDtypeStruct) -> int:
         splits = count > 1 and path not in packed
-        found = first_divisible(p.shape, [1] * p.ndim, count, block_sizes.get(path, 1)) if splits else None
-        return -1 if found is None else found
+        return first_divisible(p.shape, [1] * p.ndim, count, block_sizes.get(path, 1)) if splits else -1
 
     return jax.tree.map_with_path(axis, params)
 
@@ -359,13 +353,13 @@ def _spec(parts: list[Names]) -> PartitionSpec:
     return PartitionSpec(*(part[0] if len(part) == 1 else part or None for part in parts))
 
 
-def first_divisible(shape: Sequence[int], parts: Sequence[int], count: int, unit: int) -> int | None:
-    """Return the first axis that divides into `count` times as many `parts`; the last one in blocks of `unit`."""
+def first_divisible(shape: Sequence[int], parts: Sequence[int], count: int, unit: int) -> int:
+    """Return the first axis that divides into `count` times as many `parts`, the last in blocks of `unit`; or -1."""
     for axis, (size, taken) in enumerate(zip(shape, parts, strict=True)):
         run = unit if axis == len(shape) - 1 else 1
         if size > 0 and size % (taken * count * run) == 0:
             return axis
-    return None
+    return -1
 
 
 def _spread(p: jax.ShapeDtypeStruct, names: Names, unit: int) -> tuple[NamedSharding, str]:
@@ -376,11 +370,11 @@ def _spread(p: jax.ShapeDtypeStruct, names: Names, unit: int) -> tuple[NamedShar
     free = tuple(name for name in names if mesh.shape[name] > 1 and not any(name in part for part in taken))
     count = math.prod(mesh.shape[name] for name in free)
     parts = [math.prod(mesh.shape[name] for name in part) for part in taken]
-    axis = first_divisible(p.shape, parts, count, unit) if free else None
-    if axis is not None:
+    axis = first_divisible(p.shape, parts, count, unit) if free else -1
+    if axis >= 0:
         taken[axis] = (*taken[axis], *free)
     blocks = f" in blocks of {unit}" if unit > 1 else ""
-    reason = f"no axis is divisible by {count}{blocks}" if free and axis is None and p.shape else ""
+    reason = f"no axis is divisible by {count}{blocks}" if free and axis < 0 and p.shape else ""
     return _named(mesh, taken), reason
 
 
