@@ -1,8 +1,7 @@
 """Checkpoints of a training run: parameters, optimizer state and step, written by orbax.
 
-A step is on disk completely or not at all, even if the process dies while it writes. It also records its
-optimizer, and the path, shape and dtype of every array. `restore` compares these before it reads anything and
-raises if they differ, where orbax would cast.
+A step is on disk completely or not at all, even if the process dies while it writes. It records its optimizer, and the
+path, shape and dtype of every array. `restore` compares these first and raises if they differ; orbax would cast.
 """
 
 import os
@@ -109,11 +108,9 @@ def restore(
       optimizer: The optimizer that was saved.
       params: A template of the parameters: arrays, or `jax.ShapeDtypeStruct`s. The arrays are restored to its
         shardings, whatever they were when the step was saved; without one, to the default device.
-      state: A template of the state, for shardings that differ from those of the parameters. Default: the
-        result of `optimizer.init`.
+      state: A template of the state, for shardings that differ from those of the parameters. Default: `init`'s result.
       step: The step to restore. Default: the last.
-      new_hyperparameters: True to continue with the numbers of `optimizer`, such as its learning rate, even if
-        other numbers were saved.
+      new_hyperparameters: True to take the numbers of `optimizer`, such as its learning rate, if others were saved.
 
     Returns:
       A `Checkpoint`.

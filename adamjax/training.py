@@ -35,8 +35,7 @@ def step_fn(
       opt: A transformation, ours or optax's. It gets the loss as `value`. With `dynamic_loss_scale`, which must be
         outermost, the scaled loss is differentiated; the returned loss is not scaled. Its hyperparameters are
         constants of the compiled step: use a schedule to change them during a run.
-      has_aux: If True, `loss_fn` returns `(loss, aux)`, where `aux` is any pytree of arrays, and the step returns
-        `(params, state, loss, aux)`.
+      has_aux: If True, `loss_fn` returns `(loss, aux)`, with any pytree of arrays, and the step also returns `aux`.
       accumulate: Number k of equal micro-batches to divide each batch into. They are computed one after another, to
         save memory; the step keeps one sum of their gradients, in float32 or wider. Loss and gradients are means over
         them, equal to those of the whole batch if the loss is a mean over its rows. All arrays of the batch must have

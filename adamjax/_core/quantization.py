@@ -1,9 +1,8 @@
 """Block-quantised arrays: 8 or 4 bits per number, and a float32 scale per block.
 
-A block is a run of numbers along the last axis. Its scale s is the largest magnitude in it. A
-magnitude |x| = y s is stored as an integer next to L y**(1/p). With p = 2 or 4 the codes lie closer
-together near 0, where most numbers of a block are. Rounding picks one of the two neighbouring codes
-at random, with the probabilities that make |x| the expected decoded value.
+A block is a run of numbers along the last axis. Its scale s is the largest magnitude in it. A magnitude |x| = y s is
+stored as an integer next to L y**(1/p). With p = 2 or 4 the codes lie closer together near 0, where most numbers are.
+Rounding picks one of the two neighbouring codes at random, so that |x| is the expected decoded value.
 """
 
 import json

@@ -124,8 +124,7 @@ def measure(
       updates: The updates that `update` returned for them.
       state: The state that `update` returned. Moments are found anywhere in it, also those of optax.
       params: The parameters before the step.
-      opt: The optimizer, for its b1, b2, eps and form of AMSGrad. None, or an optimizer of another library:
-        those of `adam()`.
+      opt: The optimizer, for its b1, b2, eps and form of AMSGrad. None, or one of another library: those of `adam()`.
       axis_name: The mapped axis (or axes) over which the arguments are sharded, inside `jax.shard_map` or
         `jax.pmap`. The quantiles are then means of the shards' quantiles.
 
@@ -133,8 +132,7 @@ def measure(
       Figures of each parameter that has a gradient, and of all together.
 
     Raises:
-      ValueError, TypeError: The trees do not fit each other, there are no moments in the state, or
-        `opt` does not belong to it.
+      ValueError, TypeError: The trees do not fit each other, or the state has no moments, or is not one of `opt`.
 
     >>> import adamjax, jax.numpy as jnp
     >>> opt = adamjax.adam(1e-3)

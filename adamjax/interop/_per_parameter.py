@@ -21,9 +21,8 @@ from adamjax._transforms.leafwise import LeafFunction, LeafOp, LeafTransform
 class PerParameter(Leafwise):
     """`inner` on each parameter by itself, as torch.optim does it.
 
-    The state is a tree like the parameters, with a state of `inner` in place of each: each has its own
-    step count, and a parameter whose gradient is None falls behind. A complex parameter is an array
-    of real and imaginary parts, along a last axis of 2.
+    The state is a tree like the parameters, with a state of `inner` in place of each. A parameter whose gradient is
+    None falls behind. A complex parameter is an array of real and imaginary parts, along a last axis of 2.
     """
 
     inner: Leafwise

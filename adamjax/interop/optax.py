@@ -24,20 +24,17 @@ def import_state(opt: GradientTransformation, params: PyTree, state: PyTree) -> 
     """Convert the state of a run of optax to one with which `opt` continues it.
 
     Args:
-      opt: `adamjax.adam`, `adamw`, `amsgrad(variant="corrected")` (or "paper", if optax does not correct
-        biases), `nadam`, `nadamw`, `radam`, `adamax` or `adamaxw`; alone, in a chain, or in
-        `optax.MultiSteps` or `optax.inject_hyperparams`.
+      opt: `adamjax.adam`, `adamw`, `amsgrad(variant="corrected")` ("paper" if optax does not correct biases), `nadam`,
+        `nadamw`, `radam`, `adamax`, `adamaxw`; alone, in a chain, `optax.MultiSteps` or `optax.inject_hyperparams`.
       params: The parameters, or `jax.ShapeDtypeStruct`s.
-      state: The state of the same optimizer of optax; alone, in a chain, or in `optax.MultiSteps`
-        or `optax.inject_hyperparams`, even if `opt` is not.
+      state: The state of the same optimizer of optax; alone or in any of these, even if `opt` is not.
 
     Returns:
       A state like `opt.init(params)`.
 
     Raises:
-      ValueError, TypeError: The two do not fit: `state` has no state of Adam, or several; only one of them has
-        `nu_max`; the trees or shapes differ; or `optax.MultiSteps` has accumulated gradients, which `opt` cannot
-        hold. The message names the place.
+      ValueError, TypeError: The two do not fit (the message names the place): `state` has no state of Adam, or several;
+        only one has `nu_max`; trees or shapes differ; `optax.MultiSteps` has gradients, which `opt` cannot hold.
     """
     as_transformation(opt, "argument opt of import_state")
     parts = jax.tree.leaves(opt, is_leaf=lambda x: isinstance(x, ScaleByAdam))

@@ -48,8 +48,7 @@ def adam(
       lr: The learning rate: a number, an array or a schedule of the step count.
       betas: The decay rates of the moments, each in [0, 1).
       eps: A number of at least 0, added to the root of the second moment.
-      weight_decay: A number of at least 0: L2 regularisation, added to the gradient unless
-        `decoupled_weight_decay` is True.
+      weight_decay: A number of at least 0: L2 regularisation, added to the gradient, or see `decoupled_weight_decay`.
       amsgrad: Divide by the largest second moment so far; take the maximum before bias correction.
       maximize: Ascend instead of descend.
       decoupled_weight_decay: Shrink the parameters by lr * weight_decay instead of adding L2 to the gradient.

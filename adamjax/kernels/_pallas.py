@@ -1,8 +1,7 @@
 """The Pallas kernel: steps with quantised moments in one pass over the memory of a GPU.
 
-XLA compiles a step of float moments to one loop. Quantised moments need two, because their scales come
-in between: one loop finds the largest new moment of each block, and one rounds with it. The kernel keeps
-a block in registers all the while.
+XLA compiles a step of float moments to one loop. Quantised moments need two, because their scales come in between: one
+loop finds the largest new moment of each block, and one rounds with it. The kernel keeps a block in registers.
 """
 
 import math

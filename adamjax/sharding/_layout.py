@@ -1,8 +1,7 @@
 """The layout of a state on a mesh: with its parameters, and spread further over an axis of the mesh.
 
-A state array is spread over its first axis that divides into equal parts, in whole blocks if it is
-quantised. This is decided per parameter, and every state array of its shape follows: a step then runs
-where the moments are, without moving them.
+A state array is spread over its first axis that divides into equal parts, in whole blocks if it is quantised. This is
+decided per parameter, and all state arrays of its shape follow, so a step runs where the moments are.
 """
 
 import math
@@ -77,8 +76,7 @@ def init_sharded(opt: GradientTransformation, params: PyTree, sharding: PyTree) 
       The state.
 
     Raises:
-      TypeError, ValueError: `sharding` does not fit the state; `opt` is not a transformation; a leaf of
-        `params` is not a floating point or complex array.
+      TypeError, ValueError: `sharding` does not fit the state; `opt` or a leaf of `params` is of the wrong type.
 
     >>> import adamjax, jax
     >>> from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec

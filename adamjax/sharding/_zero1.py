@@ -200,13 +200,11 @@ def zero1(
         function does not see shardings then. None: the shardings of the parameters, or replicated if unknown.
 
     Returns:
-      A transformation with state `Zero1State`: the state of `opt`, and the shardings of the parameters at `init`.
-      Its `update` needs `params`.
+      A transformation with state `Zero1State`, whose `update` needs `params`.
 
     Raises:
-      TypeError, ValueError: `opt` is not a transformation, `axis` not a name, or `specs` not a tree of specs; at
-        `init`, a parameter is on no mesh, or not sharded as in `specs`; later, not sharded as at `init` (the message
-        has its path).
+      TypeError, ValueError: `opt` is not a transformation, `axis` not a name, or `specs` not a tree of specs; a
+        parameter (the message has its path) is on no mesh, or not sharded as in `specs` or at `init`.
 
     References:
       Rajbhandari et al., 2020, https://arxiv.org/abs/1910.02054.
