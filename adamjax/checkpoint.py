@@ -179,8 +179,10 @@ def _manager(directory: str | os.PathLike[str], **options: Any) -> Any:
 
 def _schemas(optimizer: GradientTransformation, params: PyTree, state: PyTree) -> dict[str, schema.Schema]:
     optimizer = as_transformation(optimizer, "argument optimizer")
+    # Hyperparameters are compared by their values, also those in arrays.
+    numbers = jax.tree.map(lambda x: np.asarray(x).tolist() if hasattr(x, "dtype") else x, optimizer)
     return {
-        "optimizer": schema.hyperparameter_schema("optimizer", optimizer),
+        "optimizer": schema.tree_schema("optimizer", numbers),
         "params": schema.tree_schema("params", params),
         "state": schema.tree_schema("state", state),
     }

@@ -312,7 +312,8 @@ def train(
                 continue
             found = np.asarray(jax.device_get(losses), np.float64)
             losses.clear()
-            diverged_at = None if may_skip(transformation) else _first_nonfinite_step(found, step)
+            bad = np.flatnonzero(~np.isfinite(found))
+            diverged_at = step - len(found) + int(bad[0]) + 1 if len(bad) and not may_skip(transformation) else None
             report = Report(step, found, None, params, state, diverged_at)
             last = step == steps or diverged_at is not None or stop()
             if diagnose and not last:
@@ -439,9 +440,3 @@ def _initial(problem: Problem, optimizer: Transformation, dtype: DTypeLike | Non
         return params, optimizer.init(params)
 
     return jax.jit(initial)(keys)
-
-
-def _first_nonfinite_step(losses: np.ndarray, step: int) -> int | None:
-    """The number of the first step whose loss is not finite, or None; `step` is the number of the last one."""
-    bad = np.flatnonzero(~np.isfinite(losses))
-    return step - len(losses) + int(bad[0]) + 1 if len(bad) else None

@@ -277,15 +277,10 @@ def _is_inexact(x: Any) -> bool:
 
 
 @cache
-def _is_complex_dtype(dtype: Any) -> bool:
-    return bool(jnp.issubdtype(dtype, np.complexfloating))
-
-
-@cache
 def _dtype_fits(g: Any, p: Any, real: bool) -> bool:
     # A real gradient of a complex parameter loses nothing; the reverse would.
     known = _is_inexact_dtype(g) and _is_inexact_dtype(p)
-    return known and (real or _is_complex_dtype(p) or not _is_complex_dtype(g))
+    return known and bool(real or jnp.issubdtype(p, np.complexfloating) or not jnp.issubdtype(g, np.complexfloating))
 
 
 def _fits(g: Any, p: Any, real: bool = False) -> bool:

@@ -5,7 +5,6 @@ import re
 from typing import Any
 
 import jax
-import numpy as np
 
 from adamjax._core.typing import PyTree
 from adamjax._core.value import Value
@@ -31,11 +30,6 @@ def tree_schema(name: str, tree: PyTree) -> Schema:
 
     walk(name, tree)
     return schema
-
-
-def hyperparameter_schema(name: str, tree: PyTree) -> Schema:
-    """Describe a tree of hyperparameters: like `tree_schema`, but arrays are described by their values."""
-    return tree_schema(name, jax.tree.map(lambda x: np.asarray(x).tolist() if hasattr(x, "dtype") else x, tree))
 
 
 def first_difference(there: Schema, here: Schema, *, numbers: bool = True) -> str | None:

@@ -64,15 +64,13 @@ def series(stats: Iterable[AdamStats]) -> tuple[Series, list[Series]]:
             )
         if x.paths != first.paths:
             raise ValueError(f"figures of other parameters: {', '.join(x.paths)} after {', '.join(first.paths)}")
-    counts = np.array([x.count for x in measured])
     dtype = first.dtypes[0] if len(set(first.dtypes)) == 1 else "mixed"
-    overall = LeafStats(*(np.array(x) for x in zip(*(x.overall for x in measured), strict=True)))
-    table = LeafStats(*(np.stack(x) for x in zip(*(x.leaves for x in measured), strict=True)))
+    over_time = jax.tree.map(lambda *x: np.stack(x), *measured)
     leaves = [
-        Series(path, first.shapes[i], first.dtypes[i], counts, LeafStats(*(x[:, i] for x in table)))
+        Series(path, first.shapes[i], first.dtypes[i], over_time.count, LeafStats(*(x[:, i] for x in over_time.leaves)))
         for i, path in enumerate(first.paths)
     ]
-    return Series(ALL, None, dtype, counts, overall), leaves
+    return Series(ALL, None, dtype, over_time.count, over_time.overall), leaves
 
 
 def explain(stats: AdamStats | Iterable[AdamStats]) -> list[Finding]:

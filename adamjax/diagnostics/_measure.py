@@ -13,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from adamjax._core import checks, collectives, low_precision, trees
 from adamjax._core.numerics import abs_sq
 from adamjax._core.quantization import is_moment
-from adamjax._core.typing import AxisName, GradientTransformation, Path, PyTree, Scalar
+from adamjax._core.typing import AxisName, GradientTransformation, Path, PyTree
 from adamjax._core.value import Value, static_field, value
 from adamjax._transforms import moment_storage
 from adamjax._transforms.adam import scale_by_adam
@@ -163,7 +163,8 @@ def measure(
         axes = collectives.axes_varying(total, axis_name)
         sums.append(jax.lax.psum(total, axes) if axes else total)
         rates.append(jax.lax.pmean(quantiles, axes) if axes else quantiles)
-        hyper.append(jnp.stack([_float32("b2", found.member.b2), _float32("eps", found.member.eps)]))
+        numbers = [checks.as_scalar(name, getattr(found.member, name), np.dtype(np.float32)) for name in ("b2", "eps")]
+        hyper.append(jnp.stack(numbers))
     table, rate_table, hyper_table = jnp.stack(sums, 1), jnp.stack(rates, 1), jnp.stack(hyper, 1)
     mean_rates = jnp.sum(rate_table * table[:1], axis=1) / jnp.sum(table[0])
     return AdamStats(
@@ -238,10 +239,6 @@ def _members(opt: GradientTransformation | None, nodes: list[tuple[Path, Any]]) 
             "places: this is not its state, or it cannot be told which belong to which"
         )
     return members
-
-
-def _float32(name: str, x: Scalar) -> Array:
-    return jnp.asarray(checks.as_scalar(name, x, np.dtype(np.float32)))
 
 
 def _leaf(g: Array, u: Array, p: Array, found: _Moments) -> tuple[Array, Array]:

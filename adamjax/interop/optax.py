@@ -116,8 +116,8 @@ def _filled(template: PyTree, theirs: PyTree, where: str) -> PyTree:
     if isinstance(template, dict) and isinstance(theirs, dict) and theirs.keys() < template.keys():
         # Keep the hyperparameters that optax does not have.
         theirs = template | theirs
-    expected, found = _structures(template, theirs)
-    if expected != found:
+    expected: Any = jax.tree.structure(template)
+    if expected != (found := jax.tree.structure(theirs)):
         if not jax.tree.leaves(template):
             return template
         raise ValueError(f"{where} is {found}, expected {expected}")
@@ -142,13 +142,9 @@ def _adam(template: AdamState, theirs: PyTree, where: str) -> AdamState:
     return AdamState(jnp.asarray(found.count), *map(moment, ("mu", "nu", "nu_max")))
 
 
-def _structures(a: PyTree, b: PyTree) -> tuple[Any, Any]:
-    return jax.tree.structure(a), jax.tree.structure(b)
-
-
 def _like(template: PyTree, x: PyTree, where: str) -> PyTree:
-    expected, found = _structures(template, x)
-    if expected != found:
+    expected: Any = jax.tree.structure(template)
+    if expected != (found := jax.tree.structure(x)):
         raise ValueError(
             f"{where} is {found}, expected {expected}: of other parameters, or opt stores moments in another format"
         )

@@ -131,11 +131,10 @@ class Zero1(StepsParts):
         leaves = jax.tree.leaves_with_path(params)
         mesh = _mesh_of(leaves, self.mesh)
         names = _layout.check_axes("axis", self.axis, mesh)
-        whole = [_whole(path, p, mesh, spec, said) for (path, p), spec in zip(leaves, specs, strict=True)]
-        structs = [jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=s) for (_, p), s in zip(leaves, whole, strict=True)]
-        structure = jax.tree.structure(params)
-        plan = _layout.state_layout(self.inner, jax.tree.unflatten(structure, structs), mesh, names)
-        return plan, jax.tree.unflatten(structure, whole)
+        found = [_whole(path, p, mesh, spec, said) for (path, p), spec in zip(leaves, specs, strict=True)]
+        whole = jax.tree.unflatten(jax.tree.structure(params), found)
+        structs = jax.tree.map(lambda p, s: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=s), params, whole)
+        return _layout.state_layout(self.inner, structs, mesh, names), whole
 
 
 def _canonical(specs: Iterable[PartitionSpec]) -> tuple[PartitionSpec, ...]:
