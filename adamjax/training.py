@@ -299,10 +299,9 @@ def train(
         advance = TrainStep(partial(train_step, placed, transformation, keys), 1)
         measure_next = jax.jit(partial(measured_step, placed, transformation, keys), out_shardings=everywhere)
         evaluate = jax.jit(placed.evaluate, out_shardings=everywhere)
-        if start is None:
-            params, state = _initial(placed, transformation, dtype, keys)
-        else:
-            params, state = start.params, start.state
+        params, state = (
+            (start.params, start.state) if start is not None else _initial(placed, transformation, dtype, keys)
+        )
         losses: list[Array] = []
         for step in range(0 if start is None else start.step + 1, steps + 1):
             if step:

@@ -16,9 +16,6 @@ import jax
 import jaxlib
 
 SOURCE = Path(__file__).with_name("adam.cc")
-# The entry points in the library, by the suffix that each adds to the name of its target.
-_HANDLERS = {"": "AdamjaxStep", "-group": "AdamjaxGroup"}
-
 _FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared")
 
 
@@ -77,7 +74,7 @@ def target() -> str:
     """Compile, load and register the kernel, and return its FFI target; with "-group", that for several arrays."""
     path = build()
     library = ctypes.CDLL(str(path))
-    for suffix, name in _HANDLERS.items():
+    for suffix, name in (("", "AdamjaxStep"), ("-group", "AdamjaxGroup")):
         jax.ffi.register_ffi_target(path.stem + suffix, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
     return path.stem
 

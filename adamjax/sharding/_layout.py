@@ -1,7 +1,6 @@
 """The layout of a state on a mesh: with its parameters, and spread further over an axis of the mesh.
 
-A state array is spread over its first axis that divides into equal parts, in whole blocks if it is quantised. This is
-decided per parameter, and all state arrays of its shape follow, so a step runs where the moments are.
+The axis is chosen per parameter, and all state arrays of its shape follow, so a step runs where the moments are.
 """
 
 import math
