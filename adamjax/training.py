@@ -299,11 +299,12 @@ def train(
         advance = TrainStep(partial(train_step, placed, transformation, keys), 1)
         measure_next = jax.jit(partial(measured_step, placed, transformation, keys), out_shardings=everywhere)
         evaluate = jax.jit(placed.evaluate, out_shardings=everywhere)
-        params, state = (
-            (start.params, start.state) if start is not None else _initial(placed, transformation, dtype, keys)
-        )
+        if start is None:
+            first, (params, state) = 0, _initial(placed, transformation, dtype, keys)
+        else:
+            first, params, state = start.step + 1, start.params, start.state
         losses: list[Array] = []
-        for step in range(0 if start is None else start.step + 1, steps + 1):
+        for step in range(first, steps + 1):
             if step:
                 params, state, loss = advance(params, state, np.int32(step - 1))
                 losses.append(loss)

@@ -1,6 +1,6 @@
 """The layout of a state on a mesh: with its parameters, and spread further over an axis of the mesh.
 
-The axis is chosen per parameter, and all state arrays of its shape follow, so a step runs where the moments are.
+The axis of an array is chosen per parameter; all state arrays of its shape follow, so a step runs where they are.
 """
 
 import math
@@ -75,7 +75,8 @@ def init_sharded(opt: GradientTransformation, params: PyTree, sharding: PyTree) 
       The state.
 
     Raises:
-      TypeError, ValueError: `sharding` does not fit the state; `opt` or a leaf of `params` is of the wrong type.
+      TypeError, ValueError: `sharding` does not fit the state; `opt` is not a transformation; a leaf of
+        `params` is not a floating point or complex array.
 
     >>> import adamjax, jax
     >>> from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
