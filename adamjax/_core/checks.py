@@ -151,7 +151,10 @@ def nodes_at(grads: Leaves, tree: PyTree, name: str = "state") -> list[Any]:
 
 def _fitting(grads: Leaves, like: PyTree, name: str, real: bool = False) -> list[Any]:
     """Return the nodes of `like` at the places of the gradients, if they fit them."""
-    column = nodes_at(grads, like, name)
+    try:
+        column = grads.column(like)
+    except ValueError:
+        raise ValueError(f"the gradients {_difference(grads.tree, like, name)}; {_remedy(name)}") from None
     for g, x in zip(grads.leaves, column, strict=True):
         if g is not None and not _fits(g, x, real):
             _raise_first_misfit(grads, column, name, real)
