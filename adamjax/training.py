@@ -265,8 +265,8 @@ def train(
 
     Returns:
       An iterator of reports: one before the first step (but not at `start`), then as often as asked for. The last one
-      has metrics; it comes early if `stop` returns True, or if a loss is not finite and the optimizer does not skip
-      such steps, inside `skip_nonfinite` or `dynamic_loss_scale`.
+      has metrics; it comes early if `stop` returns True, or if a loss is not finite and no `skip_nonfinite` or
+      `dynamic_loss_scale` skips such steps.
 
     Raises:
       TypeError: `problem` is not a `Problem`, `optimizer` not a transformation, or `start` not a report or checkpoint.
