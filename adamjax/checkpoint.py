@@ -1,8 +1,7 @@
 """Checkpoints of a training run: parameters, optimizer state and step, written by orbax.
 
-A step is on disk completely or not at all, even if the process dies while it writes. It also records its
-optimizer, and the path, shape and dtype of every array. `restore` compares these before it reads anything and
-raises if they differ, where orbax would cast.
+A step is on disk completely or not at all, even if the process dies while it writes. It records its optimizer, and the
+path, shape and dtype of every array. `restore` compares these first and raises if they differ; orbax would cast.
 """
 
 import os
@@ -76,14 +75,10 @@ def save(
     checks.count("step", step, least=0)
     if keep is not None:
         checks.count("keep", keep)
-    description = {
-        "format": FORMAT,
-        "versions": {"adamjax": version("adamjax"), "jax": jax.__version__},
-        "key": _key_to_json(key),
-        "optimizer": _describe_optimizer(optimizer),
-        "params": schema.tree_schema("params", params := _as_arrays(params)),
-        "state": schema.tree_schema("state", state := _as_arrays(state)),
-    }
+    params, state = _as_arrays(params), _as_arrays(state)
+    versions = {"adamjax": version("adamjax"), "jax": jax.__version__}
+    header = {"format": FORMAT, "versions": versions, "key": _key_to_json(key)}
+    description = header | _schemas(optimizer, params, state)
     there = steps(directory)
     if there and step <= there[-1]:
         raise ValueError(
@@ -113,11 +108,9 @@ def restore(
       optimizer: The optimizer that was saved.
       params: A template of the parameters: arrays, or `jax.ShapeDtypeStruct`s. The arrays are restored to its
         shardings, whatever they were when the step was saved; without one, to the default device.
-      state: A template of the state, for shardings that differ from those of the parameters. Default: the
-        result of `optimizer.init`.
+      state: A template of the state, for shardings that differ from those of the parameters. Default: `init`'s result.
       step: The step to restore. Default: the last.
-      new_hyperparameters: True to continue with the numbers of `optimizer`, such as its learning rate, even if
-        other numbers were saved.
+      new_hyperparameters: True to take the numbers of `optimizer`, such as its learning rate, if others were saved.
 
     Returns:
       A `Checkpoint`.
@@ -145,7 +138,7 @@ def restore(
             description = manager.restore(step, args=described)["description"]
         except (KeyError, FileNotFoundError, ValueError) as error:  # from JSON, or from orbax if it is not our step
             raise ValueError(f"{where} is not a checkpoint of adamjax: it has no description to be read") from error
-        _refuse_others(where, description, optimizer, params, state, new_hyperparameters)
+        _refuse_others(where, description, _schemas(optimizer, params, state), new_hyperparameters)
         like = {"params": _by_path(params), "state": _by_path(state)}
         try:
             arrays = manager.restore(step, args=ocp.args.Composite(arrays=ocp.args.StandardRestore(like)))["arrays"]
@@ -153,12 +146,8 @@ def restore(
             raise ValueError(
                 f"{where} is damaged: it has no arrays; restore another step, or remove this one"
             ) from error
-    return Checkpoint(
-        step,
-        _from_paths(arrays["params"], params),
-        _from_paths(arrays["state"], state),
-        _key_from_json(description["key"]),
-    )
+    params, state = _from_paths(arrays["params"], params), _from_paths(arrays["state"], state)
+    return Checkpoint(step, params, state, _key_from_json(description["key"]))
 
 
 def steps(directory: str | os.PathLike[str]) -> list[int]:
@@ -188,30 +177,32 @@ def _manager(directory: str | os.PathLike[str], **options: Any) -> Any:
     return ocp.CheckpointManager(os.path.abspath(directory), options=chosen)
 
 
-def _describe_optimizer(optimizer: GradientTransformation) -> schema.Schema:
-    return schema.hyperparameter_schema("optimizer", as_transformation(optimizer, "argument optimizer"))
+def _schemas(optimizer: GradientTransformation, params: PyTree, state: PyTree) -> dict[str, schema.Schema]:
+    optimizer = as_transformation(optimizer, "argument optimizer")
+    # Hyperparameters are compared by their values, also those in arrays.
+    numbers = jax.tree.map(lambda x: np.asarray(x).tolist() if hasattr(x, "dtype") else x, optimizer)
+    return {
+        "optimizer": schema.tree_schema("optimizer", numbers),
+        "params": schema.tree_schema("params", params),
+        "state": schema.tree_schema("state", state),
+    }
 
 
 def _refuse_others(
-    where: Path,
-    found: dict[str, Any],
-    optimizer: GradientTransformation,
-    params: PyTree,
-    state: PyTree,
-    new_hyperparameters: bool,
+    where: Path, there: dict[str, Any], here: dict[str, schema.Schema], new_hyperparameters: bool
 ) -> None:
-    if found.get("format") != FORMAT:
-        raise ValueError(f"{where} has format {found.get('format')}, expected {FORMAT}: update adamjax to restore it")
-    here, there = _describe_optimizer(optimizer), found["optimizer"]
-    if (what := schema.first_difference(there, here, numbers=False)) is not None:
+    if there.get("format") != FORMAT:
+        raise ValueError(f"{where} has format {there.get('format')}, expected {FORMAT}: update adamjax to restore it")
+    optimizers = there["optimizer"], here["optimizer"]
+    if (what := schema.first_difference(*optimizers, numbers=False)) is not None:
         raise ValueError(f"{where} is of another optimizer: {what}; restore it with the one that was saved")
-    if not new_hyperparameters and (what := schema.first_difference(there, here)) is not None:
+    if not new_hyperparameters and (what := schema.first_difference(*optimizers)) is not None:
         raise ValueError(
             f"{where} is of an optimizer with other hyperparameters: {what}; "
             "if that is meant, restore it with new_hyperparameters=True"
         )
-    for name, tree in (("params", params), ("state", state)):
-        if (what := schema.first_difference(found[name], schema.tree_schema(name, tree))) is not None:
+    for name in ("params", "state"):
+        if (what := schema.first_difference(there[name], here[name])) is not None:
             raise ValueError(
                 f"{where} does not fit: {what}; nothing is cast or reshaped, restore it into what was saved "
                 "and convert that"
@@ -235,24 +226,20 @@ def _default_sharding(params: PyTree) -> Sharding:
 
 
 def _abstract(tree: PyTree, default: Sharding) -> PyTree:
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_sharding(x) or default), _as_arrays(tree)
-    )
+    tree = _as_arrays(tree)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_sharding(x) or default), tree)
 
 
-# A flat dict by path makes orbax independent of the tree's node types. Leave out empty arrays, which orbax
-# rejects.
+# A flat dict by path makes orbax independent of the tree's node types. Leave out empty arrays, which orbax rejects.
 def _by_path(tree: PyTree) -> dict[str, Any]:
     return {jax.tree_util.keystr(path): x for path, x in jax.tree.leaves_with_path(tree) if x.size}
 
 
 def _from_paths(arrays: dict[str, jax.Array], like: PyTree) -> PyTree:
-    return jax.tree.map_with_path(
-        lambda path, x: (
-            arrays[jax.tree_util.keystr(path)] if x.size else jnp.zeros(x.shape, x.dtype, device=x.sharding)
-        ),
-        like,
-    )
+    def of_leaf(path: Any, x: jax.ShapeDtypeStruct) -> jax.Array:
+        return arrays[jax.tree_util.keystr(path)] if x.size else jnp.zeros(x.shape, x.dtype, device=x.sharding)
+
+    return jax.tree.map_with_path(of_leaf, like)
 
 
 def _key_to_json(key: jax.Array | int | None) -> dict[str, Any] | int | None:

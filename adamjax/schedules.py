@@ -40,10 +40,6 @@ def _cosine(fraction: jax.Array) -> jax.Array:
     return (1 - jnp.cos(np.pi * fraction)) / 2
 
 
-def _larger(a: Scalar, b: Scalar) -> Scalar:
-    return max(a, b) if isinstance(a, float) and isinstance(b, float) else jnp.maximum(to_float(a), to_float(b))
-
-
 @value
 class Constant(Schedule):
     """The same value at every step.
@@ -92,7 +88,8 @@ class Linear(Schedule):
     @property
     def peak(self) -> Scalar:
         """The largest value."""
-        return _larger(self.init, self.end)
+        a, b = self.init, self.end
+        return max(a, b) if isinstance(a, float) and isinstance(b, float) else jnp.maximum(to_float(a), to_float(b))
 
     def __call__(self, count: ArrayLike) -> jax.Array:
         return _mix(self.init, self.end, _ramp(to_steps(count), 0, self.total_steps))

@@ -1,7 +1,6 @@
 """Training: one compiled step that works in place, and whole runs of a problem."""
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -27,24 +26,21 @@ def step_fn(
 ) -> "TrainStep":
     """A compiled training step that updates parameters and state in place.
 
-    The step takes `(params, state, batch)` and returns `(params, state, loss)`. It donates parameters and state: the
-    arrays that it is given are deleted, so continue with those that it returns. These come in the order of the
-    arguments, so JAX gives each its own memory again, and nothing is copied. Each call of `step_fn` compiles once:
-    call it before the loop, not in it.
+    The step takes `(params, state, batch)` and returns `(params, state, loss)`. It donates parameters and state, so
+    continue with those that it returns. They come in the order of the arguments: JAX then gives each its own memory
+    again, and copies nothing. Each call of `step_fn` compiles anew: call it before the loop.
 
     Args:
       loss_fn: Called as `loss_fn(params, batch)`; returns a real floating point scalar. Parameters may be complex.
       opt: A transformation, ours or optax's. It gets the loss as `value`. With `dynamic_loss_scale`, which must be
         outermost, the scaled loss is differentiated; the returned loss is not scaled. Its hyperparameters are
         constants of the compiled step: use a schedule to change them during a run.
-      has_aux: If True, `loss_fn` returns `(loss, aux)`, where `aux` is any pytree of arrays, and the step returns
-        `(params, state, loss, aux)`.
+      has_aux: If True, `loss_fn` returns `(loss, aux)`, with any pytree of arrays, and the step also returns `aux`.
       accumulate: Number k of equal micro-batches to divide each batch into. They are computed one after another, to
-        save memory; of gradients, the step keeps one sum, in float32 or wider. Loss and gradients are the means over
-        the micro-batches, and equal those of the whole batch if the loss is a mean over its rows. All arrays of
-        the batch must have the same first axis, divisible by k. Micro-batch i has rows i, i + k, i + 2k, ..., so
-        a batch that is sharded by rows stays on its devices. Scalars, such as a key, go to every micro-batch.
-        Each `aux` is kept: they are stacked along a new first axis of length k.
+        save memory; the step keeps one sum of their gradients, in float32 or wider. Loss and gradients are means over
+        them, equal to those of the whole batch if the loss is a mean over its rows. All arrays of the batch must have
+        the same first axis, divisible by k. Micro-batch i has rows i, i + k, i + 2k, ..., so a batch that is sharded
+        by rows stays on its devices. Scalars, such as a key, go to all. `aux` gets a new first axis of length k.
 
     Returns:
       The step. On a mesh, parameters and state keep the shardings that they have at its first call.
@@ -71,8 +67,7 @@ def step_fn(
     checks.choice("has_aux", has_aux, (False, True))
     checks.count("accumulate", accumulate)
 
-    def checked_loss(params: PyTree, batch: PyTree) -> tuple[Array, PyTree]:
-        return _loss_and_aux(loss_fn(params, batch), has_aux)
+    checked_loss = partial(_loss_and_aux, loss_fn, has_aux)
 
     def train_step(params: PyTree, state: PyTree, batch: PyTree) -> tuple[Any, ...]:
         _check_params(params, state)
@@ -115,8 +110,9 @@ class TrainStep:
         return jitted
 
 
-def _loss_and_aux(returned: Any, has_aux: bool) -> tuple[Array, PyTree]:
-    """Check what `loss_fn` returned, and split it."""
+def _loss_and_aux(loss_fn: Callable[..., Any], has_aux: bool, params: PyTree, batch: PyTree) -> tuple[Array, PyTree]:
+    """Call `loss_fn`, check what it returns, and split it."""
+    returned = loss_fn(params, batch)
     if has_aux and not (isinstance(returned, tuple) and len(returned) == 2):
         raise TypeError(f"loss_fn returned {_shown(returned)}, and has_aux=True expects (loss, aux)")
     loss, aux = returned if has_aux else (returned, None)
@@ -202,11 +198,8 @@ def _loss_and_gradients(
 
 def _check_scale(optimizer: Transformation) -> None:
     """Refuse a loss scale inside another transformation: nobody could scale the loss by it."""
-
-    def scales(x: Any) -> bool:
-        return isinstance(x, DynamicLossScale)
-
-    if not scales(optimizer) and any(map(scales, jax.tree.leaves(optimizer, is_leaf=scales))):
+    parts = jax.tree.leaves(optimizer, is_leaf=lambda x: isinstance(x, DynamicLossScale))
+    if not isinstance(optimizer, DynamicLossScale) and any(isinstance(x, DynamicLossScale) for x in parts):
         raise ValueError(
             f"dynamic_loss_scale is within {type(optimizer).__name__}, where the loss cannot be scaled: "
             "put it around all the others, dynamic_loss_scale(chain(...))"
@@ -260,21 +253,20 @@ def train(
       dtype: Dtype of the parameters; None for the dtypes that `problem.init` returns.
       report_every: Updates between reports.
       evaluate_every: Updates between evaluations.
-      stop: Called at each report; the run ends when it returns True. With many processes, it must return the same in
-        all of them.
+      stop: Called at each report, with the same result in all processes; the run ends when it returns True.
       start: A `Report` or `checkpoint.Checkpoint` of the same run, to continue from. The next step reuses its memory.
         The continued run equals the uninterrupted one to the last bit.
       diagnose: If True, measure the next update at each report (see `adamjax.diagnostics`). That update is then
         computed twice, so that measuring does not change a bit of the run.
       mesh: Devices to train on, with axes in Auto mode: of this process or, after `jax.distributed.initialize`, of many
-        that all call this. Each device takes an equal part of each batch, along the first axis of its arrays. The
-        methods of the problem see the whole batch, as on one device. The parameters are replicated; the
-        state is replicated too, or divided by `adamjax.sharding.zero1` around the optimizer. None: one device.
+        that all call this. Each device takes an equal part of each batch, along the first axis of its arrays, but the
+        methods of the problem see the whole batch. The parameters are replicated; the state too, unless
+        `adamjax.sharding.zero1` around the optimizer divides it. None: one device.
 
     Returns:
-      An iterator of reports: one before the first step (but not at `start`), then as often as asked for. The last
-      one has metrics; it comes early if `stop` returns True, or if a loss is not finite. Inside
-      `skip_nonfinite` or `dynamic_loss_scale`, the optimizer skips such steps instead.
+      An iterator of reports: one before the first step (but not at `start`), then as often as asked for. The last one
+      has metrics; it comes early if `stop` returns True, or if a loss is not finite and no `skip_nonfinite` or
+      `dynamic_loss_scale` skips such steps.
 
     Raises:
       TypeError: `problem` is not a `Problem`, `optimizer` not a transformation, or `start` not a report or checkpoint.
@@ -294,24 +286,46 @@ def train(
         checks.count(name, x)
     check(problem)
     transformation = as_transformation(optimizer, "argument optimizer of train")
-    checks.integer("seed", seed)
+    keys = keys_of(seed)
     checks.function("stop", stop)
     checks.choice("diagnose", diagnose, (False, True))
     if start is not None and not all(hasattr(start, name) for name in ("step", "params", "state")):
         raise TypeError(f"Invalid start value: {start!r}; start must be a Report of train, or a Checkpoint of one")
     placed = problem if mesh is None else ShardedProblem(problem, mesh)
-    return _Run(
-        problem=placed,
-        optimizer=transformation,
-        steps=steps,
-        seed=seed,
-        dtype=dtype,
-        report_every=report_every,
-        evaluate_every=evaluate_every,
-        stop=stop,
-        start=start,
-        diagnose=diagnose,
-    ).reports()
+    # Every process reads the figures, so each must have all of them.
+    everywhere = placed.replicated if isinstance(placed, ShardedProblem) else None
+
+    def reports() -> Iterator[Report]:
+        advance = TrainStep(partial(train_step, placed, transformation, keys), 1)
+        measure_next = jax.jit(partial(measured_step, placed, transformation, keys), out_shardings=everywhere)
+        evaluate = jax.jit(placed.evaluate, out_shardings=everywhere)
+        if start is None:
+            first, (params, state) = 0, _initial(placed, transformation, dtype, keys)
+        else:
+            first, params, state = start.step + 1, start.params, start.state
+        losses: list[Array] = []
+        for step in range(first, steps + 1):
+            if step:
+                params, state, loss = advance(params, state, np.int32(step - 1))
+                losses.append(loss)
+            if step % report_every and step % evaluate_every and step < steps:
+                continue
+            found = np.asarray(jax.device_get(losses), np.float64)
+            losses.clear()
+            bad = np.flatnonzero(~np.isfinite(found))
+            diverged_at = step - len(found) + int(bad[0]) + 1 if len(bad) and not may_skip(transformation) else None
+            report = Report(step, found, None, params, state, diverged_at)
+            last = step == steps or diverged_at is not None or stop()
+            if diagnose and not last:
+                report = report._replace(stats=measure_next(params, state, np.int32(step)))
+            if last or step % evaluate_every == 0:
+                report = report._replace(metrics={k: float(x) for k, x in evaluate(params).items()})
+            yield report
+            check_skipped(state)
+            if last:
+                return
+
+    return reports()
 
 
 class ShardedProblem:
@@ -332,6 +346,7 @@ class ShardedProblem:
                     f"{x.shape[0]} rows equally: choose a batch size that is a multiple of {mesh.size}"
                 )
         self._problem = problem
+        self.loss, self.evaluate = problem.loss, problem.evaluate
         self._by_rows = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
         self.replicated: NamedSharding = NamedSharding(mesh, PartitionSpec())
 
@@ -341,19 +356,9 @@ class ShardedProblem:
 
     def batch(self, step: Array, key: Array) -> PyTree:
         """The whole batch, its arrays divided by rows; scalars are on all devices."""
-
-        def share(x: Array) -> Array:
-            return jax.lax.with_sharding_constraint(x, self._by_rows if x.ndim else self.replicated)
-
-        return jax.tree.map(share, self._problem.batch(step, key))
-
-    def loss(self, params: PyTree, batch: PyTree, key: Array) -> Array:
-        """The loss of the problem inside."""
-        return self._problem.loss(params, batch, key)
-
-    def evaluate(self, params: PyTree) -> Mapping[str, Array]:
-        """The metrics of the problem inside."""
-        return self._problem.evaluate(params)
+        batch = self._problem.batch(step, key)
+        shardings = jax.tree.map(lambda x: self._by_rows if x.ndim else self.replicated, batch)
+        return jax.lax.with_sharding_constraint(batch, shardings)
 
 
 class Keys(NamedTuple):
@@ -425,67 +430,13 @@ def measured_step(
     return measure(grads, updates, after, params, opt=optimizer)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Run:
-    """The checked arguments of `train`."""
+def _initial(problem: Problem, optimizer: Transformation, dtype: DTypeLike | None, keys: Keys) -> tuple[PyTree, PyTree]:
+    if isinstance(problem, ShardedProblem):
+        params = jax.jit(partial(first_params, problem, dtype))(keys)
+        return params, init_sharded(optimizer, params, state_sharding(optimizer, params))
 
-    problem: Problem
-    optimizer: Transformation
-    steps: int
-    seed: int
-    dtype: DTypeLike | None
-    report_every: int
-    evaluate_every: int
-    stop: Callable[[], bool]
-    start: Any  # a Report, a Checkpoint or None
-    diagnose: bool
+    def initial(keys: Keys) -> tuple[PyTree, PyTree]:
+        params = first_params(problem, dtype, keys)
+        return params, optimizer.init(params)
 
-    def reports(self) -> Iterator[Report]:
-        """Train; see `train`."""
-        keys = keys_of(self.seed)
-        params, state = self._start(keys)
-        advance = TrainStep(partial(train_step, self.problem, self.optimizer, keys), 1)
-        # Every process reads these results, so each must have all of them.
-        everywhere = self.problem.replicated if isinstance(self.problem, ShardedProblem) else None
-        measure_next = jax.jit(partial(measured_step, self.problem, self.optimizer, keys), out_shardings=everywhere)
-        evaluate = jax.jit(self.problem.evaluate, out_shardings=everywhere)
-        losses: list[Array] = []
-        for step in range(0 if self.start is None else self.start.step + 1, self.steps + 1):
-            if step:
-                params, state, loss = advance(params, state, np.int32(step - 1))
-                losses.append(loss)
-            if step % self.report_every and step % self.evaluate_every and step < self.steps:
-                continue
-            found = np.asarray(jax.device_get(losses), np.float64)
-            losses.clear()
-            diverged_at = None if may_skip(self.optimizer) else _first_nonfinite_step(found, step)
-            report = Report(step, found, None, params, state, diverged_at)
-            last = step == self.steps or diverged_at is not None or self.stop()
-            if self.diagnose and not last:
-                report = report._replace(stats=measure_next(params, state, np.int32(step)))
-            if last or step % self.evaluate_every == 0:
-                report = report._replace(metrics={k: float(x) for k, x in evaluate(params).items()})
-            yield report
-            check_skipped(state)
-            if last:
-                return
-
-    def _start(self, keys: Keys) -> tuple[PyTree, PyTree]:
-        """The parameters and the state before the first step."""
-
-        def initial(keys: Keys) -> tuple[PyTree, PyTree]:
-            params = first_params(self.problem, self.dtype, keys)
-            return params, self.optimizer.init(params)
-
-        if self.start is not None:
-            return self.start.params, self.start.state
-        if not isinstance(self.problem, ShardedProblem):
-            return jax.jit(initial)(keys)
-        params = jax.jit(partial(first_params, self.problem, self.dtype))(keys)
-        return params, init_sharded(self.optimizer, params, state_sharding(self.optimizer, params))
-
-
-def _first_nonfinite_step(losses: np.ndarray, step: int) -> int | None:
-    """The number of the first step whose loss is not finite, or None; `step` is the number of the last one."""
-    bad = np.flatnonzero(~np.isfinite(losses))
-    return step - len(losses) + int(bad[0]) + 1 if len(bad) else None
+    return jax.jit(initial)(keys)

@@ -51,7 +51,6 @@ def number(name: str, x: object, *, low: float = 0.0, below: float = math.inf) -
 
 
 def count(name: str, x: object, least: int = 1) -> int:
-    """Check a count: an int of at least `least`."""
     if isinstance(x, bool) or not isinstance(x, (int, np.integer)):
         raise TypeError(f"Invalid {name} value: {x!r}; {name} must be an int")
     if x < least:
@@ -70,7 +69,6 @@ def integer(name: str, x: object) -> Any:
 
 
 def function(name: str, x: Any) -> Any:
-    """Check that an argument is callable."""
     if not callable(x):
         raise TypeError(f"Invalid {name} value: {x!r}; {name} must be a function")
     return x
@@ -118,9 +116,8 @@ def as_scalar(name: str, x: Any, dtype: np.dtype) -> Any:
 def parameters(params: PyTree) -> None:
     """Check that every leaf of `params` is a floating point or complex array."""
     if not all(map(_is_inexact, jax.tree.leaves(params))):
-        for path, leaf in jax.tree.leaves_with_path(params):
-            if not _is_inexact(leaf):
-                raise TypeError(_leaf_message(_at("params", path), leaf))
+        path, leaf = next(x for x in jax.tree.leaves_with_path(params) if not _is_inexact(x[1]))
+        raise TypeError(_leaf_message(_at("params", path), leaf))
 
 
 def updates(grads: PyTree, like: PyTree, name: str = "params") -> tuple[Leaves, Leaves | None]:
@@ -138,13 +135,18 @@ def updates(grads: PyTree, like: PyTree, name: str = "params") -> tuple[Leaves, 
 
 
 def moments(grads: Leaves, found: PyTree, name: str, *, real: bool = False) -> list[Any]:
-    """Check that the tree `found` has an array of the gradient's shape for each gradient; return those in order.
-
-    A `real` moment may belong to a complex gradient.
-    """
+    """Return the arrays of the tree `found` that fit the gradients; `real` ones may belong to complex gradients."""
     if found is None and any(g is not None for g in grads.leaves):
         raise ValueError(f"{name} is None, expected an array for each gradient; {_remedy(name)}")
     return _fitting(grads, found, name, real)
+
+
+def nodes_at(grads: Leaves, tree: PyTree, name: str = "state") -> list[Any]:
+    """Check that `tree` has a node for each gradient; return those in order."""
+    try:
+        return grads.column(tree)
+    except ValueError:
+        raise ValueError(f"the gradients {_difference(grads.tree, tree, name)}; {_remedy(name)}") from None
 
 
 def _fitting(grads: Leaves, like: PyTree, name: str, real: bool = False) -> list[Any]:
@@ -160,7 +162,6 @@ def _fitting(grads: Leaves, like: PyTree, name: str, real: bool = False) -> list
 
 
 def mask(tree: PyTree) -> None:
-    """Check that every leaf of a mask is True or False."""
     for path, leaf in jax.tree.leaves_with_path(tree):
         if not isinstance(leaf, (bool, np.bool_)):
             hint = "; give the mask as one function of params, or as one tree" if callable(leaf) else ""
@@ -195,7 +196,6 @@ def state(found: object, expected: type, who: str) -> None:
 
 
 def has_count(found: object, who: str) -> None:
-    """Check that `found` is a state with a step count."""
     state(found, tuple, who)
     if "count" not in getattr(found, "_fields", ()):
         raise TypeError(f"{who} was given a state without a count: this state belongs to another optimizer")
@@ -242,14 +242,6 @@ def arrays(found: PyTree, name: str) -> None:
             raise TypeError(f"{_at(name, path)} is {_describe(x)}, expected an array; {_remedy(name)}")
 
 
-def per_param_states(found: PyTree, grads: Leaves) -> list[Any]:
-    """Check that the tree `found` has a state for each gradient; return those in order."""
-    try:
-        return grads.column(found)
-    except ValueError:
-        raise ValueError(f"the gradients {_difference(grads.tree, found, 'state')}; {_remedy('state')}") from None
-
-
 def params_given(params: PyTree, grads: PyTree, who: str, call: str = "update(grads, state, params)") -> None:
     """Check that `who`, which reads the parameters, was given them (an empty tree needs none)."""
     if params is None and jax.tree.leaves(grads):
@@ -258,9 +250,8 @@ def params_given(params: PyTree, grads: PyTree, who: str, call: str = "update(gr
 
 def _is_real(x: Any) -> bool:
     dtype = getattr(x, "dtype", np.void)
-    if _is_foreign_dtype(dtype):
-        return False
-    return bool(jnp.issubdtype(dtype, np.floating) or jnp.issubdtype(dtype, np.integer))
+    known = not _is_foreign_dtype(dtype)
+    return known and bool(jnp.issubdtype(dtype, np.floating) or jnp.issubdtype(dtype, np.integer))
 
 
 def _shape(x: Any) -> tuple[int, ...]:
@@ -289,15 +280,10 @@ def _is_inexact(x: Any) -> bool:
 
 
 @cache
-def _is_complex_dtype(dtype: Any) -> bool:
-    return bool(jnp.issubdtype(dtype, np.complexfloating))
-
-
-@cache
 def _dtype_fits(g: Any, p: Any, real: bool) -> bool:
     # A real gradient of a complex parameter loses nothing; the reverse would.
     known = _is_inexact_dtype(g) and _is_inexact_dtype(p)
-    return known and (real or _is_complex_dtype(p) or not _is_complex_dtype(g))
+    return known and bool(real or jnp.issubdtype(p, np.complexfloating) or not jnp.issubdtype(g, np.complexfloating))
 
 
 def _fits(g: Any, p: Any, real: bool = False) -> bool:
@@ -340,8 +326,8 @@ def _raise_first_misfit(grads: Leaves, like: list[Any] | None, name: str, real: 
 
 def _difference(tree: PyTree, like: PyTree, name: str) -> str:
     """The first difference between `tree` and `like`, in words."""
-    whole = f"are {jax.tree.structure(tree)}, expected {jax.tree.structure(like)}"
-    return _first_difference(tree, like, name) or whole
+    found = _first_difference(tree, like, name)
+    return found or f"are {jax.tree.structure(tree)}, expected {jax.tree.structure(like)}"
 
 
 def _first_difference(tree: PyTree, like: PyTree, where: str) -> str | None:
@@ -383,22 +369,20 @@ def _at(name: str, path: Path) -> str:
 
 def _leaf_message(where: str, leaf: object) -> str:
     expected = "expected a floating point or complex array"
-    if callable(leaf) and not hasattr(leaf, "dtype"):
-        return (
-            f"{where} is {_describe(leaf)}, {expected}: pass arrays only, for instance "
-            "equinox.filter(model, equinox.is_inexact_array) or the parameters that flax's init returned"
+    remedy = "keep it outside the parameters, or put None at its place in parameters and gradients"
+    found = _describe(leaf)
+    if hasattr(leaf, "dtype"):
+        if _is_foreign_dtype(leaf.dtype):
+            found, expected = f"{found} of type {type(leaf).__name__}", f"{expected} of JAX or NumPy"
+            remedy = "convert it, as in jnp.asarray(tensor.detach().numpy())"
+        elif jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            found, remedy = "a PRNG key", "keep keys outside the parameters"
+    elif callable(leaf):
+        remedy = (
+            "pass arrays only, for instance equinox.filter(model, equinox.is_inexact_array) "
+            "or the parameters that flax's init returned"
         )
-    if hasattr(leaf, "dtype") and _is_foreign_dtype(leaf.dtype):
-        return (
-            f"{where} is {_describe(leaf)} of type {type(leaf).__name__}, {expected} of JAX or NumPy: convert it, "
-            "as in jnp.asarray(tensor.detach().numpy())"
-        )
-    if hasattr(leaf, "dtype") and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        return f"{where} is a PRNG key, {expected}: keep keys outside the parameters"
-    return (
-        f"{where} is {_describe(leaf)}, {expected}: keep it outside the parameters, "
-        "or put None at its place in parameters and gradients"
-    )
+    return f"{where} is {found}, {expected}: {remedy}"
 
 
 def _describe(x: object) -> str:

@@ -1,16 +1,15 @@
 """Block-quantised arrays: 8 or 4 bits per number, and a float32 scale per block.
 
-A block is a run of numbers along the last axis. Its scale s is the largest magnitude in it. A
-magnitude |x| = y s is stored as an integer next to L y**(1/p). With p = 2 or 4 the codes lie closer
-together near 0, where most numbers of a block are. Rounding picks one of the two neighbouring codes
-at random, with the probabilities that make |x| the expected decoded value.
+A block is a run of numbers along the last axis. Its scale s is the largest magnitude in it. A magnitude |x| = y s is
+stored as an integer next to L y**(1/p). With p = 2 or 4 the codes lie closer together near 0, where most numbers are.
+Rounding picks one of the two neighbouring codes at random, so that |x| is the expected decoded value.
 """
 
 import json
 import math
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn
 
 import jax
 import jax.export
@@ -184,17 +183,8 @@ def is_moment(x: object) -> bool:
     return x is None or is_quantized(x)
 
 
-def _flatten(x: QuantizedArray) -> tuple[tuple[Any, Any], tuple[int, bool, int, int]]:
-    return (x.codes, x.scales), (x.bits, x.signed, x.block_size, x.size)
-
-
-def _flatten_with_keys(x: QuantizedArray) -> Any:
-    children, static = _flatten(x)
-    return tuple(zip(map(jax.tree_util.GetAttrKey, ("codes", "scales")), children, strict=True)), static
-
-
-jax.tree_util.register_pytree_with_keys(
-    QuantizedArray, _flatten_with_keys, lambda static, children: QuantizedArray(*children, *static), _flatten
+jax.tree_util.register_dataclass(
+    QuantizedArray, data_fields=["codes", "scales"], meta_fields=["bits", "signed", "block_size", "size"]
 )
 jax.export.register_pytree_node_serialization(
     QuantizedArray,
@@ -281,12 +271,6 @@ def _runs(x: Array, length: int) -> Array:
     return x.reshape(*x.shape[:-1], count, length)
 
 
-def _join(x: Array, like: Array) -> Array:
-    """Undo `_runs`: merge the blocks into one axis of the length and sharding of `like`."""
-    x = x.reshape(*x.shape[:-2], x.shape[-2] * x.shape[-1])
-    return sharded_like(x[..., : like.shape[-1]] if x.shape[-1] != like.shape[-1] else x, like)
-
-
 def sharded_like(x: Array, like: Array) -> Array:
     """Give `x` the sharding in the type of `like`, if there is one."""
     wanted = jax.typeof(like).sharding
@@ -295,7 +279,9 @@ def sharded_like(x: Array, like: Array) -> Array:
 
 def _spread(scales: Array, block_size: int, like: Array) -> Array:
     """Broadcast the scales to the numbers of an array with the shape and sharding of `like`."""
-    return _join(jnp.broadcast_to(scales[..., None], (*scales.shape, block_size)), like)
+    x = jnp.broadcast_to(scales[..., None], (*scales.shape, block_size))
+    x = x.reshape(*scales.shape[:-1], scales.shape[-1] * block_size)
+    return sharded_like(x[..., : like.shape[-1]] if x.shape[-1] != like.shape[-1] else x, like)
 
 
 def _pack(nibbles: Array) -> Array:

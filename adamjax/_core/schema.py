@@ -5,7 +5,6 @@ import re
 from typing import Any
 
 import jax
-import numpy as np
 
 from adamjax._core.typing import PyTree
 from adamjax._core.value import Value
@@ -17,10 +16,7 @@ _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
 def tree_schema(name: str, tree: PyTree) -> Schema:
-    """Describe each node by its type and static fields, each array by its dtype and shape, and each number by itself.
-
-    Parents come before their children.
-    """
+    """Describe each node, parents first, by its type and static fields, each array by its type, and each number."""
     schema: Schema = {}
 
     def walk(path: str, x: PyTree) -> None:
@@ -36,19 +32,8 @@ def tree_schema(name: str, tree: PyTree) -> Schema:
     return schema
 
 
-def hyperparameter_schema(name: str, tree: PyTree) -> Schema:
-    """Describe a tree of hyperparameters: like `tree_schema`, but arrays are described by their values."""
-    return tree_schema(name, jax.tree.map(lambda x: np.asarray(x).tolist() if hasattr(x, "dtype") else x, tree))
-
-
 def first_difference(there: Schema, here: Schema, *, numbers: bool = True) -> str | None:
-    """Return the first difference between two schemas, in words; None if there is none.
-
-    Args:
-      there: The schema of a checkpoint.
-      here: The schema to compare it with.
-      numbers: Whether to compare numbers.
-    """
+    """Return the first difference between the schema of a checkpoint and one from here, in words; None if none."""
     for path in here | there:
         a, b = there.get(path, "nothing"), here.get(path, "nothing")
         if a != b and (numbers or isinstance(a, str) or isinstance(b, str)):
@@ -72,11 +57,10 @@ def _node(x: PyTree) -> str:
     if isinstance(x, Value):
         fields = [field for field in dataclasses.fields(x) if field.metadata.get("described")]  # type: ignore[arg-type]
         # Fields at their defaults are left out, so that adding a field later does not change old schemas.
-        chosen = {f.name: getattr(x, f.name) for f in fields if getattr(x, f.name) != f.default}
-        return f"{name}({', '.join(f'{field}={_print(content)}' for field, content in chosen.items())})"
+        chosen = [f"{f.name}={_print(y)}" for f in fields if (y := getattr(x, f.name)) != f.default]
+        return f"{name}({', '.join(chosen)})"
     structure: Any = jax.tree.structure(x, is_leaf=lambda y: y is not x)
-    _, static = structure.node_data()
-    return f"{name} {_print(static)}"
+    return f"{name} {_print(structure.node_data()[1])}"
 
 
 def _print(x: object) -> str:

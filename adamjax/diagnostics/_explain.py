@@ -50,11 +50,6 @@ class Series(NamedTuple):
         x = x[~np.isnan(x)]
         return float(np.median(x)) if len(x) else math.nan
 
-    @property
-    def gradient(self) -> float:
-        """The median over time of the gradient's root mean square."""
-        return self.usual("gradient_norm") / math.sqrt(self.of.size[-1])
-
 
 def series(stats: Iterable[AdamStats]) -> tuple[Series, list[Series]]:
     """Return the series of all parameters together, and of each parameter."""
@@ -69,22 +64,19 @@ def series(stats: Iterable[AdamStats]) -> tuple[Series, list[Series]]:
             )
         if x.paths != first.paths:
             raise ValueError(f"figures of other parameters: {', '.join(x.paths)} after {', '.join(first.paths)}")
-    counts = np.array([x.count for x in measured])
     dtype = first.dtypes[0] if len(set(first.dtypes)) == 1 else "mixed"
-    overall = LeafStats(*(np.array(x) for x in zip(*(x.overall for x in measured), strict=True)))
-    table = LeafStats(*(np.stack(x) for x in zip(*(x.leaves for x in measured), strict=True)))
+    over_time = jax.tree.map(lambda *x: np.stack(x), *measured)
     leaves = [
-        Series(path, first.shapes[i], first.dtypes[i], counts, LeafStats(*(x[:, i] for x in table)))
+        Series(path, first.shapes[i], first.dtypes[i], over_time.count, LeafStats(*(x[:, i] for x in over_time.leaves)))
         for i, path in enumerate(first.paths)
     ]
-    return Series(ALL, None, dtype, counts, overall), leaves
+    return Series(ALL, None, dtype, over_time.count, over_time.overall), leaves
 
 
 def explain(stats: AdamStats | Iterable[AdamStats]) -> list[Finding]:
     """Explain in words what is wrong with a run.
 
-    With more than one measurement, the rules look at the median over time, so that an unusual start or
-    end does not count.
+    With many measurements, the rules look at the median over time, so that an unusual start or end does not count.
 
     | rule | condition |
     |---|---|
@@ -118,7 +110,10 @@ def explain(stats: AdamStats | Iterable[AdamStats]) -> list[Finding]:
     warning: eps (1e-08) dominates 100 % of w, whose gradients are about 1e-09: lower eps, or scale the loss
     """
     overall, leaves = series(stats if isinstance(stats, Iterable) else [stats])
-    findings = [finding for rule in RULES for finding in _limited(list(rule(overall, leaves)))]
+    findings = []
+    for name, rule in RULES.items():
+        severity = "error" if name in _ERRORS else "warning"
+        findings += _limited([Finding(severity, name, *found) for found in rule(overall, leaves)])
     return sorted(findings, key=lambda finding: finding.severity)
 
 
@@ -131,80 +126,64 @@ def _limited(found: list[Finding], most: int = 5) -> list[Finding]:
     return [*found[:most], rest[0]._replace(path=others, message=f"the same holds for {others} ({rest[0].rule})")]
 
 
-Found = Iterator[Finding]
+Found = Iterator[tuple[str, float, str, str]]  # path, figure, message and remedy of each finding of a rule
 
 
 def _nonfinite(overall: Series, leaves: list[Series]) -> Found:
     for leaf in leaves:
         bad = leaf.of.nonfinite_gradients > 0
         if bad.any():
-            first = int(leaf.counts[np.argmax(bad)])
-            yield Finding(
-                "error",
-                "nonfinite",
-                leaf.path,
-                float(bad.mean()),
-                f"the gradient of {leaf.path} was not finite in {bad.sum()} of {len(bad)} measured steps, "
-                f"first at step {first}",
+            times, first = f"{bad.sum()} of {len(bad)}", int(leaf.counts[np.argmax(bad)])
+            message = f"the gradient of {leaf.path} was not finite in {times} measured steps, first at step {first}"
+            remedy = (
                 "wrap the optimizer in skip_nonfinite (float16: dynamic_loss_scale), and look for a division by 0 "
-                "or a logarithm of it in the loss",
+                "or a logarithm of it in the loss"
             )
+            yield leaf.path, float(bad.mean()), message, remedy
+
+
+def _uphill(overall: Series, leaves: list[Series]) -> Found:
+    cosine = overall.usual("cosine")
+    if cosine > 0.2:
+        message = f"updates point uphill: the cosine of their angle to the gradient is {cosine:.2f}"
+        remedy = "leave out maximize=True, or one of two changes of sign in the chain"
+        yield overall.path, cosine, message, remedy
 
 
 def _no_gradient(overall: Series, leaves: list[Series]) -> Found:
     for leaf in leaves:
         if np.all(leaf.of.zero_gradients == 1) and leaf.dtype != "float16":
-            yield Finding(
-                "warning",
-                "no_gradient",
-                leaf.path,
-                1.0,
-                f"{leaf.path} never got a gradient but 0",
+            message = f"{leaf.path} never got a gradient but 0"
+            remedy = (
                 "connect it to the loss (no stop_gradient, no rounding, no saturated activation before it), or make "
-                "its gradient None",
+                "its gradient None"
             )
+            yield leaf.path, 1.0, message, remedy
 
 
 def _underflow(overall: Series, leaves: list[Series]) -> Found:
     for leaf in leaves:
         zero = leaf.usual("zero_gradients")
         if leaf.dtype == "float16" and zero > 1 / 3:
-            yield Finding(
-                "warning",
-                "underflow",
-                leaf.path,
-                zero,
-                f"{_percent(zero)} of the gradients of {leaf.path} are 0: float16 has nothing below 6e-08",
-                "scale the loss: dynamic_loss_scale",
-            )
+            message = f"{_percent(zero)} of the gradients of {leaf.path} are 0: float16 has nothing below 6e-08"
+            yield leaf.path, zero, message, "scale the loss: dynamic_loss_scale"
 
 
 def _rounding(overall: Series, leaves: list[Series]) -> Found:
-    for leaf in _worst(leaves, "lost", above=1 / 3):
-        yield Finding(
-            "warning",
-            "rounding",
-            leaf.path,
-            leaf.usual("lost"),
-            f"rounding to {leaf.dtype} discards {_percent(leaf.usual('lost'))} of the updates of {leaf.path}",
-            "use stochastic_rounding, kahan or master_weights"
-            if leaf.dtype in ("bfloat16", "float16")
-            else "raise the learning rate",
-        )
+    for leaf, share in _worst(leaves, "lost", above=1 / 3):
+        message = f"rounding to {leaf.dtype} discards {_percent(share)} of the updates of {leaf.path}"
+        low = leaf.dtype in ("bfloat16", "float16")
+        remedy = "use stochastic_rounding, kahan or master_weights" if low else "raise the learning rate"
+        yield leaf.path, share, message, remedy
 
 
 def _eps(overall: Series, leaves: list[Series]) -> Found:
-    for leaf in _worst(leaves, "eps_dominated", above=0.5):
-        share = leaf.usual("eps_dominated")
-        yield Finding(
-            "warning",
-            "eps",
-            leaf.path,
-            share,
-            f"eps ({leaf.of.eps[-1]:.0e}) dominates {_percent(share)} of {leaf.path}, whose gradients are about "
-            f"{leaf.gradient:.0e}",
-            "lower eps, or scale the loss",
+    for leaf, share in _worst(leaves, "eps_dominated", above=0.5):
+        eps, gradient = leaf.of.eps[-1], leaf.usual("gradient_norm") / math.sqrt(leaf.of.size[-1])
+        message = (
+            f"eps ({eps:.0e}) dominates {_percent(share)} of {leaf.path}, whose gradients are about {gradient:.0e}"
         )
+        yield leaf.path, share, message, "lower eps, or scale the loss"
 
 
 def _rate_high(overall: Series, leaves: list[Series]) -> Found:
@@ -215,88 +194,59 @@ def _rate_high(overall: Series, leaves: list[Series]) -> Found:
             ratio = float(one.of.update_ratio[0])  # later ratios are smaller: steps that are too long inflate params
         if ratio > 0.1:
             times = "" if math.isinf(ratio) else f" about {_round(ratio / 1e-3)}x"
-            yield Finding(
-                "warning",
-                "rate_high",
-                one.path,
-                ratio,
-                f"an update is {ratio:.2g} of {one.path}, where 0.001 is usual: the learning rate is{times} too high",
-                "lower it, or warm up",
+            message = (
+                f"an update is {ratio:.2g} of {one.path}, where 0.001 is usual: the learning rate is{times} too high"
             )
+            yield one.path, ratio, message, "lower it, or warm up"
             return
 
 
 def _rate_low(overall: Series, leaves: list[Series]) -> Found:
     ratio = float(np.max(overall.of.update_ratio, initial=0, where=~np.isnan(overall.of.update_ratio)))
     if 0 < ratio < 1e-5:
-        yield Finding(
-            "warning",
-            "rate_low",
-            overall.path,
-            ratio,
+        message = (
             f"no update is more than {ratio:.0e} of the parameters, where 0.001 is usual: "
-            f"the learning rate is about {_round(1e-3 / ratio)}x too low",
-            "raise it",
+            f"the learning rate is about {_round(1e-3 / ratio)}x too low"
         )
+        yield overall.path, ratio, message, "raise it"
 
 
 def _warm_up(overall: Series, leaves: list[Series]) -> Found:
     steps, b2 = int(overall.counts[-1]), float(overall.of.b2[-1])
     needed = 1 / (1 - b2) if b2 < 1 else math.inf
     if 100 <= steps < needed / 15:  # too few steps to judge below 100
-        yield Finding(
-            "warning",
-            "warm_up",
-            overall.path,
-            steps / needed,
-            f"the second moment has not warmed up: b2={b2:.7g} needs about {_round(needed)} steps, the run has {steps}",
-            f"lower b2 (to {_b2_for(steps)}, say), or train longer",
-        )
-
-
-def _uphill(overall: Series, leaves: list[Series]) -> Found:
-    cosine = overall.usual("cosine")
-    if cosine > 0.2:
-        yield Finding(
-            "error",
-            "uphill",
-            overall.path,
-            cosine,
-            f"updates point uphill: the cosine of their angle to the gradient is {cosine:.2f}",
-            "leave out maximize=True, or one of two changes of sign in the chain",
-        )
+        wanted = f"b2={b2:.7g} needs about {_round(needed)} steps, the run has {steps}"
+        message = f"the second moment has not warmed up: {wanted}"
+        remedy = f"lower b2 (to {1 - 1 / max(steps / 10, 2):.3g}, say), or train longer"
+        yield overall.path, steps / needed, message, remedy
 
 
 def _storage(overall: Series, leaves: list[Series]) -> Found:
-    for leaf in _worst(leaves, "storage_error", above=0.5):
-        yield Finding(
-            "warning",
-            "storage",
-            leaf.path,
-            leaf.usual("storage_error"),
-            f"storing the moments of {leaf.path} changes its direction by {_percent(leaf.usual('storage_error'))}",
-            "keep them in more bits, or in smaller blocks (quantized(..., block_size=), or keep=)",
-        )
+    for leaf, change in _worst(leaves, "storage_error", above=0.5):
+        message = f"storing the moments of {leaf.path} changes its direction by {_percent(change)}"
+        remedy = "keep them in more bits, or in smaller blocks (quantized(..., block_size=), or keep=)"
+        yield leaf.path, change, message, remedy
 
 
-RULES: tuple[Callable[[Series, list[Series]], Found], ...] = (
-    _nonfinite,
-    _uphill,
-    _no_gradient,
-    _underflow,
-    _rounding,
-    _eps,
-    _rate_high,
-    _rate_low,
-    _warm_up,
-    _storage,
-)
+RULES: dict[str, Callable[[Series, list[Series]], Found]] = {
+    "nonfinite": _nonfinite,
+    "uphill": _uphill,
+    "no_gradient": _no_gradient,
+    "underflow": _underflow,
+    "rounding": _rounding,
+    "eps": _eps,
+    "rate_high": _rate_high,
+    "rate_low": _rate_low,
+    "warm_up": _warm_up,
+    "storage": _storage,
+}
+_ERRORS = ("nonfinite", "uphill")  # the others are warnings
 
 
-def _worst(leaves: list[Series], name: str, above: float) -> list[Series]:
-    """Return the series whose median is above a bound, the largest first."""
-    found = [leaf for leaf in leaves if leaf.usual(name) > above]
-    return sorted(found, key=lambda leaf: -leaf.usual(name))
+def _worst(leaves: list[Series], name: str, above: float) -> list[tuple[Series, float]]:
+    """Return the series whose median is above a bound, with that, the largest first."""
+    found = [(leaf, x) for leaf in leaves if (x := leaf.usual(name)) > above]
+    return sorted(found, key=lambda row: -row[1])
 
 
 def _percent(x: float) -> str:
@@ -306,7 +256,3 @@ def _percent(x: float) -> str:
 def _round(x: float) -> str:
     """Round to one digit."""
     return f"{float(f'{x:.0e}'):.0f}"
-
-
-def _b2_for(steps: int) -> str:
-    return f"{1 - 1 / max(steps / 10, 2):.3g}"

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -10,7 +9,7 @@ import numpy as np
 
 from adamjax._core.optional import require
 from adamjax.diagnostics._explain import Finding, Series, explain, series
-from adamjax.diagnostics._measure import AdamStats, check_stats
+from adamjax.diagnostics._measure import AdamStats, LeafStats, check_stats
 
 # The panels of the plot: figure, title, and True for a logarithmic scale.
 _PANELS = (
@@ -84,8 +83,7 @@ class History:
                 axis.set_yscale("log")
         handles, labels = axis.get_legend_handles_labels()
         if len(labels) > _MOST_LABELS:  # the first and last parameter suffice to read the colours
-            keep = [0, len(labels) - 2, len(labels) - 1]
-            handles, labels = [handles[i] for i in keep], [labels[i] for i in keep]
+            handles, labels = [[x[0], *x[-2:]] for x in (handles, labels)]
         figure.legend(handles, labels, loc="outside lower center", ncols=4)
         if path is not None:
             figure.savefig(path, dpi=120)
@@ -117,13 +115,13 @@ def scalars(stats: AdamStats) -> dict[str, float]:
     (['gradient_norm/all', 'gradient_norm/w'], 0.0)
     """
     stats = jax.device_get(check_stats(stats))
-    names = [name for name in stats.overall._fields if name not in ("size", "b2", "eps")]
-    found = {}
-    for name in names:
-        found[f"{name}/all"] = float(getattr(stats.overall, name))
-        of_leaves = getattr(stats.leaves, name)
-        found |= {f"{name}/{path}": float(x) for path, x in zip(stats.paths, of_leaves, strict=True)}
-    return found
+    figures = zip(LeafStats._fields, stats.overall, stats.leaves, strict=True)
+    return {
+        f"{name}/{path}": float(x)
+        for name, overall, leaves in figures
+        if name not in ("size", "b2", "eps")
+        for path, x in zip(("all", *stats.paths), (overall, *leaves), strict=True)
+    }
 
 
 class LogWriter:
@@ -138,7 +136,7 @@ class LogWriter:
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         writers = require("tensorboardX", "tensorboard", "writing a log for TensorBoard")
-        self._writer = writers.SummaryWriter(str(Path(folder)))
+        self._writer = writers.SummaryWriter(os.fspath(folder))
 
     def write(self, stats: AdamStats) -> None:
         """Add the measurements of one step."""

@@ -1,5 +1,7 @@
 """Statistics of one step: of its gradients, updates, moments and parameters."""
 
+import operator
+from collections import namedtuple
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from adamjax._core import checks, collectives, low_precision, trees
 from adamjax._core.numerics import abs_sq
 from adamjax._core.quantization import is_moment
-from adamjax._core.typing import AxisName, GradientTransformation, Path, PyTree, Scalar
+from adamjax._core.typing import AxisName, GradientTransformation, Path, PyTree
 from adamjax._core.value import Value, static_field, value
 from adamjax._transforms import moment_storage
 from adamjax._transforms.adam import scale_by_adam
@@ -28,8 +30,7 @@ class LeafStats(NamedTuple):
     Fields:
       size: The number of elements.
       gradient_norm, update_norm, parameter_norm: Euclidean norms.
-      update_ratio: The root mean square of the update divided by that of the parameter; infinite if the
-        parameter is 0.
+      update_ratio: The root mean square of the update divided by that of the parameter; infinite if the parameter is 0.
       rate_low, rate_median, rate_high: The 5th, 50th and 95th percentiles of the effective learning rate,
         |update| / |bias-corrected first moment|, over up to 1024 elements. The update includes weight decay.
         For all parameters together: the means of their percentiles, weighted by size.
@@ -92,30 +93,17 @@ class AdamStats(Value):
 
 
 def check_stats(x: object) -> AdamStats:
-    """Check that `x` is a result of `measure`."""
     if not isinstance(x, AdamStats):
         raise TypeError(f"Invalid stats value: {x!r}; stats must be what adamjax.diagnostics.measure returned")
     return x
 
 
-class _Sums(NamedTuple):
-    """Sums over the elements of one parameter."""
-
-    size: Array
-    gradient: Array  # squares, like the next two
-    update: Array
-    parameter: Array
-    product: Array  # gradient times update
-    zero: Array  # counts, down to `dominated`
-    nonfinite: Array
-    moved: Array
-    lost: Array
-    alive: Array
-    dominated: Array
-    signal: Array  # squares, from here on
-    noise: Array
-    direction: Array
-    error: Array
+# Sums over the elements of one parameter. `gradient`, `update`, `parameter`, and all from `signal` on are of squares,
+# `product` is of gradient times update, and the others count elements.
+_Sums = namedtuple(
+    "_Sums",
+    "size gradient update parameter product zero nonfinite moved lost alive dominated signal noise direction error",
+)
 
 
 def measure(
@@ -136,8 +124,7 @@ def measure(
       updates: The updates that `update` returned for them.
       state: The state that `update` returned. Moments are found anywhere in it, also those of optax.
       params: The parameters before the step.
-      opt: The optimizer, for its b1, b2, eps and form of AMSGrad. None, or an optimizer of another library:
-        those of `adam()`.
+      opt: The optimizer, for its b1, b2, eps and form of AMSGrad. None, or one of another library: those of `adam()`.
       axis_name: The mapped axis (or axes) over which the arguments are sharded, inside `jax.shard_map` or
         `jax.pmap`. The quantiles are then means of the shards' quantiles.
 
@@ -145,8 +132,7 @@ def measure(
       Figures of each parameter that has a gradient, and of all together.
 
     Raises:
-      ValueError, TypeError: The trees do not fit each other, there are no moments in the state, or
-        `opt` does not belong to it.
+      ValueError, TypeError: The trees do not fit each other, or the state has no moments, or is not one of `opt`.
 
     >>> import adamjax, jax.numpy as jnp
     >>> opt = adamjax.adam(1e-3)
@@ -169,21 +155,20 @@ def measure(
     chosen = [(key, *row) for key, row in zip(keys, rows, strict=True) if row[0] is not None]
     if not chosen:
         raise ValueError("there are no gradients to measure: all of them are None, or the tree is empty")
-    moments = _moments_by_path(state, opt, params, {key for key, *_ in chosen})
-    sums, rates, hyper, counts = [], [], [], []
+    moments = _moments_by_path(state, opt, params, {key: np.shape(g) for key, g, *_ in chosen})
+    sums, rates, hyper = [], [], []
     for key, g, u, p in chosen:
         found = moments[key]
         total, quantiles = _leaf(g, u, p, found)
         axes = collectives.axes_varying(total, axis_name)
         sums.append(jax.lax.psum(total, axes) if axes else total)
         rates.append(jax.lax.pmean(quantiles, axes) if axes else quantiles)
-        hyper.append(jnp.stack([_float32("b2", found.member.b2), _float32("eps", found.member.eps)]))
-        counts.append(found.count)
+        numbers = [checks.as_scalar(name, getattr(found.member, name), np.dtype(np.float32)) for name in ("b2", "eps")]
+        hyper.append(jnp.stack(numbers))
     table, rate_table, hyper_table = jnp.stack(sums, 1), jnp.stack(rates, 1), jnp.stack(hyper, 1)
-    sizes = table[0]
-    mean_rates = jnp.sum(rate_table * sizes[None], axis=1) / jnp.sum(sizes)
+    mean_rates = jnp.sum(rate_table * table[:1], axis=1) / jnp.sum(table[0])
     return AdamStats(
-        jnp.max(jnp.stack(counts)),
+        jnp.max(jnp.stack([moments[key].count for key, *_ in chosen])),
         _figures(_Sums(*jnp.sum(table, axis=1)), mean_rates, jnp.max(hyper_table, axis=1)),
         _figures(_Sums(*table), rate_table, hyper_table),
         tuple(trees.path_of(key) for key, *_ in chosen),
@@ -203,9 +188,9 @@ class _Moments(NamedTuple):
 
 
 def _moments_by_path(
-    state: PyTree, opt: GradientTransformation | None, params: PyTree, needed: set[Path]
+    state: PyTree, opt: GradientTransformation | None, params: PyTree, needed: dict[Path, tuple[int, ...]]
 ) -> dict[Path, _Moments]:
-    """Find the moments of the parameters by path; raise if some of the `needed` ones are missing."""
+    """Find the moments of the parameters by path; raise if some of the `needed` shapes are missing."""
     keys = [key for key, _ in jax.tree.leaves_with_path(params)]
     nodes = find_moments(state)
     if not nodes:
@@ -222,16 +207,13 @@ def _moments_by_path(
                 owner = key if key in keys else max((k for k in keys if where[-len(k) :] == k), key=len, default=None)
                 if owner is not None:
                     found[owner] = _Moments(node.count, m, v, v_max, member)
-    for key, p in jax.tree.leaves_with_path(params):
-        if key not in needed:
-            continue
+    for key, shape in needed.items():
         name = f"params{jax.tree_util.keystr(key)}"
         if key not in found:
             raise ValueError(
                 f"the state has no moments of {name}: it belongs to other parameters, or another optimizer "
                 "(of a parameter that Adam does not train, the gradient should be None)"
             )
-        shape = np.shape(p)
         if found[key].m.shape not in (shape, (*shape, 2)):
             raise ValueError(
                 f"the moments of {name} have shape {found[key].m.shape}, expected {shape}: "
@@ -247,7 +229,7 @@ def _members(opt: GradientTransformation | None, nodes: list[tuple[Path, Any]]) 
         return all(hasattr(x, name) for name in ("b1", "b2", "eps"))
 
     members = [x for x in jax.tree.leaves(opt, is_leaf=has_betas) if has_betas(x)]
-    if opt is None or not members:
+    if not members:
         return [scale_by_adam(amsgrad=getattr(node, "nu_max", None) is not None) for _, node in nodes]
     if len(members) == 1:
         return members * len(nodes)
@@ -259,10 +241,6 @@ def _members(opt: GradientTransformation | None, nodes: list[tuple[Path, Any]]) 
     return members
 
 
-def _float32(name: str, x: Scalar) -> Array:
-    return jnp.asarray(checks.as_scalar(name, x, np.dtype(np.float32)))
-
-
 def _leaf(g: Array, u: Array, p: Array, found: _Moments) -> tuple[Array, Array]:
     """Return the sums over the elements of a parameter, and the quantiles of its effective learning rates."""
     m, v = found.m, found.v
@@ -271,7 +249,10 @@ def _leaf(g: Array, u: Array, p: Array, found: _Moments) -> tuple[Array, Array]:
         g, u, p = (jnp.stack([x.real, x.imag], axis=-1) for x in (g, u, p))
     dtype = trees.compute_dtype(*map(trees.dtype_of, (g, u, p)), m.dtype)
     real = trees.real_dtype(dtype)
-    lost = (u != 0) & (_rounded_sum(p, u, dtype) == p.astype(dtype))
+    stepped = p.astype(dtype) + u.astype(dtype)
+    if low_precision.is_low_precision(p.dtype):
+        stepped = low_precision.round_to_nearest(stepped, p.dtype)
+    lost = (u != 0) & (stepped == p.astype(dtype))
     g, u, p = g.astype(dtype), u.astype(dtype), p.astype(dtype)
     v_loaded = moment_storage.load(v, real, g)
     v_max = None if found.v_max is None else moment_storage.load(found.v_max, real, g)
@@ -318,20 +299,11 @@ def _quantiles(x: Array) -> Array:
 
 
 def _summed(terms: list[Array]) -> Array:
-    """Return the sum of each term, stacked."""
     if terms[0].ndim > 1:
         # Reduce all terms at once. One at a time, XLA would read the arrays for each, or store the terms.
         zeros = [np.zeros((), x.dtype) for x in terms]
-        terms = jax.lax.reduce(
-            terms, zeros, lambda a, b: [x + y for x, y in zip(a, b, strict=True)], [terms[0].ndim - 1]
-        )
+        terms = jax.lax.reduce(terms, zeros, lambda a, b: list(map(operator.add, a, b)), [terms[0].ndim - 1])
     return jnp.stack([jnp.sum(x) for x in terms])
-
-
-def _rounded_sum(p: Array, u: Array, dtype: np.dtype) -> Array:
-    """Return `p + u`, rounded to the dtype of `p`."""
-    target = p.astype(dtype) + u.astype(dtype)
-    return low_precision.round_to_nearest(target, p.dtype) if low_precision.is_low_precision(p.dtype) else target
 
 
 def _some(x: Array) -> Array:

@@ -21,9 +21,8 @@ from adamjax._transforms.leafwise import LeafFunction, LeafOp, LeafTransform
 class PerParameter(Leafwise):
     """`inner` on each parameter by itself, as torch.optim does it.
 
-    The state is a tree like the parameters, with a state of `inner` in place of each: each has its own
-    step count, and a parameter whose gradient is None falls behind. A complex parameter is an array
-    of real and imaginary parts, along a last axis of 2.
+    The state is a tree like the parameters, with a state of `inner` in place of each. A parameter whose gradient is
+    None falls behind. A complex parameter is an array of real and imaginary parts, along a last axis of 2.
     """
 
     inner: Leafwise
@@ -32,7 +31,7 @@ class PerParameter(Leafwise):
         return trees.map_leaves(lambda p: self.inner._init(_real_and_imag(p)), params)
 
     def _leaf_transforms(self, updates: Leaves, state: PyTree, params: Leaves | None) -> list[LeafTransform]:
-        column = checks.per_param_states(state, updates)
+        column = checks.nodes_at(updates, state)
         ps = [None] * len(column) if params is None else params.leaves
         rows = zip(updates.leaves, column, ps, strict=True)
         steps = [None if g is None else self._transforms_of_one(g, s, p) for g, s, p in rows]
@@ -41,7 +40,6 @@ class PerParameter(Leafwise):
         return [StepPerParameter(steps, updates, column, leaf_states)]
 
     def _transforms_of_one(self, g: Any, state: PyTree, p: Any) -> list[LeafTransform]:
-        """The step of one parameter."""
         if isinstance(state, Mapping):
             # flax's nnx.Optimizer takes apart what stands in place of a parameter.
             found = trees.unflatten_by_path(state, self.inner._init(_real_and_imag(trees.abstract_like(g))))
@@ -54,25 +52,17 @@ class PerParameter(Leafwise):
 
 @dataclass(frozen=True)
 class StepPerParameter(LeafTransform):
-    """The steps of all parameters, each with the transforms of one.
+    """The steps of all parameters, each with the transforms of one."""
 
-    Fields:
-      steps: The transforms of each; None where it is frozen.
-      updates: For their structure.
-      states: The state of each before the step.
-      leaf_states: The leaf state of each.
-    """
-
-    steps: list[list[LeafTransform] | None]
-    updates: Leaves
-    states: list[Any]
+    steps: list[list[LeafTransform] | None]  # None where a parameter is frozen
+    updates: Leaves  # for their structure
+    states: list[Any]  # before the step
     leaf_states: Sequence[Any]
 
     def ops_for(self, index: int, dtype: np.dtype, p: Any) -> Sequence[LeafOp]:
         """The operations of one parameter; on real and imaginary parts, where it is complex."""
         whole = dtype if p is None else trees.dtype_of(p)
-        is_complex = jnp.issubdtype(whole, np.complexfloating)
-        if is_complex:
+        if is_complex := jnp.issubdtype(whole, np.complexfloating):
             dtype = trees.real_dtype(whole)
             p = None if p is None else _real_and_imag(trees.abstract_like(p))
         ops: list[LeafOp] = []
@@ -83,7 +73,7 @@ class StepPerParameter(LeafTransform):
         if not is_complex:
             return ops
         together = OnRealAndImag(tuple([op.function for op in ops]))
-        return (LeafOp(together, [op.operands for op in ops], trees.compute_dtype(dtype, jnp.dtype(jnp.complex64))),)
+        return [LeafOp(together, [op.operands for op in ops], trees.compute_dtype(dtype, jnp.dtype(jnp.complex64)))]
 
     def new_state(self, leaf_states: list[Any]) -> PyTree:
         rows = zip(self.steps, self.states, leaf_states, strict=True)

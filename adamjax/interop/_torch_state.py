@@ -45,18 +45,16 @@ class _Parts(NamedTuple):
     """The parts of a chain that torch has too."""
 
     moments: Any
-    per_parameter: bool
-    maximize: bool
-    coupled: ScalarOrSchedule
-    decoupled: ScalarOrSchedule
     lr: ScalarOrSchedule
+    per_parameter: bool = False
+    maximize: bool = False
+    coupled: ScalarOrSchedule = 0.0
+    decoupled: ScalarOrSchedule = 0.0
 
     @property
     def names(self) -> dict[str, str]:
-        names = _NAMES[type(self.moments)]
-        if getattr(self.moments, "amsgrad", None) is None:
-            names = {ours: theirs for ours, theirs in names.items() if ours != "nu_max"}
-        return names
+        amsgrad = getattr(self.moments, "amsgrad", None) is not None
+        return {ours: x for ours, x in _NAMES[type(self.moments)].items() if ours != "nu_max" or amsgrad}
 
     @property
     def torch_name(self) -> str:
@@ -69,13 +67,11 @@ def import_state(
     """Convert the state of a run of torch.optim to one with which `opt` continues it.
 
     Args:
-      opt: An optimizer of `adamjax.interop.torch`; or `adamjax.adam`, `adamw`, `amsgrad` or `adamax`, with
-        options that torch has too, if all parameters have done the same number of steps; or
-        `adamjax.groups` of such optimizers.
+      opt: An optimizer of `adamjax.interop.torch`; or `adamjax.adam`, `adamw`, `amsgrad` or `adamax`, with options that
+        torch has too, if all parameters have done the same number of steps; or `adamjax.groups` of such optimizers.
       params: The parameters, or `jax.ShapeDtypeStruct`s.
-      state_dict: The result of torch's `optimizer.state_dict()`, with all its groups; NumPy arrays may
-        replace its tensors. Or the path of a file: written by `torch.save`, or safetensors with keys
-        such as "state.0.exp_avg".
+      state_dict: The result of torch's `optimizer.state_dict()`, with all its groups; NumPy arrays may replace its
+        tensors. Or the path of a file: written by `torch.save`, or safetensors with keys such as "state.0.exp_avg".
       order: The paths ("layer_0/kernel") of the parameters in torch's order, group after group. None:
         the order of the leaves of `params`; for `adamjax.groups`, member after member.
       convert: A function of path and array that converts each of torch's moments to the layout of `params`,
@@ -92,22 +88,22 @@ def import_state(
     state_dict = _read(state_dict)
     as_transformation(opt, "argument opt of import_state")
     params = trees.concrete(params)
-    entries = _entries(state_dict, _places(opt, params, order))
-    return _imported(opt, params, entries, state_dict.get("param_groups"), convert)
+    start = opt.init(params)
+    entries = _entries(state_dict, _places(opt, params, start, order))
+    return _imported(opt, params, start, entries, state_dict.get("param_groups"), convert)
 
 
-def _imported(opt: Any, params: PyTree, entries: Entries, groups: ParamGroups, convert: Convert) -> PyTree:
+def _imported(
+    opt: Any, params: PyTree, start: PyTree, entries: Entries, groups: ParamGroups, convert: Convert
+) -> PyTree:
     if isinstance(opt, Groups):
-        return tuple(
-            _imported(member, part, {path: entries[path] for path in _leaves(part) if path in entries}, groups, convert)
-            for member, part in zip(opt.members, opt.split_params(params), strict=True)
-        )
-    parts, start = _parts(opt), opt.init(params)
+        rows = zip(opt.members, opt.split_params(params), start, strict=True)
+        return tuple(_imported(*row, entries, groups, convert) for row in rows)
+    parts = _parts(opt)
+    states = _split(parts, params, start[0])
+    entries = {path: entries[path] for path in states if path in entries}
     _check_names(parts, entries, groups)
-    states = {
-        path: _filled(parts, path, s, entries[path], convert) if path in entries else s
-        for path, s in _split(parts, params, start[0]).items()
-    }
+    states |= {path: _filled(parts, path, states[path], entry, convert) for path, entry in entries.items()}
     count = jnp.int32(max((int(s.count) for s in states.values()), default=0))
     rest = [ScheduleState(count) if isinstance(s, ScheduleState) else s for s in start[1:]]
     return (_merge(parts, params, states) if states else start[0], *rest)
@@ -135,7 +131,7 @@ def export_state(
     checks.parameters(params)
     start = jax.eval_shape(as_transformation(opt, "argument opt of export_state").init, params)
     checks.same_structure(state, start, "state")
-    places = {path: i for i, path in enumerate(_places(opt, params, order))}
+    places = {path: i for i, path in enumerate(_places(opt, params, state, order))}
     exported: dict[int, dict[str, Any]] = {}
     groups = []
     for member, part, s in _members(opt, params, state):
@@ -160,16 +156,13 @@ def _members(opt: Any, params: PyTree, state: PyTree) -> list[tuple[Any, PyTree,
     """Return the optimizers in `opt`, with their parameters and states."""
     if not isinstance(opt, Groups):
         return [(opt, params, state)]
-    return [
-        found
-        for member, part, s in zip(opt.members, opt.split_params(params), state, strict=True)
-        for found in _members(member, part, s)
-    ]
+    rows = zip(opt.members, opt.split_params(params), state, strict=True)
+    return [found for row in rows for found in _members(*row)]
 
 
 def _parts(opt: Any) -> _Parts:
     """Read the parts of a chain; raise if torch has no such optimizer."""
-    found: dict[str, Any] = {"maximize": False, "coupled": 0.0, "decoupled": 0.0, "per_parameter": False}
+    found: dict[str, Any] = {}
     try:
         if not isinstance(opt, Chain):
             raise TypeError("it is not one of adamjax.interop.torch")
@@ -195,7 +188,7 @@ def _parts(opt: Any) -> _Parts:
             found["decoupled"] = decay[0].weight_decay
     except TypeError as error:
         raise TypeError(f"{opt!r} has no counterpart in torch.optim: {error}") from None
-    return _Parts(moments=moments, lr=rate.learning_rate, **found)
+    return _Parts(moments, rate.learning_rate, **found)
 
 
 def _leaves(params: PyTree) -> dict[str, Any]:
@@ -214,11 +207,9 @@ def _split(parts: _Parts, params: PyTree, state: PyTree) -> dict[str, ParamState
                 f"{path} is complex, and torch keeps a second moment for each part of it: use an optimizer of "
                 "adamjax.interop.torch, which does the same"
             )
-    columns = {name: structure.flatten_up_to(getattr(state, name)) for name in parts.names}
-    return {
-        path: state._replace(**{name: column[i] for name, column in columns.items()})
-        for i, path in enumerate(_leaves(params))
-    }
+    rows = zip(*(structure.flatten_up_to(getattr(state, name)) for name in parts.names), strict=True)
+    states = [state._replace(**dict(zip(parts.names, row, strict=True))) for row in rows]
+    return dict(zip(_leaves(params), states, strict=True))
 
 
 def _merge(parts: _Parts, params: PyTree, states: dict[str, ParamState]) -> PyTree:
@@ -237,9 +228,9 @@ def _merge(parts: _Parts, params: PyTree, states: dict[str, ParamState]) -> PyTr
     return states[first]._replace(**columns)
 
 
-def _places(opt: Any, params: PyTree, order: Order) -> list[str]:
-    """Return the paths of the parameters in torch's order."""
-    paths = _paths(opt, params)
+def _places(opt: Any, params: PyTree, state: PyTree, order: Order) -> list[str]:
+    """Return the paths of the parameters in torch's order: by default that of the leaves, member after member."""
+    paths = [path for _, part, _ in _members(opt, params, state) for path in _leaves(part)]
     if order is None:
         return paths
     order = list(order)
@@ -250,14 +241,6 @@ def _places(opt: Any, params: PyTree, order: Order) -> list[str]:
         if order.count(path) != 1:
             raise ValueError(f"order names {path!r} {order.count(path)} times: it must name each parameter once")
     return order
-
-
-def _paths(opt: Any, params: PyTree) -> list[str]:
-    """Return the paths of the parameters; for `adamjax.groups`, member after member."""
-    if not isinstance(opt, Groups):
-        return list(_leaves(params))
-    parts = zip(opt.members, opt.split_params(params), strict=True)
-    return [path for member, part in parts for path in _paths(member, part)]
 
 
 def _read(state_dict: StateDict) -> Mapping[str, Any]:
@@ -337,8 +320,7 @@ def _moment(path: str, name: str, x: Any, like: Any, convert: Convert) -> jax.Ar
     """Convert one array to our layout, and check that it fits in the place of `like`."""
     if not isinstance(like, jax.Array):
         raise TypeError(f"{name} of {path} cannot be imported into {like!r}: import into moments in float32")
-    x = _array(x)
-    x = np.asarray(convert(path, x)) if convert is not None else x
+    x = _array(x) if convert is None else np.asarray(convert(path, _array(x)))
     if np.iscomplexobj(x) and not jnp.issubdtype(like.dtype, jnp.complexfloating):
         x = np.stack([x.real, x.imag], axis=-1)
     if x.shape != like.shape:

@@ -75,12 +75,9 @@ class TorchNAdamRule(AdamRule):
 
 @value
 class _NAdamMoments(Moments):
-    """The moments of one step, given the product of the rates up to and with it."""
+    """The moments of one step of `opt`, given the product of the rates up to and with it."""
 
-    b1: Scalar
-    b2: Scalar
-    eps: Scalar
-    momentum_decay: Scalar
+    opt: Any
     product: Any
     mu_dtype = nu_dtype = None
 
@@ -89,24 +86,18 @@ class _NAdamMoments(Moments):
         return TorchNAdamRule()
 
     def _scalars(self, t: Array) -> NAdamScalars:
-        decay1, decay2 = decay("b1", self.b1, t.dtype), decay("b2", self.b2, t.dtype)
-        product, now, following = self.product.astype(t.dtype), rate(self, t), rate(self, t + 1)
+        decay1, decay2 = decay("b1", self.opt.b1, t.dtype), decay("b2", self.opt.b2, t.dtype)
+        product, now, following = self.product.astype(t.dtype), self.opt.rate(t), self.opt.rate(t + 1)
         return NAdamScalars(
             decay1,
             decay2,
             bias_correction(t, decay1),
             bias_correction(t, decay2),
-            epsilon(self.eps, t.dtype),
+            epsilon(self.opt.eps, t.dtype),
             np.zeros((), t.dtype),
             (1 - now) / (1 - product),
             following / (1 - product * following),
         )
-
-
-def rate(opt: Any, t: Array) -> Array:
-    """mu_t, with which the first moment of step t counts."""
-    b1, momentum_decay = (checks.as_scalar(n, getattr(opt, n), t.dtype) for n in ("b1", "momentum_decay"))
-    return b1 * (1 - 0.5 * jnp.exp(t * momentum_decay * math.log(0.96)))
 
 
 @value
@@ -122,22 +113,23 @@ class ScaleByTorchNAdam(Leafwise):
         self._check_numbers("b1", "b2", below=1.0)
         self._check_numbers("eps", "momentum_decay")
 
-    def _moments(self, product: Any) -> _NAdamMoments:
-        return _NAdamMoments(self.b1, self.b2, self.eps, self.momentum_decay, product)
+    def rate(self, t: Array) -> Array:
+        """mu_t, with which the first moment of step t counts."""
+        b1, momentum_decay = (checks.as_scalar(n, getattr(self, n), t.dtype) for n in ("b1", "momentum_decay"))
+        return b1 * (1 - 0.5 * jnp.exp(t * momentum_decay * math.log(0.96)))
 
     def parts(self, m: Array, v: Array, v_max: None, t: Array) -> Parts:
-        """The parts of the direction that the two moments have, at step `t`."""
-        return self._moments(jnp.zeros_like(t)).parts(m, v, v_max, t)
+        return _NAdamMoments(self, jnp.zeros_like(t)).parts(m, v, v_max, t)
 
     def _init(self, params: PyTree) -> NAdamState:
-        count, mu, nu, _ = self._moments(None)._init(params)
+        count, mu, nu, _ = _NAdamMoments(self, None)._init(params)
         return NAdamState(count, mu, nu, trees.make_on_mesh_of(lambda: jnp.ones((), jnp.float32), params))
 
     def _leaf_transforms(self, updates: Leaves, state: PyTree, params: Leaves | None) -> list[LeafTransform]:
         checks.state(state, NAdamState, "torch's NAdam")
         t = trees.increment(state.count).astype(jnp.result_type(float))
-        product = state.mu_product * rate(self, t).astype(state.mu_product.dtype)
-        moments = self._moments(product)
+        product = state.mu_product * self.rate(t).astype(state.mu_product.dtype)
+        moments = _NAdamMoments(self, product)
         columns = moments._columns(updates, AdamState(state.count, state.mu, state.nu))
         step = StepMoments.of(moments, state.count, columns, lambda column: updates.like(column).tree)
 

@@ -1,6 +1,5 @@
 """Convert states of optax's Adam family to adamjax and back, to continue a run."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -25,30 +24,26 @@ def import_state(opt: GradientTransformation, params: PyTree, state: PyTree) -> 
     """Convert the state of a run of optax to one with which `opt` continues it.
 
     Args:
-      opt: `adamjax.adam`, `adamw`, `amsgrad(variant="corrected")` (or "paper", if optax does not correct
-        biases), `nadam`, `nadamw`, `radam`, `adamax` or `adamaxw`; alone, in a chain, or in
-        `optax.MultiSteps` or `optax.inject_hyperparams`.
+      opt: `adamjax.adam`, `adamw`, `amsgrad(variant="corrected")` ("paper" if optax does not correct biases), `nadam`,
+        `nadamw`, `radam`, `adamax`, `adamaxw`; alone, in a chain, `optax.MultiSteps` or `optax.inject_hyperparams`.
       params: The parameters, or `jax.ShapeDtypeStruct`s.
-      state: The state of the same optimizer of optax; alone, in a chain, or in `optax.MultiSteps`
-        or `optax.inject_hyperparams`, even if `opt` is not.
+      state: The state of the same optimizer of optax; alone or in any of these, even if `opt` is not.
 
     Returns:
       A state like `opt.init(params)`.
 
     Raises:
-      ValueError, TypeError: The two do not fit: `state` has no state of Adam, or several; only one of them has
-        `nu_max`; the trees or shapes differ; or `optax.MultiSteps` has accumulated gradients, which `opt` cannot
-        hold. The message names the place.
+      ValueError, TypeError: The two do not fit (the message names the place): `state` has no state of Adam, or several;
+        only one has `nu_max`; trees or shapes differ; `optax.MultiSteps` has gradients, which `opt` cannot hold.
     """
     as_transformation(opt, "argument opt of import_state")
-    amsgrad = {m.amsgrad for m in _moments(opt) if isinstance(m, ScaleByAdam)}
-    if "torch" in amsgrad:
+    parts = jax.tree.leaves(opt, is_leaf=lambda x: isinstance(x, ScaleByAdam))
+    if any(isinstance(x, ScaleByAdam) and x.amsgrad == "torch" for x in parts):
         raise ValueError(
             "opt keeps the maximum of uncorrected moments, like torch, but optax keeps that of corrected ones: "
             "use variant='corrected'"
         )
-    start = opt.init(trees.concrete(params))
-    return _filled(start, state, "state")
+    return _filled(opt.init(trees.concrete(params)), state, "state")
 
 
 def export_state(opt: GradientTransformation, state: PyTree) -> PyTree:
@@ -70,7 +65,8 @@ def export_state(opt: GradientTransformation, state: PyTree) -> PyTree:
         raise TypeError(f"{opt!r} is not one of adamjax's optimizers, such as adamjax.adamw")
     checks.member_states(state, len(opt.transforms), "opt")
     exported = []
-    for transform, part in zip(map(_within, opt.transforms), state, strict=True):
+    for transform, part in zip(opt.transforms, state, strict=True):
+        transform = transform.inner if isinstance(transform, Packed) else transform
         if isinstance(transform, Moments) and getattr(transform, "amsgrad", None) != "torch":
             checks.state(part, AdamState, type(transform).__name__)
             count, mu, nu, nu_max = map(unpacked, part)
@@ -105,26 +101,13 @@ def wrap(opt: GradientTransformation) -> Any:
     return require("optax", "optax", "wrapping for optax").GradientTransformationExtraArgs(found.init, found.update)
 
 
-def _within(opt: Any) -> Any:
-    """Return the transformation inside `packed`, or `opt` itself."""
-    return opt.inner if isinstance(opt, Packed) else opt
-
-
-def _moments(opt: object) -> Iterator[Moments]:
-    """Yield the parts of `opt` that have moments, except those inside wrappers of other libraries."""
-    if isinstance(_within(opt), Moments):
-        yield _within(opt)
-    for inner in getattr(opt, "transforms", ()):
-        yield from _moments(inner)
-
-
 def _filled(template: PyTree, theirs: PyTree, where: str) -> PyTree:
     """Fill `template`, a state before the first step, with the contents of optax's state."""
     if isinstance(template, AdamState):
         return _adam(template, theirs, where)
     if isinstance(template, ScheduleState):
-        counts = [s.count for _, s in _find(theirs, "ScaleByScheduleState")] or [_only(theirs, where)[1].count]
-        return ScheduleState(jnp.asarray(counts[0]))
+        (_, found), *_ = _find(theirs, "ScaleByScheduleState") or [_only(theirs, where)]
+        return ScheduleState(jnp.asarray(found.count))
     if _is_state(template) and type(template).__name__ == type(theirs).__name__:
         fields = template._fields
         return type(template)(*(_filled(getattr(template, f), getattr(theirs, f), f"{where}.{f}") for f in fields))
@@ -133,8 +116,8 @@ def _filled(template: PyTree, theirs: PyTree, where: str) -> PyTree:
     if isinstance(template, dict) and isinstance(theirs, dict) and theirs.keys() < template.keys():
         # Keep the hyperparameters that optax does not have.
         theirs = template | theirs
-    expected, found = _structures(template, theirs)
-    if expected != found:
+    expected: Any = jax.tree.structure(template)
+    if expected != (found := jax.tree.structure(theirs)):
         if not jax.tree.leaves(template):
             return template
         raise ValueError(f"{where} is {found}, expected {expected}")
@@ -151,28 +134,21 @@ def _adam(template: AdamState, theirs: PyTree, where: str) -> AdamState:
     path, found = _only(theirs, where)
     if (template.nu_max is None) != (not hasattr(found, "nu_max")):
         raise ValueError(f"{where}{path} is {'with' if hasattr(found, 'nu_max') else 'without'} nu_max, and opt is not")
-    mu, nu, nu_max = (
-        packed_like(
-            getattr(template, name),
-            _like(unpacked(getattr(template, name)), getattr(found, name, None), f"{where}{path}.{name}"),
-        )
-        for name in ("mu", "nu", "nu_max")
-    )
-    return AdamState(jnp.asarray(found.count), mu, nu, nu_max)
 
+    def moment(name: str) -> PyTree:
+        like = getattr(template, name)
+        return packed_like(like, _like(unpacked(like), getattr(found, name, None), f"{where}{path}.{name}"))
 
-def _structures(a: PyTree, b: PyTree) -> tuple[Any, Any]:
-    return jax.tree.structure(a), jax.tree.structure(b)
+    return AdamState(jnp.asarray(found.count), *map(moment, ("mu", "nu", "nu_max")))
 
 
 def _like(template: PyTree, x: PyTree, where: str) -> PyTree:
-    expected, found = _structures(template, x)
-    if expected != found:
+    expected: Any = jax.tree.structure(template)
+    if expected != (found := jax.tree.structure(x)):
         raise ValueError(
             f"{where} is {found}, expected {expected}: of other parameters, or opt stores moments in another format"
         )
-    pairs = zip(jax.tree.leaves_with_path(template), jax.tree.leaves(x), strict=True)
-    for (path, like), leaf in pairs:
+    for (path, like), leaf in zip(jax.tree.leaves_with_path(template), jax.tree.leaves(x), strict=True):
         name = where + jax.tree_util.keystr(path)
         if like.shape != jnp.shape(leaf):
             raise ValueError(f"{name} has shape {jnp.shape(leaf)}, expected {like.shape}")
@@ -194,9 +170,9 @@ def _only(theirs: PyTree, where: str) -> tuple[str, Any]:
 
 def _find(tree: PyTree, name: str, where: str = "") -> list[tuple[str, Any]]:
     """Return the states of type `name` in `tree`, with their paths. Names of types work without optax installed."""
-    if _is_state(tree) and type(tree).__name__ == name:
-        return [(where, tree)]
     if _is_state(tree):
+        if type(tree).__name__ == name:
+            return [(where, tree)]
         children = [(f".{field}", getattr(tree, field)) for field in tree._fields]
     elif isinstance(tree, (tuple, list)):
         children = [(f"[{i}]", child) for i, child in enumerate(tree)]

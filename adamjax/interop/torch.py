@@ -1,9 +1,8 @@
 """torch.optim's Adam family in JAX: the same signatures, defaults, algorithms and numbers.
 
-These functions differ from those of the same names in `adamjax` as torch differs from optax. Each
-parameter counts its own steps, and is skipped while its gradient is None; complex parameters are
-treated as pairs of real ones; NAdam schedules its momentum; RAdam adds eps before it corrects the
-bias. Unlike in torch, moments of half precision parameters are float32.
+These functions differ from those of the same names in `adamjax` as torch differs from optax. Each parameter counts its
+own steps, and is skipped while its gradient is None; complex parameters are treated as pairs of real ones; NAdam
+schedules its momentum; RAdam adds eps before it corrects the bias. Unlike in torch, no moments are in half precision.
 
 torch's arguments `foreach`, `capturable` and `differentiable` select an implementation, not an algorithm. They
 are accepted, so that calls need no changes, and ignored. `fused=True` means the same as for `adamjax.adam`.
@@ -49,8 +48,7 @@ def adam(
       lr: The learning rate: a number, an array or a schedule of the step count.
       betas: The decay rates of the moments, each in [0, 1).
       eps: A number of at least 0, added to the root of the second moment.
-      weight_decay: A number of at least 0: L2 regularisation, added to the gradient unless
-        `decoupled_weight_decay` is True.
+      weight_decay: A number of at least 0: L2 regularisation, added to the gradient, or see `decoupled_weight_decay`.
       amsgrad: Divide by the largest second moment so far; take the maximum before bias correction.
       maximize: Ascend instead of descend.
       decoupled_weight_decay: Shrink the parameters by lr * weight_decay instead of adding L2 to the gradient.
@@ -59,8 +57,7 @@ def adam(
       foreach, capturable, differentiable: Ignored.
 
     Returns:
-      A transformation whose state is a tuple that starts with a tree of `AdamState`s, one for each
-      parameter.
+      A transformation whose state is a tuple that starts with a tree of `AdamState`s, one for each parameter.
 
     Raises:
       ValueError: A hyperparameter is out of range (in torch's words), or another argument is invalid.
@@ -73,8 +70,7 @@ def adam(
     >>> int(state[0]["w"].count), int(state[0]["b"].count)
     (1, 0)
     """
-    b1, b2 = _check(lr, betas, eps, weight_decay)
-    _check_flags(amsgrad=amsgrad, decoupled_weight_decay=decoupled_weight_decay)
+    b1, b2 = _check(lr, betas, eps, weight_decay, amsgrad=amsgrad, decoupled_weight_decay=decoupled_weight_decay)
     checks.choice("fused", fused, (None, False, True, "auto"))
     moments = scale_by_adam(b1, b2, eps, amsgrad=amsgrad)
     return _of_torch(moments, lr, weight_decay, maximize, decoupled_weight_decay, fused)
@@ -123,8 +119,7 @@ def nadam(
     Returns:
       A transformation whose state is a tuple that starts with a tree of `NAdamState`s.
     """
-    b1, b2 = _check(lr, betas, eps, weight_decay, momentum_decay=momentum_decay)
-    _check_flags(decoupled_weight_decay=decoupled_weight_decay)
+    b1, b2 = _check(lr, betas, eps, weight_decay, momentum_decay, decoupled_weight_decay=decoupled_weight_decay)
     moments = ScaleByTorchNAdam(b1, b2, eps, momentum_decay)
     return _of_torch(moments, lr, weight_decay, maximize, decoupled_weight_decay)
 
@@ -142,8 +137,7 @@ def radam(
     differentiable: bool = False,
 ) -> Chain:
     """torch.optim.RAdam. Arguments, result and errors are those of `adam`."""
-    b1, b2 = _check(lr, betas, eps, weight_decay)
-    _check_flags(decoupled_weight_decay=decoupled_weight_decay)
+    b1, b2 = _check(lr, betas, eps, weight_decay, decoupled_weight_decay=decoupled_weight_decay)
     return _of_torch(ScaleByTorchRAdam(b1, b2, eps, 0.0), lr, weight_decay, maximize, decoupled_weight_decay)
 
 
@@ -179,9 +173,9 @@ def _of_torch(
 
 
 def _check(
-    lr: ScalarOrSchedule, betas: Betas, eps: Scalar, weight_decay: ScalarOrSchedule, momentum_decay: Scalar = 0.0
+    lr: object, betas: Betas, eps: object, weight_decay: object, momentum_decay: object = 0.0, **flags: object
 ) -> Betas:
-    """Check numbers like torch does, in its words, and return the two betas. Do not check arrays and schedules."""
+    """Check numbers like torch does, in its words, and flags; return the two betas. Leave out arrays and schedules."""
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:
         raise ValueError(f"Invalid betas: {betas!r}, expected a pair of numbers")
     rules = (
@@ -195,9 +189,6 @@ def _check(
     for name, x, below in rules:
         if isinstance(x, (int, float)) and not 0.0 <= x < below:
             raise ValueError(f"Invalid {name}: {x}")
+    for name, flag in flags.items():
+        checks.choice(name, flag, (False, True))
     return betas[0], betas[1]
-
-
-def _check_flags(**flags: object) -> None:
-    for name, x in flags.items():
-        checks.choice(name, x, (False, True))

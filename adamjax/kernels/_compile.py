@@ -16,12 +16,7 @@ import jax
 import jaxlib
 
 SOURCE = Path(__file__).with_name("adam.cc")
-# The entry points in the library, by the suffix that each adds to the name of its target.
-_HANDLERS = {"": "AdamjaxStep", "-group": "AdamjaxGroup"}
-
 _FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared")
-_X86_FLAGS = ("-march=native", "-mprefer-vector-width=512")
-_OTHER_FLAGS = ("-mcpu=native",)
 
 
 class Kernel(NamedTuple):
@@ -76,14 +71,10 @@ def build() -> Path:
 
 @cache
 def target() -> str:
-    """Compile, load and register the kernel, and return its FFI target; with "-group", that for several arrays.
-
-    Raises:
-      RuntimeError: The kernel cannot be compiled.
-    """
+    """Compile, load and register the kernel, and return its FFI target; with "-group", that for several arrays."""
     path = build()
     library = ctypes.CDLL(str(path))
-    for suffix, name in _HANDLERS.items():
+    for suffix, name in (("", "AdamjaxStep"), ("-group", "AdamjaxGroup")):
         jax.ffi.register_ffi_target(path.stem + suffix, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
     return path.stem
 
@@ -128,7 +119,8 @@ def _compiler() -> str:
 
 
 def _flags() -> tuple[str, ...]:
-    return _FLAGS + (_X86_FLAGS if platform.machine() in ("x86_64", "AMD64") else _OTHER_FLAGS)
+    is_x86 = platform.machine() in ("x86_64", "AMD64")
+    return (*_FLAGS, *(("-march=native", "-mprefer-vector-width=512") if is_x86 else ("-mcpu=native",)))
 
 
 def _path(compiler: str) -> Path:

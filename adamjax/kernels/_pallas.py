@@ -1,8 +1,7 @@
 """The Pallas kernel: steps with quantised moments in one pass over the memory of a GPU.
 
-XLA compiles a step of float moments to one loop. Quantised moments need two, because their scales come
-in between: one loop finds the largest new moment of each block, and one rounds with it. The kernel keeps
-a block in registers all the while.
+XLA compiles a step of float moments to one loop. Quantised moments need two, because their scales come in between: one
+loop finds the largest new moment of each block, and one rounds with it. The kernel keeps a block in registers.
 """
 
 import math
@@ -76,21 +75,14 @@ def _missing() -> str | None:
 
 
 class _Rows(NamedTuple):
-    """The cut of arrays into rows, one for each block of quantised moments.
+    """The cut of arrays into rows, one for each block of quantised moments."""
 
-    Fields:
-      unit: The elements per block; of the smaller block if the moments differ.
-      span: The number of these blocks in a row, which is one block of the moment with larger blocks.
-      pairs: True if the codes of one of the moments are stored two per byte.
-    """
-
-    unit: int
-    span: int
-    pairs: bool
+    unit: int  # the elements per block; of the smaller block if the moments differ
+    span: int  # the number of these blocks in a row, which is one block of the moment with larger blocks
+    pairs: bool  # whether the codes of one of the moments are stored two per byte
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of a row."""
         inner = (self.unit // 2, 2) if self.pairs else (self.unit,)
         return (self.span, *inner) if self.span > 1 else inner
 
@@ -160,16 +152,13 @@ def _places(shape: tuple[int, ...], places: Array) -> Array:
 
 
 def _axes(part: Sequence[int], whole: Sequence[int], size: int) -> list[tuple[int, int]]:
-    """Return the rows of `size` along each axis of a shard, and their distance in the global array, innermost first.
-
-    Merge adjacent axes without a gap between them.
-    """
+    """Return the rows of `size` along each axis of a shard, and their distance in the global array, innermost first."""
     axes: list[tuple[int, int]] = [(part[-1] // size, size)]
     stride = 1
     for i in reversed(range(len(part) - 1)):
         stride *= whole[i + 1]
         count, apart = axes[-1]
-        if count * apart == stride:
+        if count * apart == stride:  # merge adjacent axes without a gap between them
             axes[-1] = (count * part[i], apart)
         else:
             axes.append((part[i], stride))

@@ -1,8 +1,6 @@
 """The layout of a state on a mesh: with its parameters, and spread further over an axis of the mesh.
 
-A state array is spread over its first axis that divides into equal parts, in whole blocks if it is
-quantised. This is decided per parameter, and every state array of its shape follows: a step then runs
-where the moments are, without moving them.
+The axis of an array is chosen per parameter; all state arrays of its shape follow, so a step runs where they are.
 """
 
 import math
@@ -70,8 +68,7 @@ def init_sharded(opt: GradientTransformation, params: PyTree, sharding: PyTree) 
 
     Args:
       opt: A transformation of adamjax or optax.
-      params: The parameters: arrays, also inside `jax.jit`, or `jax.ShapeDtypeStruct`s, which give an abstract
-        state.
+      params: The parameters: arrays, also inside `jax.jit`, or `jax.ShapeDtypeStruct`s, which give an abstract state.
       sharding: A tree of `jax.sharding.NamedSharding`s with the structure of the state, from `state_sharding`.
 
     Returns:
@@ -152,38 +149,22 @@ def describe(
         shape = f"[{','.join(map(str, x.shape))}]"
         rows.append((trees.path_of(path), shape, str(pair[1].spec), *map(str, sizes), reason))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    width = sum(widths[:3]) + 4
-    lines = [_line(row, widths) for row in rows]
-    return "\n".join([*lines, _line(("bytes a device", *map(str, totals)), [width, *widths[3:5]], numbers=(1, 2))])
-
-
-def _line(row: Sequence[str], widths: Sequence[int], numbers: tuple[int, ...] = (3, 4)) -> str:
-    cells = [x.rjust(w) if i in numbers else x.ljust(w) for i, (x, w) in enumerate(zip(row, widths, strict=False))]
-    return "  ".join(cells).rstrip()
+    line = "  ".join(f"{{:{side}{width}}}" for side, width in zip("<<<>><", widths, strict=True))
+    total = f"{'bytes a device':{sum(widths[:3]) + 4}}  {totals[0]:{widths[3]}}  {totals[1]:{widths[4]}}"
+    return "\n".join([*(line.format(*row).rstrip() for row in rows), total])
 
 
 class StateLayout(NamedTuple):
-    """The shardings of a step.
-
-    Fields:
-      params: The `NamedSharding`s of the parameters during the step.
-      state: The `NamedSharding`s of the state.
-      like: The state, of `jax.ShapeDtypeStruct`s.
-      unsharded_reason: The reason why an array is not spread, for each array of the state; "" if it is, or if it
-        is a scalar.
-    """
+    """The `NamedSharding`s of parameters and state during a step."""
 
     params: PyTree
     state: PyTree
-    like: PyTree
-    unsharded_reason: tuple[str, ...]
+    like: PyTree  # the state, of `jax.ShapeDtypeStruct`s
+    unsharded_reason: tuple[str, ...]  # why an array of the state is not spread; "" if it is, or if it is a scalar
 
 
 def _once_per_structure(lay_out: Callable[..., T]) -> Callable[..., T]:
-    """Cache `lay_out(opt, params, *rest)`.
-
-    A layout depends on the structure of `opt`, not on the values of its arrays: these may be tracers.
-    """
+    """Cache `lay_out(opt, params, *rest)`: it does not depend on the values of arrays, which may be tracers."""
     cache: dict[Hashable, T] = {}
 
     @wraps(lay_out)
@@ -254,8 +235,7 @@ def split_axes(opt: Transformation, params: PyTree, count: int) -> PyTree:
 
     def axis(path: Path, p: jax.ShapeDtypeStruct) -> int:
         splits = count > 1 and path not in packed
-        found = first_divisible(p.shape, [1] * p.ndim, count, block_sizes.get(path, 1)) if splits else None
-        return -1 if found is None else found
+        return first_divisible(p.shape, [1] * p.ndim, count, block_sizes.get(path, 1)) if splits else -1
 
     return jax.tree.map_with_path(axis, params)
 
@@ -281,7 +261,7 @@ def _layout_of(
     transform = as_transformation(opt, f"argument opt of {who}")
     checks.parameters(params)
     if mesh is None:
-        meshes = [s.mesh for p in jax.tree.leaves(params) if isinstance(s := sharding_of(p), NamedSharding)]
+        meshes = [s.mesh for s in map(sharding_of, jax.tree.leaves(params)) if isinstance(s, NamedSharding)]
         if not meshes:
             raise ValueError(f"no leaf of params is on a mesh: {_PUT}, or give {who} abstract ones with shardings")
         mesh = meshes[0]
@@ -298,7 +278,6 @@ _PUT = "put them there, by jax.device_put(params, NamedSharding(mesh, PartitionS
 
 
 def check_mesh(mesh: Any) -> None:
-    """Check the argument `mesh`."""
     if not isinstance(mesh, (Mesh, AbstractMesh)):
         raise TypeError(f"Invalid mesh value: {mesh!r}; mesh must be a jax.sharding.Mesh")
     if len(set(mesh.axis_types)) > 1:
@@ -353,8 +332,7 @@ def constrain(tree: PyTree, shardings: PyTree) -> PyTree:
 
 def mesh_axes_by_dim(sharding: NamedSharding, ndim: int) -> list[Names]:
     """Return the mesh axes that each dimension of an array is sharded over."""
-    parts = _names(sharding.spec)
-    return [*parts, *([()] * (ndim - len(parts)))]
+    return [*_names(sharding.spec), *[()] * (ndim - len(sharding.spec))]
 
 
 def canonical_spec(spec: PartitionSpec) -> PartitionSpec:
@@ -373,13 +351,13 @@ def _spec(parts: list[Names]) -> PartitionSpec:
     return PartitionSpec(*(part[0] if len(part) == 1 else part or None for part in parts))
 
 
-def first_divisible(shape: Sequence[int], parts: Sequence[int], count: int, unit: int) -> int | None:
-    """Return the first axis that divides into `count` times as many `parts`; the last one in blocks of `unit`."""
+def first_divisible(shape: Sequence[int], parts: Sequence[int], count: int, unit: int) -> int:
+    """Return the first axis that divides into `count` times as many `parts`, the last in blocks of `unit`; or -1."""
     for axis, (size, taken) in enumerate(zip(shape, parts, strict=True)):
         run = unit if axis == len(shape) - 1 else 1
         if size > 0 and size % (taken * count * run) == 0:
             return axis
-    return None
+    return -1
 
 
 def _spread(p: jax.ShapeDtypeStruct, names: Names, unit: int) -> tuple[NamedSharding, str]:
@@ -390,11 +368,11 @@ def _spread(p: jax.ShapeDtypeStruct, names: Names, unit: int) -> tuple[NamedShar
     free = tuple(name for name in names if mesh.shape[name] > 1 and not any(name in part for part in taken))
     count = math.prod(mesh.shape[name] for name in free)
     parts = [math.prod(mesh.shape[name] for name in part) for part in taken]
-    axis = first_divisible(p.shape, parts, count, unit) if free else None
-    if axis is not None:
+    axis = first_divisible(p.shape, parts, count, unit) if free else -1
+    if axis >= 0:
         taken[axis] = (*taken[axis], *free)
     blocks = f" in blocks of {unit}" if unit > 1 else ""
-    reason = f"no axis is divisible by {count}{blocks}" if free and axis is None and p.shape else ""
+    reason = f"no axis is divisible by {count}{blocks}" if free and axis < 0 and p.shape else ""
     return _named(mesh, taken), reason
 
 
@@ -408,8 +386,8 @@ def _check_sharding(sharding: PyTree, state: PyTree) -> None:
     expected: Any = jax.tree.structure(state)
     found: Any = jax.tree.structure(sharding)
     if found != expected or not all(isinstance(s, NamedSharding) for s in jax.tree.leaves(sharding)):
-        what = f"a tree of {found}" if found != expected else "a tree of something else"
+        what = found if found != expected else "something else"
         raise ValueError(
-            f"Invalid sharding value: {what}, expected NamedShardings in {expected}: "
+            f"Invalid sharding value: a tree of {what}, expected NamedShardings in {expected}: "
             "make it with state_sharding(opt, params)"
         )

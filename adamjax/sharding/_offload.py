@@ -58,11 +58,10 @@ def _settle(state: PyTree) -> PyTree:
 def offload(opt: GradientTransformation) -> Offload:
     """Keep the state of `opt` in pinned host memory, and move it to the device for each step.
 
-    This frees device memory, at the cost of transferring twice the bytes of the state at each step. Scalars
-    stay on the device. Make it the outermost wrapper, around `zero1` too, and use it under `jax.jit`. Donate the
-    state only together with the parameters, and after them, as `Transformation.step` says: JAX gives the memory of
-    a donated array to the first result of its shape, in whichever memory space it is, and parameters in host
-    memory crash the process.
+    This frees device memory, at the cost of transferring twice the bytes of the state at each step. Scalars stay on the
+    device. Make it the outermost wrapper, around `zero1` too, and use it under `jax.jit`. Donate the state only
+    together with the parameters, and after them, as `Transformation.step` says: JAX gives the memory of a donated array
+    to the first result of its shape, in whichever memory space it is, and parameters in host memory crash the process.
 
     Args:
       opt: A transformation of adamjax or optax.

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import jax.export
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from adamjax._core import checks, trees
 from adamjax._core.trees import Leaves
@@ -14,7 +14,7 @@ from adamjax._core.typing import GradientTransformation, PyTree
 from adamjax._core.value import Value, static_field, value
 from adamjax._transforms.base import Result, StepContext, StepsParts
 from adamjax.sharding import _layout
-from adamjax.sharding._layout import Names, StateLayout
+from adamjax.sharding._layout import MeshLike, Names, StateLayout
 
 
 class Specs:
@@ -108,7 +108,13 @@ class Zero1(StepsParts):
     def _run(self, updates: Leaves, state: PyTree, context: StepContext) -> Result:
         checks.params_given(context.params, updates, "zero1")
         params = context.params or updates  # without parameters, there are no gradients
-        plan, whole = self._plan_of(state, params.tree)
+        checks.state(state, Zero1State, "zero1")
+        if len(state.specs) != (count := len(jax.tree.leaves(params))):
+            raise ValueError(
+                f"the state of zero1 is that of {len(state.specs)} parameters, and params has {count}: "
+                "call init(params) for these"
+            )
+        plan, whole = self._plan(params.tree, state.specs, "the state of zero1 was made where it was")
 
         def constrain(x: Leaves, shardings: PyTree) -> Leaves:
             return x.like(x.column(_layout.constrain(x.tree, shardings)))
@@ -117,26 +123,15 @@ class Zero1(StepsParts):
         found, delivered, inner = self._run_parts(parts, state.inner, context, lambda x: constrain(x, whole))
         return found, delivered, Zero1State(_layout.constrain(inner, plan.state), state.specs)
 
-    def _plan_of(self, state: PyTree, params: PyTree) -> tuple[StateLayout, PyTree]:
-        checks.state(state, Zero1State, "zero1")
-        count = len(jax.tree.leaves(params))
-        if len(state.specs) != count:
-            raise ValueError(
-                f"the state of zero1 is that of {len(state.specs)} parameters, and params has {count}: "
-                "call init(params) for these"
-            )
-        return self._plan(params, state.specs, "the state of zero1 was made where it was")
-
     def _plan(self, params: PyTree, specs: Sequence[PartitionSpec | None], said: str) -> tuple[StateLayout, PyTree]:
-        """Where everything is during a step, and where the parameters are before and after it."""
+        """Return the layout during a step, and the shardings of the parameters before and after it."""
         leaves = jax.tree.leaves_with_path(params)
         mesh = _mesh_of(leaves, self.mesh)
         names = _layout.check_axes("axis", self.axis, mesh)
-        whole = [_whole(path, p, mesh, spec, said) for (path, p), spec in zip(leaves, specs, strict=True)]
-        structs = [jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=s) for (_, p), s in zip(leaves, whole, strict=True)]
-        structure = jax.tree.structure(params)
-        plan = _layout.state_layout(self.inner, jax.tree.unflatten(structure, structs), mesh, names)
-        return plan, jax.tree.unflatten(structure, whole)
+        found = [_whole(path, p, mesh, spec, said) for (path, p), spec in zip(leaves, specs, strict=True)]
+        whole = jax.tree.unflatten(jax.tree.structure(params), found)
+        structs = jax.tree.map(lambda p, s: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=s), params, whole)
+        return _layout.state_layout(self.inner, structs, mesh, names), whole
 
 
 def _canonical(specs: Iterable[PartitionSpec]) -> tuple[PartitionSpec, ...]:
@@ -145,25 +140,22 @@ def _canonical(specs: Iterable[PartitionSpec]) -> tuple[PartitionSpec, ...]:
 
 def _mesh_of(leaves: list[tuple[Any, Any]], given: Any) -> Any:
     """Return the mesh of the parameters, or the given one: tracers know only the abstract mesh."""
-    for path, p in leaves:
-        found = jax.typeof(p).sharding if isinstance(p, jax.core.Tracer) else _layout.sharding_of(p)
-        mesh = getattr(found, "mesh", None)
-        if mesh is None or mesh.empty:
-            traced = isinstance(p, jax.core.Tracer)
-            if traced and given is not None:
-                return given
-            raise ValueError(
-                f"params{jax.tree_util.keystr(path)} is on no mesh: put the parameters there, by "
-                "jax.device_put(params, NamedSharding(mesh, PartitionSpec()))"
-                + (", or give zero1 the mesh" if traced else "")
-            )
-        if AxisType.Manual in mesh.axis_types:
-            raise ValueError("zero1 is for arrays under jax.jit: inside of jax.shard_map, take zero1_mapped")
-        _layout.check_mesh(mesh)
-        if given is not None and given.abstract_mesh != mesh.abstract_mesh:
-            raise ValueError(f"params{jax.tree_util.keystr(path)} is on {mesh}, expected {given}, the mesh of zero1")
-        return mesh
-    raise ValueError("zero1 needs the parameters to know their mesh, and there are none")
+    if not leaves:
+        raise ValueError("zero1 needs the parameters to know their mesh, and there are none")
+    path, p = leaves[0]
+    traced, where = isinstance(p, jax.core.Tracer), f"params{jax.tree_util.keystr(path)}"
+    mesh = getattr(jax.typeof(p).sharding if traced else _layout.sharding_of(p), "mesh", None)
+    if mesh is None or mesh.empty:
+        if traced and given is not None:
+            return given
+        remedy = "jax.device_put(params, NamedSharding(mesh, PartitionSpec()))" + ", or give zero1 the mesh" * traced
+        raise ValueError(f"{where} is on no mesh: put the parameters there, by {remedy}")
+    if AxisType.Manual in mesh.axis_types:
+        raise ValueError("zero1 is for arrays under jax.jit: inside of jax.shard_map, take zero1_mapped")
+    _layout.check_mesh(mesh)
+    if given is not None and given.abstract_mesh != mesh.abstract_mesh:
+        raise ValueError(f"{where} is on {mesh}, expected {given}, the mesh of zero1")
+    return mesh
 
 
 def _whole(path: Any, p: Any, mesh: Any, spec: PartitionSpec | None, said: str) -> NamedSharding:
@@ -182,11 +174,7 @@ def _whole(path: Any, p: Any, mesh: Any, spec: PartitionSpec | None, said: str) 
 
 
 def zero1(
-    opt: GradientTransformation,
-    *,
-    mesh: Mesh | AbstractMesh | None = None,
-    axis: str | Names,
-    specs: PyTree = None,
+    opt: GradientTransformation, *, mesh: MeshLike | None = None, axis: str | Names, specs: PyTree = None
 ) -> Zero1:
     """Spread the state of `opt` over an axis of the mesh: each of its n devices stores and steps an n-th (ZeRO-1).
 
@@ -208,13 +196,11 @@ def zero1(
         function does not see shardings then. None: the shardings of the parameters, or replicated if unknown.
 
     Returns:
-      A transformation with state `Zero1State`: the state of `opt`, and the shardings of the parameters at `init`.
-      Its `update` needs `params`.
+      A transformation with state `Zero1State`, whose `update` needs `params`.
 
     Raises:
-      TypeError, ValueError: `opt` is not a transformation, `axis` not a name, or `specs` not a tree of specs; at
-        `init`, a parameter is on no mesh, or not sharded as in `specs`; later, not sharded as at `init` (the message
-        has its path).
+      TypeError, ValueError: `opt` is not a transformation, `axis` not a name, or `specs` not a tree of specs; a
+        parameter (the message has its path) is on no mesh, or not sharded as in `specs` or at `init`.
 
     References:
       Rajbhandari et al., 2020, https://arxiv.org/abs/1910.02054.

@@ -29,7 +29,8 @@ class Zero1Mapped(StepsParts):
 
     def _init(self, params: PyTree) -> PyTree:
         leaves = jax.tree.leaves(params)
-        if any(isinstance(p, jax.core.Tracer) and AxisType.Manual in _axis_types(p) for p in leaves):
+        meshes = [jax.typeof(p).sharding.mesh for p in leaves if isinstance(p, jax.core.Tracer)]
+        if any(AxisType.Manual in mesh.axis_types for mesh in meshes):
             raise ValueError("call init of zero1_mapped outside of jax.shard_map: the state goes in as an argument")
         if trees.any_abstract(params) and not any(map(_layout.sharding_of, leaves)):
             return self.inner._init(params)
@@ -70,12 +71,9 @@ class _Parts:
         return grads.map(of_leaf, grads.column(self.axes))
 
     def take(self, params: Leaves) -> Leaves:
-        """Take this device's part of the parameters."""
         return params.map(self._part, params.column(self.axes))
 
     def gather(self, leaves: Leaves) -> Leaves:
-        """Gather all parts on each device."""
-
         def of_leaf(x: Array, axis: int) -> Array:
             return x if axis < 0 else lax.all_gather(x, self.names, axis=axis, tiled=True, to="invarying")
 
@@ -86,10 +84,6 @@ class _Parts:
             return x
         size = x.shape[axis] // self.count
         return lax.dynamic_slice_in_dim(x, lax.axis_index(self.names) * size, size, axis)
-
-
-def _axis_types(p: Array) -> tuple[AxisType, ...]:
-    return jax.typeof(p).sharding.mesh.axis_types
 
 
 def _check_blocks(state: PyTree) -> None:
