@@ -93,27 +93,14 @@ def split_groups(tree: PyTree, layout: Layout) -> tuple[PyTree, list[list[Any]]]
     return structure.unflatten(leaves), groups
 
 
-def _flatten(x: PackedTree) -> tuple[tuple[Any, Any], Layout]:
-    return (x.rest, x.groups), x.layout
-
-
-def _flatten_with_keys(x: PackedTree) -> Any:
-    children, layout = _flatten(x)
-    return tuple(zip(map(jax.tree_util.GetAttrKey, ("rest", "groups")), children, strict=True)), layout
-
-
-def _unflatten(layout: Layout, children: Any) -> PackedTree:
-    rest, groups = children
-    return PackedTree(rest, groups, layout)
-
-
-jax.tree_util.register_pytree_with_keys(PackedTree, _flatten_with_keys, _unflatten, _flatten)
+jax.tree_util.register_dataclass(PackedTree, data_fields=["rest", "groups"], meta_fields=["layout"])
 jax.export.register_pytree_node_serialization(
     PackedTree,
     serialized_name="adamjax.PackedTree",
-    serialize_auxdata=lambda layout: json.dumps(layout).encode(),
+    serialize_auxdata=lambda static: json.dumps(static).encode(),
     deserialize_auxdata=lambda found: tuple(
-        tuple((number, tuple(shape)) for number, shape in places) for places in json.loads(bytes(found))
+        tuple(tuple((number, tuple(shape)) for number, shape in places) for places in layout)
+        for layout in json.loads(bytes(found))
     ),
 )
 

@@ -66,27 +66,10 @@ class Leaves:
         return cls(*children, structure)
 
 
-def flatten(tree: PyTree, *others: PyTree) -> tuple[jax.tree_util.PyTreeDef, list[tuple[Any, ...]]]:
-    """Return the structure of `tree` and a row per leaf: the leaf and the subtrees at its place in `others`.
-
-    A tree in `others` that is None as a whole gives None in every row.
-    """
-    structure: Any
-    leaves, structure = jax.tree.flatten(tree, is_leaf=is_none)
-    columns = [[None] * len(leaves) if other is None else structure.flatten_up_to(other) for other in others]
-    return structure, list(zip(leaves, *columns, strict=True))
-
-
-def unflatten(structure: jax.tree_util.PyTreeDef, rows: list[tuple[Any, ...]], width: int) -> tuple[PyTree, ...]:
-    """Return the `width` trees whose leaves are the columns of `rows`."""
-    columns = zip(*rows, strict=True) if rows else [()] * width
-    return tuple(jax.tree.unflatten(structure, column) for column in columns)
-
-
 def map_leaves(f: Callable[..., Any], tree: PyTree, *others: PyTree) -> PyTree:
     """Map `f` over the leaves of `tree` and the subtrees at their places in `others`; keep None where `tree` has it."""
-    structure, rows = flatten(tree, *others)
-    return jax.tree.unflatten(structure, [None if row[0] is None else f(*row) for row in rows])
+    leaves = Leaves.of(tree)
+    return leaves.map(f, *map(leaves.column, others)).tree
 
 
 def dtype_of(x: Any) -> np.dtype:

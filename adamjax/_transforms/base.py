@@ -19,17 +19,11 @@ from adamjax._transforms.leafwise import LeafTransform, run_leafwise
 
 
 class StepContext(NamedTuple):
-    """The rest of a step's arguments.
+    """The rest of a step's arguments."""
 
-    Fields:
-      params: The parameters as a transformation sees them.
-      extra: The keyword arguments of `update`.
-      delivery: The last operation on each leaf; None to hand the updates to the next transformation.
-    """
-
-    params: Leaves | None
-    extra: Extra
-    delivery: Delivery | None
+    params: Leaves | None  # the parameters as a transformation sees them
+    extra: Extra  # the keyword arguments of `update`
+    delivery: Delivery | None  # the last operation on each leaf; None to hand the updates to the next transformation
 
 
 # A step's results (None where a leaf is frozen), the new leaf states of its delivery, and the new state.

@@ -24,29 +24,19 @@ LeafFunction = Callable[[Any, Any, Any, Any], tuple[Any, Any]]
 
 
 class LeafOp(NamedTuple):
-    """One operation on one leaf.
-
-    Fields:
-      function: The `LeafFunction`.
-      operands: The arrays that it takes besides update, parameter and leaf state.
-      dtype: The dtype of the update after it.
-    """
+    """One operation on one leaf."""
 
     function: LeafFunction
-    operands: Any
-    dtype: np.dtype
+    operands: Any  # the arrays that it takes besides update, parameter and leaf state
+    dtype: np.dtype  # the dtype of the update after it
 
 
 class LeafTransform:
-    """One transformation's part in a step.
+    """One transformation's part in a step."""
 
-    Fields:
-      leaf_states: The state of each leaf, and behind them that of each group of `layout`; None if there is none.
-      layout: The groups of leaves whose states are packed, and which are stepped together.
-    """
-
+    # The state of each leaf, and behind them that of each group of `layout`; None if there is none.
     leaf_states: Sequence[Any] | None = None
-    layout: Layout = ()
+    layout: Layout = ()  # the groups of leaves whose states are packed, and which are stepped together
 
     def ops_for(self, index: int, dtype: np.dtype, p: Any) -> Sequence[LeafOp]:
         """The operations on leaf `index`, whose update has `dtype`; empty to leave it as it is."""
@@ -58,58 +48,36 @@ class LeafTransform:
 
 
 class LeafProgram(NamedTuple):
-    """The operations on one leaf, in order.
+    """The operations on one leaf, in order."""
 
-    Fields:
-      functions: The `LeafFunction`s, each behind the number of its transformation, whose leaf state it takes.
-      operands: The operands of each.
-    """
-
+    # The `LeafFunction`s, each behind the number of its transformation, whose leaf state it takes.
     functions: tuple[tuple[int, LeafFunction], ...]
-    operands: list[Any]
+    operands: list[Any]  # the operands of each
 
 
 class GroupProgram(NamedTuple):
-    """The operations on a group of leaves.
+    """The operations on a group of leaves."""
 
-    Fields:
-      before: A program for each leaf.
-      together: The program for all leaves in one flat array, whose leaf state is packed.
-      after: A program for each leaf.
-      shapes: The shapes of the leaves.
-    """
-
-    before: list[LeafProgram]
-    together: LeafProgram
-    after: list[LeafProgram]
-    shapes: tuple[tuple[int, ...], ...]
+    before: list[LeafProgram]  # a program for each leaf
+    together: LeafProgram  # the program for all leaves in one flat array, whose leaf state is packed
+    after: list[LeafProgram]  # a program for each leaf
+    shapes: tuple[tuple[int, ...], ...]  # the shapes of the leaves
 
 
 class Leaf(NamedTuple):
-    """One leaf of a step.
-
-    Fields:
-      index: Its index in the tree.
-      u: The update so far; None if the leaf is frozen.
-      p: The parameter as the transformations see it, or None.
-      states: The leaf state of each transformation.
-    """
+    """One leaf of a step."""
 
     index: int  # type: ignore[assignment]  # hides tuple.index
-    u: Any
-    p: Any
-    states: list[Any]
+    u: Any  # the update so far; None if the leaf is frozen
+    p: Any  # the parameter as the transformations see it, or None
+    states: list[Any]  # the leaf state of each transformation
 
 
 Done = tuple[Any, list[Any]]  # the result of a leaf, and its new leaf states
 
 
 class Executor:
-    """Runs leaf programs by XLA. A subclass may run those that it recognises by a kernel.
-
-    Fields:
-      paths: Returns the key path of each leaf, for messages.
-    """
+    """Runs leaf programs by XLA. A subclass may run those that it recognises by a kernel."""
 
     def __init__(self, paths: Callable[[], list[Path]]) -> None:
         self.paths = paths

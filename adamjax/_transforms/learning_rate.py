@@ -22,15 +22,10 @@ from adamjax._transforms.schedule import Scheduled, number_or_schedule
 
 @dataclass(frozen=True)
 class ScaleLeaves(LeafTransform):
-    """Multiply each leaf by a factor.
+    """Multiply each leaf by a factor."""
 
-    Fields:
-      factor: From a dtype, the factor in it.
-      state: The transformation's state after the step.
-    """
-
-    factor: Callable[[np.dtype], Any]
-    state: PyTree
+    factor: Callable[[np.dtype], Any]  # from a dtype, the factor in it
+    state: PyTree  # the transformation's state after the step
 
     def ops_for(self, index: int, dtype: np.dtype, p: Any) -> Sequence[LeafOp]:
         dtype = trees.compute_dtype(dtype)

@@ -127,23 +127,14 @@ class Moments(Leafwise):
 
 @dataclass(frozen=True)
 class StepMoments(LeafTransform):
-    """The step of the moments of each leaf.
+    """The step of the moments of each leaf."""
 
-    Fields:
-      rule: The rule of one array.
-      scalars: From a real dtype, the scalars of this step in it.
-      count: The number of this step.
-      finish: Makes the new state, called with lists of the new m, v and v_max.
-      leaf_states: m, v and v_max of each leaf, and of each group.
-      layout: The groups whose moments are packed.
-    """
-
-    rule: Any
-    scalars: Callable[[np.dtype], Any]
-    count: Array
-    finish: Callable[..., PyTree]
-    leaf_states: Sequence[Any]
-    layout: Layout = ()
+    rule: Any  # the rule of one array
+    scalars: Callable[[np.dtype], Any]  # from a real dtype, the scalars of this step in it
+    count: Array  # the number of this step
+    finish: Callable[..., PyTree]  # makes the new state, called with lists of the new m, v and v_max
+    leaf_states: Sequence[Any]  # m, v and v_max of each leaf, and of each group
+    layout: Layout = ()  # the groups whose moments are packed
 
     @classmethod
     def of(

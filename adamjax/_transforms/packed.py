@@ -37,7 +37,8 @@ class Packed(Leafwise):
 
     def _init(self, params: PyTree) -> AdamState:
         like = self.inner._init(trees.abstract_like(params))
-        structure, rows = trees.flatten(params, like.mu, like.nu, like.nu_max)
+        leaves = Leaves.of(params)
+        rows = list(zip(leaves.leaves, *map(leaves.column, (like.mu, like.nu, like.nu_max)), strict=True))
         small = [
             (i, np.shape(p), (trees.dtype_of(p), m.dtype, v.dtype))
             for i, (p, m, v, v_max) in enumerate(rows)
@@ -45,7 +46,8 @@ class Packed(Leafwise):
         ]
         layout = packing.layout_of(small)
         grouped = {i for i, *_ in small}
-        rest = self.inner._init(structure.unflatten([None if i in grouped else p for i, (p, *_) in enumerate(rows)]))
+        ungrouped = [None if i in grouped else p for i, p in enumerate(leaves.leaves)]
+        rest = self.inner._init(leaves.like(ungrouped).tree)
         sizes = [(places[0][0], size) for places, size in zip(layout, packing.group_sizes(layout), strict=True)]
         columns = [1, 2, 3] if self.inner.tracks_max else [1, 2]
 

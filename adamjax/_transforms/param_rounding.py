@@ -32,31 +32,22 @@ _FLOAT32 = jnp.dtype(jnp.float32)
 
 
 class ParamRounding(NamedTuple):
-    """The way a half precision parameter takes an update.
+    """The way a half precision parameter takes an update."""
 
-    Fields:
-      name: Its name, to a kernel that has it compiled.
-      to_float32: From the parameter and its residual: the parameter in float32, as the wrapped transformation sees it.
-      update_rule: From the parameter itself in float32, the update, the residual, a dither and the parameter's dtype:
-        the exact difference to the new parameter, and the new residual.
-    """
-
-    name: str
+    name: str  # its name, to a kernel that has it compiled
+    # From the parameter and its residual: the parameter in float32, as the wrapped transformation sees it.
     to_float32: Callable[[Array, Any], Array]
+    # From the parameter itself in float32, the update, the residual, a dither and the parameter's dtype: the exact
+    # difference to the new parameter, and the new residual
     update_rule: Callable[..., tuple[Array, Any]]
 
 
 @dataclass(frozen=True)
 class RoundParam:
-    """A `LeafFunction` that delivers a half precision parameter; its leaf state is the parameter and its residual.
+    """A `LeafFunction` that delivers a half precision parameter; its leaf state is the parameter and its residual."""
 
-    Fields:
-      rounding: The way the parameter takes the update.
-      as_update: True to deliver the exact difference in float32, False to deliver the new parameter.
-    """
-
-    rounding: ParamRounding
-    as_update: bool
+    rounding: ParamRounding  # the way the parameter takes the update
+    as_update: bool  # True to deliver the exact difference in float32, False to deliver the new parameter
 
     def __call__(self, u: Array, seen: Any, state: tuple[Array, Any], dither: Dither) -> tuple[Array, Any]:
         p, residual = state
@@ -66,11 +57,7 @@ class RoundParam:
 
 
 class RoundParams(Delivery):
-    """Deliver half precision parameters by a `ParamRounding`, and the others as the wrapper is asked to.
-
-    Fields:
-      leaf_states: Each parameter itself, and its residual.
-    """
+    """Deliver half precision parameters by a `ParamRounding`, and the others as the wrapper is asked to."""
 
     def __init__(
         self,

@@ -21,17 +21,11 @@ from adamjax._transforms.schedule import Scheduled, number_or_schedule
 
 @dataclass(frozen=True)
 class DecayLeaves(LeafTransform):
-    """Add the parameter times a factor to each leaf that decays.
+    """Add the parameter times a factor to each leaf that decays."""
 
-    Fields:
-      factor: From a dtype, the factor in it.
-      decays: For each leaf whether it decays; None for all.
-      state: The transformation's state after the step.
-    """
-
-    factor: Callable[[np.dtype], Any]
-    decays: Sequence[bool | None] | None
-    state: PyTree = ()
+    factor: Callable[[np.dtype], Any]  # from a dtype, the factor in it
+    decays: Sequence[bool | None] | None  # for each leaf whether it decays; None for all
+    state: PyTree = ()  # the transformation's state after the step
 
     def ops_for(self, index: int, dtype: np.dtype, p: Any) -> Sequence[LeafOp]:
         if self.decays is not None and self.decays[index] is False:

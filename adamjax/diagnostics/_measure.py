@@ -147,12 +147,11 @@ def measure(
         if tree is None:
             raise ValueError(f"{name} is None: measure takes the trees of one step")
     checks.parameters(params)
-    checks.updates(grads, params)
+    leaves, _ = checks.updates(grads, params)
     checks.updates(updates, params)
     collectives.check_axis_name(axis_name)
-    _, rows = trees.flatten(grads, updates, params)
-    keys = [key for key, _ in jax.tree.leaves_with_path(grads, is_leaf=trees.is_none)]
-    chosen = [(key, *row) for key, row in zip(keys, rows, strict=True) if row[0] is not None]
+    rows = zip(leaves.paths(), leaves.leaves, leaves.column(updates), leaves.column(params), strict=True)
+    chosen = [row for row in rows if row[1] is not None]
     if not chosen:
         raise ValueError("there are no gradients to measure: all of them are None, or the tree is empty")
     moments = _moments_by_path(state, opt, params, {key: np.shape(g) for key, g, *_ in chosen})

@@ -33,53 +33,32 @@ Dithers = tuple[Dither | None, ...]  # of both moments, and of p if it is rounde
 
 
 class StepVariant(NamedTuple):
-    """The static part of a step of Adam that delivers a parameter, compiled into a kernel.
+    """The static part of a step of Adam that delivers a parameter, compiled into a kernel."""
 
-    Fields:
-      nesterov, amsgrad: Those of `AdamRule`.
-      coupled: Whether the parameter is added to the gradient.
-      decays: Whether the parameter is added to the direction.
-      rounding: The way that the parameter takes the update, if it is not just added.
-    """
-
-    nesterov: bool
-    amsgrad: AMSGrad | None
-    coupled: bool
-    decays: bool
-    rounding: ParamRounding | None = None
+    nesterov: bool  # those of `AdamRule`
+    amsgrad: AMSGrad | None  # those of `AdamRule`
+    coupled: bool  # whether the parameter is added to the gradient
+    decays: bool  # whether the parameter is added to the direction
+    rounding: ParamRounding | None = None  # the way that the parameter takes the update, if it is not just added
 
 
 class StepScalars(NamedTuple):
-    """The hyperparameters of a step: float32 scalars.
+    """The hyperparameters of a step: float32 scalars."""
 
-    Fields:
-      adam: Those of the moments.
-      sign: 1, or -1 to ascend.
-      coupled: The factor of the parameter in the gradient.
-      rate: The factor of the direction.
-      decay: The factor of the parameter in the update.
-    """
-
-    adam: AdamScalars
-    sign: Any
-    coupled: Any
-    rate: Any
-    decay: Any
+    adam: AdamScalars  # those of the moments
+    sign: Any  # 1, or -1 to ascend
+    coupled: Any  # the factor of the parameter in the gradient
+    rate: Any  # the factor of the direction
+    decay: Any  # the factor of the parameter in the update
 
 
 class LeafSpec(NamedTuple):
-    """The static part of the step of one leaf.
+    """The static part of the step of one leaf."""
 
-    Fields:
-      variant: The variant of the step.
-      shape: The shape of the parameter; of the whole, where a device has a part.
-      structure: The structure of the `LeafArrays`.
-      formats: The bits and the block size of each moment's codes; 0 where it is of floats, or is not kept.
-    """
-
-    variant: StepVariant
-    shape: tuple[int, ...]
-    structure: Any
+    variant: StepVariant  # the variant of the step
+    shape: tuple[int, ...]  # the shape of the parameter; of the whole, where a device has a part
+    structure: Any  # the structure of the `LeafArrays`
+    # The bits and the block size of each moment's codes; 0 where it is of floats, or is not kept.
     formats: tuple[tuple[int, int], ...]
 
     @classmethod
@@ -95,18 +74,14 @@ class LeafSpec(NamedTuple):
 
 
 class Backend(NamedTuple):
-    """A kernel, by what calls it.
+    """A kernel, by what calls it."""
 
-    Fields:
-      scalars: From the variant and the scalars of a step, the float32 scalars that the kernel takes.
-      run: Runs the kernel for a `LeafSpec` and arrays that are on one device: those scalars, side by side; uint32
-        integers (seed and phase of the moments' dither and of the parameter's, the index of the part in the whole
-        along each axis); parameter, gradient, and all arrays of the moments and of the residual. Where these are
-        of many leaves, all have the same leading axes more. Results are all but the gradient, which come in place
-        of their operands.
-    """
-
+    # From the variant and the scalars of a step, the float32 scalars that the kernel takes.
     scalars: Callable[[StepVariant, StepScalars], Sequence[Any]]
+    # Runs the kernel for a `LeafSpec` and arrays that are on one device: those scalars, side by side; uint32 integers
+    # (seed and phase of the moments' dither and of the parameter's, the index of the part in the whole along each
+    # axis); parameter, gradient, and all arrays of the moments and of the residual. Where these are of many leaves,
+    # all have the same leading axes more. Results are all but the gradient, which come in place of their operands
     run: Callable[..., Sequence[Array]]
 
 

@@ -72,11 +72,7 @@ class Fused(Chain):
 
 
 class KernelExecutor(Executor):
-    """Runs leaf programs by the kernel of this platform if it can, and by XLA if not.
-
-    Fields:
-      mode: True to raise where the kernel cannot, "auto" to warn.
-    """
+    """Runs leaf programs by the kernel of this platform if it can, and by XLA if not."""
 
     def __init__(self, mode: FusedMode, paths: Callable[[], list[Path]]) -> None:
         super().__init__(paths)
