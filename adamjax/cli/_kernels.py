@@ -5,7 +5,6 @@ from adamjax.cli._flags import CommandError, Options, Subparsers
 
 
 def add_parser(commands: Subparsers) -> None:
-    """Add the command to the command line."""
     parser = commands.add_parser(
         "kernels",
         help="manage the compiled kernels of fused steps",

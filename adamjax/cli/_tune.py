@@ -18,7 +18,6 @@ from adamjax.tuning._spec import optimizer_name
 
 
 def add_parsers(commands: Subparsers) -> None:
-    """Add the commands to the command line."""
     _add_lr_range(commands)
     _add_tune(commands)
     report = commands.add_parser(
@@ -127,10 +126,7 @@ def tune(options: Options) -> int:
                 mode=options.get("mode"),
                 out=out,
                 progress=True,
-                **{
-                    name: options[name]
-                    for name in ("trials", "steps", "sampler", "confirm", "resume", "metric", "seed")
-                },
+                **{k: options[k] for k in ("trials", "steps", "sampler", "confirm", "resume", "metric", "seed")},
             )
     except KeyboardInterrupt:
         print(f"adamjax: stopped; the same command with --out {out} --resume goes on", file=sys.stderr)
@@ -179,10 +175,9 @@ class Scheduled:
         self.__signature__ = inspect.signature(make)
 
     def __call__(self, learning_rate: ScalarOrSchedule, **others: object) -> GradientTransformation:
-        rate = learning_rate
-        if not callable(rate):  # a range test brings its own schedule
-            rate = getattr(schedules, self._schedule)(rate, **self._options)
-        return self._make(rate, **others)
+        if not callable(learning_rate):  # a range test brings its own schedule
+            learning_rate = getattr(schedules, self._schedule)(learning_rate, **self._options)
+        return self._make(learning_rate, **others)
 
     def __repr__(self) -> str:
         given = "".join(f", {name}={x!r}" for name, x in self._options.items())

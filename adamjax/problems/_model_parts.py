@@ -61,10 +61,8 @@ def random_indices(step: jax.Array, key: jax.Array, count: int, below: int) -> j
 def classification_metrics(logits: jax.Array, labels: jax.Array) -> dict[str, jax.Array]:
     """Return the cross-entropy and the accuracy."""
     predicted = jnp.argmax(logits, axis=-1).astype(labels.dtype)  # argmax gives int64 in x64 mode
-    return {
-        "loss": cross_entropy(logits, labels),
-        "accuracy": jnp.mean((predicted == labels).astype(jnp.float32)),
-    }
+    accuracy = jnp.mean((predicted == labels).astype(jnp.float32))
+    return {"loss": cross_entropy(logits, labels), "accuracy": accuracy}
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:

@@ -16,13 +16,7 @@ PURPOSE = "searching by Optuna's samplers"
 
 
 def open_study(sampler: Sampler, storage: Storage, name: str, *, mode: str, seed: int) -> Study:
-    """Return `sampler` if it is a study; else open a study with that sampler, or with the sampler of that name.
-
-    Raises:
-      ImportError: Optuna is not installed.
-      ValueError: Optuna has no sampler of that name or cannot open the storage; or a study has the other
-        direction, or a storage was given with it.
-    """
+    """Return `sampler` if it is a study; else open a study with that sampler, or with the sampler of that name."""
     optuna = require("optuna", "tune", PURPOSE)
     direction = optuna.study.StudyDirection.MINIMIZE if mode == "min" else optuna.study.StudyDirection.MAXIMIZE
     if isinstance(sampler, optuna.study.Study):

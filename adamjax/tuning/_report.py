@@ -179,9 +179,8 @@ class Report:
     def _doubts(self, best: Setting) -> list[str]:
         """Return the reasons to doubt that the best setting is better than the defaults."""
         if not self.confirmed:
-            return [
-                f"the best was not confirmed with fresh seeds: it may be the luckiest of {len(self.searched)} trials"
-            ]
+            tried = len(self.searched)
+            return [f"the best was not confirmed with fresh seeds: it may be the luckiest of {tried} trials"]
         defaults = next((c for c in self.confirmed if c.setting == self.defaults), None)
         if best == self.defaults:
             return ["nothing that was tried is better than the defaults"]
@@ -209,12 +208,11 @@ class Report:
     def to_json(self) -> str:
         """Return the whole report as JSON; numbers that are not finite are null."""
         best = _journal.json_setting(self.best.arguments) if self.ranking else None
-        confirmed = [
-            {"setting": _journal.json_setting(c.setting)}
-            | dict(zip(("mean", "spread"), _journal.nan_to_null((c.mean, c.spread)), strict=True))
-            | {"values": _journal.nan_to_null(c.values), "indistinguishable": c.tied}
-            for c in self.confirmed
-        ]
+        confirmed: list[Json] = []
+        for c in self.confirmed:
+            (mean, spread), values = _journal.nan_to_null((c.mean, c.spread)), _journal.nan_to_null(c.values)
+            facts = {"mean": mean, "spread": spread, "values": values, "indistinguishable": c.tied}
+            confirmed.append({"setting": _journal.json_setting(c.setting)} | facts)
         content = {
             "question": self.question,
             "best": best,
@@ -251,10 +249,12 @@ class Report:
         path = Path(directory)
         figures = self.figures() if jax.process_index() == 0 else {}
         journal = _journal.Journal(path, self.question, resume=True)
-        curve = self.range_test and self.range_test.to_json()
-        defaults, explored = _journal.json_setting(self.defaults), {name: list(x) for name, x in self.explored.items()}
         journal.decide(
-            defaults=defaults, range_test=curve, explored=explored, execution=self.execution, notes=list(self.notes)
+            defaults=_journal.json_setting(self.defaults),
+            range_test=self.range_test and self.range_test.to_json(),
+            explored={name: list(x) for name, x in self.explored.items()},
+            execution=self.execution,
+            notes=list(self.notes),
         )
         journal.write(self.trials)
         if jax.process_index() > 0:

@@ -94,9 +94,6 @@ def search_space(optimizer: OptimizerFactory, space: Space | None, stages: Stage
     """Return the arguments in `stages` of `space`, or of Adam's ranges of the arguments that `optimizer` takes.
 
     Arguments that `functools.partial` fixes are not searched, nor is eps unless `half` is True or a stage names it.
-
-    Raises:
-      ValueError: A stage names an argument without a range, or there are no stages.
     """
     if stages != "adam" and (isinstance(stages, str) or not isinstance(stages, Sequence)):
         kind = ValueError if isinstance(stages, str) else TypeError
@@ -154,18 +151,15 @@ def parameter_summary(problem: Problem) -> str:
 
 
 def has_half_precision(problem: Problem) -> bool:
-    """Return whether some parameters have half precision."""
     dtypes = {x.dtype for x in jax.tree.leaves(abstract_params(problem))}
     return any(jnp.issubdtype(d, jnp.floating) and is_low_precision(d) for d in dtypes)
 
 
 def abstract_params(problem: Problem) -> PyTree:
-    """Return the shapes and dtypes of the problem's parameters."""
     return jax.eval_shape(problem.init, jax.eval_shape(jax.random.key, 0))
 
 
 def check_sampler(sampler: Sampler, storage: Storage) -> None:
-    """Check that a sampler is known, and may have the storage."""
     ours = isinstance(sampler, str) and sampler in SAMPLERS
     if isinstance(sampler, str) and not ours and sampler.split(":")[0] != "optuna":
         names = ", ".join(map(repr, SAMPLERS))

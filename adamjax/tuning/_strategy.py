@@ -33,13 +33,7 @@ class Stage(NamedTuple):
 
 
 class Round(NamedTuple):
-    """A round of trials: settings to try at once.
-
-    Fields:
-      stage: Name of the stage they belong to.
-      settings: The settings.
-      space: The space they were drawn from.
-    """
+    """A round of trials: settings of one stage to try at once, and the space they were drawn from."""
 
     stage: str
     settings: list[Setting]
@@ -47,19 +41,12 @@ class Round(NamedTuple):
 
 
 class Result(NamedTuple):
-    """The result of a trial.
-
-    Fields:
-      setting: The setting that was tried.
-      score: Lower is better; inf if the trial diverged or was pruned.
-      value: Last value of the metric.
-      pruned_at: The step at which the trial was pruned; 0 if it was not.
-    """
+    """The result of a trial."""
 
     setting: Setting
-    score: float
-    value: float
-    pruned_at: int
+    score: float  # lower is better; inf if the trial diverged or was pruned
+    value: float  # of the metric, the last
+    pruned_at: int  # the step at which the trial was pruned; 0 if it was not
 
 
 Strategy = Generator[Round, list[Result], None]
@@ -93,13 +80,11 @@ def _adam_stages(space: Space, trials: int) -> list[tuple[str, tuple[str, ...]]]
     betas = [n for n in numbers if n == "b1" or (n == "b2" and (trials >= TRIALS_FOR_B2 or "b1" not in numbers))]
     first = [n for n in ("eps", "weight_decay") if n in numbers]
     others = [n for n in numbers if n not in ("learning_rate", "b1", "b2", *first)]
-    groups = [tuple(betas)] if betas else []
-    groups += [(name,) for name in (*first, *others)]
+    groups = [tuple(betas)] * bool(betas) + [(name,) for name in (*first, *others)]
     rate = ("learning_rate",) if "learning_rate" in numbers else ()
     stages = [(", ".join(group), (*rate, *group)) for group in groups]
-    searched = [n for n in numbers if n in (*rate, *betas, *first, *others)]
     if len(groups) > 1 or (rate and groups):
-        stages.append(("all", tuple(searched)))
+        stages.append(("all", tuple(n for n in numbers if n in (*rate, *betas, *first, *others))))
     return [("learning_rate", rate)] * 2 * len(rate) + stages
 
 
@@ -144,12 +129,11 @@ def _with_other_choices(region: Space, stage: Stage, done: Sequence[Result], bes
     choices = [r.options for name in stage.arguments if isinstance(r := region.ranges[name], Choice)]
     tried = [r.setting for r in done]
     untried: list[Setting] = []
-    for base in bases:
-        for options in itertools.product(*choices):
-            setting = base | dict(zip(stage.arguments, options, strict=True))
-            if setting not in tried and setting not in untried and len(untried) < stage.trials:
-                untried.append(setting)
-    return untried
+    for base, options in itertools.product(bases, itertools.product(*choices)):
+        setting = base | dict(zip(stage.arguments, options, strict=True))
+        if setting not in tried and setting not in untried:
+            untried.append(setting)
+    return untried[: stage.trials]
 
 
 def _region_after(region: Space, stage: Stage, done: Sequence[Result], valid: Callable[[Setting], bool]) -> Space:

@@ -126,11 +126,9 @@ def tune(
     with progress_bar(spec.steps * runs, shown=progress) as bar:
         scheduler = TrialScheduler(spec, runner, journal, bar)
         _search(spec, searched, study, scheduler, halving)
-        decisions, execution = journal.decisions, runner.execution
-        explored, notes = decisions["explored"], decisions["notes"]
-        report = Report(
-            spec.question, scheduler.ended, spec.defaults, optimizer, range_test, explored, execution, notes
-        )
+        explored, notes = journal.decisions["explored"], journal.decisions["notes"]
+        facts = (spec.defaults, optimizer, range_test, explored, runner.execution, notes)
+        report = Report(spec.question, scheduler.ended, *facts)
         if spec.confirm is not None and report.ranking:
             scheduler.confirm(report.ranking[: spec.confirm[0]], spec.confirm[1])
             report = dataclasses.replace(report, trials=scheduler.ended)
