@@ -38,7 +38,6 @@ class RunFolder:
         replace(self.path / "config.json", json.dumps(config, indent=2) + "\n")
 
     def log(self, record: Record) -> None:
-        """Append a line to `metrics.jsonl`."""
         self.records.append(record)
         with open(self.path / "metrics.jsonl", "a") as file:
             file.write(_line(record))

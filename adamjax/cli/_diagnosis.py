@@ -33,7 +33,6 @@ class Diagnosis:
         ]
 
     def finish(self) -> None:
-        """Plot the measurements, and print the findings."""
         if self._writer is not None:
             self._writer.close()
         if not len(self._history):

@@ -18,7 +18,6 @@ def add_parser(commands: Subparsers) -> None:
 
 
 def run(options: Options) -> int:
-    """Build, list or remove kernels."""
     action = options["action"]
     if action == "build":
         try:

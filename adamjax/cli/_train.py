@@ -98,7 +98,6 @@ def _add_run_flags(run: argparse._ArgumentGroup) -> None:
 
 
 def run(options: Options) -> int:
-    """Train, and write the folder of the run."""
     stopped = threading.Event()
     folder = options.get("resume") or options.get("out")
     with _distributed.process_group(options) as group, group.watched(folder):
@@ -151,13 +150,9 @@ def _run_as_leader(run: _PreparedRun, options: Options) -> int:
         folder.plot()
         print(f"{run.path} is finished: all its {run.history.done} steps are done")
         return 0
-    folder.write_config(
-        {
-            "flags": {name: x for name, x in options.items() if name not in _NOT_IN_CONFIG},
-            "optimizer": repr(run.optimizer),
-            "versions": {"adamjax": version("adamjax"), "jax": jax.__version__},
-        }
-    )
+    flags = {name: x for name, x in options.items() if name not in _NOT_IN_CONFIG}
+    versions = {"adamjax": version("adamjax"), "jax": jax.__version__}
+    folder.write_config({"flags": flags, "optimizer": repr(run.optimizer), "versions": versions})
     rate = jax.jit(run.schedule)
     failure: FloatingPointError | None = None
     with tqdm(total=options["steps"], initial=run.history.done, unit="step", dynamic_ncols=True) as bar:
@@ -211,7 +206,6 @@ def _run_as_follower(run: _PreparedRun, options: Options) -> int:
 
 
 def _exit_code(report: training.Report, options: Options) -> int:
-    """Return the exit code of a run with this last report."""
     if report.diverged_at is not None:
         return _DIVERGED
     return 0 if report.step == options["steps"] else _STOPPED

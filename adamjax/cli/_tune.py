@@ -87,7 +87,6 @@ def _add_format(parser: argparse.ArgumentParser) -> None:
 
 
 def lr_range(options: Options) -> int:
-    """Suggest learning rates."""
     with _flags.errors_for_users(options["problem"]):
         result = tuning.lr_range_test(
             _flags.make_problem(options),
@@ -112,7 +111,6 @@ def lr_range(options: Options) -> int:
 
 
 def tune(options: Options) -> int:
-    """Find good hyperparameters, and write the folder of the tuning."""
     if options["resume"] and "out" not in options:
         raise _flags.CommandError("--resume needs --out, the folder to go on with")
     out = options["out"] if "out" in options else next_free(Path("runs"), "tune")
@@ -135,7 +133,6 @@ def tune(options: Options) -> int:
 
 
 def report(options: Options) -> int:
-    """Write the report of a folder again."""
     with _flags.errors_for_users():
         loaded = tuning.Report.load(options["directory"])
         loaded.save(options["directory"])
@@ -143,7 +140,6 @@ def report(options: Options) -> int:
 
 
 def _show(report: tuning.Report, out: Path, output_format: str) -> int:
-    """Print a report, and return the exit code."""
     if output_format == "json":
         print(report.to_json())
     else:

@@ -117,7 +117,6 @@ class Journal:
 
 
 def parse_decisions(text: str, path: Path) -> Json:
-    """Return the content of a `tune.json`."""
     try:
         decisions = dict(json.loads(text))
         decisions["question"]["optimizer"], decisions["notes"]
@@ -127,7 +126,6 @@ def parse_decisions(text: str, path: Path) -> Json:
 
 
 def parse_trials(lines: str, path: Path) -> list[Trial]:
-    """Return the trials in the lines of a `trials.jsonl`."""
     trials = []
     for i, line in enumerate(lines.splitlines(), start=1):
         try:

@@ -60,7 +60,6 @@ class PlotData(NamedTuple):
         return {name: make_axis(name, x) for name, x in values.items() if len(set(map(repr, x))) > 1}
 
     def has_status(self, status: str) -> np.ndarray:
-        """bool[trials]: whether the trial has this status."""
         return np.asarray([t.status == status for t in self.trials])
 
 

@@ -98,9 +98,8 @@ class PopulationRunner:
         key = jax.eval_shape(jax.random.key, 0)
         self.metrics: list[str] = sorted(jax.eval_shape(lambda k: problem.evaluate(problem.init(k)), key))
         if metric not in self.metrics:
-            raise ValueError(
-                f"Invalid metric value: {metric!r}; the problem's evaluate returns {', '.join(self.metrics)}"
-            )
+            known = ", ".join(self.metrics)
+            raise ValueError(f"Invalid metric value: {metric!r}; the problem's evaluate returns {known}")
         self.metric = metric
         self._programs: dict[Hashable, Program] = {}
         self._keys_of_seeds: dict[tuple[int, ...], Keys] = {}
@@ -262,7 +261,6 @@ class PopulationRunner:
         return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, lambda i: x[i]), population)
 
     def _take(self, members: Member, slots: np.ndarray) -> Member:
-        """Return the members in `slots` of the dimension of the settings."""
         take = partial(jax.tree.map, lambda x: x[:, slots])
         return Member(*jax.jit(take, out_shardings=self._sharding(None, True))(members))
 

@@ -1,7 +1,7 @@
 """The report of a tuning: the best setting, how certain it is, tables and plots."""
 
 import dataclasses
-import io
+import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -130,14 +130,13 @@ class Report:
     @cached_property
     def confirmed(self) -> list[Confirmed]:
         """The settings that were run again with fresh seeds, best first; those that diverged come last."""
-        runs: dict[int, list[Trial]] = {}
-        for trial in sorted((t for t in self.trials if t.stage == CONFIRM), key=lambda t: (t.number, t.seed)):
-            runs.setdefault(trial.number, []).append(trial)
+        confirming = sorted((t for t in self.trials if t.stage == CONFIRM), key=lambda t: (t.number, t.seed))
+        runs = {n: list(trials) for n, trials in itertools.groupby(confirming, key=lambda t: t.number)}
         # A tuning that was interrupted may have confirmed some settings with fewer seeds than others.
         seeds = max(map(len, runs.values()), default=0)
         values = {n: tuple(t.value(self._metric) for t in ts) for n, ts in runs.items() if len(ts) == seeds}
         means = {n: np.nan_to_num(self._sign * np.mean(x), nan=np.inf) for n, x in values.items()}
-        order = sorted(means, key=lambda n: means[n])
+        order = sorted(means, key=means.__getitem__)
         tied = {n: n == order[0] or _indistinguishable(values[n], values[order[0]], self._sign) for n in order}
         return [Confirmed(n, runs[n][0].setting, values[n], tied[n]) for n in order]
 
@@ -259,12 +258,9 @@ class Report:
         journal.write(self.trials)
         if jax.process_index() > 0:
             return
-        pictures = {}
         for name, figure in figures.items():
-            buffer = io.BytesIO()
-            figure.savefig(buffer, dpi=120, format="png")
-            pictures[name] = buffer.getvalue()
-            (path / f"{name}.png").write_bytes(pictures[name])
+            figure.savefig(path / f"{name}.png", dpi=120)
+        pictures = {name: (path / f"{name}.png").read_bytes() for name in figures}
         (path / "report.json").write_text(self.to_json() + "\n")
         best = str(self.best) if self.ranking else "every trial diverged"
         question = self.question | {"execution": self.execution}

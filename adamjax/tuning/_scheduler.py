@@ -21,8 +21,6 @@ SAVED_BY_HALVING = 0.5  # fraction of the time
 
 
 class Candidate(NamedTuple):
-    """A setting to run."""
-
     number: int
     stage: str
     setting: Setting
@@ -64,7 +62,6 @@ class TrialScheduler:
             self._rungs = []
 
     def search(self, proposed: Round) -> list[Result]:
-        """Run a round of the search."""
         explored = dict(self._journal.decisions.get("explored", {}))
         for name, (low, high) in proposed.space.bounds.items():
             before = explored.get(name, (low, high))

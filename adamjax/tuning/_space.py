@@ -85,6 +85,7 @@ class Linear(Interval):
         return (x - self.low) / (self.high - self.low)
 
 
+@dataclasses.dataclass(frozen=True, init=False, repr=False)
 class Choice:
     """A choice among values of any type, all equally likely.
 
@@ -96,10 +97,12 @@ class Choice:
       ValueError: There are no values.
     """
 
+    options: tuple[Any, ...]
+
     def __init__(self, *options: object) -> None:
         if not options:
             raise ValueError("Invalid range: Choice(); a choice needs at least one value")
-        self.options = options
+        object.__setattr__(self, "options", options)
 
     def at(self, u: float) -> Any:
         """Return the value at the fraction `u` of the list."""
@@ -108,12 +111,6 @@ class Choice:
     def fraction(self, x: object) -> float:
         """Return the fraction of the list at which `x` lies: the inverse of `at`."""
         return (self.options.index(x) + 0.5) / len(self.options)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Choice) and self.options == other.options
-
-    def __hash__(self) -> int:
-        return hash(self.options)
 
     def __repr__(self) -> str:
         return f"Choice({', '.join(map(repr, self.options))})"

@@ -153,9 +153,8 @@ def sweep(
         checks.count(name, x)
     seed_array = np.asarray(seeds) if np.ndim(seeds) else np.arange(checks.count("seeds", seeds))
     if seed_array.ndim != 1 or not seed_array.size or not np.issubdtype(seed_array.dtype, np.integer):
-        raise ValueError(
-            f"Invalid seeds value: {seeds!r}; seeds must be a number of seeds, or a list of at least one int"
-        )
+        expected = "a number of seeds, or a list of at least one int"
+        raise ValueError(f"Invalid seeds value: {seeds!r}; seeds must be {expected}")
     checks.choice("progress", progress, (False, True))
     checks.function("optimizer", optimizer)
     settings = space.points(trials, method=method) if isinstance(space, Space) else _as_settings(space)

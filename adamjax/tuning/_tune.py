@@ -20,8 +20,8 @@ from adamjax.tuning._range_test import MIN_POINTS, LrRange, lr_range_test
 from adamjax.tuning._report import Report
 from adamjax.tuning._scheduler import TrialScheduler
 from adamjax.tuning._space import Log, OptimizerFactory, Space
-from adamjax.tuning._spec import Spec, Stages, check_sampler, has_half_precision, search_space
-from adamjax.tuning._strategy import MIN_STAGE_TRIALS, RANGES, plan_stages, staged_search
+from adamjax.tuning._spec import Spec, check_sampler, has_half_precision, search_space
+from adamjax.tuning._strategy import MIN_STAGE_TRIALS, RANGES, Stages, plan_stages, staged_search
 from adamjax.tuning._sweep import progress_bar, resolve_mode
 
 MARGIN = 3.0  # factor by which the search of the learning rate exceeds the band of the range test
