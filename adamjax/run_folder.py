@@ -1,11 +1,16 @@
 """The folder of a training run: its configuration, its measurements and a plot of them."""
 
+import itertools
 import json
 import math
 import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from adamjax._core.optional import require
 
@@ -15,14 +20,8 @@ Record = dict[str, Any]  # a step and the measurements made there, by name
 class RunFolder:
     """Writes `config.json`, `metrics.jsonl` and `curves.png`.
 
-    Measurements are written as they come, so they survive however the run ends.
-
-    Args:
-      path: The folder.
-      records: The measurements to keep of a run that is resumed; any later ones are removed. None for a new run.
-
-    Raises:
-      FileExistsError: The folder holds a run already, and `records` is None; nothing is overwritten.
+    Measurements are written as they come, so they survive however the run ends. `records` are those to keep of a
+    run that is resumed, or None for a new run, which overwrites nothing.
     """
 
     def __init__(self, path: Path, records: Iterable[Record] | None = None) -> None:
@@ -36,11 +35,9 @@ class RunFolder:
             replace(metrics, "".join(map(_line, self.records)))
 
     def write_config(self, config: Record) -> None:
-        """Write `config.json`."""
         replace(self.path / "config.json", json.dumps(config, indent=2) + "\n")
 
     def log(self, record: Record) -> None:
-        """Append a line to `metrics.jsonl`."""
         self.records.append(record)
         with open(self.path / "metrics.jsonl", "a") as file:
             file.write(_line(record))
@@ -89,9 +86,16 @@ def _line(record: Record) -> str:
     return json.dumps(line) + "\n"
 
 
+def broadcast(text: str) -> str:
+    """Return the first process's text on every process."""
+    if jax.process_count() == 1:
+        return text
+    encoded = text.encode(errors="surrogateescape")  # as in paths
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(encoded))))
+    padded = np.frombuffer(encoded[:size].ljust(size, b"\0"), np.uint8)
+    return bytes(multihost_utils.broadcast_one_to_all(padded)).decode(errors="surrogateescape")
+
+
 def next_free(parent: Path, kind: str) -> Path:
     """Return the first path of `kind`-1, `kind`-2, ... that does not exist in `parent`."""
-    number = 1
-    while (parent / f"{kind}-{number}").exists():
-        number += 1
-    return parent / f"{kind}-{number}"
+    return next(path for i in itertools.count(1) if not (path := parent / f"{kind}-{i}").exists())

@@ -6,22 +6,12 @@ from adamjax.cli._flags import Options
 from adamjax.diagnostics import AdamStats, History, LogWriter
 from adamjax.run_folder import Record
 
-PICTURE = "diagnostics.png"
-
 
 class Diagnosis:
-    """Collects the measurements of a run, if the flags ask for them.
-
-    Args:
-      run: The folder of the run.
-      options: Its flags.
-
-    Raises:
-      ImportError: A package that the TensorBoard log needs is not installed.
-    """
+    """Collects the measurements of a run in its folder, if the flags ask for them."""
 
     def __init__(self, run: Path, options: Options) -> None:
-        self._picture = run / PICTURE
+        self._picture = run / "diagnostics.png"
         self._history = History()
         self._writer = LogWriter(run / "tensorboard") if options.get("tensorboard") else None
 
@@ -43,7 +33,6 @@ class Diagnosis:
         ]
 
     def finish(self) -> None:
-        """Plot the measurements, and print the findings."""
         if self._writer is not None:
             self._writer.close()
         if not len(self._history):

@@ -26,19 +26,14 @@ DISTRIBUTED_FLAGS: Flags = {
 
 # With a longer timeout, a lost process goes unnoticed; with a shorter one, a slow process is taken for lost.
 _HEARTBEAT_SECONDS = 10
-_MAX_PATH_BYTES = 4096
 # A watching process prints the message, since JAX or a signal may end this one before it could.
 _WATCH = "import sys; sys.stdin.read() or print(sys.argv[1], file=sys.stderr)"
 
 
 class ProcessGroup(NamedTuple):
-    """The processes of a run, seen from one of them.
+    """The processes of a run, seen from one of them."""
 
-    Fields:
-      mesh: All their devices; None if the run is not distributed, but on one device.
-    """
-
-    mesh: Mesh | None = None
+    mesh: Mesh | None = None  # of all their devices; None if the run is not distributed, but on one device
 
     @property
     def is_leader(self) -> bool:
@@ -50,14 +45,6 @@ class ProcessGroup(NamedTuple):
         if jax.process_count() == 1:
             return stop
         return lambda: bool(multihost_utils.process_allgather(np.asarray(stop())).any())
-
-    def broadcast_path(self, path: Path) -> Path:
-        """Return the leader's path on every process."""
-        if jax.process_count() == 1:
-            return path
-        text = os.fsencode(path)
-        padded = np.frombuffer(text.ljust(_MAX_PATH_BYTES, b"\0"), np.uint8)
-        return Path(os.fsdecode(np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes().rstrip(b"\0")))
 
     @contextmanager
     def watched(self, folder: Path | None) -> Iterator[None]:
@@ -87,11 +74,7 @@ class ProcessGroup(NamedTuple):
 
 @contextmanager
 def process_group(options: Options) -> Iterator[ProcessGroup]:
-    """Join the group of processes that the flags describe, or that the cluster has started.
-
-    Raises:
-      CommandError: The flags do not fit together, or there is no such cluster.
-    """
+    """Join the group of processes that the flags describe, or that the cluster has started."""
     if not options.get("distributed"):
         for name in DISTRIBUTED_FLAGS:
             if name in options:

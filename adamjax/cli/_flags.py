@@ -53,16 +53,13 @@ SCHEDULE_OPTIONS: Flags = {
 }
 
 # Flags by the arguments of functions that make a problem.
-PROBLEM_OPTIONS: Flags = {
-    "batch_size": {"type": int, "help": "examples per update (default: the problem's own)"},
-}
+PROBLEM_OPTIONS: Flags = {"batch_size": {"type": int, "help": "examples per update (default: the problem's own)"}}
 
 
 class CommandError(Exception):
     """A command cannot be carried out; the message says why, and what to do."""
 
     def show(self) -> int:
-        """Print the message and return the exit code."""
         print(f"adamjax: error: {self}", file=sys.stderr)
         return 2
 
@@ -73,13 +70,11 @@ def flag(name: str) -> str:
 
 
 def add_flags(group: argparse._ActionsContainer, flags: Flags) -> None:
-    """Add all of `flags` to a parser, or to a group of its flags."""
     for name, keywords in flags.items():
         group.add_argument(flag(name), **keywords)
 
 
 def add_optimizer(parser: argparse.ArgumentParser, description: str) -> argparse._ArgumentGroup:
-    """Add a group of flags for the optimizer and its hyperparameters."""
     group = parser.add_argument_group("the optimizer", description)
     group.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw", help="name (default: adamw)")
     add_flags(group, HYPERPARAMETERS)
@@ -95,11 +90,6 @@ def schedule_options(options: Options) -> Options:
 
 
 def make_problem(options: Options) -> problems.Problem:
-    """Make the chosen problem.
-
-    Raises:
-      CommandError: There is no problem of that name, or it does not take one of the flags.
-    """
     name = options["problem"]
     if name in PROBLEMS:
         named = getattr(problems, name)

@@ -5,7 +5,6 @@ from adamjax.cli._flags import CommandError, Options, Subparsers
 
 
 def add_parser(commands: Subparsers) -> None:
-    """Add the command to the command line."""
     parser = commands.add_parser(
         "kernels",
         help="manage the compiled kernels of fused steps",
@@ -19,7 +18,6 @@ def add_parser(commands: Subparsers) -> None:
 
 
 def run(options: Options) -> int:
-    """Build, list or remove kernels."""
     action = options["action"]
     if action == "build":
         try:

@@ -4,7 +4,9 @@ import argparse
 import inspect
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +23,7 @@ from adamjax._core.typing import ScheduleLike
 from adamjax.cli import _distributed, _flags, _train_checkpoints
 from adamjax.cli._diagnosis import Diagnosis
 from adamjax.cli._flags import Options
-from adamjax.run_folder import Record, RunFolder, next_free
+from adamjax.run_folder import Record, RunFolder, broadcast, next_free
 from adamjax.sharding import zero1
 
 # Skipped steps allowed in a row. The initial loss scale needs 15 to come down.
@@ -96,19 +98,16 @@ def _add_run_flags(run: argparse._ArgumentGroup) -> None:
 
 
 def run(options: Options) -> int:
-    """Train, and write the folder of the run."""
-    stop = CtrlC()
+    stopped = threading.Event()
     folder = options.get("resume") or options.get("out")
     with _distributed.process_group(options) as group, group.watched(folder):
         with _flags.errors_for_users(options["problem"]):
-            prepared = _prepare(options, group, group.any_process(stop))
-        with stop:
+            prepared = _prepare(options, group, group.any_process(stopped.is_set))
+        with _set_by_ctrl_c(stopped):
             return (_run_as_leader if group.is_leader else _run_as_follower)(prepared, options)
 
 
 class _PreparedRun(NamedTuple):
-    """A run that is ready to begin, or to go on."""
-
     path: Path
     schedule: ScheduleLike
     optimizer: adamjax.Transformation
@@ -122,7 +121,7 @@ def _prepare(options: Options, group: _distributed.ProcessGroup, stop: Callable[
     schedule = getattr(schedules, options["schedule"])(peak, **_flags.schedule_options(options))
     optimizer = _make_optimizer(schedule, options, group.mesh)
     problem = _flags.make_problem(options)
-    path = options.get("resume") or options.get("out") or group.broadcast_path(next_free(Path("runs"), "train"))
+    path = options.get("resume") or options.get("out") or Path(broadcast(str(next_free(Path("runs"), "train"))))
     history = _train_checkpoints.RunHistory()
     if "resume" in options:
         history = _train_checkpoints.load_history(path, problem, optimizer, options, group.mesh)
@@ -151,13 +150,9 @@ def _run_as_leader(run: _PreparedRun, options: Options) -> int:
         folder.plot()
         print(f"{run.path} is finished: all its {run.history.done} steps are done")
         return 0
-    folder.write_config(
-        {
-            "flags": {name: x for name, x in options.items() if name not in _NOT_IN_CONFIG},
-            "optimizer": repr(run.optimizer),
-            "versions": {"adamjax": version("adamjax"), "jax": jax.__version__},
-        }
-    )
+    flags = {name: x for name, x in options.items() if name not in _NOT_IN_CONFIG}
+    versions = {"adamjax": version("adamjax"), "jax": jax.__version__}
+    folder.write_config({"flags": flags, "optimizer": repr(run.optimizer), "versions": versions})
     rate = jax.jit(run.schedule)
     failure: FloatingPointError | None = None
     with tqdm(total=options["steps"], initial=run.history.done, unit="step", dynamic_ncols=True) as bar:
@@ -211,7 +206,6 @@ def _run_as_follower(run: _PreparedRun, options: Options) -> int:
 
 
 def _exit_code(report: training.Report, options: Options) -> int:
-    """Return the exit code of a run with this last report."""
     if report.diverged_at is not None:
         return _DIVERGED
     return 0 if report.step == options["steps"] else _STOPPED
@@ -252,21 +246,16 @@ def _advice(report: training.Report, rate: Callable[[int], jax.Array], options: 
     return f"adamjax: the loss was not finite {at}. Try {', or '.join(tries)}."
 
 
-class CtrlC:
-    """A stop signal: true after a first Ctrl-C within its context. A second Ctrl-C interrupts as usual."""
+@contextmanager
+def _set_by_ctrl_c(stopped: threading.Event) -> Iterator[None]:
+    """Set the event at a first Ctrl-C. A second one interrupts as usual."""
 
-    def __init__(self) -> None:
-        self._pressed = False
+    def press(*_: object) -> None:
+        stopped.set()
+        signal.signal(signal.SIGINT, before)
 
-    def __call__(self) -> bool:
-        return self._pressed
-
-    def __enter__(self) -> None:
-        self._before = signal.signal(signal.SIGINT, self._press)
-
-    def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGINT, self._before)
-
-    def _press(self, *_: object) -> None:
-        self._pressed = True
-        signal.signal(signal.SIGINT, self._before)
+    before = signal.signal(signal.SIGINT, press)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -18,17 +18,11 @@ FOLDER = "checkpoints"
 
 
 class RunHistory(NamedTuple):
-    """The part of a run that was done before.
-
-    Fields:
-      start: The last checkpoint.
-      done: Number of updates that need not be done again.
-      records: The measurements up to there; None for a new run.
-    """
+    """The part of a run that was done before."""
 
     start: checkpoint.Checkpoint | None = None
-    done: int = 0
-    records: list[Record] | None = None
+    done: int = 0  # number of updates that need not be done again
+    records: list[Record] | None = None  # the measurements up to there; None for a new run
 
 
 def load_history(run: Path, problem: Problem, opt: Transformation, options: Options, mesh: Mesh | None) -> RunHistory:
@@ -52,16 +46,7 @@ def load_history(run: Path, problem: Problem, opt: Transformation, options: Opti
 
 
 class Writer:
-    """Saves the checkpoints of a run, if the flags ask for them, in a folder of their own.
-
-    Checkpoints are saved at reports, when all losses are in `metrics.jsonl`.
-
-    Args:
-      run: The folder of the run.
-      opt: Its optimizer.
-      options: Its flags.
-      done: The number of updates done before.
-    """
+    """Saves checkpoints, if the flags ask for them, at reports: then all losses are in `metrics.jsonl`."""
 
     def __init__(self, run: Path, opt: Transformation, options: Options, done: int) -> None:
         self._directory, self._opt, self._seed, self._last = run / FOLDER, opt, options["seed"], done

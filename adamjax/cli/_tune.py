@@ -18,7 +18,6 @@ from adamjax.tuning._spec import optimizer_name
 
 
 def add_parsers(commands: Subparsers) -> None:
-    """Add the commands to the command line."""
     _add_lr_range(commands)
     _add_tune(commands)
     report = commands.add_parser(
@@ -88,7 +87,6 @@ def _add_format(parser: argparse.ArgumentParser) -> None:
 
 
 def lr_range(options: Options) -> int:
-    """Suggest learning rates."""
     with _flags.errors_for_users(options["problem"]):
         result = tuning.lr_range_test(
             _flags.make_problem(options),
@@ -113,7 +111,6 @@ def lr_range(options: Options) -> int:
 
 
 def tune(options: Options) -> int:
-    """Find good hyperparameters, and write the folder of the tuning."""
     if options["resume"] and "out" not in options:
         raise _flags.CommandError("--resume needs --out, the folder to go on with")
     out = options["out"] if "out" in options else next_free(Path("runs"), "tune")
@@ -127,10 +124,7 @@ def tune(options: Options) -> int:
                 mode=options.get("mode"),
                 out=out,
                 progress=True,
-                **{
-                    name: options[name]
-                    for name in ("trials", "steps", "sampler", "confirm", "resume", "metric", "seed")
-                },
+                **{k: options[k] for k in ("trials", "steps", "sampler", "confirm", "resume", "metric", "seed")},
             )
     except KeyboardInterrupt:
         print(f"adamjax: stopped; the same command with --out {out} --resume goes on", file=sys.stderr)
@@ -139,7 +133,6 @@ def tune(options: Options) -> int:
 
 
 def report(options: Options) -> int:
-    """Write the report of a folder again."""
     with _flags.errors_for_users():
         loaded = tuning.Report.load(options["directory"])
         loaded.save(options["directory"])
@@ -147,7 +140,6 @@ def report(options: Options) -> int:
 
 
 def _show(report: tuning.Report, out: Path, output_format: str) -> int:
-    """Print a report, and return the exit code."""
     if output_format == "json":
         print(report.to_json())
     else:
@@ -179,10 +171,9 @@ class Scheduled:
         self.__signature__ = inspect.signature(make)
 
     def __call__(self, learning_rate: ScalarOrSchedule, **others: object) -> GradientTransformation:
-        rate = learning_rate
-        if not callable(rate):  # a range test brings its own schedule
-            rate = getattr(schedules, self._schedule)(rate, **self._options)
-        return self._make(rate, **others)
+        if not callable(learning_rate):  # a range test brings its own schedule
+            learning_rate = getattr(schedules, self._schedule)(learning_rate, **self._options)
+        return self._make(learning_rate, **others)
 
     def __repr__(self) -> str:
         given = "".join(f", {name}={x!r}" for name, x in self._options.items())

@@ -11,17 +11,14 @@ from adamjax.problems import _model_parts
 from adamjax.problems._digits import DigitImages
 
 _SIDE = 8
+_AXES = ("NHWC", "HWIO", "NHWC")
 
 
 @dataclasses.dataclass(frozen=True)
 class DigitsConvnet(DigitImages):
     """A convolutional network on 8 x 8 images of handwritten digits, as a `Problem`.
 
-    The convolutions are 3 x 3 with stride 2, and a linear layer follows them.
-
-    Fields:
-      channels: Output channels of each convolution.
-      batch_size: Images per update, drawn with replacement from the 1437 training images.
+    The convolutions are 3 x 3 with stride 2, and a linear layer follows them; see `digits_convnet`.
     """
 
     channels: tuple[int, ...] = (16, 32)
@@ -43,9 +40,7 @@ class DigitsConvnet(DigitImages):
         *convolutions, head = _model_parts.in_order(params)
         x = images.reshape(-1, _SIDE, _SIDE, 1).astype(head["kernel"].dtype)
         for layer in convolutions:
-            x = jax.lax.conv_general_dilated(
-                x, layer["kernel"], (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
-            )
+            x = jax.lax.conv_general_dilated(x, layer["kernel"], (2, 2), "SAME", dimension_numbers=_AXES)
             x = jax.nn.relu(x + layer["bias"][None, None, None])
         x = x.reshape(len(x), -1) @ head["kernel"] + head["bias"][None]
         return x.astype(compute_dtype(x.dtype))
@@ -56,7 +51,7 @@ def digits_convnet(*, channels: tuple[int, ...] = (16, 32), batch_size: int = 12
 
     Args:
       channels: Output channels of each convolution; each halves the resolution.
-      batch_size: Images per update.
+      batch_size: Images per update, drawn with replacement from the 1437 training images.
 
     Returns:
       A `Problem` with float32 parameters.

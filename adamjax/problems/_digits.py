@@ -53,12 +53,7 @@ class DigitImages:
 
 @dataclasses.dataclass(frozen=True)
 class Digits(DigitImages):
-    """A multilayer perceptron on 8 x 8 images of handwritten digits, as a `Problem`.
-
-    Fields:
-      hidden: Widths of the hidden layers.
-      batch_size: Images per update, drawn with replacement from the 1437 training images.
-    """
+    """A multilayer perceptron on 8 x 8 images of handwritten digits, as a `Problem`; see `digits`."""
 
     hidden: tuple[int, ...] = (128,)
     batch_size: int = 128
@@ -72,12 +67,11 @@ class Digits(DigitImages):
         return _model_parts.init_layers(key, list(itertools.pairwise((64, *self.hidden, 10))))
 
     def _logits(self, params: PyTree, images: jax.Array) -> jax.Array:
-        layers = _model_parts.in_order(params)
-        x = images.astype(layers[0]["kernel"].dtype)
-        for i, layer in enumerate(layers):
-            x = x @ layer["kernel"] + layer["bias"][None]
-            if i + 1 < len(layers):
-                x = jax.nn.relu(x)
+        *layers, head = _model_parts.in_order(params)
+        x = images.astype(head["kernel"].dtype)
+        for layer in layers:
+            x = jax.nn.relu(x @ layer["kernel"] + layer["bias"][None])
+        x = x @ head["kernel"] + head["bias"][None]
         return x.astype(compute_dtype(x.dtype))
 
 
@@ -86,7 +80,7 @@ def digits(*, hidden: tuple[int, ...] = (128,), batch_size: int = 128) -> Digits
 
     Args:
       hidden: Widths of the hidden layers; () for a linear classifier.
-      batch_size: Images per update.
+      batch_size: Images per update, drawn with replacement from the 1437 training images.
 
     Returns:
       A `Problem` with float32 parameters.

@@ -12,7 +12,6 @@ from adamjax._core.typing import PyTree
 
 
 def check_size(name: str, x: object) -> None:
-    """Check an argument that must be a positive int."""
     if not _is_size(x):
         raise ValueError(f"Invalid {name} value: {x!r}; {name} must be a positive int")
 
@@ -59,12 +58,9 @@ def random_indices(step: jax.Array, key: jax.Array, count: int, below: int) -> j
 
 
 def classification_metrics(logits: jax.Array, labels: jax.Array) -> dict[str, jax.Array]:
-    """Return the cross-entropy and the accuracy."""
     predicted = jnp.argmax(logits, axis=-1).astype(labels.dtype)  # argmax gives int64 in x64 mode
-    return {
-        "loss": cross_entropy(logits, labels),
-        "accuracy": jnp.mean((predicted == labels).astype(jnp.float32)),
-    }
+    accuracy = jnp.mean((predicted == labels).astype(jnp.float32))
+    return {"loss": cross_entropy(logits, labels), "accuracy": accuracy}
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:

@@ -44,14 +44,7 @@ class Characters:
     """A transformer that predicts the next character of number words, as a `Problem`.
 
     The blocks are those of GPT-2, with layer normalization before attention and before the perceptron, but
-    without biases in the linear layers. The embedding is also the last layer.
-
-    Fields:
-      width: Width of the residual stream.
-      depth: Number of blocks.
-      heads: Number of attention heads, a divisor of `width`.
-      context: Maximum number of characters that a prediction sees.
-      batch_size: Windows of the text per update, drawn with replacement.
+    without biases in the linear layers. The embedding is also the last layer. For the fields, see `characters`.
     """
 
     width: int = 64
@@ -140,7 +133,7 @@ def characters(
       depth: Number of blocks.
       heads: Number of attention heads, which must divide `width`.
       context: Maximum number of characters that a prediction sees.
-      batch_size: Windows of the text per update.
+      batch_size: Windows of the text per update, drawn with replacement.
 
     Returns:
       A `Problem` with float32 parameters.

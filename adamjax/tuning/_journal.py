@@ -9,10 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
-from adamjax.run_folder import replace
+from adamjax.run_folder import broadcast, replace
 from adamjax.tuning._space import Setting, stable_repr
 
 # Names of stages: of the first trial, and of the runs with fresh seeds.
@@ -57,16 +55,8 @@ class Journal:
 
     `tune.json` holds the specification and what was decided before the first trial; `trials.jsonl` a
     line for each trial. Both stay readable however the process ends: an unfinished line is dropped
-    when the next one is written. With several processes, the first one reads and writes.
-
-    Args:
-      path: The folder; None to keep nothing.
-      question: The specification in JSON's types. A folder that holds another one is refused.
-      resume: Whether to continue a tuning that the folder holds.
-
-    Raises:
-      FileExistsError: The folder holds a tuning, and `resume` is False.
-      ValueError: The folder holds another tuning, or is damaged.
+    when the next one is written. With several processes, the first one reads and writes. Without a `path`,
+    nothing is kept. A folder that holds a tuning is refused unless `resume`, or if its question is another.
     """
 
     def __init__(self, path: Path | None, question: Json, *, resume: bool) -> None:
@@ -76,7 +66,7 @@ class Journal:
         self._finished_bytes = 0  # of trials.jsonl, up to the end of the last finished line
         if path is None:
             return
-        decisions, lines = _broadcast_texts(read_files(path) if jax.process_index() == 0 else ("", ""))
+        decisions, lines = map(broadcast, read_files(path) if jax.process_index() == 0 else ("", ""))
         if not decisions:
             self._write_decisions()
             return
@@ -94,11 +84,7 @@ class Journal:
         self._finished_bytes = len(lines.encode())
 
     def get(self, number: int, seed: int, stage: str, setting: Setting) -> Trial | None:
-        """Return the trial of that number and seed if it has ended already, else None.
-
-        Raises:
-          ValueError: That trial had another setting or stage.
-        """
+        """Return the trial of that number and seed if it has ended already, else None."""
         trial = self._trials.get((number, seed))
         if trial is None:
             return None
@@ -116,7 +102,6 @@ class Journal:
             self._write_decisions()
 
     def note(self, text: str) -> None:
-        """Keep a note for the report."""
         self.decide(notes=[*self.decisions["notes"], text])
 
     def write(self, trials: Iterable[Trial]) -> None:
@@ -132,11 +117,6 @@ class Journal:
 
 
 def parse_decisions(text: str, path: Path) -> Json:
-    """Return the content of a `tune.json`.
-
-    Raises:
-      ValueError: The text is not that of a `tune.json`.
-    """
     try:
         decisions = dict(json.loads(text))
         decisions["question"]["optimizer"], decisions["notes"]
@@ -146,11 +126,6 @@ def parse_decisions(text: str, path: Path) -> Json:
 
 
 def parse_trials(lines: str, path: Path) -> list[Trial]:
-    """Return the trials in the lines of a `trials.jsonl`.
-
-    Raises:
-      ValueError: A line is not a trial.
-    """
     trials = []
     for i, line in enumerate(lines.splitlines(), start=1):
         try:
@@ -206,15 +181,3 @@ def read_files(path: Path) -> tuple[str, str]:
         raise ValueError(f"{trials} has no tune.json beside it: choose another folder")
     lines = trials.read_text() if trials.exists() else ""
     return decisions.read_text() if decisions.exists() else "", lines[: lines.rfind("\n") + 1]
-
-
-def _broadcast_texts(texts: tuple[str, str]) -> tuple[str, str]:
-    """Return the first process's texts on every process."""
-    if jax.process_count() == 1:
-        return texts
-    sizes = multihost_utils.broadcast_one_to_all(np.asarray([len(t.encode()) for t in texts]))
-    buffer = np.zeros(int(sizes.sum()), np.uint8)
-    if jax.process_index() == 0:
-        buffer[:] = np.frombuffer("".join(texts).encode(), np.uint8)
-    content = bytes(multihost_utils.broadcast_one_to_all(buffer))
-    return content[: sizes[0]].decode(), content[sizes[0] :].decode()

@@ -16,20 +16,13 @@ PURPOSE = "searching by Optuna's samplers"
 
 
 def open_study(sampler: Sampler, storage: Storage, name: str, *, mode: str, seed: int) -> Study:
-    """Return `sampler` if it is a study; else open a study with that sampler, or with the sampler of that name.
-
-    Raises:
-      ImportError: Optuna is not installed.
-      ValueError: Optuna has no sampler of that name or cannot open the storage; or a study has the other
-        direction, or a storage was given with it.
-    """
+    """Return `sampler` if it is a study; else open a study with that sampler, or with the sampler of that name."""
     optuna = require("optuna", "tune", PURPOSE)
     direction = optuna.study.StudyDirection.MINIMIZE if mode == "min" else optuna.study.StudyDirection.MAXIMIZE
     if isinstance(sampler, optuna.study.Study):
         if sampler.directions != [direction]:
-            raise ValueError(
-                f"Invalid sampler value: the study's directions are {sampler.directions}, mode is {mode!r}"
-            )
+            directions = f"the study's directions are {sampler.directions}"
+            raise ValueError(f"Invalid sampler value: {directions}, mode is {mode!r}")
         if storage is not None:
             raise ValueError("Invalid storage value: a study has its own storage; leave storage out")
         return sampler
@@ -45,9 +38,8 @@ def open_study(sampler: Sampler, storage: Storage, name: str, *, mode: str, seed
     if not isinstance(sampler, optuna.samplers.BaseSampler):
         raise ValueError(f"Invalid sampler value: {sampler!r}; sampler must be a name, or an Optuna sampler or study")
     try:
-        return optuna.create_study(
-            sampler=sampler, storage=storage, study_name=name, direction=direction, load_if_exists=True
-        )
+        place = {"storage": storage, "study_name": name, "load_if_exists": True}
+        return optuna.create_study(sampler=sampler, direction=direction, **place)
     except Exception as error:  # each database driver has its own
         reason, *_ = str(error).split("\n")
         raise ValueError(f"Invalid storage value: {storage!r}; {reason}") from error

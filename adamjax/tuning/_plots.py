@@ -55,15 +55,11 @@ class PlotData(NamedTuple):
     @property
     def axes(self) -> dict[str, Axis]:
         """The axes of the arguments that take more than one value, by name."""
-        axes = {}
-        for name in dict.fromkeys(k for t in self.trials for k in t.setting):
-            values = [t.setting[name] for t in self.trials]
-            if len({repr(x) for x in values}) > 1:
-                axes[name] = make_axis(name, values)
-        return axes
+        names = dict.fromkeys(k for t in self.trials for k in t.setting)
+        values = {name: [t.setting[name] for t in self.trials] for name in names}
+        return {name: make_axis(name, x) for name, x in values.items() if len(set(map(repr, x))) > 1}
 
     def has_status(self, status: str) -> np.ndarray:
-        """bool[trials]: whether the trial has this status."""
         return np.asarray([t.status == status for t in self.trials])
 
 
@@ -187,8 +183,8 @@ def importance(data: PlotData) -> "Figure | None":
     inspection = require("sklearn.inspection", "tune", "the importance of hyperparameters")
     rows, ranks = np.stack([axis.fractions for axis in axes.values()], axis=1), data.rank_fraction
     forest = ensemble.RandomForestRegressor(100, random_state=0).fit(rows, ranks)
-    means = inspection.permutation_importance(forest, rows, ranks, n_repeats=10, random_state=0).importances_mean
-    means = np.maximum(means, 0)
+    permuted = inspection.permutation_importance(forest, rows, ranks, n_repeats=10, random_state=0)
+    means = np.maximum(permuted.importances_mean, 0)
     order = np.argsort(means, kind="stable")
     figure, (panel,) = _panels(1, width=5.0, height=1.2 + 0.35 * len(axes))
     panel.barh([list(axes)[i] for i in order], means[order] / max(means.sum(), 1e-12), color=BEST)
@@ -212,9 +208,7 @@ def _panels(count: int, *, width: float = 3.4, height: float = 3.6) -> tuple["Fi
 
 def _limits(data: PlotData, *, curves: bool = False) -> tuple[float, float]:
     """Return limits from the best value to the 90 % quantile: far worse values would flatten the rest."""
-    values = data.values
-    if curves:
-        values = np.concatenate([t.metrics[data.metric] for t in data.trials])
+    values = np.concatenate([t.metrics[data.metric] for t in data.trials]) if curves else data.values
     values = values[np.isfinite(values)]
     if not values.size:
         return 0.0, 1.0

@@ -77,13 +77,7 @@ class Program(NamedTuple):
 
 
 class PopulationRunner:
-    """Compiles and runs populations of one problem, and keeps the programs for further populations.
-
-    Args:
-      problem: The problem to train.
-      metric: The metric that settings are judged by.
-      execution, mesh, memory: See `sweep`.
-    """
+    """Compiles and runs populations of one problem, and keeps the programs for further populations; see `sweep`."""
 
     def __init__(
         self, problem: Problem, metric: str, *, execution: str, mesh: Mesh | None, memory: float | None
@@ -104,9 +98,8 @@ class PopulationRunner:
         key = jax.eval_shape(jax.random.key, 0)
         self.metrics: list[str] = sorted(jax.eval_shape(lambda k: problem.evaluate(problem.init(k)), key))
         if metric not in self.metrics:
-            raise ValueError(
-                f"Invalid metric value: {metric!r}; the problem's evaluate returns {', '.join(self.metrics)}"
-            )
+            known = ", ".join(self.metrics)
+            raise ValueError(f"Invalid metric value: {metric!r}; the problem's evaluate returns {known}")
         self.metric = metric
         self._programs: dict[Hashable, Program] = {}
         self._keys_of_seeds: dict[tuple[int, ...], Keys] = {}
@@ -116,14 +109,11 @@ class PopulationRunner:
         return 1 if self.mesh is None else self.mesh.size
 
     def _round_up(self, settings: float) -> int:
-        """Round up to a multiple of the number of devices."""
         return math.ceil(settings / self._devices) * self._devices
 
     @property
     def execution(self) -> str:
-        """How the runs are executed, in words."""
-        where = "" if self.mesh is None else f" on each of {self.mesh.size} devices"
-        return f"{self.order}{where}"
+        return str(self.order) + ("" if self.mesh is None else f" on each of {self.mesh.size} devices")
 
     def run(
         self,
@@ -140,7 +130,6 @@ class PopulationRunner:
         Yields, for each evaluation of each chunk of settings, their indices, its number and the results.
 
         Args:
-          opts, seeds, eval_steps: The runs, and the numbers of updates after which to evaluate them.
           capacity: Number of settings to compile the program for, at least that of `opts`, its default.
           wanted: bool[.], the settings of interest. A chunk without any is skipped; in others, unwanted settings
             still run, since the last digits of a run can depend on its position in the program.
@@ -228,7 +217,7 @@ class PopulationRunner:
         return self._programs[key]
 
     def _compile(self, population: PyTree, keys: Keys, order: str) -> tuple[Program, float]:
-        """Return the program, and the bytes it needs on each device."""
+        """Return the program, and the bytes that it needs on each device."""
         begin = time.perf_counter()
 
         def for_members(f: Callable[..., PyTree], *inputs: PyTree) -> PyTree:
@@ -263,8 +252,7 @@ class PopulationRunner:
         """Return the sharding of arrays whose dimensions are over the settings where they are True."""
         if self.mesh is None:
             return None
-        names = [self.mesh.axis_names if over_settings else None for over_settings in dimensions]
-        return NamedSharding(self.mesh, PartitionSpec(*names))
+        return NamedSharding(self.mesh, PartitionSpec(*(self.mesh.axis_names if x else None for x in dimensions)))
 
     def _place(self, population: PyTree) -> PyTree:
         sharding = self._sharding(True)
@@ -273,10 +261,8 @@ class PopulationRunner:
         return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, lambda i: x[i]), population)
 
     def _take(self, members: Member, slots: np.ndarray) -> Member:
-        """Return the members in `slots` of the dimension of the settings."""
         take = partial(jax.tree.map, lambda x: x[:, slots])
-        taken: Member = jax.jit(take, out_shardings=self._sharding(None, True))(members)
-        return taken
+        return Member(*jax.jit(take, out_shardings=self._sharding(None, True))(members))
 
 
 def structure_of(opt: Transformation) -> Hashable:
@@ -303,8 +289,8 @@ def _gather(results: PyTree, slots: np.ndarray) -> Results:
     """Return the settings in `slots` of each [seeds, settings] array, as NumPy arrays, on every process."""
     if jax.process_count() > 1:
         results = multihost_utils.process_allgather(results, tiled=True)
-    gathered: Results = jax.tree.map(lambda x: np.asarray(x)[:, slots], results)
-    return gathered
+    losses, metrics, diverged_at = jax.tree.map(lambda x: np.asarray(x)[:, slots], results)
+    return losses, metrics, diverged_at
 
 
 def _broadcast(x: float) -> float:
@@ -313,8 +299,7 @@ def _broadcast(x: float) -> float:
 
 
 def _free_memory() -> float:
-    device = jax.local_devices()[0]
-    stats = device.memory_stats()
+    stats = jax.local_devices()[0].memory_stats()
     if stats and "bytes_limit" in stats:
         return 0.9 * (stats["bytes_limit"] - stats.get("bytes_in_use", 0))
     # A backend without statistics uses the host's memory, which its devices share.

@@ -162,11 +162,8 @@ class LrRange:
 
     def to_json(self) -> Json:
         """Return the fields in JSON's types; losses that are not finite become null."""
-        return {
-            "learning_rates": self.learning_rates.tolist(),
-            "losses": nan_to_null(self.losses.tolist()),
-            "mode": self.mode,
-        }
+        rates, losses = self.learning_rates.tolist(), nan_to_null(self.losses.tolist())
+        return {"learning_rates": rates, "losses": losses, "mode": self.mode}
 
     @classmethod
     def from_json(cls, content: Json) -> "LrRange":

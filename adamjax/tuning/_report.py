@@ -1,7 +1,7 @@
 """The report of a tuning: the best setting, how certain it is, tables and plots."""
 
 import dataclasses
-import io
+import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -130,14 +130,13 @@ class Report:
     @cached_property
     def confirmed(self) -> list[Confirmed]:
         """The settings that were run again with fresh seeds, best first; those that diverged come last."""
-        runs: dict[int, list[Trial]] = {}
-        for trial in sorted((t for t in self.trials if t.stage == CONFIRM), key=lambda t: (t.number, t.seed)):
-            runs.setdefault(trial.number, []).append(trial)
+        confirming = sorted((t for t in self.trials if t.stage == CONFIRM), key=lambda t: (t.number, t.seed))
+        runs = {n: list(trials) for n, trials in itertools.groupby(confirming, key=lambda t: t.number)}
         # A tuning that was interrupted may have confirmed some settings with fewer seeds than others.
         seeds = max(map(len, runs.values()), default=0)
         values = {n: tuple(t.value(self._metric) for t in ts) for n, ts in runs.items() if len(ts) == seeds}
         means = {n: np.nan_to_num(self._sign * np.mean(x), nan=np.inf) for n, x in values.items()}
-        order = sorted(means, key=lambda n: means[n])
+        order = sorted(means, key=means.__getitem__)
         tied = {n: n == order[0] or _indistinguishable(values[n], values[order[0]], self._sign) for n in order}
         return [Confirmed(n, runs[n][0].setting, values[n], tied[n]) for n in order]
 
@@ -179,9 +178,8 @@ class Report:
     def _doubts(self, best: Setting) -> list[str]:
         """Return the reasons to doubt that the best setting is better than the defaults."""
         if not self.confirmed:
-            return [
-                f"the best was not confirmed with fresh seeds: it may be the luckiest of {len(self.searched)} trials"
-            ]
+            tried = len(self.searched)
+            return [f"the best was not confirmed with fresh seeds: it may be the luckiest of {tried} trials"]
         defaults = next((c for c in self.confirmed if c.setting == self.defaults), None)
         if best == self.defaults:
             return ["nothing that was tried is better than the defaults"]
@@ -209,12 +207,11 @@ class Report:
     def to_json(self) -> str:
         """Return the whole report as JSON; numbers that are not finite are null."""
         best = _journal.json_setting(self.best.arguments) if self.ranking else None
-        confirmed = [
-            {"setting": _journal.json_setting(c.setting)}
-            | dict(zip(("mean", "spread"), _journal.nan_to_null((c.mean, c.spread)), strict=True))
-            | {"values": _journal.nan_to_null(c.values), "indistinguishable": c.tied}
-            for c in self.confirmed
-        ]
+        confirmed: list[Json] = []
+        for c in self.confirmed:
+            (mean, spread), values = _journal.nan_to_null((c.mean, c.spread)), _journal.nan_to_null(c.values)
+            facts = {"mean": mean, "spread": spread, "values": values, "indistinguishable": c.tied}
+            confirmed.append({"setting": _journal.json_setting(c.setting)} | facts)
         content = {
             "question": self.question,
             "best": best,
@@ -251,20 +248,19 @@ class Report:
         path = Path(directory)
         figures = self.figures() if jax.process_index() == 0 else {}
         journal = _journal.Journal(path, self.question, resume=True)
-        curve = self.range_test and self.range_test.to_json()
-        defaults, explored = _journal.json_setting(self.defaults), {name: list(x) for name, x in self.explored.items()}
         journal.decide(
-            defaults=defaults, range_test=curve, explored=explored, execution=self.execution, notes=list(self.notes)
+            defaults=_journal.json_setting(self.defaults),
+            range_test=self.range_test and self.range_test.to_json(),
+            explored={name: list(x) for name, x in self.explored.items()},
+            execution=self.execution,
+            notes=list(self.notes),
         )
         journal.write(self.trials)
         if jax.process_index() > 0:
             return
-        pictures = {}
         for name, figure in figures.items():
-            buffer = io.BytesIO()
-            figure.savefig(buffer, dpi=120, format="png")
-            pictures[name] = buffer.getvalue()
-            (path / f"{name}.png").write_bytes(pictures[name])
+            figure.savefig(path / f"{name}.png", dpi=120)
+        pictures = {name: (path / f"{name}.png").read_bytes() for name in figures}
         (path / "report.json").write_text(self.to_json() + "\n")
         best = str(self.best) if self.ranking else "every trial diverged"
         question = self.question | {"execution": self.execution}

@@ -21,22 +21,16 @@ SAVED_BY_HALVING = 0.5  # fraction of the time
 
 
 class Candidate(NamedTuple):
-    """A setting to run."""
-
     number: int
     stage: str
     setting: Setting
 
 
 class TrialScheduler:
-    """Runs trials and collects their results. Trials that the journal holds are not run again.
-
-    Fields:
-      ended: Every trial so far.
-    """
+    """Runs trials and collects their results. Trials that the journal holds are not run again."""
 
     def __init__(self, spec: Spec, runner: PopulationRunner, journal: Journal, bar: Any) -> None:
-        self.ended: list[Trial] = []
+        self.ended: list[Trial] = []  # every trial so far
         self._spec, self._runner, self._journal, self._bar = spec, runner, journal, bar
         self._eval_steps = evenly_spaced(spec.steps, POINTS)
         self._sign = 1 if spec.mode == "min" else -1
@@ -45,7 +39,6 @@ class TrialScheduler:
         self._rungs = [point for point in points if point < len(self._eval_steps) - 1]
 
     def is_valid(self, setting: Setting) -> bool:
-        """Return whether the optimizer accepts a setting."""
         try:
             make_optimizer(self._spec.optimizer, setting, 0)
         except (TypeError, ValueError):
@@ -69,7 +62,6 @@ class TrialScheduler:
             self._rungs = []
 
     def search(self, proposed: Round) -> list[Result]:
-        """Run a round of the search."""
         explored = dict(self._journal.decisions.get("explored", {}))
         for name, (low, high) in proposed.space.bounds.items():
             before = explored.get(name, (low, high))
@@ -115,10 +107,8 @@ class TrialScheduler:
             stays = ~(curves.diverged_at(rows, point) > 0).all(axis=1) & (point + 1 < len(eval_steps))
             if point in rungs:
                 stays &= np.isin(rows, self._better_half(candidates, curves.metrics[runner.metric][:, 0, point]))
-            new = {
-                candidates[i].number: self._trials(candidates[i], i, curves, seeds, point)
-                for i in rows[~stays & wanted[rows]]
-            }
+            stopped = rows[~stays & wanted[rows]]
+            new = {candidates[i].number: self._trials(candidates[i], i, curves, seeds, point) for i in stopped}
             self._journal.write(itertools.chain.from_iterable(new.values()))
             ended.update(new)
             self._update_bar(len(new) * len(seeds), point + 1)

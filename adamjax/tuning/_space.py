@@ -5,7 +5,7 @@ import itertools
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -20,63 +20,72 @@ METHODS = ("halton", "sobol", "random", "grid")
 
 
 @dataclasses.dataclass(frozen=True)
-class Log:
+class Interval:
+    """The base of the ranges of numbers; a subclass says how values and fractions of the range correspond."""
+
+    low: float
+    high: float
+
+    def __post_init__(self) -> None:
+        for name in ("low", "high"):
+            x = getattr(self, name)
+            if isinstance(x, bool) or not isinstance(x, (int, float, np.integer, np.floating)) or not math.isfinite(x):
+                raise ValueError(f"Invalid range: {self}; {name} must be a finite number")
+            if isinstance(x, np.generic):  # JSON has no NumPy scalars
+                object.__setattr__(self, name, x.item())
+        if self.low >= self.high:
+            raise ValueError(f"Invalid range: {self}; low must be below high")
+
+    def _value(self, u: float) -> float:
+        raise NotImplementedError
+
+    def at(self, u: float) -> float:
+        """Return the value at the fraction `u` of the range."""
+        return min(max(self._value(u), self.low), self.high)
+
+    def fraction(self, x: float) -> float:
+        """Return the fraction of the range at which `x` lies: the inverse of `at`."""
+        raise NotImplementedError
+
+    def between(self, u: float, v: float) -> Self:
+        """Return the range from the fraction `u` to the fraction `v`, which may lie outside this one."""
+        return type(self)(self._value(u), self._value(v))
+
+
+class Log(Interval):
     """A range from `low` to `high` on a logarithmic scale: equal factors are equally likely.
 
     Raises:
       ValueError: The bounds are not 0 < low < high.
     """
 
-    low: float
-    high: float
-
     def __post_init__(self) -> None:
-        _check_range(self)
+        super().__post_init__()
         if self.low <= 0:
             raise ValueError(f"Invalid range: {self}; a logarithmic range starts above 0")
 
-    def at(self, u: float) -> float:
-        """Return the value at the fraction `u` of the range."""
-        return min(max(self.low * (self.high / self.low) ** u, self.low), self.high)
+    def _value(self, u: float) -> float:
+        return self.low * (self.high / self.low) ** u
 
     def fraction(self, x: float) -> float:
-        """Return the fraction of the range at which `x` lies: the inverse of `at`."""
         return math.log(x / self.low) / math.log(self.high / self.low) if x > 0 else -math.inf
 
-    def between(self, u: float, v: float) -> "Log":
-        """Return the range from the fraction `u` to the fraction `v`, which may lie outside this one."""
-        factor = self.high / self.low
-        return Log(self.low * factor**u, self.low * factor**v)
 
-
-@dataclasses.dataclass(frozen=True)
-class Linear:
+class Linear(Interval):
     """A range from `low` to `high` on a linear scale: equal differences are equally likely.
 
     Raises:
       ValueError: The bounds are not low < high.
     """
 
-    low: float
-    high: float
-
-    def __post_init__(self) -> None:
-        _check_range(self)
-
-    def at(self, u: float) -> float:
-        """Return the value at the fraction `u` of the range."""
-        return min(max(self.low + u * (self.high - self.low), self.low), self.high)
+    def _value(self, u: float) -> float:
+        return self.low + u * (self.high - self.low)
 
     def fraction(self, x: float) -> float:
-        """Return the fraction of the range at which `x` lies: the inverse of `at`."""
         return (x - self.low) / (self.high - self.low)
 
-    def between(self, u: float, v: float) -> "Linear":
-        """Return the range from the fraction `u` to the fraction `v`, which may lie outside this one."""
-        width = self.high - self.low
-        return Linear(self.low + u * width, self.low + v * width)
 
-
+@dataclasses.dataclass(frozen=True, init=False, repr=False)
 class Choice:
     """A choice among values of any type, all equally likely.
 
@@ -88,10 +97,12 @@ class Choice:
       ValueError: There are no values.
     """
 
+    options: tuple[Any, ...]
+
     def __init__(self, *options: object) -> None:
         if not options:
             raise ValueError("Invalid range: Choice(); a choice needs at least one value")
-        self.options = options
+        object.__setattr__(self, "options", options)
 
     def at(self, u: float) -> Any:
         """Return the value at the fraction `u` of the list."""
@@ -100,12 +111,6 @@ class Choice:
     def fraction(self, x: object) -> float:
         """Return the fraction of the list at which `x` lies: the inverse of `at`."""
         return (self.options.index(x) + 0.5) / len(self.options)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Choice) and self.options == other.options
-
-    def __hash__(self) -> int:
-        return hash(self.options)
 
     def __repr__(self) -> str:
         return f"Choice({', '.join(map(repr, self.options))})"
@@ -201,9 +206,8 @@ class Space:
         else:
             qmc = require("scipy.stats.qmc", "tune", "quasi-random points")
             engine = qmc.Halton if method == "halton" else qmc.Sobol
-            draws = (
-                count if method == "halton" else 2 ** math.ceil(math.log2(count))
-            )  # Sobol' points balance at powers of 2
+            # Sobol' points balance at powers of 2.
+            draws = count if method == "halton" else 2 ** math.ceil(math.log2(count))
             rows = engine(len(self.free), rng=seed).random(draws)[:count]
         return [self.at(dict(zip(self.free, map(float, row), strict=True))) for row in rows]
 
@@ -238,14 +242,3 @@ def _grid_fractions(r: Range, count: int) -> list[float]:
     if isinstance(r, Choice):
         return [(i + 0.5) / len(r.options) for i in range(len(r.options))]
     return [i / (count - 1) for i in range(count)]
-
-
-def _check_range(r: Log | Linear) -> None:
-    for name in ("low", "high"):
-        x = getattr(r, name)
-        if isinstance(x, bool) or not isinstance(x, (int, float, np.integer, np.floating)) or not math.isfinite(x):
-            raise ValueError(f"Invalid range: {r}; {name} must be a finite number")
-        if isinstance(x, np.generic):  # JSON has no NumPy scalars
-            object.__setattr__(r, name, x.item())
-    if r.low >= r.high:
-        raise ValueError(f"Invalid range: {r}; low must be below high")

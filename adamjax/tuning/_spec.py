@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import importlib
 import inspect
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
@@ -19,12 +20,10 @@ from adamjax.problems import Problem
 from adamjax.tuning._journal import Json
 from adamjax.tuning._optuna import Sampler, Storage
 from adamjax.tuning._space import OptimizerFactory, Setting, Space, stable_repr
-from adamjax.tuning._strategy import RANGES
+from adamjax.tuning._strategy import RANGES, Stages, stage_groups
 from adamjax.tuning._sweep import make_optimizer
 
 SAMPLERS = ("halton", "sobol", "random")
-
-Stages = str | Sequence[str | Sequence[str]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -53,9 +52,8 @@ class Spec:
             confirm = [checks.count(f"confirm[{i}]", x) for i, x in enumerate(confirm)]
             object.__setattr__(self, "confirm", confirm)
         if self.seed + (confirm[1] if confirm else 0) >= 2**31:
-            raise ValueError(
-                f"Invalid seed value: {self.seed}; seed, and the confirming seeds after it, must be below 2**31"
-            )
+            seeds = "seed, and the confirming seeds after it,"
+            raise ValueError(f"Invalid seed value: {self.seed}; {seeds} must be below 2**31")
         make_optimizer(self.optimizer, self.defaults, 0)
 
     @cached_property
@@ -74,13 +72,12 @@ class Spec:
     @cached_property
     def question(self) -> Json:
         """The specification in JSON's types, as the journal and the report keep it."""
-        stages = self.stages
         return {
             "problem": problem_name(self.problem),
             "parameters": parameter_summary(self.problem),
             "optimizer": optimizer_name(self.optimizer),
             "space": stable_repr(self.space),
-            "stages": stages if isinstance(stages, str) else [[s] if isinstance(s, str) else list(s) for s in stages],
+            "stages": self.stages if isinstance(self.stages, str) else list(map(list, stage_groups(self.stages))),
             "sampler": self.sampler if isinstance(self.sampler, str) else type(self.sampler).__name__,
         } | {name: getattr(self, name) for name in ("trials", "steps", "confirm", "metric", "mode", "seed")}
 
@@ -94,15 +91,13 @@ def search_space(optimizer: OptimizerFactory, space: Space | None, stages: Stage
     """Return the arguments in `stages` of `space`, or of Adam's ranges of the arguments that `optimizer` takes.
 
     Arguments that `functools.partial` fixes are not searched, nor is eps unless `half` is True or a stage names it.
-
-    Raises:
-      ValueError: A stage names an argument without a range, or there are no stages.
     """
     if stages != "adam" and (isinstance(stages, str) or not isinstance(stages, Sequence)):
         kind = ValueError if isinstance(stages, str) else TypeError
         raise kind(f'Invalid stages value: {stages!r}; stages must be "adam", or the arguments of each stage')
-    asked = None if isinstance(stages, str) else [n for s in stages for n in ((s,) if isinstance(s, str) else s)]
-    if asked is not None and not (asked and all(s for s in stages)):
+    groups = stage_groups(stages)
+    asked = list(itertools.chain.from_iterable(groups))
+    if not isinstance(stages, str) and not (groups and all(stages)):
         raise ValueError(f"Invalid stages value: {stages!r}; every stage needs at least one argument")
     if not isinstance(space, Space | None):
         raise TypeError(f"Invalid space value: {space!r}; space must be a Space, or None")
@@ -113,10 +108,10 @@ def search_space(optimizer: OptimizerFactory, space: Space | None, stages: Stage
         any_name = any(p.kind is p.VAR_KEYWORD for p in takes.values())
         known = [name for name in RANGES if (any_name or name in takes) and name not in fixed]
         ranges = {name: RANGES[name] for name in known if half or name != "eps" or asked}
-    for name in asked or ():
+    for name in asked:
         if name not in known:
             raise ValueError(f"Invalid stages value: {name!r} has no range, only {', '.join(known)}; add one to space")
-    if asked is not None:
+    if asked:
         ranges = {n: r for n, r in ranges.items() if n in asked or n not in known}
     if not ranges:
         raise ValueError(f"{optimizer_name(optimizer)} has none of the arguments {', '.join(RANGES)}: give a space")
@@ -124,7 +119,6 @@ def search_space(optimizer: OptimizerFactory, space: Space | None, stages: Stage
 
 
 def _fixed_arguments(optimizer: OptimizerFactory) -> set[str]:
-    """Return the arguments that `functools.partial` gives to the optimizer."""
     return optimizer.keywords.keys() | _fixed_arguments(optimizer.func) if isinstance(optimizer, partial) else set()
 
 
@@ -154,18 +148,15 @@ def parameter_summary(problem: Problem) -> str:
 
 
 def has_half_precision(problem: Problem) -> bool:
-    """Return whether some parameters have half precision."""
     dtypes = {x.dtype for x in jax.tree.leaves(abstract_params(problem))}
     return any(jnp.issubdtype(d, jnp.floating) and is_low_precision(d) for d in dtypes)
 
 
 def abstract_params(problem: Problem) -> PyTree:
-    """Return the shapes and dtypes of the problem's parameters."""
     return jax.eval_shape(problem.init, jax.eval_shape(jax.random.key, 0))
 
 
 def check_sampler(sampler: Sampler, storage: Storage) -> None:
-    """Check that a sampler is known, and may have the storage."""
     ours = isinstance(sampler, str) and sampler in SAMPLERS
     if isinstance(sampler, str) and not ours and sampler.split(":")[0] != "optuna":
         names = ", ".join(map(repr, SAMPLERS))

@@ -33,13 +33,7 @@ class Stage(NamedTuple):
 
 
 class Round(NamedTuple):
-    """A round of trials: settings to try at once.
-
-    Fields:
-      stage: Name of the stage they belong to.
-      settings: The settings.
-      space: The space they were drawn from.
-    """
+    """A round of trials: settings of one stage to try at once, and the space they were drawn from."""
 
     stage: str
     settings: list[Setting]
@@ -47,34 +41,25 @@ class Round(NamedTuple):
 
 
 class Result(NamedTuple):
-    """The result of a trial.
-
-    Fields:
-      setting: The setting that was tried.
-      score: Lower is better; inf if the trial diverged or was pruned.
-      value: Last value of the metric.
-      pruned_at: The step at which the trial was pruned; 0 if it was not.
-    """
-
     setting: Setting
-    score: float
-    value: float
-    pruned_at: int
+    score: float  # lower is better; inf if the trial diverged or was pruned
+    value: float  # of the metric, the last
+    pruned_at: int  # the step at which the trial was pruned; 0 if it was not
 
 
+Stages = str | Sequence[str | Sequence[str]]  # "adam", or the arguments of each stage
 Strategy = Generator[Round, list[Result], None]
 
 
-def plan_stages(space: Space, stages: str | Sequence[str | Sequence[str]], trials: int) -> list[Stage]:
-    """Divide `trials` trials (besides the defaults) among as many stages as they suffice for, as evenly as possible.
+def stage_groups(stages: Stages) -> list[tuple[str, ...]]:
+    """Return the arguments of each stage that a user lists: none for "adam"."""
+    return [] if isinstance(stages, str) else [(s,) if isinstance(s, str) else tuple(s) for s in stages]
 
-    The stages of "adam" are the learning rate twice (the whole range, then its best part); the learning rate together
-    with the betas, with epsilon, with weight decay, and with each other argument of the space; all of them together;
-    and last the choices (AMSGrad), on the best settings. With fewer trials, the later stages are left out.
-    """
+
+def plan_stages(space: Space, stages: Stages, trials: int) -> list[Stage]:
+    """Divide `trials` trials (besides the defaults) among as many stages as they suffice for, as evenly as possible."""
     if not isinstance(stages, str):
-        groups = [(group,) if isinstance(group, str) else tuple(group) for group in stages]
-        wanted = [(", ".join(group), group) for group in groups]
+        wanted = [(", ".join(group), group) for group in stage_groups(stages)]
         choices: list[str] = []
     else:
         wanted, choices = _adam_stages(space, trials), [n for n in space.free if isinstance(space.ranges[n], Choice)]
@@ -88,18 +73,16 @@ def plan_stages(space: Space, stages: str | Sequence[str | Sequence[str]], trial
 
 
 def _adam_stages(space: Space, trials: int) -> list[tuple[str, tuple[str, ...]]]:
-    """Return the name and the arguments of each stage of "adam" but the choices."""
+    """Return the name and the arguments of each stage of "adam", as `tune` describes them, but the choices."""
     numbers = [name for name in space.free if not isinstance(space.ranges[name], Choice)]
     betas = [n for n in numbers if n == "b1" or (n == "b2" and (trials >= TRIALS_FOR_B2 or "b1" not in numbers))]
     first = [n for n in ("eps", "weight_decay") if n in numbers]
     others = [n for n in numbers if n not in ("learning_rate", "b1", "b2", *first)]
-    groups = [tuple(betas)] if betas else []
-    groups += [(name,) for name in (*first, *others)]
+    groups = [tuple(betas)] * bool(betas) + [(name,) for name in (*first, *others)]
     rate = ("learning_rate",) if "learning_rate" in numbers else ()
     stages = [(", ".join(group), (*rate, *group)) for group in groups]
-    searched = [n for n in numbers if n in (*rate, *betas, *first, *others)]
     if len(groups) > 1 or (rate and groups):
-        stages.append(("all", tuple(searched)))
+        stages.append(("all", tuple(n for n in numbers if n in (*rate, *betas, *first, *others))))
     return [("learning_rate", rate)] * 2 * len(rate) + stages
 
 
@@ -114,9 +97,8 @@ def staged_search(
 ) -> Strategy:
     """Try the defaults and then stage after stage, each around the best setting so far.
 
-    Arguments that a stage does not vary keep their values of the best setting so far. After a stage, the
-    range of each of its arguments narrows to where the best quarter lies. If the best lies on the edge
-    of a logarithmic range, the range moves in that direction instead, while settings remain `valid`.
+    Arguments that a stage does not vary keep their values of the best setting so far. A range narrows to where the
+    best quarter lies, or moves as `tune` describes while settings remain `valid`.
     """
     region, done = space, list[Result]()
     settings = [defaults]
@@ -144,12 +126,11 @@ def _with_other_choices(region: Space, stage: Stage, done: Sequence[Result], bes
     choices = [r.options for name in stage.arguments if isinstance(r := region.ranges[name], Choice)]
     tried = [r.setting for r in done]
     untried: list[Setting] = []
-    for base in bases:
-        for options in itertools.product(*choices):
-            setting = base | dict(zip(stage.arguments, options, strict=True))
-            if setting not in tried and setting not in untried and len(untried) < stage.trials:
-                untried.append(setting)
-    return untried
+    for base, options in itertools.product(bases, itertools.product(*choices)):
+        setting = base | dict(zip(stage.arguments, options, strict=True))
+        if setting not in tried and setting not in untried:
+            untried.append(setting)
+    return untried[: stage.trials]
 
 
 def _region_after(region: Space, stage: Stage, done: Sequence[Result], valid: Callable[[Setting], bool]) -> Space:

@@ -153,9 +153,8 @@ def sweep(
         checks.count(name, x)
     seed_array = np.asarray(seeds) if np.ndim(seeds) else np.arange(checks.count("seeds", seeds))
     if seed_array.ndim != 1 or not seed_array.size or not np.issubdtype(seed_array.dtype, np.integer):
-        raise ValueError(
-            f"Invalid seeds value: {seeds!r}; seeds must be a number of seeds, or a list of at least one int"
-        )
+        expected = "a number of seeds, or a list of at least one int"
+        raise ValueError(f"Invalid seeds value: {seeds!r}; seeds must be {expected}")
     checks.choice("progress", progress, (False, True))
     checks.function("optimizer", optimizer)
     settings = space.points(trials, method=method) if isinstance(space, Space) else _as_settings(space)
@@ -164,7 +163,8 @@ def sweep(
     runner = PopulationRunner(problem, metric, execution=execution, mesh=mesh, memory=memory)
     mode = resolve_mode(metric, mode)
     eval_steps = evenly_spaced(steps, points)
-    curves = run_settings(runner, settings, optimizer, seed_array.astype(np.int32), eval_steps, progress)
+    opts = [make_optimizer(optimizer, setting, i) for i, setting in enumerate(settings)]
+    curves = _run_all(runner, opts, seed_array.astype(np.int32), eval_steps, progress)
     diverged_at, execution = curves.diverged_at(slice(None), len(eval_steps) - 1), runner.execution
     results = (settings, eval_steps, curves.losses, curves.metrics, diverged_at)
     return Sweep(*results, metric, mode, execution, runner.probe, time.perf_counter() - begin)
@@ -194,12 +194,7 @@ def evenly_spaced(steps: int, count: int) -> np.ndarray:
 
 
 class Curves:
-    """The losses and metrics of runs so far; NaN at points that they have not reached.
-
-    Fields:
-      losses: float64[settings, seeds, points], the mean training loss since the point before.
-      metrics: float64[settings, seeds, points] for each validation metric, by name.
-    """
+    """The `losses` and `metrics` of runs so far, as in a `Sweep`; NaN at points that they have not reached."""
 
     def __init__(self, runner: PopulationRunner, settings: int, seeds: int, eval_steps: np.ndarray) -> None:
         self.losses = np.full((settings, seeds, len(eval_steps)), np.nan)
@@ -208,7 +203,6 @@ class Curves:
         self._diverged_at = np.zeros((settings, seeds), int)
 
     def record(self, settings: np.ndarray, point: int, results: Results) -> None:
-        """Record the results of `PopulationRunner.run` for these settings."""
         losses, metrics, diverged_at = results
         self.losses[settings, :, point] = losses.T
         for name, curve in self.metrics.items():
@@ -222,19 +216,12 @@ class Curves:
         return np.where((steps == 0) & bad.any(axis=2), self._eval_steps[bad.argmax(axis=2)], steps)
 
 
-def run_settings(
-    runner: PopulationRunner,
-    settings: Sequence[Setting],
-    optimizer: OptimizerFactory,
-    seeds: np.ndarray,
-    eval_steps: np.ndarray,
-    progress: bool,
+def _run_all(
+    runner: PopulationRunner, opts: Sequence[Transformation], seeds: np.ndarray, eval_steps: np.ndarray, progress: bool
 ) -> Curves:
-    """Train every setting with every seed."""
-    opts = [make_optimizer(optimizer, setting, i) for i, setting in enumerate(settings)]
-    curves = Curves(runner, len(settings), len(seeds), eval_steps)
+    curves = Curves(runner, len(opts), len(seeds), eval_steps)
     durations = np.diff(eval_steps, prepend=0)
-    with progress_bar(len(settings) * len(seeds) * int(eval_steps[-1]), shown=progress) as bar:
+    with progress_bar(len(opts) * len(seeds) * int(eval_steps[-1]), shown=progress) as bar:
         for group in group_by_structure(opts):
             for chunk, point, results in runner.run([opts[i] for i in group], seeds, eval_steps):
                 curves.record(np.asarray(group)[chunk], point, results)

@@ -20,8 +20,8 @@ from adamjax.tuning._range_test import MIN_POINTS, LrRange, lr_range_test
 from adamjax.tuning._report import Report
 from adamjax.tuning._scheduler import TrialScheduler
 from adamjax.tuning._space import Log, OptimizerFactory, Space
-from adamjax.tuning._spec import Spec, Stages, check_sampler, has_half_precision, search_space
-from adamjax.tuning._strategy import MIN_STAGE_TRIALS, RANGES, plan_stages, staged_search
+from adamjax.tuning._spec import Spec, check_sampler, has_half_precision, search_space
+from adamjax.tuning._strategy import MIN_STAGE_TRIALS, RANGES, Stages, plan_stages, staged_search
 from adamjax.tuning._sweep import progress_bar, resolve_mode
 
 MARGIN = 3.0  # factor by which the search of the learning rate exceeds the band of the range test
@@ -126,11 +126,9 @@ def tune(
     with progress_bar(spec.steps * runs, shown=progress) as bar:
         scheduler = TrialScheduler(spec, runner, journal, bar)
         _search(spec, searched, study, scheduler, halving)
-        decisions, execution = journal.decisions, runner.execution
-        explored, notes = decisions["explored"], decisions["notes"]
-        report = Report(
-            spec.question, scheduler.ended, spec.defaults, optimizer, range_test, explored, execution, notes
-        )
+        explored, notes = journal.decisions["explored"], journal.decisions["notes"]
+        facts = (spec.defaults, optimizer, range_test, explored, runner.execution, notes)
+        report = Report(spec.question, scheduler.ended, *facts)
         if spec.confirm is not None and report.ranking:
             scheduler.confirm(report.ranking[: spec.confirm[0]], spec.confirm[1])
             report = dataclasses.replace(report, trials=scheduler.ended)
