@@ -10,6 +10,7 @@ import numpy as np
 from jax.tree_util import GetAttrKey
 
 from adamjax._core import checks
+from adamjax._core.typing import PyTree
 
 T = TypeVar("T")
 
@@ -97,6 +98,27 @@ class Value:
             steps = getattr(self, name)
             if isinstance(steps, float) and not steps.is_integer():
                 raise ValueError(f"Invalid {name} value: {steps}; {name} must be a whole number of steps")
+
+
+class StaticTree:
+    """A tree of hashable leaves as a hashable value."""
+
+    def __init__(self, tree: PyTree, is_leaf: Callable[[Any], bool] | None = None) -> None:
+        self.leaves, self.structure = jax.tree.flatten(tree, is_leaf=is_leaf)
+
+    @property
+    def tree(self) -> PyTree:
+        """The tree."""
+        return jax.tree.unflatten(self.structure, self.leaves)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, StaticTree) and (self.leaves, self.structure) == (other.leaves, other.structure)
+
+    def __hash__(self) -> int:
+        return hash((self.structure, *self.leaves))
+
+    def __repr__(self) -> str:
+        return repr(self.tree)
 
 
 def is_static_callable(x: object) -> bool:

@@ -25,6 +25,7 @@ class AdamScalars(NamedTuple):
     c2: Any  # 1 - b2**t
     eps: Any
     eps_root: Any
+    extra: Any = None  # what another rule needs besides
 
 
 @dataclass(frozen=True)

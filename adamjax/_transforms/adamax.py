@@ -1,26 +1,16 @@
 """Adamax: its difference from Adam."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
 
-from adamjax._core import checks
-from adamjax._core.numerics import Decay, bias_correction, decay, divide_by_real, ema
+from adamjax._core.numerics import bias_correction, decay, divide_by_real, ema
 from adamjax._core.typing import Scalar
 from adamjax._core.value import static_field, value
-from adamjax._transforms.adam import AdamRule, epsilon
+from adamjax._transforms.adam import AdamRule, AdamScalars, epsilon
 from adamjax._transforms.moment_storage import MomentFormat
 from adamjax._transforms.moments import Moments
-
-
-class AdamaxScalars(NamedTuple):
-    """The hyperparameters and the bias correction of a step."""
-
-    decay1: Decay
-    c1: Any
-    b2: Any
-    eps: Any
 
 
 class AdamaxRule(AdamRule):
@@ -28,7 +18,7 @@ class AdamaxRule(AdamRule):
 
     def accumulate(self, g: Array, m: Array, v: Array, s: Any) -> tuple[Array, Array]:
         """The new first moment, and the decaying maximum of the magnitudes."""
-        return ema(m, g, s.decay1), jnp.maximum(s.b2 * v, jnp.abs(g) + s.eps)
+        return ema(m, g, s.decay1), jnp.maximum(s.decay2.b * v, jnp.abs(g) + s.eps)
 
     def direction(self, g: Array, m: Array, v: Array, v_max: Array | None, s: Any) -> Array:
         """The direction; the norm needs no root, and holds eps already."""
@@ -58,9 +48,9 @@ class ScaleByAdamax(Moments):
     def rule(self) -> AdamaxRule:
         return AdamaxRule()
 
-    def _scalars(self, t: Array) -> AdamaxScalars:
-        decay1, b2 = decay("b1", self.b1, t.dtype), checks.as_scalar("b2", self.b2, t.dtype)
-        return AdamaxScalars(decay1, bias_correction(t, decay1), b2, epsilon(self.eps, t.dtype))
+    def _scalars(self, t: Array) -> AdamScalars:
+        decay1, decay2 = decay("b1", self.b1, t.dtype), decay("b2", self.b2, t.dtype)
+        return AdamScalars(decay1, decay2, bias_correction(t, decay1), None, None, epsilon(self.eps, t.dtype), None)
 
 
 def scale_by_adamax(

@@ -36,6 +36,7 @@ class LeafTransform:
 
     # The state of each leaf, and behind them that of each group of `layout`; None if there is none.
     leaf_states: Sequence[Any] | None = None
+    state: PyTree = ()  # the transformation's state after the step, if it does not depend on leaf states
     layout: Layout = ()  # the groups of leaves whose states are packed, and which are stepped together
 
     def ops_for(self, index: int, dtype: np.dtype, p: Any) -> Sequence[LeafOp]:
@@ -44,7 +45,7 @@ class LeafTransform:
 
     def new_state(self, leaf_states: list[Any]) -> PyTree:
         """The transformation's state after the step."""
-        return ()
+        return self.state
 
 
 class LeafProgram(NamedTuple):

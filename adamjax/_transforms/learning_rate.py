@@ -31,9 +31,6 @@ class ScaleLeaves(LeafTransform):
         dtype = trees.compute_dtype(dtype)
         return (LeafOp(scale_update, self.factor(dtype), dtype),)
 
-    def new_state(self, leaf_states: list[Any]) -> PyTree:
-        return self.state
-
 
 def scale_update(u: Array, p: Any, state: Any, factor: Array) -> tuple[Array, Any]:
     """A `LeafFunction`: the update times the factor."""

@@ -6,7 +6,6 @@
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 import jax
@@ -103,12 +102,10 @@ def _init_codes(p: Any, format: Quantized, signed: bool) -> QuantizedArray:
     zeros = trees.zeros_like(p, _FLOAT32)
     if trees.is_abstract(p):
         return quantization.abstract(zeros, format.bits, signed, format.block_size)
-    return _encode(zeros, format.bits, signed, format.block_size)
+    return _encode(zeros, format.bits, signed, format.block_size, None)
 
 
-@partial(jax.jit, static_argnums=(1, 2, 3))
-def _encode(x: Array, bits: int, signed: bool, block_size: int) -> QuantizedArray:
-    return quantization.encode(x, bits, signed, block_size, None)
+_encode = jax.jit(quantization.encode, static_argnums=(1, 2, 3))
 
 
 def rebuild_quantized(moments: PyTree, updates: Leaves, format: Quantized, *, signed: bool) -> PyTree:

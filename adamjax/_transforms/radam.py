@@ -1,32 +1,18 @@
 """RAdam: its difference from Adam."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
 from adamjax._core import checks
-from adamjax._core.numerics import Decay, decay, log
+from adamjax._core.numerics import decay, log
 from adamjax._core.typing import Scalar
 from adamjax._core.value import static_field, value
-from adamjax._transforms.adam import AdamRule, adam_scalars
+from adamjax._transforms.adam import AdamRule, AdamScalars, adam_scalars
 from adamjax._transforms.moment_storage import MomentFormat
 from adamjax._transforms.moments import Moments
-
-
-class RAdamScalars(NamedTuple):
-    """The fields of `AdamScalars`, and two more."""
-
-    decay1: Decay
-    decay2: Decay
-    c1: Any
-    c1_next: Any
-    c2: Any
-    eps: Any
-    eps_root: Any
-    tractable: Array  # whether the second moment rests on enough gradients to divide by it
-    rectifier: Array
 
 
 class RAdamRule(AdamRule):
@@ -34,8 +20,9 @@ class RAdamRule(AdamRule):
 
     def direction(self, g: Array, m: Array, v: Array, v_max: Array | None, s: Any) -> Array:
         """Adam's direction, rectified; the first moment alone while the second is not tractable."""
-        adaptive = s.rectifier * super().direction(g, m, v, v_max, s)
-        return jnp.where(s.tractable, adaptive, self.m_hat(g, m, s))
+        tractable, rectifier = s.extra
+        adaptive = rectifier * super().direction(g, m, v, v_max, s)
+        return jnp.where(tractable, adaptive, self.m_hat(g, m, s))
 
 
 def sma_lengths(b: Scalar, t: Array) -> tuple[Any, Array]:
@@ -84,13 +71,14 @@ class ScaleByRAdam(Moments):
     def rule(self) -> RAdamRule:
         return RAdamRule(self.nesterov)
 
-    def _scalars(self, t: Array) -> RAdamScalars:
+    def _scalars(self, t: Array) -> AdamScalars:
         longest, length = sma_lengths(self.b2, t)
+        # Whether the second moment rests on enough gradients to divide by it.
         tractable = length >= jnp.maximum(checks.as_scalar("threshold", self.threshold, t.dtype), 4.0)
         # If it is not, any lengths do, as long as the root below has a slope.
         longest, length = jnp.where(tractable, longest, 6.0), jnp.where(tractable, length, 6.0)
         variance = (length - 4) / (longest - 4) * ((length - 2) / (longest - 2)) * (longest / length)
-        return RAdamScalars(*adam_scalars(self, t), tractable, jnp.sqrt(variance))
+        return adam_scalars(self, t)._replace(extra=(tractable, jnp.sqrt(variance)))
 
 
 def scale_by_radam(

@@ -12,7 +12,7 @@ from jax import Array
 from adamjax._core import checks, trees
 from adamjax._core.trees import Leaves
 from adamjax._core.typing import Mask, PyTree, ScalarOrSchedule
-from adamjax._core.value import static_field, value
+from adamjax._core.value import StaticTree, static_field, value
 from adamjax._transforms.base import Leafwise
 from adamjax._transforms.leafwise import LeafOp, LeafTransform
 from adamjax._transforms.learning_rate import signed_factor
@@ -32,9 +32,6 @@ class DecayLeaves(LeafTransform):
             return ()
         dtype = trees.compute_dtype(dtype, trees.dtype_of(p))
         return (LeafOp(add_scaled_param, self.factor(dtype), dtype),)
-
-    def new_state(self, leaf_states: list[Any]) -> PyTree:
-        return self.state
 
 
 def add_scaled_param(u: Array, p: Array, state: Any, factor: Array) -> tuple[Array, Any]:
@@ -154,25 +151,15 @@ def with_coupled_decay(moments: Leafwise, weight_decay: ScalarOrSchedule, mask: 
     return moments if plain else coupled
 
 
-class TreeMask:
+class TreeMask(StaticTree):
     """A mask given as a tree of True and False, as a hashable value."""
 
     def __init__(self, tree: PyTree) -> None:
         checks.mask(tree)
-        self.tree = jax.tree.map(bool, tree)
+        super().__init__(jax.tree.map(bool, tree))
 
     def __call__(self, params: PyTree) -> PyTree:
         return self.tree
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, TreeMask) and jax.tree.flatten(self.tree) == jax.tree.flatten(other.tree)
-
-    def __hash__(self) -> int:
-        leaves, structure = jax.tree.flatten(self.tree)
-        return hash((structure, *leaves))
-
-    def __repr__(self) -> str:
-        return repr(self.tree)
 
 
 def _as_mask(mask: Mask) -> Callable[[PyTree], PyTree] | None:

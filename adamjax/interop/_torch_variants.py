@@ -11,15 +11,15 @@ import numpy as np
 from jax import Array
 
 from adamjax._core import checks, trees
-from adamjax._core.numerics import Decay, bias_correction, decay
+from adamjax._core.numerics import bias_correction, decay
 from adamjax._core.trees import Leaves
 from adamjax._core.typing import PyTree, Scalar
 from adamjax._core.value import value
-from adamjax._transforms.adam import AdamRule, epsilon
+from adamjax._transforms.adam import AdamRule, AdamScalars, epsilon
 from adamjax._transforms.base import Leafwise
 from adamjax._transforms.leafwise import LeafTransform
 from adamjax._transforms.moments import AdamState, Moments, Parts, StepMoments
-from adamjax._transforms.radam import RAdamScalars, ScaleByRAdam
+from adamjax._transforms.radam import ScaleByRAdam
 
 
 @value
@@ -28,7 +28,7 @@ class ScaleByTorchRAdam(ScaleByRAdam):
 
     threshold: Scalar = math.nextafter(5.0, 6.0)
 
-    def _scalars(self, t: Array) -> RAdamScalars:
+    def _scalars(self, t: Array) -> AdamScalars:
         scalars = super()._scalars(t)
         return scalars._replace(eps=scalars.eps / jnp.sqrt(scalars.c2))
 
@@ -52,25 +52,13 @@ class NAdamState(NamedTuple):
 jax.export.register_namedtuple_serialization(NAdamState, serialized_name="adamjax.NAdamState")
 
 
-class NAdamScalars(NamedTuple):
-    """The hyperparameters of a step, and what Dozat's schedule of the momentum makes of them."""
-
-    decay1: Decay
-    decay2: Decay
-    c1: Any
-    c2: Any
-    eps: Any
-    eps_root: Any
-    grad_weight: Array
-    moment_weight: Array
-
-
 class TorchNAdamRule(AdamRule):
     """The step of one array (Dozat, 2016, with his schedule of the momentum)."""
 
     def m_hat(self, g: Array, m: Array, s: Any) -> Array:
         """The first moment, with a look ahead and without its bias."""
-        return s.grad_weight * g + s.moment_weight * m
+        grad_weight, moment_weight = s.extra
+        return grad_weight * g + moment_weight * m
 
 
 @value
@@ -85,19 +73,12 @@ class _NAdamMoments(Moments):
     def rule(self) -> TorchNAdamRule:
         return TorchNAdamRule()
 
-    def _scalars(self, t: Array) -> NAdamScalars:
+    def _scalars(self, t: Array) -> AdamScalars:
         decay1, decay2 = decay("b1", self.opt.b1, t.dtype), decay("b2", self.opt.b2, t.dtype)
         product, now, following = self.product.astype(t.dtype), self.opt.rate(t), self.opt.rate(t + 1)
-        return NAdamScalars(
-            decay1,
-            decay2,
-            bias_correction(t, decay1),
-            bias_correction(t, decay2),
-            epsilon(self.opt.eps, t.dtype),
-            np.zeros((), t.dtype),
-            (1 - now) / (1 - product),
-            following / (1 - product * following),
-        )
+        c1, c2 = bias_correction(t, decay1), bias_correction(t, decay2)
+        weights = (1 - now) / (1 - product), following / (1 - product * following)
+        return AdamScalars(decay1, decay2, c1, None, c2, epsilon(self.opt.eps, t.dtype), np.zeros((), t.dtype), weights)
 
 
 @value

@@ -109,7 +109,8 @@ def _rows_of(spec: LeafSpec) -> _Rows:
 
 def _scalars(variant: StepVariant, scalars: StepScalars) -> Sequence[Any]:
     # A number that this variant does without (a correction of the next step, say) keeps its place.
-    return [jnp.float32(0) if x is None else x for x in jax.tree.leaves(scalars, is_leaf=trees.is_none)]
+    used = scalars.adam[:-1], *scalars[1:]  # a kernel steps by the rule of Adam itself, without `extra`
+    return [jnp.float32(0) if x is None else x for x in jax.tree.leaves(used, is_leaf=trees.is_none)]
 
 
 def _step_scalars(row: Sequence[Any]) -> StepScalars:

@@ -11,17 +11,17 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from adamjax._core import checks, trees
 from adamjax._core.trees import Leaves
 from adamjax._core.typing import GradientTransformation, PyTree
-from adamjax._core.value import Value, static_field, value
+from adamjax._core.value import StaticTree, Value, static_field, value
 from adamjax._transforms.base import Result, StepContext, StepsParts
 from adamjax.sharding import _layout
 from adamjax.sharding._layout import MeshLike, Names, StateLayout
 
 
-class Specs:
+class Specs(StaticTree):
     """A tree of `PartitionSpec`s as a hashable value."""
 
     def __init__(self, tree: PyTree) -> None:
-        self.leaves, self.structure = jax.tree.flatten(tree, is_leaf=_is_spec)
+        super().__init__(tree, is_leaf=_is_spec)
         if not all(map(_is_spec, self.leaves)):
             raise TypeError(f"Invalid specs value: {tree!r}; specs must be a tree of jax.sharding.PartitionSpec")
 
@@ -31,19 +31,6 @@ class Specs:
             return jax.tree.leaves(jax.tree.broadcast(self.tree, params, is_leaf=_is_spec), is_leaf=_is_spec)
         except ValueError:
             raise ValueError(f"specs is {self!r}, which is no tree like params, and no prefix of it") from None
-
-    @property
-    def tree(self) -> PyTree:
-        return jax.tree.unflatten(self.structure, self.leaves)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Specs) and (self.leaves, self.structure) == (other.leaves, other.structure)
-
-    def __hash__(self) -> int:
-        return hash((self.structure, *self.leaves))
-
-    def __repr__(self) -> str:
-        return repr(self.tree)
 
 
 def _is_spec(x: Any) -> bool:
