@@ -156,22 +156,10 @@ def amsgrad(
     References:
       Reddi et al., 2018, https://openreview.net/forum?id=ryQu7f-RZ.
     """
-    variant = checks.choice("variant", variant, ("torch", "corrected", "paper"))
-    return adam(
-        learning_rate,
-        b1,
-        b2,
-        eps,
-        eps_root,
-        mu_dtype,
-        nu_dtype=nu_dtype,
-        nesterov=nesterov,
-        amsgrad=variant,
-        weight_decay=weight_decay,
-        mask=mask,
-        maximize=maximize,
-        fused=fused,
-    )
+    checks.choice("variant", variant, ("torch", "corrected", "paper"))
+    moments = scale_by_adam(b1, b2, eps, eps_root, mu_dtype, nu_dtype=nu_dtype, nesterov=nesterov, amsgrad=variant)
+    direction = with_coupled_decay(moments, weight_decay, mask, maximize)
+    return _chain_or_fused(fused, direction, ScaleByLearningRate(learning_rate))
 
 
 def nadam(

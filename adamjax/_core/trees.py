@@ -22,7 +22,6 @@ def is_none(x: Any) -> bool:
     return x is None
 
 
-@jax.tree_util.register_pytree_node_class
 @dataclass(eq=False, slots=True)
 class Leaves:
     """A tree taken apart, once a step: its structure, in which None is a leaf, and its leaves in order."""
@@ -56,14 +55,8 @@ class Leaves:
         """The key path of each leaf."""
         return [path for path, _ in jax.tree.leaves_with_path(self.tree, is_leaf=is_none)]
 
-    def tree_flatten(self) -> tuple[tuple[list[Any]], Any]:
-        """For JAX: the leaves are children, the structure is static."""
-        return (self.leaves,), self.structure
 
-    @classmethod
-    def tree_unflatten(cls, structure: Any, children: tuple[list[Any]]) -> "Leaves":
-        """For JAX."""
-        return cls(*children, structure)
+jax.tree_util.register_dataclass(Leaves, data_fields=["leaves"], meta_fields=["structure"])
 
 
 def map_leaves(f: Callable[..., Any], tree: PyTree, *others: PyTree) -> PyTree:

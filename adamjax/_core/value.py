@@ -65,12 +65,13 @@ class Value:
     def __eq__(self, other: object) -> bool:
         if type(self) is not type(other):
             return NotImplemented
-        leaves, structure = _flatten(self)
-        others, other_structure = _flatten(other)
+        structure: Any
+        leaves, structure = jax.tree.flatten(self)
+        others, other_structure = jax.tree.flatten(other)
         return bool(structure == other_structure) and all(map(_same, leaves, others))
 
     def __hash__(self) -> int:
-        leaves, structure = _flatten(self)
+        leaves, structure = jax.tree.flatten(self)
         return hash((structure, *(leaf if _is_number(leaf) else id(leaf) for leaf in leaves)))
 
     def __repr__(self) -> str:
@@ -129,10 +130,6 @@ def is_static_callable(x: object) -> bool:
 def name_of(fn: Callable[..., Any]) -> str:
     """Return a function's name without the `<locals>` of the factory that made it."""
     return getattr(fn, "__qualname__", type(fn).__name__).split(".<locals>")[0]
-
-
-def _flatten(x: object) -> tuple[list[Any], jax.tree_util.PyTreeDef]:
-    return jax.tree.flatten(x)
 
 
 def _is_number(x: object) -> bool:

@@ -84,8 +84,7 @@ class Transformation(Value):
         found, _, state = self._run(grads, state, StepContext(leaves, extra, delivery))
         if leaves is not None and any(u is None for u in found.leaves):
             # Zeros instead of None: optax.apply_updates and others do not accept None.
-            wide = any(isinstance(t, RoundsParams) for t in delivering(self))
-            pairs = zip(found.leaves, leaves.leaves, strict=True)
+            wide, pairs = rounds_params(self), zip(found.leaves, leaves.leaves, strict=True)
             found = found.like([_minus_zeros(p, wide) if u is None else u for u, p in pairs])
         return found.tree, state
 
@@ -213,6 +212,11 @@ def delivering(opt: Transformation) -> Iterator[Transformation]:
     yield opt
     for inner in opt._delivered_by():
         yield from delivering(inner)
+
+
+def rounds_params(opt: Transformation) -> bool:
+    """Return whether `opt` rounds parameters: whether its result is delivered by a wrapper that does."""
+    return any(isinstance(t, RoundsParams) for t in delivering(opt))
 
 
 def may_skip(opt: Transformation) -> bool:

@@ -11,12 +11,11 @@ from adamjax._transforms.base import (
     Foreign,
     Leafwise,
     Result,
-    RoundsParams,
     StepContext,
     Transformation,
     as_transformation,
     check_not_fused,
-    delivering,
+    rounds_params,
 )
 from adamjax._transforms.delivery import update_dtype
 from adamjax._transforms.leafwise import Executor, LeafTransform, run_leafwise
@@ -30,7 +29,7 @@ class Chain(Transformation):
 
     def __post_init__(self) -> None:
         for transform in self.transforms[:-1]:
-            if any(isinstance(t, RoundsParams) for t in delivering(transform)):
+            if rounds_params(transform):
                 raise ValueError(
                     f"{transform!r} must be the last of a chain: a later transformation would change the values that "
                     "it rounds parameters to"

@@ -11,7 +11,7 @@ from adamjax._core import checks, trees
 from adamjax._core.trees import Leaves
 from adamjax._core.typing import PyTree
 from adamjax._core.value import static_field, value
-from adamjax._transforms.base import Result, RoundsParams, StepContext, Transformation, as_transformation, delivering
+from adamjax._transforms.base import Result, StepContext, Transformation, as_transformation, rounds_params
 from adamjax._transforms.chain import Chain
 
 
@@ -134,7 +134,7 @@ def groups(members: Mapping[str, Any], *, default: Any = None) -> Groups:
     if not given:
         raise ValueError("groups needs at least one group, or a default")
     for name, transform in given:
-        if any(isinstance(t, RoundsParams) for t in delivering(transform)):
+        if rounds_params(transform):
             raise ValueError(
                 f"the group {name!r} rounds parameters ({transform!r}): put that around groups(...) instead"
             )

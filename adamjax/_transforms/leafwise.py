@@ -159,11 +159,7 @@ def run_leafwise(
 
 
 def _group_program(
-    transforms: Sequence[LeafTransform],
-    packed: int,
-    k: int,
-    group: Sequence[Leaf],
-    shapes: tuple[tuple[int, ...], ...],
+    transforms: Sequence[LeafTransform], packed: int, k: int, group: Sequence[Leaf], shapes: tuple[tuple[int, ...], ...]
 ) -> GroupProgram:
     frozen = LeafProgram((), [])
     given = {leaf.index: leaf for leaf in group if leaf.u is not None}

@@ -24,6 +24,7 @@ from adamjax._transforms.base import (
     contains_foreign,
     delivering,
     may_skip,
+    rounds_params,
 )
 from adamjax._transforms.delivery import AddToParam, AsUpdate, Delivery
 from adamjax._transforms.leafwise import LeafOp
@@ -60,11 +61,7 @@ class RoundParams(Delivery):
     """Deliver half precision parameters by a `ParamRounding`, and the others as the wrapper is asked to."""
 
     def __init__(
-        self,
-        rounding: ParamRounding,
-        plain: Delivery,
-        leaf_states: Sequence[Any],
-        dither: Callable[[int], Dither],
+        self, rounding: ParamRounding, plain: Delivery, leaf_states: Sequence[Any], dither: Callable[[int], Dither]
     ) -> None:
         self.leaf_states = self._pairs = leaf_states
         self._function = RoundParam(rounding, isinstance(plain, AsUpdate))
@@ -107,7 +104,7 @@ class Rounding(RoundsParams):
 
     def _wrap(self, name: str) -> None:
         super()._wrap(name)
-        if any(isinstance(t, RoundsParams) for t in delivering(self.inner)):
+        if rounds_params(self.inner):
             raise ValueError(f"{name} around {self.inner!r}, which rounds the parameters already: take one of the two")
         for t in delivering(self.inner):
             if isinstance(t, StepsParts):
