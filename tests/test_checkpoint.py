@@ -8,7 +8,9 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import equinox as eqx
@@ -391,14 +393,14 @@ def test_resume(tmp_path, whole, step, lines):
 def test_resume_after_ctrl_c(tmp_path, whole, monkeypatch, capsys):
     asked = []
 
-    class Pressed(_train.CtrlC):
-        def __call__(self):
+    class Pressed(threading.Event):
+        def is_set(self):
             asked.append(1)
             return len(asked) > 7
 
     folder = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(_train, "CtrlC", Pressed)
+        patch.setattr(_train, "threading", SimpleNamespace(Event=Pressed))
         assert cli.main([*TRAIN, "--out", str(folder)]) == 130
     assert f"adamjax train --resume {folder} goes on" in capsys.readouterr().err
     # It ended where no checkpoint was due, and was evaluated there.
