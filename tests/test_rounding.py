@@ -15,6 +15,7 @@ from tolerances import RECOMPILED
 
 import adamjax
 from adamjax import storage
+from adamjax._core.value import value
 from adamjax.rounding import RoundingState
 
 pytestmark = pytest.mark.numbers
@@ -201,6 +202,35 @@ def test_the_wrapped_transformation_sees_float32():
     for wrap in ROUNDED.values():
         state = wrap(optax.adam(1e-3)).init(p)
         assert all(x.dtype == "float32" for x in jax.tree.leaves(state.inner) if x.ndim)
+
+
+SEEN = []
+
+
+@value
+class Recorder(adamjax.Transformation):
+    """A transformation of a user's, which looks at the dtypes of what it is given."""
+
+    def _update(self, updates, state, params, extra):
+        SEEN.append((updates.dtype, params.dtype))
+        return updates, state
+
+
+@pytest.mark.parametrize("method", ["step", "update"])
+@pytest.mark.parametrize(
+    "inside",
+    [
+        lambda x: x,
+        lambda x: optax.chain(optax.GradientTransformation(*x)),
+        lambda x: adamjax.chain(adamjax.chain(optax.GradientTransformation(*x)), adamjax.adam(1e-3)),
+    ],
+)
+def test_transformations_of_others_see_float32_gradients(inside, method):
+    p = jnp.ones(4, jnp.bfloat16)
+    opt = adamjax.kahan(inside(Recorder()))
+    SEEN.clear()
+    getattr(opt, method)(p, opt.init(p), p)
+    assert SEEN == [("float32", "float32")]
 
 
 def test_the_seed_is_in_the_state():
