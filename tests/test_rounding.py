@@ -204,7 +204,7 @@ def test_the_wrapped_transformation_sees_float32():
         assert all(x.dtype == "float32" for x in jax.tree.leaves(state.inner) if x.ndim)
 
 
-SEEN = []
+SEEN: list[Any] = []
 
 
 @value
