@@ -25,8 +25,9 @@ STEM = f"adamjax-{PROJECT['version']}"
 DATA = {"adamjax/kernels/adam.cc", "adamjax/py.typed"}
 # Of each folder of the sdist, a file that it would be useless without.
 SOURCES = [
-    *("LICENSE", "PKG-INFO", "README.md", "pyproject.toml", ".ci/run", ".docs/conf.py", "adamjax/kernels/adam.cc"),
-    *("benchmarks/__main__.py", "notebooks/quickstart.ipynb", "tests/conftest.py", "tests/golden/torch.npz"),
+    *("LICENSE", "PKG-INFO", "README.md", "pyproject.toml", ".ci/run", ".docs/conf.py", ".github/CHANGELOG.md"),
+    *("adamjax/kernels/adam.cc", "benchmarks/__main__.py", "notebooks/quickstart.ipynb", "tests/conftest.py"),
+    "tests/golden/torch.npz",
 ]
 TRAIN = """
 import sys
