@@ -1,6 +1,6 @@
 """Training: one compiled step that works in place, and whole runs of a problem."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -346,7 +346,8 @@ class ShardedProblem:
                     f"{x.shape[0]} rows equally: choose a batch size that is a multiple of {mesh.size}"
                 )
         self._problem = problem
-        self.loss, self.evaluate = problem.loss, problem.evaluate
+        self.loss: Callable[[PyTree, PyTree, Array], Array] = problem.loss
+        self.evaluate: Callable[[PyTree], Mapping[str, Array]] = problem.evaluate
         self._by_rows = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
         self.replicated: NamedSharding = NamedSharding(mesh, PartitionSpec())
 
