@@ -91,10 +91,7 @@ class SkipNonfinite(MaySkip):
         return SkipState(skipped, consecutive, exceeded, LeafCounts(counts, paths), self.inner._init(params))
 
     def _run(self, updates: Leaves, state: PyTree, context: StepContext) -> Result:
-        def apply(grads: Leaves, inner: PyTree) -> Result:
-            return self.inner._run(grads, inner, context)
-
-        return self._step_if_finite(apply, updates, state, context)
+        return self._step_if_finite(partial(self.inner._run, context=context), updates, state, context)
 
     def _step_if_finite(
         self, apply: Callable[[Leaves, PyTree], Result], grads: Leaves, state: PyTree, context: StepContext
@@ -276,7 +273,6 @@ class DynamicLossScale(MaySkip):
         return found, delivered, self._rescaled(state, inner)
 
     def _rescaled(self, state: LossScaleState, inner: SkipState) -> LossScaleState:
-        """The state after a step that left `inner`."""
         overflown = inner.consecutive > 0
         good = jnp.where(overflown, 0, trees.increment(state.good))
         grows = good >= self.growth_interval

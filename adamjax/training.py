@@ -111,7 +111,6 @@ class TrainStep:
 
 
 def _loss_and_aux(loss_fn: Callable[..., Any], has_aux: bool, params: PyTree, batch: PyTree) -> tuple[Array, PyTree]:
-    """Call `loss_fn`, check what it returns, and split it."""
     returned = loss_fn(params, batch)
     if has_aux and not (isinstance(returned, tuple) and len(returned) == 2):
         raise TypeError(f"loss_fn returned {_shown(returned)}, and has_aux=True expects (loss, aux)")

@@ -86,7 +86,6 @@ class Groups(Transformation):
 
 
 def _select(leaves: Leaves, owners: list[int], i: int) -> Leaves:
-    """The leaves of group `i`; None in place of the others."""
     return leaves.like([x if owner == i else None for x, owner in zip(leaves.leaves, owners, strict=True)])
 
 

@@ -152,7 +152,7 @@ def packed(opt: GradientTransformation, below: int = _MAX_PACKED_SIZE) -> Transf
     return found
 
 
-def _packed(opt: Transformation, below: int) -> tuple[Any, int]:
+def _packed(opt: Any, below: int) -> tuple[Any, int]:
     """`opt` with its moments packed, and in how many places it keeps some."""
     if isinstance(opt, Packed):
         raise ValueError(f"{opt!r} is packed already")
@@ -161,12 +161,9 @@ def _packed(opt: Transformation, below: int) -> tuple[Any, int]:
     if isinstance(opt, Chain | Groups):
         name = "transforms" if isinstance(opt, Chain) else "members"
         pairs = [_packed(member, below) for member in getattr(opt, name)]
-        return _with(opt, name, tuple(member for member, _ in pairs)), sum(places for _, places in pairs)
+        changes = {name: tuple(member for member, _ in pairs)}
+        return dataclasses.replace(opt, **changes), sum(places for _, places in pairs)
     if isinstance(opt, Wrapper | CoupledDecay):
         inner, places = _packed(opt.inner, below)
-        return _with(opt, "inner", inner), places
+        return dataclasses.replace(opt, inner=inner), places
     return opt, 0
-
-
-def _with(opt: Any, name: str, content: Any) -> Any:
-    return dataclasses.replace(opt, **{name: content})

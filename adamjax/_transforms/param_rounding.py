@@ -156,7 +156,6 @@ class Rounding(RoundsParams):
         return found, [], after._replace(kept=kept, inner=inner)
 
     def _float32_params(self, params: Leaves, residuals: list[Any]) -> Leaves:
-        """The parameters as the wrapped transformation sees them."""
         read = self._rounding.to_float32
         return params.map(lambda p, residual: read(p, residual) if is_low_precision(p) else p, residuals)
 

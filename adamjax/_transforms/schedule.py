@@ -112,7 +112,6 @@ class Scheduled(Leafwise):
 
     @property
     def _schedule(self) -> ScalarOrSchedule:
-        """The hyperparameter."""
         raise NotImplementedError
 
     def _init(self, params: PyTree) -> PyTree:

@@ -254,5 +254,4 @@ def _percent(x: float) -> str:
 
 
 def _round(x: float) -> str:
-    """Round to one digit."""
     return f"{float(f'{x:.0e}'):.0f}"

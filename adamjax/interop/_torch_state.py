@@ -192,7 +192,6 @@ def _parts(opt: Any) -> _Parts:
 
 
 def _leaves(params: PyTree) -> dict[str, Any]:
-    """Return the parameters by path."""
     return {trees.path_of(key): leaf for key, leaf in jax.tree.leaves_with_path(params)}
 
 
@@ -268,7 +267,6 @@ def _read(state_dict: StateDict) -> Mapping[str, Any]:
 
 
 def _entries(state_dict: Mapping[str, Any], places: list[str]) -> Entries:
-    """Return torch's state of each parameter, by our paths."""
     groups = state_dict.get("param_groups")
     indices = [i for group in groups for i in group["params"]] if groups else sorted(state_dict["state"])
     if len(indices) != len(places):
@@ -308,7 +306,6 @@ def _torch_name(groups: ParamGroups, entries: Entries) -> str | None:
 
 
 def _filled(parts: _Parts, path: str, state: ParamState, entry: Entry, convert: Convert) -> ParamState:
-    """Fill the state of one parameter with torch's."""
     arrays = {
         ours: _moment(path, theirs, entry[theirs], getattr(state, ours), convert if ours in _MOMENTS else None)
         for ours, theirs in parts.names.items()
@@ -346,7 +343,6 @@ def _array(x: Any) -> np.ndarray:
 
 
 def _group(parts: _Parts, count: int) -> dict[str, Any]:
-    """Return the hyperparameters by torch's names."""
 
     def number(x: Any) -> float:
         return float(x(jnp.int32(count)) if callable(x) else x)

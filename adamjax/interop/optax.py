@@ -158,7 +158,6 @@ def _like(template: PyTree, x: PyTree, where: str) -> PyTree:
 
 
 def _only(theirs: PyTree, where: str) -> tuple[str, Any]:
-    """Return the only state of Adam in optax's state, and its path."""
     found = [*_find(theirs, "ScaleByAdamState"), *_find(theirs, "ScaleByAmsgradState")]
     if len(found) != 1:
         places = ", ".join(where + path for path, _ in found)

@@ -318,7 +318,6 @@ def _of_row(spec: PartitionSpec, batch: int) -> PartitionSpec:
 def _run_part(
     backend: Backend, leaf: LeafSpec, spec: PartitionSpec, scalars: Array, integers: Array, *parts: Array
 ) -> list[Array]:
-    """Run the kernel on this device's parts of the arrays."""
     ndim, batch = parts[0].ndim, parts[0].ndim - len(leaf.shape)
     names, sizes = [*spec, *[None] * (ndim - len(spec))][batch:], parts[0].shape[batch:]
     indices = [jnp.zeros((), jnp.int32) if name is None else lax.axis_index(name) for name in names]

@@ -42,7 +42,6 @@ def _unsupported_array(name: str, x: Any) -> str | None:
 
 @cache
 def _missing() -> str | None:
-    """Return the reason why there is no kernel at all, or None."""
     try:
         _compile.target()
     except RuntimeError as error:

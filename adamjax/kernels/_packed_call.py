@@ -46,13 +46,8 @@ def _run_group_jvp(functions: tuple[Functions, Functions, Functions], primals: A
 run_group = jax.jit(_run_group, static_argnums=0)
 
 
-def _run_by_xla(
-    functions: tuple[Functions, Functions, Functions],
-    grads: list[Array],
-    params: list[Array],
-    moments: PackedMoments,
-    operands: tuple[list[Any], ...],
-) -> tuple[list[Array], PackedMoments]:
+def _run_by_xla(functions: tuple[Functions, Functions, Functions], *args: Any) -> tuple[list[Array], PackedMoments]:
+    grads, params, moments, operands = args
     before, together, after = map(LeafProgram, functions, operands)
     count = len(params)
     program = GroupProgram([before] * count, together, [after] * count, tuple([x.shape for x in params]))

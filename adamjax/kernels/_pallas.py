@@ -249,7 +249,6 @@ def _spread(x: Array, shape: tuple[int, ...]) -> Array:
 
 
 def _shift(shape: tuple[int, ...], dtype: Any) -> Array:
-    """Return the bit offset of each number of a pair in its byte."""
     return lax.broadcasted_iota(dtype, shape, len(shape) - 1) * np.asarray(4, dtype)
 
 

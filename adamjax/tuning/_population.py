@@ -192,7 +192,6 @@ class PopulationRunner:
         return self.order
 
     def _time(self, opts: Sequence[Transformation], keys: Keys, order: str, steps: int, capacity: int) -> None:
-        """Measure the seconds that a step of all chunks takes."""
         few = min(max(steps // 50, 1), 10)
         program = self._program(opts, keys, order, capacity)
         inputs = self._place(_stack(opts, np.arange(min(program.size, len(opts))), program.size)), keys

@@ -271,7 +271,6 @@ def lr_range_test(
 
 
 def _ramp(problem: Problem, opt: Transformation, steps: int, seed: int) -> np.ndarray:
-    """Return the losses of one run, made in one program."""
 
     @jax.jit
     def run(keys: Keys) -> jax.Array:
@@ -286,7 +285,6 @@ def _ramp(problem: Problem, opt: Transformation, steps: int, seed: int) -> np.nd
 
 
 def _first(where: np.ndarray) -> int | None:
-    """Return the first index that is True, or None."""
     return int(where.argmax()) if where.any() else None
 
 

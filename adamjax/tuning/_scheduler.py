@@ -83,7 +83,6 @@ class TrialScheduler:
         return Result(trial.setting, score, value, trial.steps[-1] if trial.status == "pruned" else 0)
 
     def _run(self, candidates: list[Candidate], seeds: Sequence[int], rungs: list[int]) -> list[list[Trial]]:
-        """Return the trials of each candidate, one for each seed."""
         opts = [make_optimizer(self._spec.optimizer, c.setting, c.number) for c in candidates]
         ended: dict[int, list[Trial]] = {}
         for group in group_by_structure(opts):
@@ -143,7 +142,6 @@ class TrialScheduler:
         return trials if len(trials) == len(seeds) else []
 
     def _trials(self, candidate: Candidate, row: int, curves: Curves, seeds: Sequence[int], point: int) -> list[Trial]:
-        """Return the trials of a candidate that ends after `point`."""
         end, trials = point + 1, []
         for k, (seed, diverged_at) in enumerate(zip(seeds, curves.diverged_at([row], point)[0].tolist(), strict=True)):
             status = "infeasible" if diverged_at else "complete" if end == len(self._eval_steps) else "pruned"
