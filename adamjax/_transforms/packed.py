@@ -154,6 +154,7 @@ def packed(opt: GradientTransformation, below: int = _MAX_PACKED_SIZE) -> Transf
 
 def _packed(opt: Any, below: int) -> tuple[Any, int]:
     """`opt` with its moments packed, and in how many places it keeps some."""
+    replace: Any = dataclasses.replace  # type checkers do not see that values are dataclasses
     if isinstance(opt, Packed):
         raise ValueError(f"{opt!r} is packed already")
     if isinstance(opt, Moments):
@@ -161,9 +162,9 @@ def _packed(opt: Any, below: int) -> tuple[Any, int]:
     if isinstance(opt, Chain | Groups):
         name = "transforms" if isinstance(opt, Chain) else "members"
         pairs = [_packed(member, below) for member in getattr(opt, name)]
-        changes = {name: tuple(member for member, _ in pairs)}
-        return dataclasses.replace(opt, **changes), sum(places for _, places in pairs)
+        members = {name: tuple(member for member, _ in pairs)}
+        return replace(opt, **members), sum(places for _, places in pairs)
     if isinstance(opt, Wrapper | CoupledDecay):
         inner, places = _packed(opt.inner, below)
-        return dataclasses.replace(opt, inner=inner), places
+        return replace(opt, inner=inner), places
     return opt, 0
