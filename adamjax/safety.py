@@ -249,7 +249,7 @@ class DynamicLossScale(MaySkip):
         """Return the gradients of the loss itself, in float32 or wider; None stays."""
         checks.state(state, LossScaleState, "dynamic_loss_scale")
         # Exact: a power of two.
-        return trees.map_leaves(lambda g: _times(g, 1 / state.scale), grads)
+        return trees.map_leaves(partial(_times, factor=1 / state.scale), grads)
 
     def _init(self, params: PyTree) -> LossScaleState:
         for path, p in jax.tree.leaves_with_path(params):
@@ -266,8 +266,7 @@ class DynamicLossScale(MaySkip):
         checks.state(state, LossScaleState, "dynamic_loss_scale")
 
         def apply(grads: Leaves, inner: PyTree) -> Result:
-            unscaled = grads.map(lambda g: _times(g, 1 / state.scale))
-            return self.inner.inner._run(unscaled, inner, context)
+            return self.inner.inner._run(grads.map(partial(_times, factor=1 / state.scale)), inner, context)
 
         found, delivered, inner = self.inner._step_if_finite(apply, updates, state.inner, context)
         return found, delivered, self._rescaled(state, inner)

@@ -189,7 +189,7 @@ def replicated(x: Array) -> Array:
 
 
 def sharded_like(x: Array, like: Array) -> Array:
-    """Undo `_whole`: give `x` the sharding of `like`."""
+    """Undo `_reshard_replicated`: give `x` the sharding of `like`."""
     return jax.sharding.reshard(x, jax.typeof(like).sharding) if _is_typed(like) else x
 
 

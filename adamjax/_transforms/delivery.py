@@ -87,8 +87,8 @@ def apply_updates(params: PyTree, updates: PyTree) -> PyTree:
     {'w': Array([1.5, 1.5], dtype=float32)}
     """
     checks.params_given(params, updates, "apply_updates", "apply_updates(params, updates)")
-    given, _ = checks.updates(updates, params)
-    pairs = zip(given.leaves, given.column(params), strict=True)
+    given, own = checks.updates(updates, params)
+    pairs = zip(given.leaves, (own or given).leaves, strict=True)
     return given.like([p if u is None else _add(p, u) for u, p in pairs]).tree
 
 

@@ -39,7 +39,7 @@ class ParamRounding(NamedTuple):
     # From the parameter and its residual: the parameter in float32, as the wrapped transformation sees it.
     to_float32: Callable[[Array, Any], Array]
     # From the parameter itself in float32, the update, the residual, a dither and the parameter's dtype: the exact
-    # difference to the new parameter, and the new residual
+    # difference to the new parameter, and the new residual.
     update_rule: Callable[..., tuple[Array, Any]]
 
 

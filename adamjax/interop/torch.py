@@ -53,7 +53,7 @@ def adam(
       maximize: Ascend instead of descend.
       decoupled_weight_decay: Shrink the parameters by lr * weight_decay instead of adding L2 to the gradient.
       fused: True runs `step` as one pass over memory, or raises a ValueError if it cannot. "auto" warns and falls
-        back to XLA. See `adamjax.kernels.Fused`. Inside the wrappers of `adamjax.rounding`, True raises.
+        back to XLA. See `adamjax.kernels.Fused`.
       foreach, capturable, differentiable: Ignored.
 
     Returns:

@@ -26,8 +26,8 @@ class Fused(Chain):
     `init`, `update` and the state are those of the chain. The numbers of `step` are too, but for the last digits.
     The wrappers around it step by it: a chain that ends with it, `groups`, `skip_nonfinite`,
     `dynamic_loss_scale`, `zero1`, `offload`; on a CPU, also `stochastic_rounding`, `kahan` and
-    `master_weights` around it, around a chain that ends with it, or around `groups`. Code that calls `update` and
-    applies the result, as optax's wrappers do, takes no such step.
+    `master_weights` around it, around a chain that ends with it, or around `groups` or `offload`, but not around
+    `zero1`. Code that calls `update` and applies the result, as optax's wrappers do, takes no such step.
 
     It goes wherever a step does: under `jax.jit` (donate parameters and state, and nothing is copied),
     `jax.lax.scan`, `jax.vmap` over states or hyperparameters, with arrays on many devices, each of which steps its
