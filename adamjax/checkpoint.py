@@ -31,12 +31,14 @@ class Checkpoint(NamedTuple):
       params: The parameters.
       state: The state of the optimizer.
       key: The key or seed of the run; None if none was saved.
+      model_state: The state of the model, such as batch statistics; None if none was saved.
     """
 
     step: int
     params: PyTree
     state: PyTree
     key: jax.Array | int | None
+    model_state: PyTree = None
 
 
 def save(
@@ -48,6 +50,7 @@ def save(
     step: int,
     key: jax.Array | int | None = None,
     keep: int | None = 3,
+    model_state: PyTree = None,
 ) -> None:
     """Save a step, and wait until it is on disk.
 
@@ -59,6 +62,7 @@ def save(
       step: The number of updates done; more than at every saved step.
       key: The source of the run's randomness: a seed or a JAX key.
       keep: The number of most recent steps to keep. None: all.
+      model_state: The state of the model, if it has one: any pytree of arrays and keys.
 
     Raises:
       ImportError: orbax is not installed; the message has the command to run.
@@ -75,10 +79,10 @@ def save(
     checks.count("step", step, least=0)
     if keep is not None:
         checks.count("keep", keep)
-    params, state = _as_arrays(params), _as_arrays(state)
+    params, state, model_state = _as_arrays(params), _as_arrays(state), _as_arrays(model_state)
     versions = {"adamjax": version("adamjax"), "jax": jax.__version__}
     header = {"format": FORMAT, "versions": versions, "key": _key_to_json(key)}
-    description = header | _schemas(optimizer, params, state)
+    description = header | _schemas(optimizer, params, state, model_state)
     there = steps(directory)
     if there and step <= there[-1]:
         raise ValueError(
@@ -87,6 +91,8 @@ def save(
         )
     ocp = _orbax()
     arrays = {"params": _by_path(params), "state": _by_path(state)}
+    if model_state is not None:
+        arrays["model_state"] = _by_path(model_state)
     items = ocp.args.Composite(arrays=ocp.args.StandardSave(arrays), description=ocp.args.JsonSave(description))
     with _manager(directory, max_to_keep=keep, cleanup_tmp_directories=True) as manager:
         manager.save(step, args=items, force=True)
@@ -98,6 +104,7 @@ def restore(
     params: PyTree,
     *,
     state: PyTree = None,
+    model_state: PyTree = None,
     step: int | None = None,
     new_hyperparameters: bool = False,
 ) -> Checkpoint:
@@ -109,6 +116,7 @@ def restore(
       params: A template of the parameters: arrays, or `jax.ShapeDtypeStruct`s. The arrays are restored to its
         shardings, whatever they were when the step was saved; without one, to the default device.
       state: A template of the state, for shardings that differ from those of the parameters. Default: `init`'s result.
+      model_state: A template of the state of the model, if one was saved: arrays, or `jax.ShapeDtypeStruct`s.
       step: The step to restore. Default: the last.
       new_hyperparameters: True to take the numbers of `optimizer`, such as its learning rate, if others were saved.
 
@@ -131,15 +139,17 @@ def restore(
     sharding = _default_sharding(params)
     params = _abstract(params, sharding)
     state = as_transformation(optimizer, "argument optimizer").init(params) if state is None else state
-    state = _abstract(state, sharding)
+    state, model_state = _abstract(state, sharding), _abstract(model_state, sharding)
     with _manager(directory) as manager:
         described = ocp.args.Composite(description=ocp.args.JsonRestore())
         try:
             description = manager.restore(step, args=described)["description"]
         except (KeyError, FileNotFoundError, ValueError) as error:  # from JSON, or from orbax if it is not our step
             raise ValueError(f"{where} is not a checkpoint of adamjax: it has no description to be read") from error
-        _refuse_others(where, description, _schemas(optimizer, params, state), new_hyperparameters)
+        _refuse_others(where, description, _schemas(optimizer, params, state, model_state), new_hyperparameters)
         like = {"params": _by_path(params), "state": _by_path(state)}
+        if model_state is not None:
+            like["model_state"] = _by_path(model_state)
         try:
             arrays = manager.restore(step, args=ocp.args.Composite(arrays=ocp.args.StandardRestore(like)))["arrays"]
         except KeyError as error:
@@ -147,7 +157,9 @@ def restore(
                 f"{where} is damaged: it has no arrays; restore another step, or remove this one"
             ) from error
     params, state = _from_paths(arrays["params"], params), _from_paths(arrays["state"], state)
-    return Checkpoint(step, params, state, _key_from_json(description["key"]))
+    if model_state is not None:
+        model_state = _from_paths(arrays["model_state"], model_state)
+    return Checkpoint(step, params, state, _key_from_json(description["key"]), model_state)
 
 
 def steps(directory: str | os.PathLike[str]) -> list[int]:
@@ -177,7 +189,9 @@ def _manager(directory: str | os.PathLike[str], **options: Any) -> Any:
     return ocp.CheckpointManager(os.path.abspath(directory), options=chosen)
 
 
-def _schemas(optimizer: GradientTransformation, params: PyTree, state: PyTree) -> dict[str, schema.Schema]:
+def _schemas(
+    optimizer: GradientTransformation, params: PyTree, state: PyTree, model_state: PyTree
+) -> dict[str, schema.Schema]:
     optimizer = as_transformation(optimizer, "argument optimizer")
     # Hyperparameters are compared by their values, also those in arrays.
     numbers = jax.tree.map(lambda x: np.asarray(x).tolist() if hasattr(x, "dtype") else x, optimizer)
@@ -185,6 +199,7 @@ def _schemas(optimizer: GradientTransformation, params: PyTree, state: PyTree) -
         "optimizer": schema.tree_schema("optimizer", numbers),
         "params": schema.tree_schema("params", params),
         "state": schema.tree_schema("state", state),
+        "model_state": schema.tree_schema("model_state", model_state),
     }
 
 
@@ -201,8 +216,9 @@ def _refuse_others(
             f"{where} is of an optimizer with other hyperparameters: {what}; "
             "if that is meant, restore it with new_hyperparameters=True"
         )
-    for name in ("params", "state"):
-        if (what := schema.first_difference(there[name], here[name])) is not None:
+    without = {"model_state": schema.tree_schema("model_state", None)}  # of older checkpoints
+    for name in ("params", "state", "model_state"):
+        if (what := schema.first_difference((without | there)[name], here[name])) is not None:
             raise ValueError(
                 f"{where} does not fit: {what}; nothing is cast or reshaped, restore it into what was saved "
                 "and convert that"
@@ -232,20 +248,43 @@ def _abstract(tree: PyTree, default: Sharding) -> PyTree:
 
 # A flat dict by path makes orbax independent of the tree's node types. Leave out empty arrays, which orbax rejects.
 def _by_path(tree: PyTree) -> dict[str, Any]:
-    return {jax.tree_util.keystr(path): x for path, x in jax.tree.leaves_with_path(tree) if x.size}
+    return {jax.tree_util.keystr(path): _key_data(x) for path, x in jax.tree.leaves_with_path(tree) if x.size}
 
 
 def _from_paths(arrays: dict[str, jax.Array], like: PyTree) -> PyTree:
     def of_leaf(path: Any, x: jax.ShapeDtypeStruct) -> jax.Array:
-        return arrays[jax.tree_util.keystr(path)] if x.size else jnp.zeros(x.shape, x.dtype, device=x.sharding)
+        if not x.size:
+            return jnp.zeros(x.shape, x.dtype, device=x.sharding)
+        found = arrays[jax.tree_util.keystr(path)]
+        return jax.random.wrap_key_data(found, impl=_key_impl(x)) if _is_key(x) else found
 
     return jax.tree.map_with_path(of_leaf, like)
+
+
+def _is_key(x: Any) -> bool:
+    return bool(jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key))
+
+
+def _key_data(x: Any) -> Any:
+    """Return the bits of keys, since orbax does not save keys; other arrays as they are."""
+    if not _is_key(x):
+        return x
+    if isinstance(x, jax.Array):
+        return jax.random.key_data(x)
+    bits = jax.eval_shape(jax.random.key_data, x)
+    return jax.ShapeDtypeStruct(bits.shape, bits.dtype, sharding=x.sharding)
+
+
+def _key_impl(like: jax.ShapeDtypeStruct) -> Any:
+    found = []
+    jax.eval_shape(lambda keys: found.append(jax.random.key_impl(keys)), like)  # it takes no abstract keys itself
+    return found[0]
 
 
 def _key_to_json(key: jax.Array | int | None) -> dict[str, Any] | int | None:
     if key is None or isinstance(key, int):
         return key
-    typed = isinstance(key, jax.Array) and jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key)
+    typed = isinstance(key, jax.Array) and _is_key(key)
     bits = np.asarray(jax.random.key_data(key) if typed else key)
     if not np.issubdtype(bits.dtype, np.integer):
         raise TypeError(f"Invalid key value: {key!r}; key must be a seed or a key of JAX")

@@ -380,6 +380,11 @@ def check_skipped(state: PyTree) -> None:
             raise FloatingPointError(_exceeded(found))
 
 
+def was_skipped(state: PyTree) -> Array:
+    """Return, as a bool scalar, whether the step that led to this state was skipped; it can be traced."""
+    return jnp.any(jnp.stack([jnp.any(found.consecutive > 0) for found in _skip_states(state)]))
+
+
 def skipped(state: PyTree) -> int | None:
     """Return how many steps `skip_nonfinite` or `dynamic_loss_scale` skipped; None if the state has neither."""
     return max((int(np.max(found.skipped)) for found in _skip_states(state)), default=None)

@@ -1,6 +1,8 @@
 """Training: one compiled step that works in place, and whole runs of a problem."""
 
-from collections.abc import Callable, Iterator, Mapping
+import itertools
+import math
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,8 +16,11 @@ from adamjax._core import checks, trees
 from adamjax._core.typing import DTypeLike, GradientTransformation, PyTree
 from adamjax._transforms.base import Transformation, as_transformation, may_skip
 from adamjax.diagnostics import AdamStats, measure
-from adamjax.problems import Problem, check
-from adamjax.safety import DynamicLossScale, check_skipped
+from adamjax.problems import Problem
+from adamjax.problems._batches import AHEAD, prefetched, stacked
+from adamjax.problems._check import checked
+from adamjax.problems._task import Model, Task
+from adamjax.safety import DynamicLossScale, check_skipped, was_skipped
 from adamjax.sharding import init_sharded, state_sharding
 
 LossAndAux = Callable[[PyTree, PyTree], tuple[Array, PyTree]]  # called as (params, batch)
@@ -217,6 +222,7 @@ class Report(NamedTuple):
       diverged_at: The first step (counted from 1) whose loss was not finite, which ends the run; None if
         there was none, or if the optimizer skips such steps.
       stats: Figures of the next update, if `diagnose` is True and there is a next update.
+      model_state: The state of the model, if the problem is `stateful`; the next step reuses its memory, too.
     """
 
     step: int
@@ -226,6 +232,7 @@ class Report(NamedTuple):
     state: PyTree
     diverged_at: int | None = None
     stats: AdamStats | None = None
+    model_state: PyTree = None
 
 
 def train(
@@ -254,13 +261,14 @@ def train(
       evaluate_every: Updates between evaluations.
       stop: Called at each report, with the same result in all processes; the run ends when it returns True.
       start: A `Report` or `checkpoint.Checkpoint` of the same run, to continue from. The next step reuses its memory.
-        The continued run equals the uninterrupted one to the last bit.
+        The continued run equals the uninterrupted one to the last bit; batches from the host are skipped up to there.
       diagnose: If True, measure the next update at each report (see `adamjax.diagnostics`). That update is then
         computed twice, so that measuring does not change a bit of the run.
       mesh: Devices to train on, with axes in Auto mode: of this process or, after `jax.distributed.initialize`, of many
         that all call this. Each device takes an equal part of each batch, along the first axis of its arrays, but the
-        methods of the problem see the whole batch. The parameters are replicated; the state too, unless
-        `adamjax.sharding.zero1` around the optimizer divides it. None: one device.
+        methods of the problem see the whole batch. A batch from the host is that of one process: the whole batch has
+        those of all. The parameters are replicated, unless the problem has `param_shardings`; the state is as they
+        are, unless `adamjax.sharding.zero1` around the optimizer divides it. None: one device.
 
     Returns:
       An iterator of reports: one before the first step (but not at `start`), then as often as asked for. The last one
@@ -270,9 +278,11 @@ def train(
     Raises:
       TypeError: `problem` is not a `Problem`, `optimizer` not a transformation, or `start` not a report or checkpoint.
       ValueError, TypeError: A number of steps is less than 1, or not an int; `seed` is not an int, or has more than
-        64 bits; `mesh` is not a mesh in Auto mode, or its devices cannot share a batch equally. In the iterator:
-        `dynamic_loss_scale` is not around all of the optimizer.
+        64 bits; `mesh` is not a mesh in Auto mode, or its devices cannot share a batch equally; a method of the problem
+        is not a function of its arguments, see `adamjax.problems.check`. In the iterator: `dynamic_loss_scale` is not
+        around all of the optimizer; the batches from the host end before the run does, or change their shapes.
       FloatingPointError: In the iterator: as many steps were skipped in a row as the optimizer allows.
+      Exception: In the iterator: an error of the problem's loader, with a note of the step.
 
     >>> import adamjax
     >>> from adamjax.training import train
@@ -283,42 +293,49 @@ def train(
     """
     for name, x in (("steps", steps), ("report_every", report_every), ("evaluate_every", evaluate_every)):
         checks.count(name, x)
-    check(problem)
+    task = checked(problem, seed)
     transformation = as_transformation(optimizer, "argument optimizer of train")
     keys = keys_of(seed)
     checks.function("stop", stop)
     checks.choice("diagnose", diagnose, (False, True))
     if start is not None and not all(hasattr(start, name) for name in ("step", "params", "state")):
         raise TypeError(f"Invalid start value: {start!r}; start must be a Report of train, or a Checkpoint of one")
-    placed = problem if mesh is None else ShardedProblem(problem, mesh)
+    if start is not None and task.is_stateful and getattr(start, "model_state", None) is None:
+        raise ValueError("Invalid start value: it has no model_state, and the problem is stateful: save it, too")
+    if mesh is not None:
+        task = ShardedTask(task, mesh)
     # Every process reads the figures, so each must have all of them.
-    everywhere = placed.replicated if isinstance(placed, ShardedProblem) else None
+    everywhere = task.replicated if isinstance(task, ShardedTask) else None
 
     def reports() -> Iterator[Report]:
-        advance = TrainStep(partial(train_step, placed, transformation, keys), 1)
-        measure_next = jax.jit(partial(measured_step, placed, transformation, keys), out_shardings=everywhere)
-        evaluate = jax.jit(placed.evaluate, out_shardings=everywhere)
+        advance = TrainStep(partial(_advance, task, transformation, keys), 1)
+        measure_next = jax.jit(partial(measured_step, task, transformation, keys), out_shardings=everywhere)
+        evaluate = task.evaluate if task.evaluates_on_host else jax.jit(task.evaluate, out_shardings=everywhere)
         if start is None:
-            first, (params, state) = 0, _initial(placed, transformation, dtype, keys)
+            first, (model, state) = 0, _initial(task, transformation, dtype, keys)
         else:
-            first, params, state = start.step + 1, start.params, start.state
+            first, state = start.step + 1, start.state
+            model = Model(start.params, start.model_state if task.is_stateful else None)
+        feed = _Feed(task, seed, max(first, 1) - 1, steps)
         losses: list[Array] = []
         for step in range(first, steps + 1):
             if step:
-                params, state, loss = advance(params, state, np.int32(step - 1))
+                model, state, loss = advance(model, state, (np.int32(step - 1), feed.take()))
                 losses.append(loss)
+                if task.is_fed and len(losses) > AHEAD:  # or batches would wait for the device, and fill its memory
+                    losses[-1 - AHEAD].block_until_ready()
             if step % report_every and step % evaluate_every and step < steps:
                 continue
             found = np.asarray(jax.device_get(losses), np.float64)
             losses.clear()
             bad = np.flatnonzero(~np.isfinite(found))
             diverged_at = step - len(found) + int(bad[0]) + 1 if len(bad) and not may_skip(transformation) else None
-            report = Report(step, found, None, params, state, diverged_at)
+            report = Report(step, found, None, model.params, state, diverged_at, None, model.state)
             last = step == steps or diverged_at is not None or stop()
             if diagnose and not last:
-                report = report._replace(stats=measure_next(params, state, np.int32(step)))
+                report = report._replace(stats=measure_next(model, state, (np.int32(step), feed.peek())))
             if last or step % evaluate_every == 0:
-                report = report._replace(metrics={k: float(x) for k, x in evaluate(params).items()})
+                report = report._replace(metrics={k: float(x) for k, x in evaluate(model).items()})
             yield report
             check_skipped(state)
             if last:
@@ -327,38 +344,66 @@ def train(
     return reports()
 
 
-class ShardedProblem:
-    """A problem on the devices of a mesh: parameters are replicated, batches divided along their first axis.
+class ShardedTask(Task):
+    """A task on the devices of a mesh: batches are divided along their first axis, parameters as the problem says.
 
     Raises:
       TypeError, ValueError: The mesh is not one in Auto mode, or its devices cannot share a batch equally.
     """
 
-    def __init__(self, problem: Problem, mesh: Mesh) -> None:
+    def __init__(self, task: Task, mesh: Mesh) -> None:
+        vars(self).update(vars(task))
         if not isinstance(mesh, Mesh) or set(mesh.axis_types) != {AxisType.Auto}:
             raise TypeError(f"Invalid mesh value: {mesh!r}; mesh must be a jax.sharding.Mesh with axes in Auto mode")
-        batch = jax.eval_shape(problem.batch, np.int32(0), jax.random.key(0))
+        axes = tuple(getattr(task.problem, "batch_axes", mesh.axis_names))
+        batch, parts = task.batch_like, math.prod(mesh.shape[axis] for axis in axes)
+        if task.is_fed:
+            parts = max(parts // jax.process_count(), 1)
+        else:
+            batch = jax.eval_shape(task.problem.batch, np.int32(0), jax.random.key(0))
         for path, x in jax.tree.leaves_with_path(batch):
-            if x.ndim and x.shape[0] % mesh.size:
+            if x.ndim and x.shape[0] % parts:
                 raise ValueError(
-                    f"batch{jax.tree_util.keystr(path)} has shape {x.shape}, and {mesh.size} devices cannot share "
-                    f"{x.shape[0]} rows equally: choose a batch size that is a multiple of {mesh.size}"
+                    f"batch{jax.tree_util.keystr(path)} has shape {x.shape}, and {parts} devices cannot share "
+                    f"{x.shape[0]} rows equally: choose a batch size that is a multiple of {parts}"
                 )
-        self._problem = problem
-        self.loss: Callable[[PyTree, PyTree, Array], Array] = problem.loss
-        self.evaluate: Callable[[PyTree], Mapping[str, Array]] = problem.evaluate
-        self._by_rows = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+        self._mesh = mesh
+        self._by_rows = NamedSharding(mesh, PartitionSpec(axes))
         self.replicated: NamedSharding = NamedSharding(mesh, PartitionSpec())
 
-    def init(self, key: Array) -> PyTree:
-        """The parameters, on all devices."""
-        return jax.lax.with_sharding_constraint(self._problem.init(key), self.replicated)
+    def init(self, key: Array) -> Model:
+        """The model: its parameters in their shardings, its state on all devices."""
+        model = super().init(key)
+        shardings = model_shardings(self.problem, self._mesh, jax.eval_shape(lambda: model))
+        return jax.lax.with_sharding_constraint(model, shardings)
 
-    def batch(self, step: Array, key: Array) -> PyTree:
+    def batch(self, step: Array, key: Array, fed: PyTree) -> PyTree:
         """The whole batch, its arrays divided by rows; scalars are on all devices."""
-        batch = self._problem.batch(step, key)
-        shardings = jax.tree.map(lambda x: self._by_rows if x.ndim else self.replicated, batch)
-        return jax.lax.with_sharding_constraint(batch, shardings)
+        batch = super().batch(step, key, fed)
+        return jax.lax.with_sharding_constraint(batch, jax.tree.map(self._sharding_of, batch))
+
+    def place(self, batch: PyTree) -> PyTree:
+        """The whole batch, from the part that this process has."""
+
+        def placed(x: np.ndarray) -> Array:
+            return jax.make_array_from_process_local_data(self._sharding_of(x), x)
+
+        return jax.tree.map(placed, batch)
+
+    def _sharding_of(self, x: Array | np.ndarray) -> NamedSharding:
+        return self._by_rows if x.ndim else self.replicated
+
+
+def model_shardings(problem: Problem, mesh: Mesh, model: Model) -> Model:
+    """The sharding of each array of an abstract model: replicated, unless the problem has `param_shardings`."""
+    specs = jax.tree.map(lambda _: PartitionSpec(), model)
+    if callable(rule := getattr(problem, "param_shardings", None)):
+        specs = Model(rule(mesh, model.params), specs.state)
+
+    def is_spec(x: object) -> bool:
+        return isinstance(x, PartitionSpec)
+
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=is_spec)
 
 
 class Keys(NamedTuple):
@@ -384,59 +429,111 @@ def keys_of(seed: int | Array) -> Keys:
     return Keys(*jax.random.split(jax.random.key(checks.integer("seed", seed)), 3))
 
 
-def first_params(problem: Problem, dtype: DTypeLike | None, keys: Keys) -> PyTree:
-    """The parameters before the first step in `dtype`, or as `problem.init` returns them if it is None."""
-    params = jax.tree.map(jnp.asarray, problem.init(keys.init))
+def first_model(task: Task, dtype: DTypeLike | None, keys: Keys) -> Model:
+    """The model before the first step, its parameters in `dtype`, or as `init` returns them if it is None."""
+    params, state = jax.tree.map(jnp.asarray, task.init(keys.init))
     if dtype is None:
-        return params
+        return Model(params, state)
     for path, p in jax.tree.leaves_with_path(params):
         if jnp.iscomplexobj(p) and not jnp.issubdtype(dtype, jnp.complexfloating):
             raise TypeError(
                 f"Invalid dtype value: {dtype!r}; params{jax.tree_util.keystr(path)} is {p.dtype}, "
                 "and would lose its imaginary part"
             )
-    return jax.tree.map(lambda p: p.astype(dtype), params)
+    return Model(jax.tree.map(lambda p: p.astype(dtype), params), state)
+
+
+def model_like(problem: Problem, dtype: DTypeLike | None, mesh: Mesh | None) -> Model:
+    """The abstract model of a run, with its shardings on a mesh: the template to restore a checkpoint to."""
+    model = jax.eval_shape(partial(first_model, Task(problem), dtype), jax.eval_shape(keys_of, 0))
+    if mesh is None:
+        return model
+    shardings = model_shardings(problem, mesh, model)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), model, shardings)
 
 
 def train_step(
-    problem: Problem, optimizer: Transformation, keys: Keys, params: PyTree, state: PyTree, step: Array
-) -> tuple[PyTree, PyTree, Array]:
-    """Make update number `step` (0 is the first); return the new parameters and state, and the loss before it."""
-    loss, grads = gradients(problem, optimizer, keys, params, state, step)
-    return *optimizer.step(grads, state, params, value=loss), loss
+    task: Task, optimizer: Transformation, keys: Keys, model: Model, state: PyTree, step: Array, fed: PyTree = None
+) -> tuple[Model, PyTree, Array]:
+    """Make update number `step` (0 is the first); return the new model and state, and the loss before it.
+
+    A batch from the host is `fed`.
+    """
+    loss, grads, model_state = gradients(task, optimizer, keys, model, state, step, fed)
+    params, after = optimizer.step(grads, state, model.params, value=loss)
+    if may_skip(optimizer) and model_state is not None:
+        # A skipped step changes nothing: what made the gradients not finite may be in the statistics as well.
+        skipped = was_skipped(after)
+        model_state = jax.tree.map(lambda old, new: jnp.where(skipped, old, new), model.state, model_state)
+    return Model(params, model_state), after, loss
 
 
 def gradients(
-    problem: Problem, optimizer: Transformation, keys: Keys, params: PyTree, state: PyTree, step: Array
-) -> tuple[Array, PyTree]:
-    """The loss at update number `step`, and the gradients for `optimizer`: scaled, if it scales the loss."""
+    task: Task, optimizer: Transformation, keys: Keys, model: Model, state: PyTree, step: Array, fed: PyTree
+) -> tuple[Array, PyTree, PyTree]:
+    """The loss at update number `step`, the gradients for `optimizer`, and the state of the model after the update.
+
+    The gradients are scaled, if `optimizer` scales the loss.
+    """
     _check_scale(optimizer)
 
-    def loss_fn(params: PyTree, batch: PyTree) -> tuple[Array, None]:
-        return problem.loss(params, batch, jax.random.fold_in(keys.loss, step)), None
+    def loss_fn(params: PyTree, batch: PyTree) -> tuple[Array, PyTree]:
+        return task.loss(params, model.state, batch, jax.random.fold_in(keys.loss, step))
 
-    loss, _, grads = _loss_and_gradients(loss_fn, optimizer, params, state, problem.batch(step, keys.data))
-    return loss, grads
+    batch = task.batch(step, keys.data, fed)
+    loss, model_state, grads = _loss_and_gradients(loss_fn, optimizer, model.params, state, batch)
+    return loss, grads, model_state
 
 
 def measured_step(
-    problem: Problem, optimizer: Transformation, keys: Keys, params: PyTree, state: PyTree, step: Array
+    task: Task, optimizer: Transformation, keys: Keys, model: Model, state: PyTree, numbered: tuple[Array, PyTree]
 ) -> AdamStats:
-    """Figures of update number `step`, without making it."""
-    loss, grads = gradients(problem, optimizer, keys, params, state, step)
-    updates, after = optimizer.update(grads, state, params, value=loss)
+    """Figures of an update, `numbered` and with its batch if that is from the host, without making it."""
+    loss, grads, _ = gradients(task, optimizer, keys, model, state, *numbered)
+    updates, after = optimizer.update(grads, state, model.params, value=loss)
     if isinstance(optimizer, DynamicLossScale):
         grads = optimizer.unscale(grads, state)
-    return measure(grads, updates, after, params, opt=optimizer)
+    return measure(grads, updates, after, model.params, opt=optimizer)
 
 
-def _initial(problem: Problem, optimizer: Transformation, dtype: DTypeLike | None, keys: Keys) -> tuple[PyTree, PyTree]:
-    if isinstance(problem, ShardedProblem):
-        params = jax.jit(partial(first_params, problem, dtype))(keys)
-        return params, init_sharded(optimizer, params, state_sharding(optimizer, params))
+def _advance(
+    task: Task, optimizer: Transformation, keys: Keys, model: Model, state: PyTree, numbered: tuple[Array, PyTree]
+) -> tuple[Model, PyTree, Array]:
+    return train_step(task, optimizer, keys, model, state, *numbered)
 
-    def initial(keys: Keys) -> tuple[PyTree, PyTree]:
-        params = first_params(problem, dtype, keys)
-        return params, optimizer.init(params)
+
+class _Feed:
+    """The batches of steps `first` (from 0) to `last` that come from the host; None for each if they do not.
+
+    Each is copied to the device when it is asked for, which is while the device computes the steps before.
+    """
+
+    def __init__(self, task: Task, seed: int, first: int, last: int) -> None:
+        self._items: Iterator[PyTree] = itertools.repeat(None)
+        self._held: PyTree = None
+        if task.is_fed:
+            ranges = ((step, step + 1) for step in range(first, last))
+            ready = prefetched(stacked([task.stream(seed, first)], ranges, 1))
+            self._items = (task.place(jax.tree.map(lambda x: x[0, 0], batches)) for _, _, batches in ready)
+
+    def peek(self) -> PyTree:
+        """Return the next batch, which is still the next one afterwards."""
+        if self._held is None:
+            self._held = next(self._items)
+        return self._held
+
+    def take(self) -> PyTree:
+        batch, self._held = self.peek(), None
+        return batch
+
+
+def _initial(task: Task, optimizer: Transformation, dtype: DTypeLike | None, keys: Keys) -> tuple[Model, PyTree]:
+    if isinstance(task, ShardedTask):
+        model = jax.jit(partial(first_model, task, dtype))(keys)
+        return model, init_sharded(optimizer, model.params, state_sharding(optimizer, model.params))
+
+    def initial(keys: Keys) -> tuple[Model, PyTree]:
+        model = first_model(task, dtype, keys)
+        return model, optimizer.init(model.params)
 
     return jax.jit(initial)(keys)

@@ -172,6 +172,8 @@ def test_ranking_is_by_the_metric_at_the_end(by_map):
 class Cliff:
     """Its training loss is finite throughout, its validation is not after step 4."""
 
+    full_batch = True
+
     def init(self, key):
         return {"x": jnp.zeros((), jnp.float32)}
 

@@ -1,11 +1,9 @@
 """Checkpoints of `adamjax train`: saved during a run, and restored to resume it."""
 
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from adamjax import Transformation, checkpoint, training
 from adamjax._core import checks
@@ -32,12 +30,8 @@ def load_history(run: Path, problem: Problem, opt: Transformation, options: Opti
         # A run without checkpoints is either finished or done again.
         finished = "checkpoint_every" not in options and any(record["step"] == steps for record in records)
         return RunHistory(None, steps, records) if finished else RunHistory(None, 0, [])
-    keys = jax.eval_shape(training.keys_of, options["seed"])
-    params = jax.eval_shape(partial(training.first_params, problem, options.get("dtype")), keys)
-    if mesh is not None:
-        replicated = NamedSharding(mesh, PartitionSpec())
-        params = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=replicated), params)
-    start = checkpoint.restore(run / FOLDER, opt, params)
+    like = training.model_like(problem, options.get("dtype"), mesh)
+    start = checkpoint.restore(run / FOLDER, opt, like.params, model_state=like.state)
     records = [record for record in records if record["step"] <= start.step]
     # Ctrl-C evaluates at a step at which an uninterrupted run does not.
     if records and start.step % options["evaluate_every"] and start.step < steps:
@@ -61,5 +55,6 @@ class Writer:
             return
         # Due steps are multiples of the interval, wherever a run was interrupted.
         if report.step // self._every > self._last // self._every or (last and report.step > self._last):
-            checkpoint.save(self._directory, self._opt, report.params, report.state, step=report.step, key=self._seed)
+            run = {"step": report.step, "key": self._seed, "model_state": report.model_state}
+            checkpoint.save(self._directory, self._opt, report.params, report.state, **run)
             self._last = report.step

@@ -1,20 +1,39 @@
 """The protocol of problems: everything that a training run needs but the optimizer."""
 
-from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import jax
-import jax.numpy as jnp
 
-from adamjax._core import checks
 from adamjax._core.typing import PyTree
 
 
 @runtime_checkable
 class Problem(Protocol):
-    """A model and its data. All methods are pure and can be jitted.
+    """A model and its data. All methods but `batches` are pure and can be jitted.
 
-    The caller passes the keys, so that one problem serves any number of runs at once.
+    The caller passes the keys, so that one problem serves any number of runs at once. Besides the methods below, a
+    problem has one of these two, which give the data:
+
+    - `batch(step, key)`: the data of update `step` (an int32 scalar, 0 for the first); `key` is the same for all of a
+      run. The result is a function of both, and of nothing else. If it is always the same, because it is all the
+      data, the problem says so by an attribute `full_batch = True`.
+    - `batches(seed)`: an iterable of the batches of a run, on the host: pytrees of NumPy arrays, or of anything else
+      that `jnp.asarray` takes. An iterator, such as a generator, has to last for the whole run. Any other iterable,
+      such as a list or a DataLoader, is started again at its end: each pass is an epoch. All batches have the shapes
+      of the first; a last one of an epoch with fewer rows is dropped, with a warning. With several processes,
+      `batches` gives in each the rows of that process. A run that is resumed at step k skips k batches, or calls
+      `batches(seed, start=k)` if that takes `start`.
+
+    Two attributes, False unless the problem has them, change the methods:
+
+    - `stateful = True`: the model has a state besides its parameters, such as batch statistics. `init(key)` returns
+      (params, model_state), `loss(params, model_state, batch, key)` returns (loss, model_state), and
+      `evaluate(params, model_state)` gets both.
+    - `on_host = True`: `evaluate` is not jitted. It is called once for each model, with NumPy arrays, and returns
+      numbers.
+
+    For a run on a mesh, a method `param_shardings(mesh, params)` may give the `PartitionSpec` of each parameter, and an
+    attribute `batch_axes` the names of those axes that divide the batch, if it is not all of them.
 
     >>> import adamjax, jax, jax.numpy as jnp
     >>> class Line:  # y = 2 x + 1
@@ -34,43 +53,8 @@ class Problem(Protocol):
     def init(self, key: jax.Array) -> PyTree:
         """Return initial parameters: a pytree of floating point or complex arrays."""
 
-    def batch(self, step: jax.Array, key: jax.Array) -> PyTree:
-        """Return the data of update `step` (an int32 scalar, 0 for the first); `key` is the same for all of a run."""
+    def loss(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the loss of `(params, batch, key)`, a real scalar; `key` is new at every step (for dropout)."""
 
-    def loss(self, params: PyTree, batch: PyTree, key: jax.Array) -> jax.Array:
-        """Return the loss on one batch, a real scalar; `key` is new at every step (for dropout)."""
-
-    def evaluate(self, params: PyTree) -> Mapping[str, jax.Array]:
-        """Return scalars measured on validation data, one of them named "loss"."""
-
-
-def check(problem: Any) -> None:
-    """Check that an object is a `Problem`, from shapes alone: nothing is computed.
-
-    Args:
-      problem: The object.
-
-    Raises:
-      TypeError: The object is a class, lacks a method, or a method does not return what the protocol says.
-    """
-    if isinstance(problem, type):
-        raise TypeError(f"{problem.__name__} is a class, and no problem: make one, {problem.__name__}(...)")
-    missing = [name for name in ("init", "batch", "loss", "evaluate") if not callable(getattr(problem, name, None))]
-    if missing:
-        raise TypeError(
-            f"{type(problem).__name__} is not a problem: it has no method {', '.join(missing)} "
-            "(see adamjax.problems.Problem)"
-        )
-    key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype)
-    params = jax.eval_shape(problem.init, key)
-    checks.parameters(params)
-    batch = jax.eval_shape(problem.batch, jax.ShapeDtypeStruct((), jnp.int32), key)
-    loss = jax.eval_shape(problem.loss, params, batch, key)
-    if not (isinstance(loss, jax.ShapeDtypeStruct) and loss.shape == () and jnp.issubdtype(loss.dtype, jnp.floating)):
-        raise TypeError(f"{type(problem).__name__}.loss returns {loss}, expected a real floating point scalar")
-    metrics = jax.eval_shape(problem.evaluate, params)
-    if not (isinstance(metrics, Mapping) and "loss" in metrics):
-        raise TypeError(f'{type(problem).__name__}.evaluate returns {metrics}, expected a dict with "loss" in it')
-    for name, x in metrics.items():
-        if not (isinstance(x, jax.ShapeDtypeStruct) and x.shape == ()):
-            raise TypeError(f"{type(problem).__name__}.evaluate returns {x} for {name!r}, expected a scalar")
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """Return scalars measured on validation data with `(params)`, as a dict; one of them is named "loss"."""

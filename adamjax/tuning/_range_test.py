@@ -1,7 +1,8 @@
 """Range tests: they find the learning rates that train, by one ramped run or by a short run for each."""
 
 import dataclasses
-from functools import cached_property
+import itertools
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,10 +16,13 @@ from adamjax._core.optional import require
 from adamjax._core.typing import PyTree
 from adamjax._transforms.base import Transformation, as_transformation
 from adamjax.optimizers import adamw
-from adamjax.problems import Problem, check
+from adamjax.problems import Problem
+from adamjax.problems._check import checked
+from adamjax.problems._task import Model, Task
 from adamjax.schedules import Exponential
 from adamjax.training import Keys, keys_of, train_step
 from adamjax.tuning._journal import Json, nan_to_null, null_to_nan
+from adamjax.tuning._population import BatchSource
 from adamjax.tuning._space import OptimizerFactory
 from adamjax.tuning._sweep import sweep
 
@@ -258,9 +262,9 @@ def lr_range_test(
     checks.function("optimizer", optimizer)
     checks.integer("seed", seed)
     if mode == "ramp":
-        check(problem)
+        task = checked(problem, seed)
         opt = optimizer(learning_rate=Exponential(low, high, num_steps - 1))
-        losses = _ramp(problem, as_transformation(opt, "what the optimizer returns"), num_steps, seed)
+        losses = _ramp(task, as_transformation(opt, "what the optimizer returns"), num_steps, seed)
         end = _first(~np.isfinite(losses))
         cut = slice(None if end is None else end + 1)
         return LrRange(np.geomspace(low, high, num_steps)[cut], losses[cut], mode)
@@ -270,18 +274,32 @@ def lr_range_test(
     return LrRange(rates, np.where(swept.infeasible, np.nan, swept.losses[:, 0, -1]), mode)
 
 
-def _ramp(problem: Problem, opt: Transformation, steps: int, seed: int) -> np.ndarray:
+def _ramp(task: Task, opt: Transformation, steps: int, seed: int) -> np.ndarray:
+    """Return the losses of a run of one setting; with batches from the host, block after block."""
+    source = BatchSource(task, np.asarray([seed]), np.asarray([steps]))
+    length = source.size or steps
 
     @jax.jit
-    def run(keys: Keys) -> jax.Array:
-        def body(carry: tuple[PyTree, PyTree], step: jax.Array) -> tuple[tuple[PyTree, PyTree], jax.Array]:
-            params, state, loss = train_step(problem, opt, keys, *carry, step)
-            return (params, state), loss
+    def init(keys: Keys) -> tuple[Model, PyTree]:
+        model = task.init(keys.init)
+        return model, opt.init(model.params)
 
-        params = problem.init(keys.init)
-        return lax.scan(body, (params, opt.init(params)), jnp.arange(steps, dtype=jnp.int32))[1]
+    @partial(jax.jit, donate_argnums=1)
+    def run(keys: Keys, carry: tuple[Model, PyTree], first: jax.Array, batches: PyTree) -> PyTree:
+        def body(carry: tuple[Model, PyTree], i: jax.Array) -> tuple[tuple[Model, PyTree], jax.Array]:
+            fed = jax.tree.map(lambda x: x[0, i], batches)
+            model, state, loss = train_step(task, opt, keys, *carry, first + i, fed)
+            return (model, state), loss
 
-    return np.asarray(run(keys_of(seed)), np.float64)
+        return lax.scan(body, carry, jnp.arange(length, dtype=jnp.int32))
+
+    keys, losses = keys_of(seed), list[np.ndarray]()
+    carry = init(keys)
+    for first, last, batches in itertools.chain.from_iterable(source.blocks()):
+        carry, found = run(keys, carry, np.int32(first), jax.tree.map(jnp.asarray, batches))
+        # The last block may be filled up by repeated batches.
+        losses.append(np.asarray(found, np.float64)[: last - first])
+    return np.concatenate(losses)
 
 
 def _first(where: np.ndarray) -> int | None:

@@ -160,7 +160,8 @@ def sweep(
     settings = space.points(trials, method=method) if isinstance(space, Space) else _as_settings(space)
     if not settings:
         raise ValueError("there are no settings: give a Space, or at least one dict of the optimizer's arguments")
-    runner = PopulationRunner(problem, metric, execution=execution, mesh=mesh, memory=memory)
+    first = int(seed_array[0])
+    runner = PopulationRunner(problem, metric, seed=first, execution=execution, mesh=mesh, memory=memory)
     mode = resolve_mode(metric, mode)
     eval_steps = evenly_spaced(steps, points)
     opts = [make_optimizer(optimizer, setting, i) for i, setting in enumerate(settings)]

@@ -112,7 +112,7 @@ def tune(
     if out is not None:
         for module in ("matplotlib", "sklearn"):
             require(module, "tune", "the report")
-    runner = PopulationRunner(problem, metric, execution=execution, mesh=mesh, memory=memory)
+    runner = PopulationRunner(problem, metric, seed=seed, execution=execution, mesh=mesh, memory=memory)
     searched = search_space(optimizer, space, stages, half=has_half_precision(problem))
     mode = resolve_mode(metric, mode)
     spec = Spec(problem, optimizer, searched, stages, sampler, trials, steps, confirm, metric, mode, seed)
