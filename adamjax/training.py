@@ -382,11 +382,14 @@ class ShardedTask(Task):
         batch = super().batch(step, key, fed)
         return jax.lax.with_sharding_constraint(batch, jax.tree.map(self._sharding_of, batch))
 
-    def place(self, batch: PyTree) -> PyTree:
-        """The whole batch, from the part that this process has."""
+    def place(self, batch: PyTree, *, blocked: bool = False) -> PyTree:
+        """The whole batch, from the part that this process has; or a block of batches, along a first axis."""
 
         def placed(x: np.ndarray) -> Array:
-            return jax.make_array_from_process_local_data(self._sharding_of(x), x)
+            sharding = self._sharding_of(x[0] if blocked else x)
+            if blocked:
+                sharding = NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec))
+            return jax.make_array_from_process_local_data(sharding, x)
 
         return jax.tree.map(placed, batch)
 

@@ -123,7 +123,7 @@ def test_halving_is_for_what_takes_long(monkeypatch):
     monkeypatch.setattr(PopulationRunner, "cost", lambda self, *_: (1.0, 1.0, False))
     found = small(confirm=None, halving=True)
     assert all(t.status == "complete" for t in found.searched)
-    assert "no halving: a round needs more memory than there is" in found.warnings
+    assert "no halving: the settings of a round do not fit in memory at once" in found.warnings
 
 
 ORDER = (None, None, None, None)

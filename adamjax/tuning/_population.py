@@ -25,7 +25,7 @@ from adamjax.problems._check import checked
 from adamjax.problems._task import Model, Task
 from adamjax.training import Keys, keys_of, train_step
 
-EXECUTIONS = ("auto", "map", "vmap", "sharded")
+EXECUTIONS = ("auto", "map", "vmap", "sharded", "mesh")
 
 # Training losses, validation metrics by name, and `Member.diverged_at`: arrays of [seeds, settings].
 Results = tuple[np.ndarray, Mapping[str, np.ndarray], np.ndarray]
@@ -157,10 +157,7 @@ class PopulationRunner:
         self.order = execution if execution in ORDERS else None
         self.probe: dict[str, float] = {}
         self.metrics = metric_names(self.task)
-        if metric not in self.metrics:
-            known = ", ".join(self.metrics)
-            raise ValueError(f"Invalid metric value: {metric!r}; the problem's evaluate returns {known}")
-        self.metric = metric
+        self.metric = check_metric(metric, self.metrics)
         self._programs: dict[Hashable, Program] = {}
         self._keys_of_seeds: dict[tuple[int, ...], Keys] = {}
 
@@ -209,7 +206,8 @@ class PopulationRunner:
             members = program.init(population, keys)
             slots = np.arange(len(indices))
             for point, (last, blocks) in enumerate(zip(eval_steps, source.blocks(), strict=True)):
-                members, losses = self._advance(program, population, keys, members, blocks)
+                advance = partial(self._advance, program.advance, population, keys)
+                members, losses = mean_losses(advance, members, blocks)
                 metrics = self._evaluate(program, population, keys, members, slots)
                 losses, diverged_at = _gather((losses, members.diverged_at), slots)
                 yield indices, point, (losses, metrics, diverged_at)
@@ -238,18 +236,12 @@ class PopulationRunner:
         return self.probe[order], _broadcast(program.seconds), program.size >= capacity
 
     def _advance(
-        self, program: Program, population: PyTree, keys: Keys, members: Member, blocks: Iterable[Block]
+        self, advance: Callable[..., Any], population: PyTree, keys: Keys, members: Member, block: Block
     ) -> tuple[Member, jax.Array]:
-        """Make the steps of the blocks; return the members and their mean losses, [seeds, settings]."""
-        totals: list[jax.Array] = []
-        steps = 0
-        for first, last, batches in blocks:
-            inputs = SeedInputs(keys, self._place_batches(batches))
-            members, total = program.advance(np.int32(first), np.int32(last), population, inputs, members)
-            totals, steps = [*totals, total], steps + last - first
-            if len(totals) > AHEAD:  # or batches would wait for the device, and fill its memory
-                totals[-1 - AHEAD].block_until_ready()
-        return members, functools.reduce(jnp.add, totals) / np.float32(steps)
+        first, last, batches = block
+        inputs = SeedInputs(keys, self._place_batches(batches))
+        advanced: tuple[Member, jax.Array] = advance(np.int32(first), np.int32(last), population, inputs, members)
+        return advanced
 
     def _evaluate(
         self, program: Program, population: PyTree, keys: Keys, members: Member, slots: np.ndarray
@@ -391,6 +383,26 @@ class PopulationRunner:
     def _take(self, members: Member, slots: np.ndarray) -> Member:
         take = partial(jax.tree.map, lambda x: x[:, slots])
         return Member(*jax.jit(take, out_shardings=self._sharding(None, True))(members))
+
+
+def mean_losses(
+    advance: Callable[[Member, Block], tuple[Member, jax.Array]], members: Member, blocks: Iterable[Block]
+) -> tuple[Member, jax.Array]:
+    """Make the steps of the blocks by `advance`, which returns sums of losses; return the members and the means."""
+    totals: list[jax.Array] = []
+    steps = 0
+    for block in blocks:
+        members, total = advance(members, block)
+        totals, steps = [*totals, total], steps + block[1] - block[0]
+        if len(totals) > AHEAD:  # or batches would wait for the device, and fill its memory
+            totals[-1 - AHEAD].block_until_ready()
+    return members, functools.reduce(jnp.add, totals) / np.float32(steps)
+
+
+def check_metric(metric: str, known: Sequence[str]) -> str:
+    if metric not in known:
+        raise ValueError(f"Invalid metric value: {metric!r}; the problem's evaluate returns {', '.join(known)}")
+    return metric
 
 
 def metric_names(task: Task) -> list[str]:

@@ -9,7 +9,7 @@ import numpy as np
 
 from adamjax._transforms.base import Transformation
 from adamjax.tuning._journal import CONFIRM, DEFAULTS, Journal, Trial
-from adamjax.tuning._population import PopulationRunner
+from adamjax.tuning._mesh_runner import Runner
 from adamjax.tuning._space import Setting
 from adamjax.tuning._spec import Spec
 from adamjax.tuning._strategy import Result, Round
@@ -29,7 +29,7 @@ class Candidate(NamedTuple):
 class TrialScheduler:
     """Runs trials and collects their results. Trials that the journal holds are not run again."""
 
-    def __init__(self, spec: Spec, runner: PopulationRunner, journal: Journal, bar: Any) -> None:
+    def __init__(self, spec: Spec, runner: Runner, journal: Journal, bar: Any) -> None:
         self.ended: list[Trial] = []  # every trial so far
         self._spec, self._runner, self._journal, self._bar = spec, runner, journal, bar
         self._eval_steps = evenly_spaced(spec.steps, POINTS)
@@ -54,7 +54,7 @@ class TrialScheduler:
             step, compilation, fits = runner.cost(opts, seeds, spec.steps, capacity)
             pays = SAVED_BY_HALVING * rounds * spec.steps * step > len(RUNGS) * compilation
             if halving is True and not fits:
-                journal.note("no halving: a round needs more memory than there is")
+                journal.note("no halving: the settings of a round do not fit in memory at once")
             journal.decide(order=runner.order, halving=fits and (pays if halving == "auto" else halving))
         runner.order = journal.decisions["order"]
         journal.decide(execution=runner.execution)

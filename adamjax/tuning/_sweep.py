@@ -15,7 +15,8 @@ from adamjax._core.optional import require
 from adamjax._transforms.base import Transformation, as_transformation
 from adamjax.optimizers import adamw
 from adamjax.problems import Problem
-from adamjax.tuning._population import PopulationRunner, Results, structure_of
+from adamjax.tuning._mesh_runner import Runner, make_runner
+from adamjax.tuning._population import Results, structure_of
 from adamjax.tuning._space import OptimizerFactory, Setting, Space
 
 
@@ -126,7 +127,8 @@ def sweep(
       execution: How the program runs the settings. "map": one after another. "vmap": all at once. "sharded":
         divided among the devices of `mesh`, and on each device as a probe decides. "auto": "sharded"
         if there are several devices; else as the probe decides, which times a few steps of "vmap" and
-        "map", unless the whole sweep takes less time than compiling the second one.
+        "map", unless the whole sweep takes less time than compiling the second one. "mesh": one after another, each
+        over all devices of `mesh` as in `train`: for models that fill the devices. They are compiled once for all.
       mesh: The devices for "sharded", of one process or many; None for all devices. With "map" or "vmap",
         settings are divided among its devices too, and each device runs its part in that way.
       metric: The metric of the problem that settings are judged by.
@@ -161,7 +163,7 @@ def sweep(
     if not settings:
         raise ValueError("there are no settings: give a Space, or at least one dict of the optimizer's arguments")
     first = int(seed_array[0])
-    runner = PopulationRunner(problem, metric, seed=first, execution=execution, mesh=mesh, memory=memory)
+    runner = make_runner(problem, metric, seed=first, execution=execution, mesh=mesh, memory=memory)
     mode = resolve_mode(metric, mode)
     eval_steps = evenly_spaced(steps, points)
     opts = [make_optimizer(optimizer, setting, i) for i, setting in enumerate(settings)]
@@ -197,7 +199,7 @@ def evenly_spaced(steps: int, count: int) -> np.ndarray:
 class Curves:
     """The `losses` and `metrics` of runs so far, as in a `Sweep`; NaN at points that they have not reached."""
 
-    def __init__(self, runner: PopulationRunner, settings: int, seeds: int, eval_steps: np.ndarray) -> None:
+    def __init__(self, runner: Runner, settings: int, seeds: int, eval_steps: np.ndarray) -> None:
         self.losses = np.full((settings, seeds, len(eval_steps)), np.nan)
         self.metrics = {name: self.losses.copy() for name in runner.metrics}
         self._judged, self._eval_steps = self.metrics[runner.metric], eval_steps
@@ -218,7 +220,11 @@ class Curves:
 
 
 def _run_all(
-    runner: PopulationRunner, opts: Sequence[Transformation], seeds: np.ndarray, eval_steps: np.ndarray, progress: bool
+    runner: Runner,
+    opts: Sequence[Transformation],
+    seeds: np.ndarray,
+    eval_steps: np.ndarray,
+    progress: bool,
 ) -> Curves:
     curves = Curves(runner, len(opts), len(seeds), eval_steps)
     durations = np.diff(eval_steps, prepend=0)

@@ -14,8 +14,8 @@ from adamjax._core.optional import require
 from adamjax.optimizers import adamw
 from adamjax.problems import Problem
 from adamjax.tuning._journal import Journal, json_setting
+from adamjax.tuning._mesh_runner import make_runner
 from adamjax.tuning._optuna import Sampler, Storage, Study, open_study, optuna_search
-from adamjax.tuning._population import PopulationRunner
 from adamjax.tuning._range_test import MIN_POINTS, LrRange, lr_range_test
 from adamjax.tuning._report import Report
 from adamjax.tuning._scheduler import TrialScheduler
@@ -112,7 +112,7 @@ def tune(
     if out is not None:
         for module in ("matplotlib", "sklearn"):
             require(module, "tune", "the report")
-    runner = PopulationRunner(problem, metric, seed=seed, execution=execution, mesh=mesh, memory=memory)
+    runner = make_runner(problem, metric, seed=seed, execution=execution, mesh=mesh, memory=memory)
     searched = search_space(optimizer, space, stages, half=has_half_precision(problem))
     mode = resolve_mode(metric, mode)
     spec = Spec(problem, optimizer, searched, stages, sampler, trials, steps, confirm, metric, mode, seed)
