@@ -312,7 +312,7 @@ def train(
         measure_next = jax.jit(partial(measured_step, task, transformation, keys), out_shardings=everywhere)
         evaluate = task.evaluate if task.evaluates_on_host else jax.jit(task.evaluate, out_shardings=everywhere)
         if start is None:
-            first, (model, state) = 0, _initial(task, transformation, dtype, keys)
+            first, (model, state) = 0, initial(task, transformation, dtype, keys)
         else:
             first, state = start.step + 1, start.state
             model = Model(start.params, start.model_state if task.is_stateful else None)
@@ -530,13 +530,14 @@ class _Feed:
         return batch
 
 
-def _initial(task: Task, optimizer: Transformation, dtype: DTypeLike | None, keys: Keys) -> tuple[Model, PyTree]:
+def initial(task: Task, optimizer: Transformation, dtype: DTypeLike | None, keys: Keys) -> tuple[Model, PyTree]:
+    """The model and the state of the optimizer before the first step."""
     if isinstance(task, ShardedTask):
         model = jax.jit(partial(first_model, task, dtype))(keys)
         return model, init_sharded(optimizer, model.params, state_sharding(optimizer, model.params))
 
-    def initial(keys: Keys) -> tuple[Model, PyTree]:
+    def make(keys: Keys) -> tuple[Model, PyTree]:
         model = first_model(task, dtype, keys)
         return model, optimizer.init(model.params)
 
-    return jax.jit(initial)(keys)
+    return jax.jit(make)(keys)

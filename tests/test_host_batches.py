@@ -2,6 +2,11 @@
 
 import gc
 import itertools
+import os
+import pickle
+import subprocess
+import sys
+import textwrap
 import threading
 import tracemalloc
 import weakref
@@ -11,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from fed import Fed, FedOnHost
-from helpers import assert_close, assert_equal, make_mesh
+from helpers import assert_close, assert_equal, free_port, make_mesh
 from jax.sharding import AxisType
 from tolerances import RECOMPILED
 
@@ -87,6 +92,9 @@ def test_range_tests_and_searches_take_them():
     problem = Fed()
     assert 0.01 < lr_range_test(problem, num_steps=120, max_lr=100.0).suggestion() < 10
     assert problem.draws == {0: 120}
+    options = {"num_steps": 40, "max_lr": 100.0}
+    one, mesh = (lr_range_test(Fed(), mesh=m, **options) for m in (None, make_mesh(AxisType.Auto)))
+    np.testing.assert_allclose(mesh.losses, one.losses, rtol=1e-4)
     report = tune(problem, space=SPACE, trials=4, steps=20, confirm=(1, 2), halving=False)
     assert {t.metrics["count"][-1] for t in report.trials} == {20}
     assert set(problem.draws) == {0, 1, 2}
@@ -293,6 +301,11 @@ class GlobalRandomness(Frozen):
         return self.data[np.random.randint(64)] * (1 + 0 * step.astype(jnp.float32))  # noqa: NPY002
 
 
+class RandomInLoss(Frozen):
+    def loss(self, params, batch, key):
+        return super().loss(params, batch, key) * (np.random.random() < 2)  # noqa: NPY002
+
+
 class OwnCounter(Frozen):
     def batch(self, step, key):
         self.i += 1
@@ -333,10 +346,11 @@ FROZEN = {
     NextOfLoader: "batch returns the same batch for all steps and keys",
     FirstOfLoader: "batch returns the same batch for all steps and keys",
     DrawsWithNoise: "batch gives something else each time that it is traced",
-    GlobalRandomness: "batch gives something else each time that it is traced",
+    GlobalRandomness: "batch (gives something else each time|draws from the global random numbers)",
     OwnCounter: "batch gives something else each time that it is traced",
     JittedLoader: "batch gives something else each time that it is traced",
     Callback: "batch gives different batches for the same step and key",
+    RandomInLoss: "loss draws from the global random numbers of NumPy or Python",
     LoaderInLoss: "loss gives something else each time that it is traced",
     RandomInit: "init gives something else each time that it is traced",
     RandomValidation: "evaluate gives something else each time that it is traced",
@@ -464,11 +478,58 @@ def test_one_model_at_a_time_over_a_mesh():
 @pytest.mark.slow
 def test_a_search_over_a_mesh_is_that_of_a_population(tmp_path):
     options = {"space": SPACE, "trials": 5, "steps": 20, "confirm": (1, 2), "halving": False}
-    found = tune(
-        OverMesh(), execution="mesh", mesh=make_mesh(AxisType.Auto, (2, 4), ("data", "model")), out=tmp_path, **options
-    )
+    mesh = make_mesh(AxisType.Auto, (2, 4), ("data", "model"))
+    found = tune(OverMesh(), execution="mesh", mesh=mesh, out=tmp_path, **options)
     expected = tune(OverMesh(), execution="vmap", **options)
     for a, b in zip(found.trials, expected.trials, strict=True):
         assert a.setting == b.setting
         assert a.value("loss") == pytest.approx(b.value("loss"), rel=1e-4)
     assert "one after another, each over 8 devices" in (tmp_path / "report.json").read_text()
+
+
+PROCESS = """
+    import pickle, sys
+    import jax
+    import numpy as np
+    jax.config.update("jax_num_cpu_devices", 2)
+    port, process = sys.argv[1:]
+    jax.distributed.initialize(f"localhost:{port}", 2, int(process))
+    import adamjax
+    from adamjax.training import train
+    from adamjax.tuning import sweep
+    from fed import Fed, FedOnHost
+    mine = lambda seed, i, x: x[4 * int(process) :][:4]  # each process has its part of the rows
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    *_, report = train(Fed(mine), adamjax.adam(0.1), steps=30, mesh=mesh)
+    settings = [{"learning_rate": lr} for lr in (0.01, 0.1, 0.3)]
+    found = [sweep(kind(mine), settings, steps=12, points=2, seeds=2) for kind in (Fed, FedOnHost)]
+    one = sweep(Fed(mine), settings, steps=12, points=2, seeds=2, execution="mesh", mesh=mesh)
+    with open(f"found-{process}.pkl", "wb") as file:
+        pickle.dump((np.asarray(report.params["x"]), report.metrics, [f.metrics for f in (*found, one)]), file)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.processes
+def test_each_of_two_processes_has_its_part_of_the_rows(tmp_path):
+    port = str(free_port())
+    paths = os.pathsep.join([os.path.dirname(__file__), *sys.path])
+    command = [sys.executable, "-c", textwrap.dedent(PROCESS), port]
+    processes = [
+        subprocess.Popen(
+            [*command, str(i)], cwd=tmp_path, env=os.environ | {"PYTHONPATH": paths}, stderr=subprocess.PIPE, text=True
+        )
+        for i in range(2)
+    ]
+    for process in processes:
+        _, errors = process.communicate(timeout=240)
+        assert process.returncode == 0, errors
+    whole, settings = last(Fed()), [{"learning_rate": lr} for lr in (0.01, 0.1, 0.3)]
+    expected = sweep(Fed(), settings, steps=12, points=2, seeds=2, execution="vmap").metrics
+    for i in range(2):
+        params, metrics, swept = pickle.loads((tmp_path / f"found-{i}.pkl").read_bytes())
+        np.testing.assert_allclose(params, whole.params["x"], rtol=1e-5)
+        assert metrics == pytest.approx(whole.metrics, rel=1e-5)
+        for found in swept:
+            for name, x in expected.items():
+                np.testing.assert_allclose(found[name], x, rtol=1e-4, atol=1e-6)

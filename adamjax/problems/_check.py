@@ -93,7 +93,7 @@ def _batch(problem: Any, key: PyTree) -> PyTree:
             f"{type(problem).__name__}.batch returns the same batch for all steps and keys, so that all of a run would "
             f"train on it: {_REMEDIES['batch']}; if the batch is all the data, set full_batch = True"
         )
-    _refuse_impure(problem, "batch", program, step, key)
+    _refuse_impure(problem, "batch", program, step, key, traces=3)
     if calls_host(program):
         # No trace shows what a callback does, so it is called twice for the same batch.
         compute = jax.jit(problem.batch)
@@ -143,8 +143,8 @@ def _pure(problem: Any, method: str, *args: PyTree) -> PyTree:
     return shapes
 
 
-def _refuse_impure(problem: Any, method: str, program: Any, *args: PyTree) -> None:
-    if how := impurity(getattr(problem, method), program, *args):
+def _refuse_impure(problem: Any, method: str, program: Any, *args: PyTree, traces: int = 1) -> None:
+    if how := impurity(getattr(problem, method), program, *args, traces=traces):
         raise ValueError(
             f"{type(problem).__name__}.{method} {how}, but it is compiled once, and then would stay as it was: "
             f"{_REMEDIES[method]}"

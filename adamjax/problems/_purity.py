@@ -1,5 +1,6 @@
 """Functions that are traced once: the ones that are no functions of their arguments are found here."""
 
+import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,18 +20,27 @@ def traced(f: Callable[..., Any], *args: PyTree) -> tuple[core.ClosedJaxpr, PyTr
     return jaxpr, shapes
 
 
-def impurity(f: Callable[..., Any], first: core.ClosedJaxpr, *args: PyTree) -> str:
-    """Return how `f`, whose program is `first`, shows that it is no pure function; empty if it does not.
+def impurity(f: Callable[..., Any], first: core.ClosedJaxpr, *args: PyTree, traces: int = 1) -> str:
+    """Return how `f`, whose program is `first`, shows that it is not a pure function; empty if it does not.
 
     A function that draws from a generator or a loader, or reads a clock, gives another program when it is traced again.
+    With more `traces`, it is found even if it draws from few numbers.
     """
     if effects := [str(effect) for effect in first.effects if not str(effect).startswith(_HARMLESS_EFFECTS)]:
         return f"has side effects ({', '.join(effects)})"
+    before = _global_randomness()
     # Functions that were jitted before are traced again only in another context, such as that of a device named aloud.
-    with jax.default_device(jax.local_devices()[0]):
-        second, _ = traced(f, *args)
-    same = all(equal(x, y) for x, y in _zip_longest(_constants(first), _constants(second)))
-    return "" if same else "gives something else each time that it is traced"
+    for i in range(traces):
+        with jax.default_device(jax.local_devices()[i % jax.local_device_count()]):
+            again, _ = traced(f, *args)
+        if not all(equal(x, y) for x, y in _zip_longest(_constants(first), _constants(again))):
+            return "gives something else each time that it is traced"
+    return "" if _global_randomness() == before else "draws from the global random numbers of NumPy or Python"
+
+
+def _global_randomness() -> tuple[Any, ...]:
+    kind, keys, *rest = np.random.get_state()  # noqa: NPY002 - to see that nobody uses it
+    return (kind, bytes(keys), *rest, random.getstate())
 
 
 def depends_on_arguments(jaxpr: core.ClosedJaxpr) -> bool:

@@ -57,8 +57,8 @@ class Task:
         """The batch of a step; `fed` is that from the host, if it comes from there."""
         return fed if self.is_fed else self.problem.batch(step, key)
 
-    def place(self, batch: PyTree) -> PyTree:
-        """Copy a batch from the host to the device."""
+    def place(self, batch: PyTree, *, blocked: bool = False) -> PyTree:
+        """Copy a batch from the host to the device, or a block of batches, along a first axis."""
         return jax.tree.map(jnp.asarray, batch)
 
     def loss(self, params: PyTree, state: PyTree, batch: PyTree, key: Array) -> tuple[Array, PyTree]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import AxisType, Mesh
 
 from adamjax._core import checks
 from adamjax._core.optional import require
@@ -20,7 +21,7 @@ from adamjax.problems import Problem
 from adamjax.problems._check import checked
 from adamjax.problems._task import Model, Task
 from adamjax.schedules import Exponential
-from adamjax.training import Keys, keys_of, train_step
+from adamjax.training import ShardedTask, TrainStep, initial, keys_of, train_step
 from adamjax.tuning._journal import Json, nan_to_null, null_to_nan
 from adamjax.tuning._population import BatchSource
 from adamjax.tuning._space import OptimizerFactory
@@ -219,6 +220,7 @@ def lr_range_test(
     num_rates: int = 32,
     optimizer: OptimizerFactory = adamw,
     seed: int = 0,
+    mesh: Mesh | None = None,
 ) -> LrRange:
     """Train with learning rates from far too small to far too large, and record the training loss.
 
@@ -234,6 +236,8 @@ def lr_range_test(
       num_rates: Number of learning rates that "constant" tries, at least 10.
       optimizer: Called with `learning_rate` (a schedule for "ramp", a number for "constant"), returns the optimizer.
       seed: Seed of the parameters, the data order and the keys of the loss.
+      mesh: Devices that train one model together, as in `adamjax.training.train`. None: one device; all of them if
+        several processes each have a part of the batches from the host.
 
     Returns:
       An `LrRange`.
@@ -263,6 +267,9 @@ def lr_range_test(
     checks.integer("seed", seed)
     if mode == "ramp":
         task = checked(problem, seed)
+        if mesh is None and task.is_fed and jax.process_count() > 1:
+            mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+        task = task if mesh is None else ShardedTask(task, mesh)
         opt = optimizer(learning_rate=Exponential(low, high, num_steps - 1))
         losses = _ramp(task, as_transformation(opt, "what the optimizer returns"), num_steps, seed)
         end = _first(~np.isfinite(losses))
@@ -270,33 +277,34 @@ def lr_range_test(
         return LrRange(np.geomspace(low, high, num_steps)[cut], losses[cut], mode)
     rates = np.geomspace(low, high, num_rates)
     settings = [{"learning_rate": float(lr)} for lr in rates]
-    swept = sweep(problem, settings, optimizer=optimizer, steps=num_steps, seeds=[seed], points=4)
+    order = "auto" if mesh is None else "mesh"
+    swept = sweep(
+        problem, settings, optimizer=optimizer, steps=num_steps, seeds=[seed], points=4, execution=order, mesh=mesh
+    )
     return LrRange(rates, np.where(swept.infeasible, np.nan, swept.losses[:, 0, -1]), mode)
 
 
 def _ramp(task: Task, opt: Transformation, steps: int, seed: int) -> np.ndarray:
-    """Return the losses of a run of one setting; with batches from the host, block after block."""
+    """Return the losses of a run; with batches from the host, block after block."""
     source = BatchSource(task, np.asarray([seed]), np.asarray([steps]))
-    length = source.size or steps
+    keys, length = keys_of(seed), source.size or steps
 
-    @jax.jit
-    def init(keys: Keys) -> tuple[Model, PyTree]:
-        model = task.init(keys.init)
-        return model, opt.init(model.params)
+    def run(model: Model, state: PyTree, block: tuple[jax.Array, PyTree]) -> tuple[Model, PyTree, jax.Array]:
+        first, batches = block
 
-    @partial(jax.jit, donate_argnums=1)
-    def run(keys: Keys, carry: tuple[Model, PyTree], first: jax.Array, batches: PyTree) -> PyTree:
         def body(carry: tuple[Model, PyTree], i: jax.Array) -> tuple[tuple[Model, PyTree], jax.Array]:
-            fed = jax.tree.map(lambda x: x[0, i], batches)
+            fed = jax.tree.map(lambda x: x[i], batches)
             model, state, loss = train_step(task, opt, keys, *carry, first + i, fed)
             return (model, state), loss
 
-        return lax.scan(body, carry, jnp.arange(length, dtype=jnp.int32))
+        (model, state), found = lax.scan(body, (model, state), jnp.arange(length, dtype=jnp.int32))
+        return model, state, found
 
-    keys, losses = keys_of(seed), list[np.ndarray]()
-    carry = init(keys)
+    advance, losses = TrainStep(run, 1), list[np.ndarray]()
+    model, state = initial(task, opt, None, keys)
     for first, last, batches in itertools.chain.from_iterable(source.blocks()):
-        carry, found = run(keys, carry, np.int32(first), jax.tree.map(jnp.asarray, batches))
+        fed = task.place(jax.tree.map(lambda x: x[0], batches), blocked=True)
+        model, state, found = advance(model, state, (np.int32(first), fed))
         # The last block may be filled up by repeated batches.
         losses.append(np.asarray(found, np.float64)[: last - first])
     return np.concatenate(losses)
