@@ -1,5 +1,6 @@
 """Functions that are traced once: the ones that are no functions of their arguments are found here."""
 
+import pickle
 import random
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -38,9 +39,8 @@ def impurity(f: Callable[..., Any], first: core.ClosedJaxpr, *args: PyTree, trac
     return "" if _global_randomness() == before else "draws from the global random numbers of NumPy or Python"
 
 
-def _global_randomness() -> tuple[Any, ...]:
-    kind, keys, *rest = np.random.get_state()  # noqa: NPY002 - to see that nobody uses it
-    return (kind, bytes(keys), *rest, random.getstate())
+def _global_randomness() -> bytes:
+    return pickle.dumps((np.random.get_state(), random.getstate()))  # noqa: NPY002 - to see that nobody uses it
 
 
 def depends_on_arguments(jaxpr: core.ClosedJaxpr) -> bool:
