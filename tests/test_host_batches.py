@@ -161,6 +161,24 @@ def test_what_a_loader_does_wrong_is_told_with_its_step(rows, error, message):
         next(reports)
 
 
+def test_a_loader_may_use_its_memory_again():
+    class OneBuffer(Fed):
+        def batches(self, seed):
+            buffer = np.empty((8, 4))
+            for batch in super().batches(seed):
+                buffer[:] = batch["rows"]
+                yield {"rows": buffer}
+
+    assert_equal(last(OneBuffer()).params, last(Fed()).params)
+    found, expected = (sweep(kind(), SPACE, steps=9, trials=2, execution="vmap") for kind in (OneBuffer, Fed))
+    np.testing.assert_array_equal(found.losses, expected.losses)
+
+
+def test_batches_that_stay_short_are_refused():
+    with pytest.warns(UserWarning, match="has 7 rows"), pytest.raises(ValueError, match=r"has shape \(7, 4\)"):
+        last(Fed(lambda seed, i, x: x[:7] if i else x))
+
+
 def test_a_loader_that_ends_early_is_told_with_its_step():
     class Ending(Fed):
         def batches(self, seed):

@@ -34,6 +34,7 @@ class BatchStream:
         self._ahead: PyTree = None
         self._like: PyTree = None
         self._told = False  # that short batches are dropped
+        self._dropped = False  # the batch before
         starts = "start" in inspect.signature(problem.batches).parameters
         self._source = problem.batches(seed, start=first) if first and starts else problem.batches(seed)
         if not hasattr(self._source, "__iter__"):
@@ -50,7 +51,7 @@ class BatchStream:
     def example(self) -> PyTree:
         """Return the first batch, which is still the next one afterwards."""
         if self._ahead is None:
-            self._ahead = next(self)
+            self._ahead = jax.tree.map(np.copy, next(self))  # the loader may use its memory again
         return self._ahead
 
     def __next__(self) -> PyTree:
@@ -97,9 +98,11 @@ class BatchStream:
         found, first = jax.tree.leaves_with_path(arrays), jax.tree.leaves(self._like)
         pairs = [(path, x, like) for (path, x), like in zip(found, first, strict=True)]
         wrong = [(path, x, like) for path, x, like in pairs if x.shape != like.shape]
-        if wrong and all(_is_shorter(x, like) for _, x, like in pairs if like.shape):
+        if wrong and not self._dropped and all(_is_shorter(x, like) for _, x, like in pairs if like.shape):
+            self._dropped = True
             self._warn_once(*wrong[0][1:])
             return None
+        self._dropped = False
         for path, x, like in wrong:
             raise ValueError(
                 f"{self._at}{jax.tree_util.keystr(path)} has shape {x.shape}, and the first had {like.shape}: "
@@ -144,14 +147,18 @@ def stacked(
 ) -> Generator[tuple[int, int, PyTree], None, None]:
     """Yield each range of steps with its batches from all streams: arrays of [streams, size, ...].
 
-    Its last batch fills a range of fewer than `size` steps, so that one program serves all of them.
+    Zeros fill up a range of fewer than `size` steps, so that one program serves all of them.
     """
     try:
         for first, last in ranges:
-            rows = [[next(stream) for stream in streams] for _ in range(first, last)]
-            rows += rows[-1:] * (size - len(rows))
-            batches = itertools.chain.from_iterable(zip(*rows, strict=True))
-            yield first, last, jax.tree.map(lambda *xs: np.stack(xs).reshape(-1, size, *xs[0].shape), *batches)
+            block: PyTree = None
+            for i, k in itertools.product(range(last - first), range(len(streams))):
+                batch = next(streams[k])
+                if block is None:
+                    block = jax.tree.map(lambda x: np.zeros((len(streams), size, *x.shape), x.dtype), batch)
+                # At once, since a loader may use the memory of a batch again for the next one.
+                jax.tree.map(lambda y, x, at=(k, i): y.__setitem__(at, x), block, batch)
+            yield first, last, block
     finally:
         for stream in streams:
             stream.close()

@@ -305,7 +305,7 @@ def _ramp(task: Task, opt: Transformation, steps: int, seed: int) -> np.ndarray:
     for first, last, batches in itertools.chain.from_iterable(source.blocks()):
         fed = task.place(jax.tree.map(lambda x: x[0], batches), blocked=True)
         model, state, found = advance(model, state, (np.int32(first), fed))
-        # The last block may be filled up by repeated batches.
+        # The last block may be filled up by zeros.
         losses.append(np.asarray(found, np.float64)[: last - first])
     return np.concatenate(losses)
 
