@@ -21,7 +21,7 @@ import orbax.checkpoint as ocp
 
 TESTS = Path(__file__).parent
 TRAIN = [
-    *("train", "--problem=bowl:BOWL", "--steps=200", "--report-every=5", "--evaluate-every=20"),
+    *("train", "bowl:BOWL", "--steps=200", "--report-every=5", "--evaluate-every=20"),
     *("--checkpoint-every=5", "--dtype=bfloat16", "--rounding=kahan"),
 ]
 TUNE = ["tune", "bowl:BOWL", "--steps=20", "--trials=10", "--stages", "learning_rate", "b1,b2", "--confirm", "2", "2"]

@@ -294,7 +294,7 @@ def test_missing_extra_names_the_command(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "orbax.checkpoint", None)
     with pytest.raises(ImportError, match=r"a checkpoint needs orbax: run  pip install 'adamjax\[checkpoint\]'"):
         checkpoint.restore(tmp_path, OPT, {})
-    assert cli.main(["train", "--problem=bowl:BOWL", "--checkpoint-every=5", "--out", str(tmp_path / "run")]) == 2
+    assert cli.main(["train", "bowl:BOWL", "--checkpoint-every=5", "--out", str(tmp_path / "run")]) == 2
     assert "--checkpoint-every needs orbax: run  pip install 'adamjax[checkpoint]'" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
@@ -350,7 +350,7 @@ def test_a_run_goes_on_from_a_report_and_from_a_checkpoint(tmp_path):
     assert list(train(BOWL, opt, steps=30, start=rest[-1])) == []
 
 
-TRAIN = ["train", "--problem=bowl:BOWL", "--steps=60", "--report-every=4", "--evaluate-every=20"]
+TRAIN = ["train", "bowl:BOWL", "--steps=60", "--report-every=4", "--evaluate-every=20"]
 TRAIN = [*TRAIN, "--checkpoint-every=10", "--dtype=bfloat16", "--rounding=kahan"]
 
 
@@ -440,7 +440,7 @@ def test_what_resume_refuses(tmp_path, whole, capsys):
 def test_resume_of_a_run_without_checkpoints(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(RunFolder, "plot", lambda self: None)
     folder = tmp_path / "run"
-    assert cli.main(["train", "--problem=bowl:BOWL", "--steps=20", "--out", str(folder)]) == 0
+    assert cli.main(["train", "bowl:BOWL", "--steps=20", "--out", str(folder)]) == 0
     metrics = (folder / "metrics.jsonl").read_text()
     assert cli.main(["train", "--resume", str(folder)]) == 0
     assert "is finished: all its 20 steps are done" in capsys.readouterr().out

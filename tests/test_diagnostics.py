@@ -420,7 +420,7 @@ def test_a_run_that_is_measured_is_the_same_run(tmp_path, capsys):
     reports = list(training.train(BOWL, opt, steps=30, diagnose=True))
     assert_equal((reports[-1].params, reports[-1].state), (plain.params, plain.state))
     assert [int(report.stats.count) for report in reports[:-1]] == [1, 11, 21]
-    flags = ["--problem", "bowl:BOWL", "--steps", "20", "--out", str(tmp_path), "--learning-rate", "1e-9"]
+    flags = ["bowl:BOWL", "--steps", "20", "--out", str(tmp_path), "--learning-rate", "1e-9"]
     assert main(["train", *flags, "--diagnose", "--tensorboard", "--schedule", "constant"]) == 0
     assert "no update is more than" in capsys.readouterr().out
     assert (tmp_path / "diagnostics.png").exists()

@@ -180,7 +180,7 @@ def test_bad_meshes(problem, mesh, error, message):
         ("--distributed", "it needs --coordinator, --processes and --process-id"),
         ("--distributed --processes 0", "Invalid processes value: 0"),
         ("--distributed --processes 2 --process-id 2", "Invalid process_id value: 2; it must be below --processes, 2"),
-        ("--distributed --processes 1 --problem bowl:BOWL", "8 devices cannot share 4 rows"),
+        ("--distributed --processes 1 bowl:BOWL", "8 devices cannot share 4 rows"),
     ],
 )
 def test_bad_flags(flags, said, tmp_path, capsys):

@@ -200,14 +200,14 @@ def test_train_command(tmp_path, capsys):
 
 @pytest.mark.parametrize("schedule", cli.SCHEDULES)
 def test_train_command_with_every_schedule(tmp_path, schedule):
-    arguments = ["train", "--problem=test_training:PARABOLA", "--steps=9", f"--schedule={schedule}"]
+    arguments = ["train", "test_training:PARABOLA", "--steps=9", f"--schedule={schedule}"]
     assert cli.main([*arguments, "--out", str(tmp_path / "run")]) == 0
     assert len(read(tmp_path / "run")[1]) == 2
 
 
 @pytest.mark.parametrize("optimizer", cli.OPTIMIZERS)
 def test_train_command_with_every_optimizer(tmp_path, optimizer):
-    arguments = ["train", "--problem=test_training:PARABOLA", "--steps=5", "--dtype=bfloat16"]
+    arguments = ["train", "test_training:PARABOLA", "--steps=5", "--dtype=bfloat16"]
     assert cli.main([*arguments, f"--optimizer={optimizer}", "--out", str(tmp_path / "run")]) == 0
     assert read(tmp_path / "run")[0]["flags"]["dtype"] == "bfloat16"
 
@@ -251,13 +251,13 @@ BAD_COMMANDS = [
     ("--optimizer adamax --amsgrad torch", "--amsgrad means nothing to adamax"),
     ("--schedule constant --warmup-steps 5", "--warmup-steps means nothing to the schedule constant"),
     ("--batch-size 0", "Invalid batch_size value: 0"),
-    ("--problem mnist", "problem mnist is neither one of characters, digits, digits_convnet nor MODULE:OBJECT"),
-    ("--problem nowhere:thing", "problem nowhere:thing: No module named 'nowhere'"),
-    ("--problem json:nothing", "problem json:nothing: module 'json' has no attribute 'nothing'"),
-    ("--problem json:__version__", "neither a problem nor what makes one"),
-    ("--problem test_training:PARABOLA --batch-size 3", "--batch-size means nothing to test_training:PARABOLA"),
-    ("--problem test_training:Parabola --batch-size 3", "--batch-size means nothing to test_training:Parabola"),
-    ("--problem builtins:dict", "dict is not a problem: it has no method init, batch, loss, evaluate"),
+    ("mnist", "problem mnist is neither one of characters, digits, digits_convnet nor MODULE:OBJECT"),
+    ("nowhere:thing", "problem nowhere:thing: No module named 'nowhere'"),
+    ("json:nothing", "problem json:nothing: module 'json' has no attribute 'nothing'"),
+    ("json:__name__", "json:__name__ is 'json', expected a problem, an objective(optimizer, trial), or a factory"),
+    ("test_training:PARABOLA --batch-size 3", "--batch-size means nothing to test_training:PARABOLA"),
+    ("test_training:Parabola --batch-size 3", "--batch-size means nothing to test_training:Parabola"),
+    ("builtins:dict", "problem builtins:dict made {}, expected a problem or an objective(optimizer, trial)"),
     ("--config nowhere.json", "--config nowhere.json is not the config.json of a run"),
     ("--evaluate-every 0", "Invalid evaluate_every value: 0"),
 ]
@@ -276,7 +276,7 @@ class Broken(Parabola):
         return jnp.sum(params["x"][:, None] @ batch)  # of two shapes that do not fit
 
 
-@pytest.mark.parametrize("command", ["train --problem", "tune", "lr-range"])
+@pytest.mark.parametrize("command", ["train", "tune", "lr-range"])
 def test_errors_of_ones_own_problem_say_where(tmp_path, capsys, monkeypatch, command):
     monkeypatch.chdir(tmp_path)
     assert cli.main([*command.split(), "test_training:Broken"]) == 2
@@ -306,19 +306,19 @@ def test_edited_configs(tmp_path, capsys, flags, message):
 def test_named_problems(tmp_path):
     for name in cli.PROBLEMS:
         problems.check(getattr(problems, name)())
-    assert cli.main(["train", "--problem", "digits_convnet", "--steps", "3", "--out", str(tmp_path / "run")]) == 0
+    assert cli.main(["train", "digits_convnet", "--steps", "3", "--out", str(tmp_path / "run")]) == 0
     assert "val_accuracy" in (tmp_path / "run" / "metrics.jsonl").read_text()
 
 
 def test_own_problems(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for i, name in enumerate(("PARABOLA", "Parabola"), start=1):
-        assert cli.main(["train", "--problem", f"test_training:{name}", "--steps", "20", "--learning-rate", "0.3"]) == 0
+        assert cli.main(["train", f"test_training:{name}", "--steps", "20", "--learning-rate", "0.3"]) == 0
         assert {"step", "loss", "learning_rate", "val_loss"} == read(tmp_path / "runs" / f"train-{i}")[1][-1].keys()
 
 
 def test_nothing_is_overwritten(tmp_path, capsys):
-    arguments = ["train", "--problem=test_training:PARABOLA", "--steps=5", "--out", str(tmp_path)]
+    arguments = ["train", "test_training:PARABOLA", "--steps=5", "--out", str(tmp_path)]
     assert cli.main(arguments) == 0
     before = (tmp_path / "metrics.jsonl").read_bytes()
     assert cli.main(arguments) == 2
@@ -332,7 +332,7 @@ class Explosion(Parabola):
 
 
 def test_divergence_ends_the_command(tmp_path, capsys):
-    flags = ["--steps", "99", "--learning-rate", "0.5", "--problem", "test_training:Explosion", "--maximize"]
+    flags = ["--steps", "99", "--learning-rate", "0.5", "test_training:Explosion", "--maximize"]
     assert cli.main(["train", *flags, "--out", str(tmp_path / "run")]) == 1
     message = capsys.readouterr().err
     assert "the loss was not finite at step 5 (learning rate 0.2)" in message
@@ -348,7 +348,7 @@ class NeverFinite(Parabola):
 
 
 def test_a_loss_that_never_was_finite_is_not_the_learning_rates(tmp_path, capsys):
-    command = ["train", "--steps", "9", "--problem", "test_training:NeverFinite", "--out", str(tmp_path / "run")]
+    command = ["train", "--steps", "9", "test_training:NeverFinite", "--out", str(tmp_path / "run")]
     assert cli.main(command) == 1
     assert "the loss was not finite before the first update: look at the problem's" in capsys.readouterr().err
 
@@ -368,7 +368,7 @@ class Slow(test_training.Parabola):
 @pytest.mark.slow
 def test_ctrl_c_leaves_a_usable_folder(tmp_path):
     (tmp_path / "slow.py").write_text(textwrap.dedent(SLOW))
-    command = [sys.executable, "-m", "adamjax", "train", "--problem", "slow:Slow", "--steps", "100000", "--out", "run"]
+    command = [sys.executable, "-m", "adamjax", "train", "slow:Slow", "--steps", "100000", "--out", "run"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), *sys.path])}
     process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True)
     metrics = tmp_path / "run" / "metrics.jsonl"

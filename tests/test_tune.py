@@ -629,7 +629,7 @@ def test_commands_on_what_is_not_there(tmp_path, capsys):
     assert cli.main(["report", str(tmp_path)]) == 2
     assert "holds no tuning" in capsys.readouterr().err
     assert cli.main(["tune", "builtins:dict"]) == 2
-    assert "dict is not a problem: it has no method init, batch, loss, evaluate" in capsys.readouterr().err
+    assert "problem builtins:dict made {}, expected a problem or an objective" in capsys.readouterr().err
 
 
 def test_ctrl_c_says_how_to_go_on(tmp_path, capsys, monkeypatch):

@@ -9,9 +9,9 @@ from adamjax.cli import _kernels, _train, _tune
 from adamjax.cli._distributed import DISTRIBUTED_FLAGS
 from adamjax.cli._flags import HYPERPARAMETERS as HYPERPARAMETERS
 from adamjax.cli._flags import OPTIMIZERS as OPTIMIZERS
-from adamjax.cli._flags import PROBLEMS as PROBLEMS
 from adamjax.cli._flags import SCHEDULES as SCHEDULES
 from adamjax.cli._flags import CommandError, Options, flag
+from adamjax.cli._subject import PROBLEMS as PROBLEMS
 
 COMMANDS = {
     "train": _train.run,
@@ -43,13 +43,21 @@ def _parse(arguments: Sequence[str] | None) -> Options:
     train = _train.add_parser(commands)
     _tune.add_parsers(commands)
     _kernels.add_parser(commands)
-    options = vars(parser.parse_args(arguments))
+    options = _merged(parser.parse_args(arguments))
     if options["command"] == "train" and ("config" in options or "resume" in options):
         train.set_defaults(**_flags_of_run(options, train))
-        options = vars(parser.parse_args(arguments))
+        options = _merged(parser.parse_args(arguments))
         if "resume" in options:
             _refuse_changes(options, train)
     return options
+
+
+def _merged(parsed: argparse.Namespace) -> Options:
+    """Return the values of the flags, with each value that has two spellings under one name."""
+    options = vars(parsed)
+    if "problem_flag" in options:
+        options["problem"] = options.pop("problem_flag")
+    return options | dict(options.pop("fix", ()))
 
 
 def _flags_of_run(options: Options, train: argparse.ArgumentParser) -> Options:
@@ -76,8 +84,11 @@ def _refuse_changes(options: Options, train: argparse.ArgumentParser) -> None:
         before = train.get_default(name)
         if name not in ("command", "resume", "checkpoint_every", *DISTRIBUTED_FLAGS) and here != before:
             written, config = flag(name), options["resume"] / "config.json"
+            new = f"{written} {here}"
+            if name == "problem":
+                written, new = "the problem", here
             was = "not given" if before == argparse.SUPPRESS else before
             raise CommandError(
                 f"{written} was {was}, here it is {here}: a run that is resumed goes on as it began; "
-                f"for another one, train --config {config} {written} {here}"
+                f"for another one, train --config {config} {new}"
             )

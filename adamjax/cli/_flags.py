@@ -1,23 +1,19 @@
-"""Flags, problems by name, and errors for users: what the commands share."""
+"""Flags of the optimizer, its schedule and the problem, and errors for users: what the commands share."""
 
 import argparse
-import importlib
 import inspect
-import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
-from adamjax import problems, schedules, storage
+from adamjax import schedules, storage
 
 OPTIMIZERS = ("adam", "adamax", "adamaxw", "adamw", "amsgrad", "nadam", "nadamw", "radam")
-PROBLEMS = ("characters", "digits", "digits_convnet")
 SCHEDULES = ("constant", "cosine", "inverse_sqrt", "linear", "one_cycle", "warmup_cosine", "warmup_stable_decay")
 
-PROBLEM_HELP = f"{', '.join(PROBLEMS)} (default: digits), or MODULE:OBJECT, a problem or a function that makes one"
-OPTIMIZER_HELP = "Hyperparameters that are not given are adamjax's defaults."
+OPTIMIZER_HELP = "Its arguments; those that are not given are adamjax's defaults."
 
 DTYPES = ("bfloat16", "float16", "float32")
 FORMATS = (*DTYPES, "int8", "int4")
@@ -27,28 +23,50 @@ Options = dict[str, Any]  # the values of the flags that were given, by name
 Flags = dict[str, dict[str, Any]]  # keyword arguments of `add_argument`, by name of the flag
 Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
+
+def boolean_or_name(text: str) -> bool | str:
+    """Return the boolean that `text` spells, or `text` itself."""
+    return {"false": False, "true": True}.get(text, text)
+
+
 # Flags by the names of the optimizers' arguments.
 HYPERPARAMETERS: Flags = {
-    "b1": {"type": float, "help": "decay rate of the first moment"},
-    "b2": {"type": float, "help": "decay rate of the second moment"},
-    "eps": {"type": float, "help": "number added to the root of the second moment"},
-    "eps_root": {"type": float, "help": "number added to the second moment under the root"},
-    "threshold": {"type": float, "help": "radam: length of the moving average from which the second moment is used"},
-    "weight_decay": {"type": float, "help": "weight decay"},
-    "decay_schedule": {"choices": ("lr", "independent"), "help": "factor of the weight decay"},
-    "mu_dtype": {"choices": FORMATS, "help": "storage format of the first moment"},
-    "nu_dtype": {"choices": FORMATS, "help": "storage format of the second moment"},
-    "nesterov": {"action": argparse.BooleanOptionalAction, "help": "look ahead by one step"},
-    "amsgrad": {"choices": AMSGRAD, "help": "divide by the largest second moment so far"},
-    "variant": {"choices": AMSGRAD, "help": "amsgrad: form of the maximum"},
+    "b1": {"type": float, "help": "decay rate of the first moment, the mean of the gradients (default: 0.9)"},
+    "b2": {"type": float, "help": "decay rate of the second moment, the mean of their squares (default: 0.999)"},
+    "eps": {"type": float, "help": "number added to the root of the second moment (default: 1e-8)"},
+    "eps_root": {"type": float, "help": "number added to the second moment under the root (default: 0)"},
+    "threshold": {
+        "type": float,
+        "help": "radam: length of the moving average from which on the second moment is used (default: 5)",
+    },
+    "weight_decay": {
+        "type": float,
+        "help": "weight decay: decoupled from the gradient for adamw, nadamw and adamaxw (default: 1e-4), added to it "
+        "for others (default: 0)",
+    },
+    "decay_schedule": {
+        "choices": ("lr", "independent"),
+        "help": "lr: the learning rate multiplies the weight decay; independent: it does not (default: lr)",
+    },
+    "mu_dtype": {"choices": FORMATS, "help": "storage format of the first moment (default: the parameters' dtype)"},
+    "nu_dtype": {"choices": FORMATS, "help": "storage format of the second moment (default: the parameters' dtype)"},
+    "nesterov": {"action": argparse.BooleanOptionalAction, "help": "look ahead by one step, as Nesterov's momentum"},
+    "amsgrad": {
+        "type": boolean_or_name,
+        "choices": (False, True, *AMSGRAD),
+        "metavar": f"{{{','.join(AMSGRAD)}}}",
+        "help": "divide by the largest second moment so far, as torch, as the paper, or with the bias corrected "
+        "(default: false)",
+    },
+    "variant": {"choices": AMSGRAD, "help": "amsgrad: form of the maximum, as above (default: torch)"},
     "maximize": {"action": argparse.BooleanOptionalAction, "help": "ascend instead of descend"},
-    "fused": {"action": argparse.BooleanOptionalAction, "help": "step in one pass over memory"},
+    "fused": {"action": argparse.BooleanOptionalAction, "help": "step in one pass over memory, by a compiled kernel"},
 }
 
 # Flags by the names of the schedules' arguments.
 SCHEDULE_OPTIONS: Flags = {
-    "warmup_steps": {"type": int, "help": "steps of warmup (default: a tenth of --steps)"},
-    "decay_steps": {"type": int, "help": "warmup_stable_decay: steps of decay (default: a fifth of --steps)"},
+    "warmup_steps": {"type": int, "help": "updates of warmup (default: a tenth of --steps)"},
+    "decay_steps": {"type": int, "help": "warmup_stable_decay: updates of decay (default: a fifth of --steps)"},
     "end": {"type": float, "help": "learning rate at the end (default: 0)"},
 }
 
@@ -76,48 +94,34 @@ def add_flags(group: argparse._ActionsContainer, flags: Flags) -> None:
 
 def add_optimizer(parser: argparse.ArgumentParser, description: str) -> argparse._ArgumentGroup:
     group = parser.add_argument_group("the optimizer", description)
-    group.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw", help="name (default: adamw)")
+    group.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw", help="its name (default: adamw)")
     add_flags(group, HYPERPARAMETERS)
     return group
 
 
 def schedule_options(options: Options) -> Options:
     """Return the arguments of the chosen schedule, without its peak."""
-    make, steps = getattr(schedules, options["schedule"]), options["steps"]
-    given = accepted(make, options, SCHEDULE_OPTIONS, f"the schedule {options['schedule']}")
-    defaults = {"total_steps": steps, "warmup_steps": -(-steps // 10), "decay_steps": steps // 5, "end": 0.0}
-    return {k: x for k, x in defaults.items() if k in inspect.signature(make).parameters} | given
-
-
-def make_problem(options: Options) -> problems.Problem:
-    name = options["problem"]
-    if name in PROBLEMS:
-        named = getattr(problems, name)
-    else:
-        module, _, attribute = name.partition(":")
-        if not attribute:
-            raise CommandError(f"problem {name} is neither one of {', '.join(PROBLEMS)} nor MODULE:OBJECT")
-        # As with `python -m`, modules of the current folder can be named.
-        sys.path.insert(0, os.getcwd())
-        try:
-            named = getattr(importlib.import_module(module), attribute)
-        except (ModuleNotFoundError, AttributeError) as error:
-            raise CommandError(f"problem {name}: {error}") from error
-    if isinstance(named, type) or not isinstance(named, problems.Problem):
-        if not callable(named):
-            raise CommandError(f"problem {name} is {named!r}, neither a problem nor what makes one")
-        return named(**accepted(named, options, PROBLEM_OPTIONS, name))
-    accepted(lambda: named, options, PROBLEM_OPTIONS, f"{name}, which is a problem already made")
-    return named
+    name, steps = options["schedule"], options.get("steps")
+    make = getattr(schedules, name)
+    given = accepted(make, options, SCHEDULE_OPTIONS, f"the schedule {name}")
+    takes = inspect.signature(make).parameters
+    defaults: Options = {"end": 0.0}
+    if steps is not None:
+        defaults |= {"total_steps": steps, "warmup_steps": -(-steps // 10), "decay_steps": steps // 5}
+    elif "total_steps" in takes or "warmup_steps" in takes.keys() - given.keys():
+        raise CommandError(f"--schedule {name} needs --steps, the number of updates that the objective does")
+    return {k: x for k, x in defaults.items() if k in takes} | given
 
 
 def hyperparameters(make: Callable[..., object], options: Options) -> Options:
     """Return the hyperparameters that were given, as arguments of the optimizer."""
     given = accepted(make, options, HYPERPARAMETERS, options["optimizer"])
-    for name in ("mu_dtype", "nu_dtype"):
-        if given.get(name) in ("int8", "int4"):
-            given[name] = storage.quantized(given[name])
-    return given
+    return {name: as_argument(name, x) for name, x in given.items()}
+
+
+def as_argument(name: str, x: Any) -> Any:
+    """Return the value of a hyperparameter's flag as the optimizer takes it."""
+    return storage.quantized(x) if name in ("mu_dtype", "nu_dtype") and x in ("int8", "int4") else x
 
 
 def accepted(make: Callable[..., object], options: Options, flags: Flags, who: str) -> Options:

@@ -5,33 +5,29 @@ import inspect
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 import adamjax
 from adamjax import safety, schedules, training
-from adamjax._core import checks
 from adamjax._core.optional import require
 from adamjax._core.typing import ScheduleLike
-from adamjax.cli import _distributed, _flags, _train_checkpoints
+from adamjax.cli import _arguments, _distributed, _flags, _subject, _train_checkpoints, _train_objective, _train_setup
 from adamjax.cli._diagnosis import Diagnosis
 from adamjax.cli._flags import Options
+from adamjax.problems import Problem
 from adamjax.run_folder import Record, RunFolder, broadcast, next_free
-from adamjax.sharding import zero1
 
-# Skipped steps allowed in a row. The initial loss scale needs 15 to come down.
-_MAX_SKIPPED = 50
+_FAILED, _DIVERGED, _STOPPED = 1, 1, 130
 
-_DIVERGED, _STOPPED = 1, 130
-
-_NOT_IN_CONFIG = ("config", "out", "resume", *_distributed.DISTRIBUTED_FLAGS)
+# Flags of a problem. Whether an objective was given them matters, so the parser does not know these values.
+_DEFAULTS: Options = {"steps": 1000, "schedule": "warmup_cosine", "report_every": 10, "evaluate_every": 100}
 
 
 def add_parser(commands: _flags.Subparsers) -> argparse.ArgumentParser:
@@ -39,9 +35,12 @@ def add_parser(commands: _flags.Subparsers) -> argparse.ArgumentParser:
     train = commands.add_parser(
         "train",
         help="train a model and draw its curves",
-        description="Train a classifier of handwritten digits, or a problem of your own.",
+        description="Train a classifier of handwritten digits, or a model of your own. Writes config.json (the flags), "
+        f"metrics.jsonl (the losses) and curves.png to a folder. {_subject.KINDS} An objective is called once; its "
+        "reports are the metrics.",
         argument_default=argparse.SUPPRESS,
     )
+    _subject.add_argument(train, old_flag=True)
     _add_run_flags(train.add_argument_group("the run"))
     devices = train.add_argument_group(
         "many devices",
@@ -53,10 +52,12 @@ def add_parser(commands: _flags.Subparsers) -> argparse.ArgumentParser:
     _flags.add_flags(devices, _distributed.DISTRIBUTED_FLAGS)
     rate = train.add_argument_group("the learning rate")
     add = rate.add_argument
-    add("--learning-rate", type=float, default=3e-3, help="peak of the learning rate (default: 3e-3)")
-    add("--schedule", choices=_flags.SCHEDULES, default="warmup_cosine", help="schedule (default: warmup_cosine)")
+    add("--learning-rate", "--lr", type=float, default=3e-3, help="learning rate, at its peak (default: 3e-3)")
+    schedule = "course of the learning rate (default: warmup_cosine; of an objective: constant)"
+    add("--schedule", choices=_flags.SCHEDULES, help=schedule)
     _flags.add_flags(rate, _flags.SCHEDULE_OPTIONS)
     optimizer = _flags.add_optimizer(train, _flags.OPTIMIZER_HELP)
+    _arguments.add_fix(optimizer)
     optimizer.add_argument(
         "--rounding",
         choices=("stochastic_rounding", "kahan", "master_weights"),
@@ -66,21 +67,19 @@ def add_parser(commands: _flags.Subparsers) -> argparse.ArgumentParser:
         "--skip-nonfinite",
         type=int,
         metavar="N",
-        help="skip steps whose gradients are not finite, and stop after N of them in a row (always with float16, where "
-        f"N is {_MAX_SKIPPED} by default and the loss scale adapts)",
+        help="skip updates whose gradients are not finite, and stop after N of them in a row (always with float16, "
+        f"where N is {_train_setup.MAX_SKIPPED} by default and the loss scale adapts)",
     )
     return train
 
 
 def _add_run_flags(run: argparse._ArgumentGroup) -> None:
     add = run.add_argument
-    add("--problem", default="digits", help=_flags.PROBLEM_HELP)
-    add("--steps", type=int, default=1000, help="updates (default: 1000)")
-    _flags.add_flags(run, _flags.PROBLEM_OPTIONS)
+    add("--steps", type=int, help="updates (default: 1000; an objective finds them in trial.budget, by default None)")
     add("--dtype", choices=_flags.DTYPES, help="dtype of the parameters (default: the problem's own)")
-    add("--seed", type=int, default=0, help="seed of parameters, data order and loss (default: 0)")
-    add("--report-every", type=int, default=10, help="updates between lines of metrics.jsonl (default: 10)")
-    add("--evaluate-every", type=int, default=100, help="updates between validations (default: 100)")
+    add("--seed", type=int, default=0, help="seed of parameters, data order and dropout (default: 0)")
+    add("--report-every", type=int, help="updates between lines of metrics.jsonl (default: 10)")
+    add("--evaluate-every", type=int, help="updates between validations (default: 100)")
     add("--checkpoint-every", type=int, help="updates between checkpoints, which are saved at reports (default: none)")
     add("--out", type=Path, help="folder to write (default: the next free runs/train-N)")
     earlier = run.add_mutually_exclusive_group()
@@ -89,7 +88,7 @@ def _add_run_flags(run: argparse._ArgumentGroup) -> None:
         "--resume",
         type=Path,
         metavar="FOLDER",
-        help="go on with a run from its last checkpoint (from its start, if it has none); the result is that of an "
+        help="continue a run from its last checkpoint (from its start, if it has none); the result is that of an "
         "uninterrupted run, so of its flags only --checkpoint-every and those of the processes can be changed",
     )
     diagnose = "measure the update after each report, draw diagnostics.png, and print what is wrong at the end"
@@ -102,7 +101,12 @@ def run(options: Options) -> int:
     folder = options.get("resume") or options.get("out")
     with _distributed.process_group(options) as group, group.watched(folder):
         with _flags.errors_for_users(options["problem"]):
-            prepared = _prepare(options, group, group.any_process(stopped.is_set))
+            subject = _subject.load(options)
+        if _subject.is_objective(subject):
+            return _train_objective.run(subject, options)
+        options = _DEFAULTS | options
+        with _flags.errors_for_users(options["problem"]):
+            prepared = _prepare(subject, options, group, group.any_process(stopped.is_set))
         with _set_by_ctrl_c(stopped):
             return (_run_as_leader if group.is_leader else _run_as_follower)(prepared, options)
 
@@ -116,11 +120,11 @@ class _PreparedRun(NamedTuple):
     checkpoints: _train_checkpoints.Writer
 
 
-def _prepare(options: Options, group: _distributed.ProcessGroup, stop: Callable[[], bool]) -> _PreparedRun:
-    peak = checks.number("learning_rate", options["learning_rate"])
-    schedule = getattr(schedules, options["schedule"])(peak, **_flags.schedule_options(options))
-    optimizer = _make_optimizer(schedule, options, group.mesh)
-    problem = _flags.make_problem(options)
+def _prepare(
+    problem: Problem, options: Options, group: _distributed.ProcessGroup, stop: Callable[[], bool]
+) -> _PreparedRun:
+    schedule = _train_setup.make_schedule(options)
+    optimizer = _train_setup.make_optimizer(schedule, options, group.mesh)
     path = options.get("resume") or options.get("out") or Path(broadcast(str(next_free(Path("runs"), "train"))))
     history = _train_checkpoints.RunHistory()
     if "resume" in options:
@@ -150,11 +154,10 @@ def _run_as_leader(run: _PreparedRun, options: Options) -> int:
         folder.plot()
         print(f"{run.path} is finished: all its {run.history.done} steps are done")
         return 0
-    flags = {name: x for name, x in options.items() if name not in _NOT_IN_CONFIG}
-    versions = {"adamjax": version("adamjax"), "jax": jax.__version__}
-    folder.write_config({"flags": flags, "optimizer": repr(run.optimizer), "versions": versions})
+    _train_setup.write_config(folder, options, run.optimizer)
     rate = jax.jit(run.schedule)
     failure: FloatingPointError | None = None
+    failed = False
     with tqdm(total=options["steps"], initial=run.history.done, unit="step", dynamic_ncols=True) as bar:
         try:
             for report in run.reports:
@@ -168,8 +171,17 @@ def _run_as_leader(run: _PreparedRun, options: Options) -> int:
             run.checkpoints.save_if_due(report, last=True)
         except FloatingPointError as error:
             failure = error
+        except Exception:
+            # Of many processes, the group says how to resume.
+            if "checkpoint_every" not in options or jax.process_count() > 1:
+                raise
+            traceback.print_exc()
+            failed = True
         finally:
             folder.plot()
+    if failed:
+        print(f"adamjax: failed, see above; adamjax train --resume {run.path} goes on", file=sys.stderr)
+        return _FAILED
     diagnosis.finish()
     if failure is not None:
         print(f"adamjax: {failure}", file=sys.stderr)
@@ -209,19 +221,6 @@ def _exit_code(report: training.Report, options: Options) -> int:
     if report.diverged_at is not None:
         return _DIVERGED
     return 0 if report.step == options["steps"] else _STOPPED
-
-
-def _make_optimizer(schedule: ScheduleLike, options: Options, mesh: Mesh | None) -> adamjax.Transformation:
-    make = getattr(adamjax, options["optimizer"])
-    optimizer = make(schedule, **_flags.hyperparameters(make, options))
-    if "rounding" in options:
-        optimizer = getattr(adamjax, options["rounding"])(optimizer)
-    if mesh is not None:
-        optimizer = zero1(optimizer, mesh=mesh, axis=mesh.axis_names)
-    limit = options.get("skip_nonfinite")
-    if options.get("dtype") == "float16":
-        return adamjax.dynamic_loss_scale(optimizer, max_consecutive=_MAX_SKIPPED if limit is None else limit)
-    return optimizer if limit is None else adamjax.skip_nonfinite(optimizer, max_consecutive=limit)
 
 
 def _record(report: training.Report, rate: Callable[[int], jax.Array]) -> Record:

@@ -4,17 +4,22 @@ import argparse
 import inspect
 import json
 import sys
+import textwrap
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import adamjax
 from adamjax import schedules, tuning
 from adamjax._core.typing import GradientTransformation, ScalarOrSchedule
-from adamjax.cli import _flags
-from adamjax.cli._flags import Options, Subparsers
+from adamjax.cli import _arguments, _flags, _subject
+from adamjax.cli._flags import CommandError, Options, Subparsers
+from adamjax.cli._subject import Subject
 from adamjax.run_folder import next_free
-from adamjax.tuning._space import OptimizerFactory
-from adamjax.tuning._spec import optimizer_name
+from adamjax.tuning import Space
+from adamjax.tuning._space import OptimizerFactory, Range
+from adamjax.tuning._spec import has_half_precision, optimizer_name, search_space
+from adamjax.tuning._strategy import Stages, stage_groups
 
 
 def add_parsers(commands: Subparsers) -> None:
@@ -33,66 +38,80 @@ def _add_lr_range(commands: Subparsers) -> None:
     parser = commands.add_parser(
         "lr-range",
         help="find the range of usable learning rates",
-        description="Train with learning rates from far too small to far too large, and record the training loss.",
+        description="Train with learning rates from far too small to far too large, record the training loss, and "
+        f"suggest learning rates. {_subject.KINDS} An objective is called once for each learning rate.",
         argument_default=argparse.SUPPRESS,
     )
-    _add_problem(parser)
-    add = parser.add_argument
-    add("--min-lr", type=float, default=1e-6, help="smallest learning rate (default: 1e-6)")
-    add("--max-lr", type=float, default=1.0, help="largest learning rate (default: 1)")
-    add("--steps", type=int, default=200, help="updates of each run (default: 200)")
-    add("--mode", choices=("ramp", "constant"), default="ramp", help="one run, or one for each rate (default: ramp)")
-    add("--seed", type=int, default=0, help="seed of parameters, data order and loss (default: 0)")
-    add("--plot", type=Path, help="file to draw the curve to: .png, .pdf or .svg")
-    _add_format(parser)
-    _flags.add_optimizer(parser, _flags.OPTIMIZER_HELP)
+    _subject.add_argument(parser)
+    add = parser.add_argument_group("the range test").add_argument
+    add("--min-lr", type=float, help="smallest learning rate (default: 1e-6)")
+    add("--max-lr", type=float, help="largest learning rate (default: 1)")
+    add("--steps", type=int, help="updates of each run, at least 10 (default: 200; an objective: its own)")
+    modes = "ramp: one run whose learning rate grows; constant: a run for each (default: ramp; an objective: constant)"
+    add("--mode", choices=("ramp", "constant"), help=modes)
+    add("--rates", type=int, help="constant: number of learning rates (default: 32)")
+    add("--seed", type=int, help="seed of parameters, data order and dropout (default: 0)")
+    output = parser.add_argument_group("the output")
+    output.add_argument("--plot", type=Path, help="file to draw the curve to: .png, .pdf or .svg (default: none)")
+    _add_format(output)
+    _arguments.add_fix(_flags.add_optimizer(parser, _flags.OPTIMIZER_HELP))
 
 
 def _add_tune(commands: Subparsers) -> None:
     parser = commands.add_parser(
         "tune",
         help="find good hyperparameters",
-        description="Search hyperparameters by validation performance, stage after stage, then run the best few and "
-        "the defaults again with fresh seeds.",
+        description=textwrap.fill(
+            "Search hyperparameters by validation performance, stage after stage, then run the best few and the "
+            f"defaults again with fresh seeds. {_subject.KINDS}",
+            78,
+        ),
+        epilog="example:\n  adamjax tune mine:objective --trials 32 --range learning_rate=1e-4..1e-1 --fix b1=0.9",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
     )
-    _add_problem(parser)
-    add = parser.add_argument
-    add("--trials", type=int, default=64, help="settings to try (default: 64)")
-    add("--steps", type=int, default=300, help="updates of each run (default: 300)")
-    add("--metric", default="loss", help="metric of the problem to judge by (default: loss)")
+    _subject.add_argument(parser)
+    add = parser.add_argument_group("the search").add_argument
+    add("--trials", type=int, help="settings to try (default: 64)")
+    budget = "default: 300; an objective finds them in trial.budget, by default None"
+    add("--steps", type=int, help=f"updates of each run ({budget})")
+    add("--metric", help="metric to judge by (default: loss)")
     add("--mode", choices=("min", "max"), help="better value of the metric (default for the loss: min)")
     add("--stages", nargs="+", metavar="NAMES", help="arguments to vary in each stage, as in: learning_rate b1,b2")
     confirm = "how many of the best to run again, and with how many fresh seeds (default: 5 3)"
-    add("--confirm", type=int, nargs=2, default=(5, 3), metavar=("BEST", "SEEDS"), help=confirm)
-    add("--sampler", default="halton", help="halton, sobol, random, optuna or optuna:SAMPLER (default: halton)")
-    add("--storage", help="optuna: URL of a storage that several machines can share")
-    add("--seed", type=int, default=0, help="seed of the search; the seeds after it confirm (default: 0)")
-    add("--out", type=Path, help="folder to write (default: the next free runs/tune-N)")
-    add("--resume", action="store_true", default=False, help="go on with the tuning in --out")
-    _add_format(parser)
-    optimizer = _flags.add_optimizer(parser, "Hyperparameters that are given are kept; the others are searched.")
-    add = optimizer.add_argument
-    add("--schedule", choices=_flags.SCHEDULES, help="schedule of the learning rate, whose peak is searched")
-    _flags.add_flags(optimizer, _flags.SCHEDULE_OPTIONS)
+    add("--confirm", type=int, nargs=2, metavar=("BEST", "SEEDS"), help=confirm)
+    add("--sampler", help="halton, sobol, random, optuna or optuna:SAMPLER (default: halton)")
+    add("--storage", metavar="URL", help="optuna: storage that several machines can share (default: memory)")
+    add("--seed", type=int, help="seed of the search; the seeds after it confirm (default: 0)")
+    output = parser.add_argument_group("the output")
+    output.add_argument("--out", type=Path, help="folder to write (default: the next free runs/tune-N)")
+    output.add_argument("--resume", action="store_true", default=False, help="continue the tuning in --out")
+    _add_format(output)
+    optimizer = _flags.add_optimizer(parser, "Arguments that are given keep their values; the others are searched.")
+    _arguments.add_fix(optimizer)
+    _arguments.add_range(optimizer)
+    rate = parser.add_argument_group("the learning rate")
+    add = rate.add_argument
+    add("--learning-rate", "--lr", type=float, help="learning rate, at its peak (default: searched)")
+    schedule = "course of the learning rate, whose peak is searched (default: constant)"
+    add("--schedule", choices=_flags.SCHEDULES, help=schedule)
+    _flags.add_flags(rate, _flags.SCHEDULE_OPTIONS)
 
 
-def _add_problem(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("problem", nargs="?", default="digits", help=_flags.PROBLEM_HELP)
-    _flags.add_flags(parser, _flags.PROBLEM_OPTIONS)
-
-
-def _add_format(parser: argparse.ArgumentParser) -> None:
+def _add_format(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--format", choices=("table", "json"), default="table", help="output format (default: table)")
 
 
 def lr_range(options: Options) -> int:
+    if "learning_rate" in options:
+        raise CommandError("--fix learning_rate means nothing to lr-range, which varies it: leave it out")
     with _flags.errors_for_users(options["problem"]):
+        subject, make = _subject.load(options), getattr(adamjax, options["optimizer"])
+        named = {"steps": "num_steps", "rates": "num_rates"} | {k: k for k in ("min_lr", "max_lr", "mode", "seed")}
         result = tuning.lr_range_test(
-            _flags.make_problem(options),
-            num_steps=options["steps"],
-            optimizer=_optimizer_factory(options),
-            **{name: options[name] for name in ("min_lr", "max_lr", "mode", "seed")},
+            subject,
+            optimizer=_with_arguments(make, _flags.hyperparameters(make, options)),
+            **{argument: options[name] for name, argument in named.items() if name in options},
         )
         if "plot" in options:
             result.plot(options["plot"])
@@ -112,19 +131,24 @@ def lr_range(options: Options) -> int:
 
 def tune(options: Options) -> int:
     if options["resume"] and "out" not in options:
-        raise _flags.CommandError("--resume needs --out, the folder to go on with")
+        raise CommandError("--resume needs --out, the folder to go on with")
     out = options["out"] if "out" in options else next_free(Path("runs"), "tune")
     try:
         with _flags.errors_for_users(options["problem"]):
+            subject = _subject.load(options)
+            if not _subject.is_objective(subject):
+                options = {"steps": 300} | options
+            stages = [names.split(",") for names in options["stages"]] if "stages" in options else "adam"
+            optimizer = _tuned_optimizer(options)
+            names = ("trials", "steps", "sampler", "storage", "confirm", "resume", "metric", "mode", "seed")
             report = tuning.tune(
-                _flags.make_problem(options),
-                optimizer=_optimizer_factory(options),
-                stages=[names.split(",") for names in options["stages"]] if "stages" in options else "adam",
-                storage=options.get("storage"),
-                mode=options.get("mode"),
+                subject,
+                optimizer=optimizer,
+                space=_space(subject, optimizer, stages, options),
+                stages=stages,
                 out=out,
                 progress=True,
-                **{k: options[k] for k in ("trials", "steps", "sampler", "confirm", "resume", "metric", "seed")},
+                **{name: options[name] for name in names if name in options},
             )
     except KeyboardInterrupt:
         print(f"adamjax: stopped; the same command with --out {out} --resume goes on", file=sys.stderr)
@@ -152,15 +176,39 @@ def _show(report: tuning.Report, out: Path, output_format: str) -> int:
     return 0 if report.ranking else 1
 
 
-def _optimizer_factory(options: Options) -> OptimizerFactory:
-    """Return the chosen optimizer, with the schedule and the hyperparameters that are given."""
+def _tuned_optimizer(options: Options) -> OptimizerFactory:
+    """Return the chosen optimizer, with the schedule and the arguments that are given."""
     make = getattr(adamjax, options["optimizer"])
     given = _flags.hyperparameters(make, options)
+    if "learning_rate" in options:
+        given["learning_rate"] = options["learning_rate"]
     if "schedule" in options:
         make = Scheduled(make, options["schedule"], _flags.schedule_options(options))
     else:
         _flags.accepted(make, options, _flags.SCHEDULE_OPTIONS, f"{options['optimizer']} without --schedule")
+    return _with_arguments(make, given)
+
+
+def _with_arguments(make: OptimizerFactory, given: Options) -> OptimizerFactory:
     return partial(make, **given) if given else make
+
+
+def _space(subject: Subject, optimizer: OptimizerFactory, stages: Stages, options: Options) -> Space | None:
+    """Return the ranges that are given, and the default ranges of the other arguments; None if none is given."""
+    given = dict[str, Range]()
+    for name, r in options.get("range", ()):
+        if name in given:
+            raise CommandError(f"--range gives two ranges of {name}: leave one out")
+        if name in options:
+            raise CommandError(f"--range gives a range of {name}, which is also kept at {options[name]}: leave one out")
+        if name not in inspect.signature(optimizer).parameters:
+            raise CommandError(f"--range of {name} means nothing to {options['optimizer']}: leave it out")
+        given[name] = r
+    if not given:
+        return None
+    # As for a search without ranges, eps is searched only where it matters or is asked for.
+    half = "eps" in chain(*stage_groups(stages)) or (not _subject.is_objective(subject) and has_half_precision(subject))
+    return Space.of(search_space(optimizer, None, "adam", half=half).ranges | given)
 
 
 class Scheduled:

@@ -1,0 +1,444 @@
+"""The command line: what PROBLEM can name, values and ranges of arguments, and objectives."""
+
+import inspect
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from bowl import BOWL, Bowl
+
+import adamjax
+from adamjax import cli, tuning
+from adamjax.run_folder import read_metrics
+from adamjax.training import keys_of
+
+objectives = pytest.mark.skipif(not hasattr(tuning, "Search"), reason="tune takes problems alone")
+
+
+@jax.jit
+def bowl_step(optimizer, params, state, step, key):
+    grads = jax.grad(BOWL.loss)(params, BOWL.batch(step, key), None)
+    updates, state = optimizer.update(grads, state, params)
+    return adamjax.apply_updates(params, updates), state
+
+
+def objective(optimizer, trial):
+    """A loop of one's own, of the same updates as `adamjax train` does."""
+    keys = keys_of(trial.seed)
+    params = BOWL.init(keys.init)
+    state = optimizer.init(params)
+    for step in range(trial.budget or 20):
+        params, state = bowl_step(optimizer, params, state, jnp.int32(step), keys.data)
+        if step % 10 == 9:
+            trial.report(step + 1, BOWL.evaluate(params)["loss"])
+    return BOWL.evaluate(params)["loss"]
+
+
+class Averages:
+    """An objective that is an instance of a class, and that returns several metrics."""
+
+    def __init__(self, batch_size):
+        self.batch_size = batch_size
+
+    def __call__(self, optimizer, trial):
+        return {"loss": 1.0, "batch_size": self.batch_size}
+
+
+def make_bowl(batch_size=64, wall=10.0):
+    return Bowl(wall=wall)
+
+
+def make_objective():
+    return objective
+
+
+def make_nothing():
+    return None
+
+
+def make_class():
+    return Bowl
+
+
+def not_finite(optimizer, trial):
+    trial.report(0, {"loss": np.nan, "accuracy": 0.5})
+    return {"loss": np.nan, "accuracy": 0.5}
+
+
+def interrupted(optimizer, trial):
+    trial.report(3, 0.5)
+    raise KeyboardInterrupt
+
+
+def wrong(optimizer, trial):
+    return "loss"
+
+
+def broken(optimizer, trial):
+    trial.report(3, 0.5)
+    raise OSError("no such file")
+
+
+def three(optimizer, trial, epochs):
+    return 0.0
+
+
+NUMBER = 3
+
+
+@pytest.mark.parametrize("name", ["BOWL", "Bowl", "make_bowl"])
+@pytest.mark.parametrize("command", ["train", "tune", "lr-range"])
+def test_problems_and_their_factories(name, command, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    extra = {"train": ["--lr", "0.1"], "tune": ["--trials", "2", "--confirm", "1", "1"], "lr-range": []}[command]
+    assert cli.main([command, f"test_command_line:{name}", "--steps", "10", *extra]) in (0, 1)
+    assert "error" not in capsys.readouterr().err
+
+
+def test_the_old_flag_of_train_is_the_argument(tmp_path, capsys):
+    found = []
+    for i, name in enumerate((["bowl:BOWL"], ["--problem", "bowl:BOWL"])):
+        assert cli.main(["train", *name, "--steps", "5", "--out", str(tmp_path / str(i))]) == 0
+        found.append(json.loads((tmp_path / str(i) / "config.json").read_text()))
+    assert found[0] == found[1]
+    assert found[0]["flags"]["problem"] == "bowl:BOWL"
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["train", "bowl:BOWL", "--problem", "digits"])
+    assert "argument --problem: not allowed with argument PROBLEM" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["train", "--help"])
+    assert "--problem" not in capsys.readouterr().out
+
+
+def test_a_config_names_the_problem(tmp_path, capsys):
+    for problem in (["bowl:BOWL"], ["--problem=bowl:CLOSED"]):
+        config = tmp_path / "config.json"
+        config.write_text(json.dumps({"flags": {"problem": "json:nothing", "steps": 3}}))
+        assert cli.main(["train", "--config", str(config), "--out", str(tmp_path / "none")]) == 2
+        assert "problem json:nothing" in capsys.readouterr().err
+        out = tmp_path / problem[0]
+        assert cli.main(["train", "--config", str(config), *problem, "--out", str(out)]) in (0, 1)
+        assert json.loads((out / "config.json").read_text())["flags"]["problem"] == problem[0].removeprefix(
+            "--problem="
+        )
+
+
+def test_a_resumed_run_keeps_its_problem(tmp_path, capsys):
+    assert cli.main(["train", "bowl:BOWL", "--steps", "5", "--out", str(tmp_path)]) == 0
+    assert cli.main(["train", "bowl:BOWL", "--resume", str(tmp_path)]) == 0
+    for other in (["digits"], ["--problem", "bowl:CLOSED"]):
+        assert cli.main(["train", *other, "--resume", str(tmp_path)]) == 2
+        said = f"the problem was bowl:BOWL, here it is {other[-1]}: a run that is resumed goes on as it began; "
+        assert f"{said}for another one, train --config {tmp_path}/config.json {other[-1]}" in capsys.readouterr().err
+
+
+def test_a_factory_gets_the_options_of_a_problem(tmp_path, capsys):
+    assert cli.main(["train", "test_command_line:Averages", "--batch-size", "8", "--out", str(tmp_path)]) == 0
+    assert "the objective returned loss 1, batch_size 8" in capsys.readouterr().out
+
+
+EXPECTED = (
+    "expected a problem, an objective(optimizer, trial), or a factory, which has no required arguments but batch_"
+)
+
+
+@pytest.mark.parametrize("command", ["train", "tune", "lr-range"])
+@pytest.mark.parametrize(
+    ("problem", "said"),
+    [
+        ("NUMBER", f"test_command_line:NUMBER is 3, {EXPECTED}"),
+        ("three", f"test_command_line:three takes epochs, optimizer, trial, {EXPECTED}"),
+        ("Averages", "test_command_line:Averages needs --batch-size"),
+        ("make_nothing", "test_command_line:make_nothing made None, expected a problem or an objective"),
+        ("make_class", "test_command_line:make_class made <class 'bowl.Bowl'>, expected a problem or an"),
+        ("make_objective --batch-size 8", "--batch-size means nothing to test_command_line:make_objective: leave it"),
+        (
+            "objective --batch-size 8",
+            "--batch-size means nothing to test_command_line:objective, which is an objective",
+        ),
+        (
+            "BOWL --batch-size 8",
+            "--batch-size means nothing to test_command_line:BOWL, which is a problem already made",
+        ),
+    ],
+)
+def test_what_problem_cannot_name(command, problem, said, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main([command, *f"test_command_line:{problem}".split()]) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def train_objective(out, *flags, name="objective"):
+    return cli.main(["train", f"test_command_line:{name}", "--out", str(out), *flags])
+
+
+def test_train_calls_an_objective_once(tmp_path, capsys):
+    flags = ["--lr", "0.1", "--fix", "b1=0.5", "--b2", "0.9", "--seed", "3"]
+    assert train_objective(tmp_path / "own", *flags) == 0
+    said = capsys.readouterr().out
+    records = read_metrics(tmp_path / "own")
+    assert [r.keys() for r in records] == [{"step", "val_loss"}] * 2
+    assert [r["step"] for r in records] == [10, 20]
+    assert f"step 10: loss {records[0]['val_loss']:.4g}" in said
+    assert f"the objective returned loss {records[1]['val_loss']:.4g}" in said
+    assert (tmp_path / "own" / "curves.png").read_bytes().startswith(b"\x89PNG")
+    # The optimizer is that of a problem with these flags.
+    same = ["--steps=20", "--schedule=constant", "--evaluate-every=10", "--out", str(tmp_path / "problem")]
+    assert cli.main(["train", "bowl:BOWL", *flags, *same]) == 0
+    expected = [r["val_loss"] for r in read_metrics(tmp_path / "problem") if r["step"]]
+    np.testing.assert_allclose([r["val_loss"] for r in records], expected, rtol=1e-6)
+    config = json.loads((tmp_path / "own" / "config.json").read_text())
+    assert "ScaleByAdam(b1=0.5, b2=0.9" in config["optimizer"]
+    again = ["train", "--config", str(tmp_path / "own" / "config.json"), "--out", str(tmp_path / "again")]
+    assert cli.main(again) == 0
+    assert read_metrics(tmp_path / "again") == records
+
+
+def test_an_objective_gets_its_arguments_and_its_budget(tmp_path):
+    got = {}
+
+    def look(optimizer, trial):
+        names = ("number", "seed", "arguments", "budget", "optimizer")
+        got.update({name: getattr(trial, name) for name in names}, given=optimizer)
+        return 0.0
+
+    options = {"problem": "look", "optimizer": "adam", "learning_rate": 0.1, "b1": 0.5, "seed": 2}
+    for i, more in enumerate(({}, {"steps": 30, "schedule": "cosine"})):
+        assert cli._train._train_objective.run(look, options | more | {"out": tmp_path / str(i)}) == 0
+        assert got["budget"] == more.get("steps")
+        assert (got["number"], got["seed"], got["arguments"]) == (0, 2, {"learning_rate": 0.1, "b1": 0.5})
+        rate = adamjax.schedules.cosine(0.1, 30) if more else adamjax.schedules.constant(0.1)
+        assert got["optimizer"] == got["given"] == adamjax.adam(rate, b1=0.5)
+        assert read_metrics(tmp_path / str(i)) == [{"step": more.get("steps", 0), "val_loss": 0.0}]
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--checkpoint-every 5", "test_command_line:objective is an objective: it saves its own checkpoints, if any"),
+        ("--distributed --processes 1", "it chooses its own devices"),
+        ("--diagnose", "only it sees the updates, which adamjax.diagnostics measures"),
+        ("--dtype bfloat16", "it makes its own parameters"),
+        ("--report-every 10", "it reports by trial.report(step, value)"),
+        ("--evaluate-every 10", "it reports by trial.report(step, value)"),
+        ("--schedule cosine", "--schedule cosine needs --steps, the number of updates that the objective does"),
+        ("--lr -1", "Invalid learning rate: -1.0"),
+    ],
+)
+def test_what_an_objective_cannot_follow(flags, said, tmp_path, capsys):
+    assert train_objective(tmp_path / "run", *flags.split()) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert said.startswith(("--", "Invalid")) or f"{flags.split()[0]} is for problems; " in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_objective_is_not_resumed(tmp_path, capsys):
+    assert train_objective(tmp_path) == 0
+    assert cli.main(["train", "--resume", str(tmp_path)]) == 2
+    assert "it starts from the beginning, unless it loads a checkpoint of its own" in capsys.readouterr().err
+
+
+def test_objectives_that_end_badly_leave_what_they_reported(tmp_path, capsys):
+    assert train_objective(tmp_path / "a", name="not_finite") == 1
+    assert "a number that is not finite. Try a --learning-rate below 0.003" in capsys.readouterr().err
+    assert len((tmp_path / "a" / "metrics.jsonl").read_text().splitlines()) == 1  # reported and returned
+    assert train_objective(tmp_path / "b", name="interrupted") == 130
+    assert f"stopped; what was reported is in {tmp_path / 'b'}" in capsys.readouterr().err
+    with pytest.raises(OSError, match="no such file"):
+        train_objective(tmp_path / "c", name="broken")
+    for name in ("b", "c"):
+        assert read_metrics(tmp_path / name) == [{"step": 3, "val_loss": 0.5}]
+        assert (tmp_path / name / "curves.png").exists()
+    assert train_objective(tmp_path / "d", name="wrong") == 2
+    said = "test_command_line:wrong returned 'loss', expected a number or a dict of numbers"
+    assert said in capsys.readouterr().err
+    assert train_objective(tmp_path / "a") == 2
+    assert "already holds a run" in capsys.readouterr().err
+
+
+class Loader(Bowl):
+    """A problem whose data cannot be read from step 30 on."""
+
+    def batch(self, step, key):
+        def read(step):
+            if step == 30:
+                raise OSError("the disk is gone")
+            return np.zeros(4, np.float32)
+
+        return super().batch(step, key) + jax.pure_callback(read, jax.ShapeDtypeStruct((4,), jnp.float32), step)
+
+
+def test_an_error_of_the_loader_says_how_to_resume(tmp_path, capsys):
+    command = ["train", "test_command_line:Loader", "--steps", "50", "--out"]
+    assert cli.main([*command, str(tmp_path / "run"), "--checkpoint-every", "10"]) == 1
+    said = capsys.readouterr().err
+    assert "OSError: the disk is gone" in said
+    assert f"adamjax train --resume {tmp_path / 'run'} goes on" in said.splitlines()[-1]
+    assert adamjax.checkpoint.steps(tmp_path / "run" / "checkpoints")
+    assert (tmp_path / "run" / "curves.png").exists()
+    with pytest.raises(Exception, match="the disk is gone"):
+        cli.main([*command, str(tmp_path / "none")])
+
+
+def searched(monkeypatch, *flags, problem="bowl:BOWL"):
+    """The arguments that the command gives to `tune` and `lr_range_test`."""
+    found = {}
+
+    def called(subject, **arguments):
+        found.update(arguments, subject=subject)
+        raise ValueError("seen")
+
+    for name in ("tune", "lr_range_test"):
+        monkeypatch.setattr(tuning, name, called)
+    command, *others = flags
+    assert cli.main([command, problem, *others]) == 2
+    return found
+
+
+RANGES = [
+    ("learning_rate=1e-4..1e-1", {"learning_rate": tuning.Log(1e-4, 1e-1)}),
+    ("weight_decay=0..0.5", {"weight_decay": tuning.Linear(0, 0.5)}),
+    ("b1=0.8..0.95", {"b1": tuning.Linear(0.8, 0.95)}),
+    ("b1=0.05..0.5", {"b1": tuning.Log(0.05, 0.5)}),
+    ("b1=lin:0.05..0.5", {"b1": tuning.Linear(0.05, 0.5)}),
+    ("eps=log:1e-8..2e-8", {"eps": tuning.Log(1e-8, 2e-8)}),
+    ("b1=log:.1..0.9", {"b1": tuning.Log(0.1, 0.9)}),
+    ("one_minus_b1=0.01..0.3", {"one_minus_b1": tuning.Log(0.01, 0.3)}),
+    ("one_minus_b2=lin:0.01..0.3", {"one_minus_b2": tuning.Linear(0.01, 0.3)}),
+    ("amsgrad=false,torch", {"amsgrad": tuning.Choice(False, "torch")}),
+    ("nesterov=true,false", {"nesterov": tuning.Choice(True, False)}),
+    ("b2=0.9,0.99,0.999", {"b2": tuning.Choice(0.9, 0.99, 0.999)}),
+    ("mu_dtype=int8,bfloat16", {"mu_dtype": tuning.Choice(adamjax.quantized("int8"), "bfloat16")}),
+]
+
+
+@pytest.mark.parametrize(("written", "ranges"), RANGES, ids=[written for written, _ in RANGES])
+def test_a_range_replaces_the_default_one_of_its_argument(written, ranges, monkeypatch):
+    found = searched(monkeypatch, "tune", "--range", written)["space"].ranges
+    expected = tuning.Space(**ranges).ranges
+    default = searched(monkeypatch, "tune", "--range", "b1=0.8..0.9")["space"].ranges
+    assert default.keys() == {"learning_rate", "b1", "b2", "weight_decay", "amsgrad"}
+    assert found == {"b1": tuning._strategy.RANGES["b1"]} | {n: r for n, r in default.items() if n != "b1"} | expected
+
+
+def test_eps_keeps_its_range_where_it_is_searched_without_ranges(monkeypatch):
+    flags = ["tune", "--range", "b1=0.8..0.9"]
+    half = searched(monkeypatch, *flags, problem="test_command_line:HALF")["space"]
+    asked = searched(monkeypatch, *flags, "--stages", "learning_rate", "b1,eps")["space"]
+    assert half.ranges["eps"] == asked.ranges["eps"] == tuning._strategy.RANGES["eps"]
+
+
+HALF = Bowl(dtype="bfloat16")
+
+
+def test_without_a_range_the_range_test_places_the_learning_rate(monkeypatch):
+    assert searched(monkeypatch, "tune")["space"] is None
+
+
+def test_values_that_are_kept(monkeypatch):
+    for kept in (["--b1", "0.5", "--amsgrad", "torch"], ["--fix", "b1=0.5", "--fix", "amsgrad=torch"]):
+        found = searched(monkeypatch, "tune", *kept, "--lr", "0.1", "--range", "b2=0.5..0.9")
+        assert found["optimizer"].keywords == {"b1": 0.5, "amsgrad": "torch", "learning_rate": 0.1}
+        assert found["space"].ranges.keys() == {"b2", "weight_decay"}
+    assert searched(monkeypatch, "tune", "--fix", "amsgrad=false")["optimizer"].keywords == {"amsgrad": False}
+    assert searched(monkeypatch, "lr-range", "--fix", "nesterov=true")["optimizer"].keywords == {"nesterov": True}
+    assert searched(monkeypatch, "lr-range", "--mu-dtype", "int8")["optimizer"].keywords == {
+        "mu_dtype": adamjax.quantized("int8")
+    }
+
+
+def test_flags_that_are_not_given_are_not_passed(monkeypatch):
+    for problem in ("bowl:BOWL", "test_command_line:objective"):
+        found = searched(monkeypatch, "tune", problem=problem)
+        steps = {"steps"} if problem == "bowl:BOWL" else set()
+        assert found.keys() == {"subject", "optimizer", "space", "stages", "out", "progress", "resume"} | steps
+        assert searched(monkeypatch, "lr-range", problem=problem).keys() == {"subject", "optimizer"}
+    objective_steps = searched(monkeypatch, "tune", "--steps", "7", problem="test_command_line:objective")
+    assert objective_steps["steps"] == 7
+
+
+def test_flags_have_the_defaults_that_their_help_says(capsys):
+    """Those which the functions that are called have."""
+    for command, function, names in (
+        ("tune", tuning.tune, {"trials": "64", "confirm": "5 3", "sampler": "halton", "metric": "loss", "seed": "0"}),
+        ("lr-range", tuning.lr_range_test, {"min_lr": "1e-6", "max_lr": "1", "num_rates": "32", "seed": "0"}),
+    ):
+        with pytest.raises(SystemExit):
+            cli.main([command, "--help"])
+        text = re.sub(r"\s+", " ", capsys.readouterr().out)
+        for name, said in names.items():
+            default = inspect.signature(function).parameters[name].default
+            shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
+            assert type(default)(said) == default or said == shown
+            written = "--" + name.removeprefix("num_").replace("_", "-")
+            assert re.search(rf"{written} [^-]*\(default: {re.escape(said)}", text), name
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--range b1", "--range b1: expected NAME=LOW..HIGH, as in learning_rate=1e-4..1e-1, with log: or lin: before"),
+        ("--range b1=0.9", "--range b1=0.9: expected NAME=LOW..HIGH"),
+        ("--range b1=low..0.9", "--range b1=low..0.9: expected NAME=LOW..HIGH"),
+        ("--range b1=cube:0.1..0.9", "--range b1=cube:0.1..0.9: expected NAME=LOW..HIGH"),
+        ("--range one_minus_b1=0.1,0.2", "--range one_minus_b1=0.1,0.2: expected NAME=LOW..HIGH"),
+        ("--range b1=0.9..0.1", "low must be below high"),
+        ("--range b1=log:0..0.1", "a logarithmic range starts above 0"),
+        ("--range momentum=0..1", "momentum is no argument of an optimizer, expected one of learning_rate, b1, b2"),
+        ("--range amsgrad=0..1", "amsgrad is no number; list its values, as in amsgrad=false,true"),
+        (
+            "--range amsgrad=false,yes",
+            "yes is no value of amsgrad, expected one of false, true, torch, corrected, paper",
+        ),
+        ("--range b1=0.9,x", "x is no number, as b1 must be"),
+        ("--range threshold=3..9", "--range of threshold means nothing to adamw: leave it out"),
+        ("--range b1=0..0.5 --b1 0.3", "a range of b1, which is also kept at 0.3: leave one out"),
+        ("--range b1=0..0.5 --range one_minus_b1=0.1..0.5", "--range gives two ranges of b1: leave one out"),
+        ("--fix b1", "--fix b1: expected NAME=VALUE, as in b1=0.9"),
+        ("--fix b1=", "--fix b1=: nothing is no number, as b1 must be"),
+        ("--fix momentum=0.9", "momentum is no argument of an optimizer"),
+        ("--fix nesterov=1", "1 is no value of nesterov, expected one of false, true"),
+        ("--fix threshold=5", "--threshold means nothing to adamw"),
+    ],
+)
+def test_bad_values_and_ranges(flags, said, tmp_path, capsys):
+    assert cli.main(["tune", "bowl:BOWL", "--out", str(tmp_path / "run"), *flags.split()]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_lr_range_varies_the_learning_rate(capsys):
+    assert cli.main(["lr-range", "bowl:BOWL", "--fix", "learning_rate=0.1"]) == 2
+    assert "--fix learning_rate means nothing to lr-range, which varies it: leave it out" in capsys.readouterr().err
+
+
+def test_tune_over_given_ranges(tmp_path, capsys):
+    flags = ["--trials", "6", "--steps", "8", "--confirm", "1", "1", "--range", "one_minus_b1=0.3..0.5", "--lr", "0.1"]
+    assert cli.main(["tune", "bowl:BOWL", *flags, "--out", str(tmp_path), "--format", "json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert "one_minus_b1=Linear(low=0.3, high=0.5)" in found["question"]["space"]
+    assert all("learning_rate" not in t["setting"] for t in found["trials"])
+
+
+@objectives
+@pytest.mark.parametrize("name", ["objective", "make_objective"])
+def test_tune_an_objective(name, tmp_path, capsys):
+    flags = ["--trials", "4", "--steps", "20", "--confirm", "1", "1", "--range", "learning_rate=1e-2..1.0"]
+    assert cli.main(["tune", f"test_command_line:{name}", *flags, "--out", str(tmp_path), "--format", "json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["question"]["steps"] == 20
+    assert found["best"]["arguments"]["learning_rate"] > 1e-2
+
+
+@objectives
+def test_lr_range_of_an_objective(capsys):
+    flags = ["--rates", "10", "--steps", "20", "--min-lr", "1e-3", "--format", "json"]
+    assert cli.main(["lr-range", "test_command_line:objective", *flags]) in (0, 1)
+    assert "suggestions" in json.loads(capsys.readouterr().out)
