@@ -139,7 +139,7 @@ CALLS = {
     "interop.optax.wrap": Call({"opt": OPT}),
     "tuning.scale_for_batch": Call({"hparams": {"learning_rate": 0.1}, "old": 64, "new": 128}),
     "tuning.LrRange": Call({"learning_rates": RATES, "losses": 1 / RATES}),
-    "tuning.lr_range_test": Call({"problem": BOWL}, cheap=False),
+    "tuning.lr_range_test": Call({"problem": BOWL}, ("mesh",), cheap=False),
     "tuning.Choice": Call({"options": (1, "a", None)}, ("options",)),
     "tuning.Linear": Call({"low": 0.1, "high": 0.2}),
     "tuning.Log": Call({"low": 0.1, "high": 0.2}),
@@ -189,8 +189,8 @@ HELD += ["schedules.PlateauState", "sharding.Zero1State", "interop.torch.NAdamSt
 HELD += ["safety.SkipState", "safety.LossScaleState", "safety.LeafCounts"]
 BASES = ["Transformation", "schedules.Schedule", "rounding.Rounding", "tuning.Problem"]
 INNER = [f"training.{name}" for name in ("train_step", "measured_step", "gradients")]
-INNER += ["training.first_params", "training.ShardedProblem", "kernels.Fused"]
-INNER += ["safety.check_skipped", "safety.skipped"]
+INNER += [f"training.{name}" for name in ("first_model", "initial", "model_like", "model_shardings", "ShardedTask")]
+INNER += ["kernels.Fused", "safety.check_skipped", "safety.skipped", "safety.was_skipped"]
 FILES = [
     "kernels.build",
     "kernels.status",
