@@ -7,7 +7,7 @@ path, shape and dtype of every array. `restore` compares these first and raises 
 import os
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +23,15 @@ from adamjax._transforms.base import as_transformation
 FORMAT = 1
 
 
-class Checkpoint(NamedTuple):
-    """The contents of a step on disk.
+class _Fields(NamedTuple):
+    step: int
+    params: PyTree
+    state: PyTree
+    key: jax.Array | int | None
+
+
+class Checkpoint(_Fields):
+    """The contents of a step on disk: a tuple of the first four fields.
 
     Fields:
       step: The number of updates done.
@@ -34,11 +41,14 @@ class Checkpoint(NamedTuple):
       model_state: The state of the model, such as batch statistics; None if none was saved.
     """
 
-    step: int
-    params: PyTree
-    state: PyTree
-    key: jax.Array | int | None
-    model_state: PyTree = None
+    model_state: PyTree = None  # not in the tuple, which is unpacked into four
+
+    def __new__(
+        cls, step: int, params: PyTree, state: PyTree, key: jax.Array | int | None, model_state: PyTree = None
+    ) -> Self:
+        self = super().__new__(cls, step, params, state, key)
+        self.model_state = model_state
+        return self
 
 
 def save(

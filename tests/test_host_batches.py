@@ -127,7 +127,7 @@ def test_a_resumed_run_sees_the_batches_that_follow(tmp_path, starts):
     with pytest.raises(ValueError, match=r"does not fit: model_state is dict there and None here"):
         checkpoint.restore(tmp_path, OPT, like[0])
     with pytest.raises(ValueError, match="it has no model_state, and the problem is stateful"):
-        train(kind(), OPT, steps=30, start=start._replace(model_state=None))
+        train(kind(), OPT, steps=30, start=checkpoint.Checkpoint(*start))
 
 
 def test_epochs_start_a_list_again_and_drop_short_batches():
