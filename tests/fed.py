@@ -1,5 +1,7 @@
 """Problems whose batches come from the host, and what a loader can do to them."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -52,3 +54,11 @@ class FedOnHost(Fed):
         assert isinstance(x, np.ndarray)
         assert isinstance(state["count"], np.ndarray)
         return {"loss": float(((x - 3) ** 2).mean()), "mean": state["mean"].sum(), "count": int(state["count"])}
+
+
+class FedUntil12(Fed):
+    """The same, whose loader fails at step 13."""
+
+    def batches(self, seed):
+        yield from itertools.islice(super().batches(seed), 12)
+        raise OSError("no more data")

@@ -2,6 +2,7 @@
 
 import gc
 import itertools
+import json
 import os
 import pickle
 import subprocess
@@ -21,8 +22,9 @@ from jax.sharding import AxisType
 from tolerances import RECOMPILED
 
 import adamjax
-from adamjax import checkpoint, problems
+from adamjax import checkpoint, cli, problems
 from adamjax.problems._batches import AHEAD
+from adamjax.run_folder import read_metrics
 from adamjax.training import train
 from adamjax.tuning import Log, Report, Space, lr_range_test, sweep, tune
 
@@ -513,7 +515,8 @@ PROCESS = """
     port, process = sys.argv[1:]
     jax.distributed.initialize(f"localhost:{port}", 2, int(process))
     import adamjax
-    from adamjax.training import train
+    from adamjax.run_folder import read_metrics
+from adamjax.training import train
     from adamjax.tuning import sweep
     from fed import Fed, FedOnHost
     mine = lambda seed, i, x: x[4 * int(process) :][:4]  # each process has its part of the rows
@@ -551,3 +554,20 @@ def test_each_of_two_processes_has_its_part_of_the_rows(tmp_path):
         for found in swept:
             for name, x in expected.items():
                 np.testing.assert_allclose(found[name], x, rtol=1e-4, atol=1e-6)
+
+
+def test_the_command_trains_resumes_and_says_how_to_go_on(tmp_path, capsys):
+    """Also after an error of the loader, whose traceback is shown."""
+    run = ["train", "--steps=20", "--report-every=5", "--evaluate-every=20", "--checkpoint-every=5"]
+    for name in ("Fed", "FedUntil12"):
+        assert cli.main([*run, f"fed:{name}", "--out", str(tmp_path / name)]) == (1 if name == "FedUntil12" else 0)
+    errors = capsys.readouterr().err
+    assert "OSError: no more data" in errors
+    assert f"adamjax train --resume {tmp_path / 'FedUntil12'}" in errors
+    assert checkpoint.steps(tmp_path / "FedUntil12" / "checkpoints")[-1] == 10
+    config = json.loads((tmp_path / "FedUntil12" / "config.json").read_text())
+    config["flags"]["problem"] = "fed:Fed"  # with its data back
+    (tmp_path / "FedUntil12" / "config.json").write_text(json.dumps(config))
+    assert cli.main(["train", "--resume", str(tmp_path / "FedUntil12")]) == 0
+    lines = [read_metrics(tmp_path / name) for name in ("Fed", "FedUntil12")]
+    assert lines[0] == lines[1]
