@@ -515,9 +515,8 @@ PROCESS = """
     port, process = sys.argv[1:]
     jax.distributed.initialize(f"localhost:{port}", 2, int(process))
     import adamjax
-    from adamjax.run_folder import read_metrics
-from adamjax.training import train
-    from adamjax.tuning import sweep
+    from adamjax.training import train
+    from adamjax.tuning import sweep, tune
     from fed import Fed, FedOnHost
     mine = lambda seed, i, x: x[4 * int(process) :][:4]  # each process has its part of the rows
     mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -525,8 +524,10 @@ from adamjax.training import train
     settings = [{"learning_rate": lr} for lr in (0.01, 0.1, 0.3)]
     found = [sweep(kind(mine), settings, steps=12, points=2, seeds=2) for kind in (Fed, FedOnHost)]
     one = sweep(Fed(mine), settings, steps=12, points=2, seeds=2, execution="mesh", mesh=mesh)
+    tuned = tune(Fed(mine), trials=6, steps=12, confirm=(1, 2), halving=False)
+    result = np.asarray(report.params["x"]), report.metrics, [f.metrics for f in (*found, one)], tuned.searched
     with open(f"found-{process}.pkl", "wb") as file:
-        pickle.dump((np.asarray(report.params["x"]), report.metrics, [f.metrics for f in (*found, one)]), file)
+        pickle.dump(result, file)
 """
 
 
@@ -547,8 +548,12 @@ def test_each_of_two_processes_has_its_part_of_the_rows(tmp_path):
         assert process.returncode == 0, errors
     whole, settings = last(Fed()), [{"learning_rate": lr} for lr in (0.01, 0.1, 0.3)]
     expected = sweep(Fed(), settings, steps=12, points=2, seeds=2, execution="vmap").metrics
+    tuned = tune(Fed(), trials=6, steps=12, confirm=(1, 2), halving=False, execution="vmap").searched
     for i in range(2):
-        params, metrics, swept = pickle.loads((tmp_path / f"found-{i}.pkl").read_bytes())
+        params, metrics, swept, trials = pickle.loads((tmp_path / f"found-{i}.pkl").read_bytes())
+        for trial, same in zip(trials, tuned, strict=True):
+            assert trial.setting == pytest.approx(same.setting, rel=1e-2)
+            assert trial.value("loss") == pytest.approx(same.value("loss"), rel=1e-2)
         np.testing.assert_allclose(params, whole.params["x"], rtol=1e-5)
         assert metrics == pytest.approx(whole.metrics, rel=1e-5)
         for found in swept:
