@@ -50,7 +50,7 @@ def _range(text: str) -> tuple[str, Range]:
             raise CommandError(f"{where}: {_FORMS}")
         return name, Choice(*(_flags.as_argument(name, _value(where, name, x)) for x in written.split(",")))
     if keywords.get("type") is not float:
-        raise CommandError(f"{where}: {name} is no number; list its values, as in amsgrad=false,true")
+        raise CommandError(f"{where}: {name} is not a number; list its values, as in amsgrad=false,true")
     interval = _interval(where, low, high)
     return name, interval if given == name else OneMinus(interval)
 
@@ -73,7 +73,7 @@ def _interval(where: str, low: str, high: str) -> Log | Linear:
 def _keywords(where: str, name: str) -> dict[str, Any]:
     if name not in _ARGUMENTS:
         raise CommandError(
-            f"{where}: {name or 'nothing'} is no argument of an optimizer, expected one of {', '.join(_ARGUMENTS)}"
+            f"{where}: {name or 'nothing'} is not an argument of an optimizer, expected one of {', '.join(_ARGUMENTS)}"
         )
     return _ARGUMENTS[name]
 
@@ -84,8 +84,8 @@ def _value(where: str, name: str, text: str) -> Any:
     try:
         x = keywords.get("type", _flags.boolean_or_name)(text)
     except ValueError as error:
-        raise CommandError(f"{where}: {text or 'nothing'} is no number, as {name} must be") from error
+        raise CommandError(f"{where}: {text or 'nothing'} is not a number, as {name} must be") from error
     if choices and x not in choices:
         listed = ", ".join(str(c).lower() if isinstance(c, bool) else c for c in choices)
-        raise CommandError(f"{where}: {text or 'nothing'} is no value of {name}, expected one of {listed}")
+        raise CommandError(f"{where}: {text or 'nothing'} is not a value of {name}, expected one of {listed}")
     return x

@@ -46,10 +46,10 @@ HYPERPARAMETERS: Flags = {
     },
     "decay_schedule": {
         "choices": ("lr", "independent"),
-        "help": "lr: the learning rate multiplies the weight decay; independent: it does not (default: lr)",
+        "help": "factor of the weight decay: lr, the learning rate; independent, its fraction of the peak (default: lr)",
     },
-    "mu_dtype": {"choices": FORMATS, "help": "storage format of the first moment (default: the parameters' dtype)"},
-    "nu_dtype": {"choices": FORMATS, "help": "storage format of the second moment (default: the parameters' dtype)"},
+    "mu_dtype": {"choices": FORMATS, "help": "storage format of the first moment (default: float32, or wider)"},
+    "nu_dtype": {"choices": FORMATS, "help": "storage format of the second moment (default: float32, or wider)"},
     "nesterov": {"action": argparse.BooleanOptionalAction, "help": "look ahead by one step, as Nesterov's momentum"},
     "amsgrad": {
         "type": boolean_or_name,
