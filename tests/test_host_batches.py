@@ -82,7 +82,7 @@ def test_all_settings_see_the_batches_of_a_run(execution, kind):
 
 def test_blocks_of_batches_end_where_runs_are_evaluated(monkeypatch):
     whole = sweep(Fed(), SPACE, steps=17, points=3, trials=2, execution="vmap")
-    monkeypatch.setattr("adamjax.tuning._population.BLOCK_STEPS", 4)
+    monkeypatch.setattr("adamjax.tuning._blocks.BLOCK_STEPS", 4)
     problem = Fed()
     parts = sweep(problem, SPACE, steps=17, points=3, trials=2, execution="vmap")
     np.testing.assert_allclose(parts.losses, whole.losses, rtol=1e-5)
@@ -228,7 +228,7 @@ def test_a_thread_draws_no_more_than_it_needs_and_ends():
 
 def test_memory_does_not_grow_with_the_steps(monkeypatch):
     """At most so many batches live at once, however long the run."""
-    monkeypatch.setattr("adamjax.tuning._population.BLOCK_STEPS", 2)
+    monkeypatch.setattr("adamjax.tuning._blocks.BLOCK_STEPS", 2)
     alive, most = [0], [0]
 
     def freed():

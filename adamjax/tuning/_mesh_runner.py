@@ -14,16 +14,14 @@ from adamjax.problems import Problem
 from adamjax.problems._check import checked
 from adamjax.sharding import state_sharding
 from adamjax.training import Keys, ShardedTask, first_model, keys_of, model_like
+from adamjax.tuning._blocks import BatchSource, Block, mean_losses
 from adamjax.tuning._population import (
-    BatchSource,
-    Block,
     Member,
     PopulationRunner,
     Results,
     SeedInputs,
     advance_member,
     check_metric,
-    mean_losses,
     metric_names,
     structure_of,
 )

@@ -22,8 +22,8 @@ from adamjax.problems._check import checked
 from adamjax.problems._task import Model, Task
 from adamjax.schedules import Exponential
 from adamjax.training import ShardedTask, TrainStep, initial, keys_of, train_step
+from adamjax.tuning._blocks import BatchSource
 from adamjax.tuning._journal import Json, nan_to_null, null_to_nan
-from adamjax.tuning._population import BatchSource
 from adamjax.tuning._space import OptimizerFactory
 from adamjax.tuning._sweep import sweep
 
