@@ -46,7 +46,7 @@ HYPERPARAMETERS: Flags = {
     },
     "decay_schedule": {
         "choices": ("lr", "independent"),
-        "help": "factor of the weight decay: lr, the learning rate; independent, its fraction of the peak (default: lr)",
+        "help": "factor of the weight decay: lr, the learning rate; independent, its part of the peak (default: lr)",
     },
     "mu_dtype": {"choices": FORMATS, "help": "storage format of the first moment (default: float32, or wider)"},
     "nu_dtype": {"choices": FORMATS, "help": "storage format of the second moment (default: float32, or wider)"},
