@@ -1,6 +1,6 @@
 """Data of supervised problems: arrays, or loaders of batches, on the host."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -21,7 +21,7 @@ class Arrays:
         self.rows = _rows(name, (self.inputs, self.targets))
 
     def __repr__(self) -> str:
-        return _describe((self.inputs, self.targets))
+        return f"[{describe((self.inputs, self.targets))}]"
 
     def batches(self, seed: int, start: int, batch_size: int) -> Iterator[Batch]:
         """Yield the batches of a run for ever, from number `start`: in several processes, the rows of this one."""
@@ -78,11 +78,12 @@ class Loader:
             before, short = number, None
             for batch in self.epoch(opened):
                 first = first or batch
-                fits = _row_shapes(batch) == _row_shapes(first)
+                fits = row_shapes(batch) == row_shapes(first)
                 if short is not None or not fits or _rows(self._name, batch) > _rows(self._name, first):
                     raise ValueError(
-                        f"a batch of {self._name} is {_describe(short or batch)}, and the first was {_describe(first)}: "
-                        "all must have the same shapes, only the last of an epoch may have fewer rows"
+                        f"a batch of {self._name} is {describe(short or batch)}, and the first was "
+                        f"{describe(first)}: all must have the same shapes, only the last of an epoch may have fewer "
+                        "rows"
                     )
                 if _rows(self._name, batch) < _rows(self._name, first):
                     short = batch
@@ -95,13 +96,13 @@ class Loader:
             if isinstance(opened, Iterator):
                 opened = self.open(seed)
 
-    def all(self) -> Arrays:
-        """Return the rows of one pass as arrays."""
+    def read(self) -> tuple[Arrays, int]:
+        """Return the rows of one pass, and the number of those in the first batch."""
         batches = list(self.epoch(self.open(0)))
         if not batches:
-            raise ValueError(f"{self._name} has no batches")
-        self.batch_size = _rows(self._name, batches[0])
-        return Arrays(self._name, jax.tree.map(lambda *x: np.concatenate(x), *batches))
+            raise ValueError(f"{self._name} had no batch; it must yield pairs (inputs, targets)")
+        rows = _rows(self._name, batches[0])
+        return Arrays(self._name, jax.tree.map(lambda *x: np.concatenate(x), *batches)), rows
 
 
 def as_source(name: str, data: Any) -> Arrays | Loader:
@@ -156,15 +157,15 @@ def _rows(name: str, data: PyTree) -> int:
     rows = {x.shape[0] if x.ndim else 0 for x in jax.tree.leaves(data)}
     if len(rows) != 1 or 0 in rows:
         raise ValueError(
-            f"the arrays of {name} are {_describe(data)}: inputs and targets must have the same number of rows, at "
+            f"the arrays of {name} are {describe(data)}: inputs and targets must have the same number of rows, at "
             "least one, along their first axis"
         )
     return rows.pop()
 
 
-def _row_shapes(batch: Batch) -> PyTree:
-    return jax.tree.map(lambda x: (x.shape[1:], x.dtype.name), batch)
+def row_shapes(data: PyTree) -> PyTree:
+    return jax.tree.map(lambda x: x.shape[1:], data)
 
 
-def _describe(data: PyTree) -> str:
+def describe(data: PyTree) -> str:
     return ", ".join(f"{x.dtype}[{','.join(map(str, x.shape))}]" for x in jax.tree.leaves(data))

@@ -19,7 +19,7 @@ def cross_entropy(outputs: jax.Array, targets: jax.Array) -> jax.Array:
     if not is_labels(outputs, targets):
         raise ValueError(
             f"cross_entropy was given outputs {_describe(outputs)} and targets {_describe(targets)}: it takes logits "
-            "(rows, ..., classes), and targets that are integers (rows, ...) or probabilities of the shape of the logits"
+            "[rows, ..., classes], and targets that are integers [rows, ...], or probabilities in the logits' shape"
         )
     # A mask: the gradient of indexing is a scatter, which is slow.
     chosen = jax.nn.one_hot(targets, outputs.shape[-1], dtype=bool)
@@ -28,8 +28,8 @@ def cross_entropy(outputs: jax.Array, targets: jax.Array) -> jax.Array:
 
 def is_labels(outputs: Any, targets: Any) -> bool:
     """Return whether the targets are integer labels for logits."""
-    shapes = getattr(outputs, "shape", None), getattr(targets, "shape", None)
-    return None not in shapes and jnp.issubdtype(targets.dtype, jnp.integer) and shapes[1] == shapes[0][:-1]
+    arrays = all(hasattr(x, "shape") for x in (outputs, targets))  # not trees of them
+    return arrays and jnp.issubdtype(targets.dtype, jnp.integer) and targets.shape == outputs.shape[:-1]
 
 
 def mse(outputs: jax.Array, targets: jax.Array) -> jax.Array:

@@ -43,7 +43,9 @@ def as_model(model: Any, inputs: PyTree) -> Model:
         from adamjax.problems._models._nnx import Nnx
 
         return Nnx(model)
-    if "key" in arguments(model) and set(names) <= {"key"}:
+    # eqx.nn.make_with_state returns a function (*args, **kwargs).
+    made_with_state = getattr(model, "__module__", "").startswith("equinox.") and "kwargs" in arguments(model)
+    if made_with_state or ("key" in arguments(model) and set(names) <= {"key"}):
         from adamjax.problems._models._equinox import Equinox
 
         return Equinox(model)

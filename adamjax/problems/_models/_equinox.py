@@ -7,7 +7,7 @@ import equinox as eqx
 import jax
 
 from adamjax._core.typing import PyTree
-from adamjax.problems._models._parts import Named, arguments, mode
+from adamjax.problems._models._parts import Named, mode, randomness
 
 
 class Equinox:
@@ -21,11 +21,10 @@ class Equinox:
         jax.eval_shape(self._look, jax.random.key(0))
 
     def _look(self, key: jax.Array) -> None:
+        """Keep what is no array, from a module made with a traced key."""
         module, layers = _made(self._factory, key)
         params, state, self._constants = _divided(module, layers)
         self._params, self._state = Named(params), Named(state)
-        self._takes_key = "key" in arguments(module.__call__)
-        self._training, self._evaluation = mode(module.__call__, True), mode(module.__call__, False)
 
     def init(self, key: jax.Array) -> tuple[PyTree, PyTree]:
         params, state, _ = _divided(*_made(self._factory, key))
@@ -33,31 +32,30 @@ class Equinox:
 
     def train(self, params: PyTree, state: PyTree, inputs: PyTree, key: jax.Array) -> tuple[PyTree, PyTree]:
         module, layers = self._whole(params, state)
-        outputs, after = self._apply(module, layers, inputs, key, self._training)
+        outputs, after = _apply(module, layers, inputs, key, train=True)
         _, arrays, _ = _divided(module, after)
         return outputs, self._state.to_dict(arrays)
 
     def predict(self, params: PyTree, state: PyTree, inputs: PyTree) -> PyTree:
         module, layers = self._whole(params, state)
-        outputs, _ = self._apply(eqx.nn.inference_mode(module), layers, inputs, jax.random.key(0), self._evaluation)
-        return outputs
+        module = eqx.nn.inference_mode(module)
+        return _apply(module, layers, inputs, jax.random.key(0), train=False)[0]
 
     def _whole(self, params: PyTree, state: PyTree) -> tuple[Any, Any]:
         arrays, layers = self._state.to_tree(state)
         return eqx.combine(self._params.to_tree(params), arrays, self._constants), layers
 
-    def _apply(
-        self, module: Any, layers: Any, inputs: PyTree, key: jax.Array, flags: dict[str, bool]
-    ) -> tuple[PyTree, Any]:
-        rows = len(jax.tree.leaves(inputs)[0])
 
-        def one(x: PyTree, key: jax.Array) -> tuple[PyTree, Any]:
-            keys = {"key": key} if self._takes_key else {}
-            if layers is None:
-                return module(x, **keys, **flags), None
-            return module(x, layers, **keys, **flags)
+def _apply(module: Any, layers: Any, inputs: PyTree, key: jax.Array, *, train: bool) -> tuple[PyTree, Any]:
+    """Return the outputs for a batch, and the `eqx.nn.State` after it."""
+    call = type(module).__call__
+    rows = len(jax.tree.leaves(inputs)[0])
 
-        return jax.vmap(one, out_axes=(0, None), axis_name="batch")(inputs, jax.random.split(key, rows))
+    def one(x: PyTree, key: jax.Array) -> tuple[PyTree, Any]:
+        keywords = mode(call, train) | randomness(call, "key", key, train=train)
+        return (module(x, **keywords), None) if layers is None else module(x, layers, **keywords)
+
+    return jax.vmap(one, out_axes=(0, None), axis_name="batch")(inputs, jax.random.split(key, rows))
 
 
 def _made(factory: Callable[..., Any], key: jax.Array) -> tuple[Any, Any]:

@@ -39,10 +39,10 @@ class Named:
     A dict has no functions and no metadata in its structure, which might differ from one call of a factory to the next.
     """
 
-    def __init__(self, tree: PyTree, leave_out: Any = None) -> None:
-        """Take the names from `tree`, without the key `leave_out` of its paths."""
+    def __init__(self, tree: PyTree, without: tuple[Any, ...] = ()) -> None:
+        """Take the names from `tree`, but not those of the keys `without`."""
         rows, self._structure = jax.tree.flatten_with_path(tree)
-        self._names = [[_name(k) for k in path if k != leave_out] for path, _ in rows]
+        self._names = [[_name(k) for k in path if k not in without] for path, _ in rows]
 
     def to_dict(self, tree: PyTree) -> dict[str, Any]:
         named: dict[str, Any] = {}
@@ -69,9 +69,9 @@ def _name(key: Any) -> str:
 
 def arguments(f: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     """Return the parameters of `f` by name; none if it does not tell."""
-    called, *given = (f.func, *f.args) if isinstance(f, partial) else (f,)
-    if isinstance(called, type):  # the metaclasses of modules take (*args, **kwargs)
-        f = partial(called.__init__, None, *given, **(f.keywords if isinstance(f, partial) else {}))
+    known = f if isinstance(f, partial) else partial(f)
+    if isinstance(known.func, type):  # the metaclasses of modules take (*args, **kwargs)
+        f = partial(getattr(known.func, "__init__"), None, *known.args, **known.keywords)  # noqa: B009
     try:
         return dict(inspect.signature(f).parameters)
     except (TypeError, ValueError):
@@ -81,6 +81,15 @@ def arguments(f: Callable[..., Any]) -> dict[str, inspect.Parameter]:
 def mode(f: Callable[..., Any], train: bool) -> dict[str, bool]:
     """Return the keyword arguments by which `f` is told whether it trains."""
     return {name: value is train for name, value in _MODES.items() if name in arguments(f)}
+
+
+def randomness(f: Callable[..., Any], name: str, value: Any, *, train: bool) -> dict[str, Any]:
+    """Return the source of randomness as the keyword argument `name` of `f`, if it takes one.
+
+    In evaluation only if it needs one: most models are deterministic without.
+    """
+    found = arguments(f).get(name)
+    return {name: value} if found is not None and (train or found.default is found.empty) else {}
 
 
 def required(f: Callable[..., Any]) -> list[inspect.Parameter]:
