@@ -6,7 +6,6 @@ from adamjax.problems._digits import Digits as Digits
 from adamjax.problems._digits import digits as digits
 from adamjax.problems._problem import Problem as Problem
 from adamjax.problems._problem import check as check
-from adamjax.problems._supervised import Supervised as Supervised
 from adamjax.problems._supervised import supervised as supervised
 from adamjax.problems._text import Characters as Characters
 from adamjax.problems._text import characters as characters

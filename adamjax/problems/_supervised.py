@@ -33,13 +33,13 @@ class Supervised:
         loss: str | BatchFunction,
         train: Arrays | Loader,
         valid: Arrays,
-        batch_sizes: tuple[int, int],
+        batch_size: int,
+        rows_at_once: int,
         metrics: Mapping[str, str | BatchFunction],
         param_shardings: Callable[..., PyTree] | None,
     ) -> None:
-        self._arguments = (model, loss, train, valid, batch_sizes, metrics, param_shardings)
-        self._train = train
-        self._batch_size, rows_at_once = batch_sizes
+        self._arguments = (model, loss, train, valid, batch_size, rows_at_once, metrics, param_shardings)
+        self._train, self._batch_size = train, batch_size
         self._loss_of_batch = LOSSES[loss] if isinstance(loss, str) else loss
         self._rows, self._targets = valid.rows, valid.targets
         self._chunks = jax.tree.map(lambda x: _chunks(x, min(rows_at_once, valid.rows)), valid.inputs)
@@ -65,11 +65,12 @@ class Supervised:
         return type(self), self._arguments
 
     def __repr__(self) -> str:
-        model, loss, train, valid, (batch_size, _), metrics, _ = self._arguments
+        model, loss, train, valid, batch_size, _, metrics, _ = self._arguments
+        size = f"batch_size={batch_size}, " if isinstance(train, Arrays) else ""
         named = ", ".join(f"{name!r}: {_name(f)}" for name, f in metrics.items())
         return (
             f"supervised({_name(model)}, loss={_name(loss)}, train={train!r}, valid={valid!r}, "
-            f"batch_size={batch_size}, metrics={{{named}}})"
+            f"{size}metrics={{{named}}})"
         )
 
     def init(self, key: jax.Array) -> PyTree:
@@ -214,8 +215,9 @@ def supervised(
       with `nnx.Rngs(key)`. Floating point `nnx.Param`s are the parameters, all other Variables the state. `train()` and
       `eval()` of the module set its mode.
     - A function or class with an argument `key`, and no other that it needs, makes an Equinox module, or the pair of
-      one and its `eqx.nn.State`, as does what `eqx.nn.make_with_state` returns. The module is applied to one example and vmapped with the axis name "batch". Its floating
-      point JAX arrays are the parameters, all other arrays are state. `eqx.nn.inference_mode` is for evaluation.
+      one and its `eqx.nn.State`, as does what `eqx.nn.make_with_state` returns. The module is applied to one example
+      and vmapped with the axis name "batch". Its floating point arrays are the parameters, all other arrays are state.
+      `eqx.nn.inference_mode` is for evaluation.
     - A Flax Linen module: the collection "params" has the parameters, all others are state. The key of a step is that
       of "dropout".
     - What `haiku.transform` or `haiku.transform_with_state` returns.
@@ -277,14 +279,14 @@ def supervised(
         raise ValueError(f"Invalid batch_size value: {batch_size!r}; leave it out, the loaders have their own")
     size = 32 if batch_size is None else checks.count("batch_size", batch_size)
     if isinstance(batches, Arrays) and size > batches.rows:
-        raise ValueError(f"Invalid batch_size value: {size}; train has {batches.rows} rows only")
-    at_once = size
+        raise ValueError(f"Invalid batch_size value: {size}; train has {batches.rows} rows only, choose a smaller one")
+    rows_at_once = size
     if isinstance(held_out, Loader):
-        held_out, at_once = held_out.read()
+        held_out, rows_at_once = held_out.read()
     if isinstance(batches, Arrays) and row_shapes(batches.inputs) != row_shapes(held_out.inputs):
         raise ValueError(
-            f"the inputs of valid are {describe(held_out.inputs)}, and those of train {describe(batches.inputs)}: their "
-            "rows must have the same shapes"
+            f"the inputs of valid are {describe(held_out.inputs)}, and those of train {describe(batches.inputs)}: "
+            "their rows must have the same shapes"
         )
     if isinstance(loss, str):
         checks.choice("loss", loss, tuple(LOSSES))
@@ -292,7 +294,7 @@ def supervised(
         checks.function("loss", loss)
     if param_shardings is not None:
         checks.function("param_shardings", param_shardings)
-    return Supervised(model, loss, batches, held_out, (size, at_once), _checked(metrics), param_shardings)
+    return Supervised(model, loss, batches, held_out, size, rows_at_once, _checked(metrics), param_shardings)
 
 
 def _checked(metrics: Any) -> dict[str, str | BatchFunction]:
