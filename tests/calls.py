@@ -160,6 +160,15 @@ CALLS = {
     "problems.Characters": Call(),
     "problems.characters": Call(),
     "problems.check": Call({"problem": BOWL}),
+    "problems.supervised": Call(
+        {
+            "model": (jax.random.normal, jnp.multiply),
+            "loss": "mse",
+            "train": (RATES, RATES),
+            "valid": (RATES, RATES),
+        },
+        ("batch_size", "metrics", "param_shardings"),
+    ),
 }
 
 HISTORY = adamjax.diagnostics.History()
