@@ -55,8 +55,13 @@ class Workers(contextlib.AbstractContextManager["Workers"]):
         try:
             while waiting or running:
                 while waiting and len(running) < room:
-                    trial = waiting.popleft()
-                    running[self._submit(trial)] = trial
+                    try:
+                        running[self._submit(waiting[0])] = waiting[0]
+                    except Exception:
+                        if not running:
+                            raise
+                        break  # results first: they are lost if the tuning ends here
+                    waiting.popleft()
                 for future in _wait_for_one(running):
                     trial = running.pop(future)
                     outcome = self._outcome(future, trial)
