@@ -121,6 +121,48 @@ class Exponential(Schedule):
         return jnp.where(fraction < 1, init * jnp.exp(fraction * jnp.log(peak / init)), peak)
 
 
+def range_test(min_lr: Scalar = 1e-6, max_lr: Scalar = 1.0, steps: Scalar = 200) -> Exponential:
+    """Make the ramp of a range test: the learning rate grows by the same factor at each step.
+
+    Train with it for `steps` steps, record the losses, and let `tuning.LrRange` read them.
+
+    Args:
+      min_lr: The learning rate of the first step, small enough that the loss hardly changes; above 0.
+      max_lr: The learning rate of the last step, large enough that the loss blows up.
+      steps: The number of steps, at least 2.
+
+    Returns:
+      A schedule.
+
+    Raises:
+      ValueError: A number is out of range.
+      TypeError: An argument is not a number.
+
+    References:
+      Smith, 2017, https://arxiv.org/abs/1506.01186, section 3.3.
+
+    >>> import adamjax, jax, jax.numpy as jnp
+    >>> from adamjax.tuning import LrRange
+    >>> ramp = adamjax.schedules.range_test(1e-5, 10.0, steps=100)
+    >>> opt, x, losses = adamjax.adam(ramp), jnp.full(10, 3.0), []
+    >>> state = opt.init(x)
+    >>> step = jax.jit(lambda x, state: opt.step(2 * x, state, x))  # of the loss x ** 2
+    >>> for _ in range(100):
+    ...     losses.append(float(jnp.mean(x**2)))
+    ...     x, state = step(x, state)
+    >>> 0.01 < LrRange([ramp(i) for i in range(100)], losses).suggestion() < 1.0
+    True
+    """
+    if isinstance(steps, int) and not isinstance(steps, bool) and steps < 2:
+        raise ValueError(f"Invalid steps value: {steps}; steps must be at least 2")
+    for name, x in (("min_lr", min_lr), ("max_lr", max_lr)):
+        if isinstance(checks.number(name, x), float) and not x > 0:
+            raise ValueError(f"Invalid {name} value: {x!r}; {name} must be above 0: the ramp is exponential")
+    if isinstance(min_lr, float) and isinstance(max_lr, float) and min_lr >= max_lr:
+        raise ValueError(f"Invalid min_lr value: {min_lr!r}; min_lr must be below max_lr, which is {max_lr!r}")
+    return Exponential(min_lr, max_lr, steps - 1)
+
+
 @value
 class Cosine(Schedule):
     """Half a cosine from `peak` down to `end`, then constant (Loshchilov & Hutter, 2017).

@@ -20,10 +20,10 @@ def search(score, *, space=ADAM, defaults=DEFAULTS, stages="adam", trials=64, va
     try:
         batch = next(strategy)
         while True:
-            results = [Result(x, score(**x), score(**x), 0) for x in batch.settings]
+            results = [Result(x, score(**x), score(**x), None) for x in batch.settings]
             done += results
             of += [batch.stage] * len(results)
-            batch = strategy.send(results)
+            batch = strategy.send(done)
     except StopIteration:
         return done, of
 

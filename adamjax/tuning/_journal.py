@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -19,20 +19,32 @@ DEFAULTS, CONFIRM = "defaults", "confirm"
 Json = dict[str, Any]
 
 
+class Candidate(NamedTuple):
+    """A run to make: the setting of that number, with a seed."""
+
+    number: int
+    stage: str
+    setting: Setting
+    seed: int
+
+
 @dataclasses.dataclass(frozen=True)
-class Trial:
-    """One run of a setting.
+class TrialRecord:
+    """What became of one run of a setting.
 
     Fields:
       number: Number of the setting, in the order in which settings were tried.
       stage: Name of the stage it belongs to.
       setting: Keyword arguments of the optimizer.
       seed: Seed of the parameters, the data order and the loss.
-      status: "complete"; "pruned", ended early because others were better; "infeasible", diverged.
-      steps: The numbers of updates after which it was evaluated.
-      losses: Mean training loss since the evaluation before.
-      metrics: The validation metrics, by name.
+      status: "complete"; "pruned", ended early because others were better; "infeasible", diverged; "failed", for the
+        reason that `error` says.
+      steps: The numbers of updates after which it was evaluated; the steps that an objective reported.
+      losses: Mean training loss since the evaluation before; empty for an objective.
+      metrics: The validation metrics, by name: a value for each of `steps`, NaN where there is none. If an objective
+        returned another value than it reported last, that value follows.
       diverged_at: The first step (counted from 1) at which a value was not finite; 0 for none.
+      error: The reason why the trial failed, such as the type and the text of an exception; empty if it did not.
     """
 
     number: int
@@ -44,10 +56,16 @@ class Trial:
     losses: list[float]
     metrics: dict[str, list[float]]
     diverged_at: int
+    error: str = ""
 
     def value(self, metric: str) -> float:
-        """Return the last value of a metric; NaN if the run diverged."""
-        return math.nan if self.status == "infeasible" else self.metrics[metric][-1]
+        """Return the last value of a metric; NaN if the run diverged or failed, or has none."""
+        values = () if self.status in ("infeasible", "failed") else self.metrics.get(metric, ())
+        return values[-1] if values else math.nan
+
+    def curve(self, metric: str) -> list[float]:
+        """Return the values of a metric at `steps`; empty if it was not evaluated."""
+        return self.metrics.get(metric, [])[: len(self.steps)]
 
 
 class Journal:
@@ -62,7 +80,7 @@ class Journal:
     def __init__(self, path: Path | None, question: Json, *, resume: bool) -> None:
         self.path = path
         self.decisions: Json = {"question": question, "notes": []}
-        self._trials: dict[tuple[int, int], Trial] = {}
+        self._trials: dict[tuple[int, int], TrialRecord] = {}
         self._finished_bytes = 0  # of trials.jsonl, up to the end of the last finished line
         if path is None:
             return
@@ -83,8 +101,9 @@ class Journal:
             self._trials[trial.number, trial.seed] = trial
         self._finished_bytes = len(lines.encode())
 
-    def get(self, number: int, seed: int, stage: str, setting: Setting) -> Trial | None:
-        """Return the trial of that number and seed if it has ended already, else None."""
+    def get(self, candidate: Candidate) -> TrialRecord | None:
+        """Return the record of a run that has ended already, else None."""
+        number, stage, setting, seed = candidate
         trial = self._trials.get((number, seed))
         if trial is None:
             return None
@@ -104,7 +123,7 @@ class Journal:
     def note(self, text: str) -> None:
         self.decide(notes=[*self.decisions["notes"], text])
 
-    def write(self, trials: Iterable[Trial]) -> None:
+    def write(self, trials: Iterable[TrialRecord]) -> None:
         """Keep trials that have ended; leave those that are kept already as they are."""
         new = {(t.number, t.seed): t for t in trials if (t.number, t.seed) not in self._trials}
         self._trials |= new
@@ -125,19 +144,19 @@ def parse_decisions(text: str, path: Path) -> Json:
     return decisions
 
 
-def parse_trials(lines: str, path: Path) -> list[Trial]:
+def parse_trials(lines: str, path: Path) -> list[TrialRecord]:
     trials = []
     for i, line in enumerate(lines.splitlines(), start=1):
         try:
             fields = json.loads(line)
             curves = {k: null_to_nan(x) for k, x in fields["metrics"].items()}
-            trials.append(Trial(**fields | {"losses": null_to_nan(fields["losses"]), "metrics": curves}))
+            trials.append(TrialRecord(**fields | {"losses": null_to_nan(fields["losses"]), "metrics": curves}))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"line {i} of {path / 'trials.jsonl'} is not a trial ({error!r}): remove it") from error
     return trials
 
 
-def append_trials(path: Path, finished_bytes: int, trials: Iterable[Trial]) -> int:
+def append_trials(path: Path, finished_bytes: int, trials: Iterable[TrialRecord]) -> int:
     """Write a line for each trial after the first `finished_bytes`, and sync the file; return its new size."""
     lines = "".join(json.dumps(json_trial(t), allow_nan=False) + "\n" for t in trials).encode()
     with open(path, "ab") as file:
@@ -148,7 +167,7 @@ def append_trials(path: Path, finished_bytes: int, trials: Iterable[Trial]) -> i
     return finished_bytes + len(lines)
 
 
-def json_trial(trial: Trial) -> Json:
+def json_trial(trial: TrialRecord) -> Json:
     """Return the fields of a trial in JSON's types; numbers that are not finite become null."""
     curves = {k: nan_to_null(x) for k, x in trial.metrics.items()}
     fields = dataclasses.asdict(dataclasses.replace(trial, setting={}))

@@ -6,7 +6,7 @@ from typing import Any
 
 from adamjax._core.optional import require
 from adamjax.tuning._space import Choice, Linear, OneMinus, Range, Setting, Space
-from adamjax.tuning._strategy import Round, Strategy
+from adamjax.tuning._strategy import Result, Round, Strategy
 
 # Optuna is an optional dependency, so its types are not named here.
 Sampler = Any  # a name, or Optuna's sampler or study
@@ -48,27 +48,38 @@ def open_study(sampler: Sampler, storage: Storage, name: str, *, mode: str, seed
 def optuna_search(space: Space, defaults: Setting, study: Study, *, trials: int, at_once: int) -> Strategy:
     """Try the defaults, then `trials` settings that the study proposes, `at_once` in each round.
 
-    The study is told that a diverged trial failed, whether its value is NaN or infinite, and that a trial
-    that ended early was pruned. It is not told the result of the defaults, which may lie outside the space.
+    The study is told that a trial failed if its value is NaN or infinite, and that a trial that ended early was
+    pruned. It is not told the result of the defaults, which may lie outside the space. Rounds at the end may be empty:
+    they wait for results that are not known yet.
     """
     optuna = require("optuna", "tune", PURPOSE)
-    states = optuna.trial.TrialState
     distributions = {name: _distribution(space.ranges[name]) for name in space.free}
-    first = [defaults]
-    while trials or first:
-        asked = [study.ask(distributions) for _ in range(min(trials, at_once))]
-        trials -= len(asked)
-        settings = [_setting(space, trial.params) for trial in asked]
-        results = yield Round("optuna", [*first, *settings], space)
-        for trial, result in zip(asked, results[len(first) :], strict=True):
-            if math.isfinite(result.score):
-                study.tell(trial, result.value)
-            elif result.pruned_at:
-                trial.report(result.value, result.pruned_at)
-                study.tell(trial, state=states.PRUNED)
-            else:
-                study.tell(trial, state=states.FAIL)
-        first = []
+    settings = [defaults]
+    untold: dict[int, Any] = {}  # trials of the study, by the number of the setting
+    asked = 0
+    while True:
+        for number in range(asked + 1, asked + 1 + min(trials - asked, at_once)):
+            untold[number] = trial = study.ask(distributions)
+            settings.append(_setting(space, trial.params))
+        asked += min(trials - asked, at_once)
+        results = yield Round("optuna", settings, space)
+        for number in [n for n in untold if not math.isnan(results[n].score)]:
+            _tell(optuna, study, untold.pop(number), results[number])
+        settings = []
+        if asked == trials and not untold:
+            return
+
+
+def _tell(optuna: Any, study: Study, trial: Any, result: Result) -> None:
+    states = optuna.trial.TrialState
+    if math.isfinite(result.score):
+        study.tell(trial, result.value)
+    elif result.pruned_at is not None:
+        if not math.isnan(result.value):
+            trial.report(result.value, result.pruned_at)
+        study.tell(trial, state=states.PRUNED)
+    else:
+        study.tell(trial, state=states.FAIL)
 
 
 def _distribution(r: Range) -> Any:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from adamjax._core.optional import require
-from adamjax.tuning._journal import Trial
+from adamjax.tuning._journal import TrialRecord
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,15 +35,15 @@ class Axis(NamedTuple):
 class PlotData(NamedTuple):
     """The trials of a search, and how to judge them."""
 
-    trials: Sequence[Trial]
+    trials: Sequence[TrialRecord]
     metric: str
     mode: str
-    best: Trial | None
-    defaults: Trial | None
+    best: TrialRecord | None
+    defaults: TrialRecord | None
 
     @property
     def values(self) -> np.ndarray:
-        """float[trials]: the last value of the metric; NaN for diverged trials."""
+        """float[trials]: the last value of the metric; NaN for diverged and failed trials."""
         return np.asarray([t.value(self.metric) for t in self.trials])
 
     @property
@@ -109,20 +109,27 @@ def hyperparameters(data: PlotData) -> "Figure":
     return figure
 
 
-def curves(data: PlotData) -> "Figure":
-    """Plot the metric of each trial against the step."""
+def curves(data: PlotData) -> "Figure | None":
+    """Plot the metric of each trial against the step; return None if no trial was evaluated on its way."""
+    if not any(trial.curve(data.metric) for trial in data.trials):
+        return None
     figure, (panel,) = _panels(1, width=7.0)
     limits = _limits(data, curves=True)
     for trial in data.trials:
-        panel.plot(trial.steps, trial.metrics[data.metric], color=OTHERS, linewidth=0.8)
+        panel.plot(*_curve(trial, data.metric), color=OTHERS, linewidth=0.8)
     for marked, colour, label in ((data.defaults, DEFAULTS, "defaults"), (data.best, BEST, "best")):
         if marked is not None:
-            panel.plot(marked.steps, marked.metrics[data.metric], color=colour, linewidth=2, label=label)
+            panel.plot(*_curve(marked, data.metric), color=colour, linewidth=2, label=label)
     panel.set(xlabel="step", ylabel=f"validation {data.metric}", ylim=limits, yscale=_scale(limits))
     _label_log_axes(panel)
     if panel.get_legend_handles_labels()[0]:
         panel.legend()
     return figure
+
+
+def _curve(trial: TrialRecord, metric: str) -> tuple[Sequence[int], Sequence[float]]:
+    values = trial.curve(metric)
+    return trial.steps[: len(values)], values
 
 
 def heat_map(data: PlotData) -> "Figure | None":
@@ -208,7 +215,7 @@ def _panels(count: int, *, width: float = 3.4, height: float = 3.6) -> tuple["Fi
 
 def _limits(data: PlotData, *, curves: bool = False) -> tuple[float, float]:
     """Return limits from the best value to the 90 % quantile: far worse values would flatten the rest."""
-    values = np.concatenate([t.metrics[data.metric] for t in data.trials]) if curves else data.values
+    values = np.concatenate([t.curve(data.metric) for t in data.trials]) if curves else data.values
     values = values[np.isfinite(values)]
     if not values.size:
         return 0.0, 1.0

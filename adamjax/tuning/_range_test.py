@@ -2,9 +2,9 @@
 
 import dataclasses
 import itertools
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,9 @@ from adamjax.schedules import Exponential
 from adamjax.training import ShardedTask, TrainStep, initial, keys_of, train_step
 from adamjax.tuning._blocks import BatchSource
 from adamjax.tuning._journal import Json, nan_to_null, null_to_nan
+from adamjax.tuning._objective import Objective, RunTrials, check_objective, first_losses, run_here
 from adamjax.tuning._space import OptimizerFactory
+from adamjax.tuning._spec import is_problem
 from adamjax.tuning._sweep import sweep
 
 if TYPE_CHECKING:
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 # learning rate where training is half done, and longer runs get there with smaller learning rates.
 METHODS = {"ramp": ("valley", "steep", "minimum/10"), "constant": ("valley", "minimum/10")}
 MIN_POINTS = 10  # of a curve
+OBJECTIVE_RATES = 12  # that a range test of an objective tries
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -211,29 +214,32 @@ class LrRange:
 
 
 def lr_range_test(
-    problem: Problem,
+    problem: Problem | Objective,
     *,
     min_lr: float = 1e-6,
     max_lr: float = 1.0,
     num_steps: int = 200,
-    mode: str = "ramp",
-    num_rates: int = 32,
+    mode: str | None = None,
+    num_rates: int | None = None,
     optimizer: OptimizerFactory = adamw,
     seed: int = 0,
     mesh: Mesh | None = None,
 ) -> LrRange:
     """Train with learning rates from far too small to far too large, and record the training loss.
 
+    An objective is called with each of a few constant learning rates, until it reports a value for the first time.
+
     Args:
-      problem: The problem to train.
+      problem: The problem to train, or an objective whose values are losses; see `tune`.
       min_lr: The smallest learning rate, small enough that the loss hardly changes.
       max_lr: The largest learning rate, large enough that the loss blows up.
-      num_steps: Number of updates of each run, at least 10.
+      num_steps: Number of updates of each run, at least 10; without meaning for an objective.
       mode: "ramp": one run, whose learning rate grows exponentially from `min_lr` to `max_lr`; the curve is its losses
         up to the first that is not finite. "constant": a run for each of `num_rates` learning rates, from the same
         parameters and with the same batches; the curve is the mean loss of the last quarter of each, NaN if it
-        diverged. It costs `num_rates` times as much, and is less noisy.
-      num_rates: Number of learning rates that "constant" tries, at least 10.
+        diverged. It costs `num_rates` times as much, and is less noisy. None for "ramp", or for "constant", the only
+        one there is, if it is an objective; the curve is then the first value that it reports.
+      num_rates: Number of learning rates that "constant" tries, at least 10. None for 32, or 12 for an objective.
       optimizer: Called with `learning_rate` (a schedule for "ramp", a number for "constant"), returns the optimizer.
       seed: Seed of the parameters, the data order and the keys of the loss.
       mesh: Devices that train one model together, as in `adamjax.training.train`. None: one device; all of them if
@@ -255,7 +261,9 @@ def lr_range_test(
     >>> 1e-3 < result.suggestion() < 1e-1
     True
     """
-    checks.choice("mode", mode, tuple(METHODS))
+    modes, rates_by_default = (tuple(METHODS), 32) if is_problem(problem) else (("constant",), OBJECTIVE_RATES)
+    mode = checks.choice("mode", mode, (*modes, None)) or modes[0]
+    num_rates = rates_by_default if num_rates is None else num_rates
     low, high = checks.number("min_lr", min_lr), checks.number("max_lr", max_lr)
     if low <= 0:
         raise ValueError(f"Invalid min_lr value: {min_lr!r}; min_lr must be above 0: the range is logarithmic")
@@ -265,6 +273,9 @@ def lr_range_test(
         checks.count(name, x, MIN_POINTS)
     checks.function("optimizer", optimizer)
     checks.integer("seed", seed)
+    if not is_problem(problem):
+        check_objective(problem)
+        return objective_range_test(partial(run_here, problem), optimizer, (low, high, num_rates), {}, seed)
     if mode == "ramp":
         task = checked(problem, seed)
         if mesh is None and task.is_fed and jax.process_count() > 1:
@@ -282,6 +293,20 @@ def lr_range_test(
         problem, settings, optimizer=optimizer, steps=num_steps, seeds=[seed], points=4, execution=order, mesh=mesh
     )
     return LrRange(rates, np.where(swept.infeasible, np.nan, swept.losses[:, 0, -1]), mode)
+
+
+def objective_range_test(
+    run: RunTrials, optimizer: OptimizerFactory, rates: tuple[float, float, int], facts: dict[str, Any], seed: int
+) -> LrRange:
+    """Run a range test of an objective.
+
+    Args:
+      run: Runs trials of the objective.
+      rates: The smallest and the largest learning rate, and how many to try.
+      facts: Arguments of `Trial`.
+    """
+    points = np.geomspace(*rates)
+    return LrRange(points, np.asarray(first_losses(run, optimizer, points, facts=facts, seed=seed)), "constant")
 
 
 def _ramp(task: Task, opt: Transformation, steps: int, seed: int) -> np.ndarray:

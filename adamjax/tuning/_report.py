@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +18,7 @@ from adamjax._core.optional import require
 from adamjax._core.typing import GradientTransformation
 from adamjax.tuning import _journal, _plots
 from adamjax.tuning._html import page
-from adamjax.tuning._journal import CONFIRM, Json, Trial
+from adamjax.tuning._journal import CONFIRM, Json, TrialRecord
 from adamjax.tuning._plots import PlotData
 from adamjax.tuning._range_test import LrRange
 from adamjax.tuning._space import OptimizerFactory, Setting
@@ -108,7 +109,7 @@ class Report:
     """
 
     question: Json
-    trials: Sequence[Trial]
+    trials: Sequence[TrialRecord]
     defaults: Setting
     make: OptimizerFactory | None
     range_test: LrRange | None
@@ -117,12 +118,12 @@ class Report:
     notes: Sequence[str] = ()
 
     @property
-    def searched(self) -> list[Trial]:
+    def searched(self) -> list[TrialRecord]:
         """The trials of the search, in order."""
         return sorted((t for t in self.trials if t.stage != CONFIRM), key=lambda t: t.number)
 
     @property
-    def ranking(self) -> list[Trial]:
+    def ranking(self) -> list[TrialRecord]:
         """The complete trials of the search, best first."""
         complete = [t for t in self.searched if t.status == "complete"]
         return sorted(complete, key=lambda t: self._sign * t.value(self._metric))
@@ -145,10 +146,15 @@ class Report:
         """The setting with the best mean among those confirmed; if none was, the best of the search.
 
         Raises:
-          ValueError: Every trial diverged.
+          ValueError: Every trial diverged or failed, or none has ended yet.
         """
         confirmed = [c.setting for c in self.confirmed if math.isfinite(c.mean)]
         settings = confirmed or [t.setting for t in self.ranking]
+        searched = self.searched
+        if not settings and not searched:
+            raise ValueError("no trial has ended yet")
+        if not settings and (failed := self._failed):
+            raise ValueError(f"all {len(searched)} trials failed, most often with: {_commonest_error(failed)}")
         if not settings:
             raise ValueError(
                 f"all {len(self.searched)} trials diverged: lower the range of the learning rate, "
@@ -164,8 +170,11 @@ class Report:
         diverged = sum(t.status == "infeasible" for t in searched) / max(len(searched), 1)
         if diverged >= MANY_DIVERGED:
             warnings.append(f"{diverged:.0%} of the trials diverged: the ranges are too wide, or training is unstable")
+        if failed := self._failed:
+            share = len(failed) / len(searched)
+            warnings.append(f"{share:.0%} of the trials failed, most often with: {_commonest_error(failed)}")
         if not self.ranking:
-            return (*warnings, "every trial diverged: there is no best setting")
+            return (*warnings, f"{self._none_good}: there is no best setting")
         best = self.best.arguments
         for name, (low, high) in self.explored.items():
             fraction = _plots.make_axis(name, [low, high, best[name]]).fractions[2]
@@ -212,6 +221,8 @@ class Report:
             (mean, spread), values = _journal.nan_to_null((c.mean, c.spread)), _journal.nan_to_null(c.values)
             facts = {"mean": mean, "spread": spread, "values": values, "indistinguishable": c.tied}
             confirmed.append({"setting": _journal.json_setting(c.setting)} | facts)
+        # A folder has them in the order in which they ended.
+        in_order = sorted(self.trials, key=lambda t: (t.stage == CONFIRM, t.number, t.seed))
         content = {
             "question": self.question,
             "best": best,
@@ -221,7 +232,7 @@ class Report:
             "warnings": self.warnings,
             "range_test": self.range_test and self.range_test.suggestions,
             "execution": self.execution,
-            "trials": [_journal.json_trial(t) for t in self.trials],
+            "trials": [_journal.json_trial(t) for t in in_order],
         }
         return json.dumps(content, indent=2, allow_nan=False)
 
@@ -262,7 +273,7 @@ class Report:
             figure.savefig(path / f"{name}.png", dpi=120)
         pictures = {name: (path / f"{name}.png").read_bytes() for name in figures}
         (path / "report.json").write_text(self.to_json() + "\n")
-        best = str(self.best) if self.ranking else "every trial diverged"
+        best = str(self.best) if self.ranking else self._none_good
         question = self.question | {"execution": self.execution}
         (path / "report.html").write_text(page(best, self.table(), self.warnings, pictures, question), encoding="utf-8")
 
@@ -293,6 +304,17 @@ class Report:
         return f"Report({len(self.searched)} trials of {self.question['problem']}{best})"
 
     @property
+    def _failed(self) -> list[TrialRecord]:
+        return [t for t in self.searched if t.status == "failed"]
+
+    @property
+    def _none_good(self) -> str:
+        """The reason why there is no best setting."""
+        if not self.searched:
+            return "no trial has ended yet"
+        return "every trial failed" if self._failed else "every trial diverged"
+
+    @property
     def _metric(self) -> str:
         return str(self.question["metric"])
 
@@ -306,6 +328,10 @@ class Report:
         best = self.best.arguments if self.ranking else None
         marked = [next((t for t in searched if t.setting == setting), None) for setting in (best, self.defaults)]
         return PlotData(searched, self._metric, self.question["mode"], *marked)
+
+
+def _commonest_error(failed: Sequence[TrialRecord]) -> str:
+    return Counter(t.error for t in failed).most_common(1)[0][0]
 
 
 def _indistinguishable(values: Sequence[float], best: Sequence[float], sign: int) -> bool:

@@ -2,12 +2,13 @@
 
 import dataclasses
 import hashlib
-import importlib
 import inspect
 import itertools
 import json
+import sys
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -19,24 +20,29 @@ from adamjax.optimizers import adamw
 from adamjax.problems import Problem
 from adamjax.tuning._journal import Json
 from adamjax.tuning._optuna import Sampler, Storage
-from adamjax.tuning._space import OptimizerFactory, Setting, Space, stable_repr
+from adamjax.tuning._space import Choice, OptimizerFactory, Setting, Space, stable_repr
 from adamjax.tuning._strategy import RANGES, Stages, stage_groups
 from adamjax.tuning._sweep import make_optimizer
 
+if TYPE_CHECKING:
+    from typing_extensions import TypeIs
+
 SAMPLERS = ("halton", "sobol", "random")
+
+Subject = Problem | Callable[..., Any] | str  # what trials train: a problem, an objective, or a name for it
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Spec:
-    """The arguments of `tune` that decide its result, checked."""
+    """The arguments of a search that decide its result, checked."""
 
-    problem: Problem
+    problem: Subject
     optimizer: OptimizerFactory
     space: Space  # to search; see `search_space`
     stages: Stages
     sampler: Sampler
     trials: int
-    steps: int
+    steps: int | None
     confirm: Sequence[int] | None
     metric: str
     mode: str
@@ -44,7 +50,8 @@ class Spec:
 
     def __post_init__(self) -> None:
         for name, least in (("trials", 1), ("steps", 1), ("seed", 0)):
-            object.__setattr__(self, name, checks.count(name, getattr(self, name), least))
+            if name != "steps" or self.steps is not None:
+                object.__setattr__(self, name, checks.count(name, getattr(self, name), least))
         confirm = self.confirm
         if confirm is not None:
             if not isinstance(confirm, Sequence) or len(confirm) != 2:
@@ -72,9 +79,10 @@ class Spec:
     @cached_property
     def question(self) -> Json:
         """The specification in JSON's types, as the journal and the report keep it."""
+        shapes = {"parameters": parameter_summary(self.problem)} if is_problem(self.problem) else {}
         return {
-            "problem": problem_name(self.problem),
-            "parameters": parameter_summary(self.problem),
+            "problem": subject_name(self.problem),
+            **shapes,
             "optimizer": optimizer_name(self.optimizer),
             "space": stable_repr(self.space),
             "stages": self.stages if isinstance(self.stages, str) else list(map(list, stage_groups(self.stages))),
@@ -87,10 +95,13 @@ class Spec:
         return hashlib.sha256(json.dumps(self.question).encode()).hexdigest()[:12]
 
 
-def search_space(optimizer: OptimizerFactory, space: Space | None, stages: Stages, *, half: bool) -> Space:
+def search_space(
+    optimizer: OptimizerFactory, space: Space | None, stages: Stages, *, half: bool, structures: bool = True
+) -> Space:
     """Return the arguments in `stages` of `space`, or of Adam's ranges of the arguments that `optimizer` takes.
 
-    Arguments that `functools.partial` fixes are not searched, nor is eps unless `half` is True or a stage names it.
+    Arguments that `functools.partial` fixes are not searched. Nor are, unless a stage names them, eps if `half` is
+    False, and choices, which change the structure of the optimizer, if `structures` is False.
     """
     if stages != "adam" and (isinstance(stages, str) or not isinstance(stages, Sequence)):
         kind = ValueError if isinstance(stages, str) else TypeError
@@ -108,6 +119,8 @@ def search_space(optimizer: OptimizerFactory, space: Space | None, stages: Stage
         any_name = any(p.kind is p.VAR_KEYWORD for p in takes.values())
         known = [name for name in RANGES if (any_name or name in takes) and name not in fixed]
         ranges = {name: RANGES[name] for name in known if half or name != "eps" or asked}
+        if not structures and not asked:
+            ranges = {name: r for name, r in ranges.items() if not isinstance(r, Choice)}
     for name in asked:
         if name not in known:
             raise ValueError(f"Invalid stages value: {name!r} has no range, only {', '.join(known)}; add one to space")
@@ -123,20 +136,29 @@ def _fixed_arguments(optimizer: OptimizerFactory) -> set[str]:
 
 
 def optimizer_name(optimizer: Callable[..., object]) -> str:
-    """Return an expression for the optimizer, such as adamjax.adamw, as far as there is one."""
+    """Return an expression for an optimizer or another function, such as adamjax.adamw, as far as there is one."""
     if isinstance(optimizer, partial):
         keywords = (f"{k}={stable_repr(x)}" for k, x in optimizer.keywords.items())
         given = [optimizer_name(optimizer.func), *map(stable_repr, optimizer.args), *keywords]
         return f"functools.partial({', '.join(given)})"
-    if not hasattr(optimizer, "__qualname__"):
+    if not hasattr(optimizer, "__qualname__") or not optimizer.__module__:
         return stable_repr(optimizer)
     package, name = optimizer.__module__.split(".")[0], optimizer.__qualname__
-    public = getattr(importlib.import_module(package), name, None) is optimizer
+    public = getattr(sys.modules.get(package), name, None) is optimizer
     return f"{package if public else optimizer.__module__}.{name}"
 
 
-def problem_name(problem: Problem) -> str:
-    """Return the `repr` of the problem, or its class if that would be an address."""
+def is_problem(x: object) -> "TypeIs[Problem]":
+    """Return whether `x` is meant as a problem, rather than as an objective, which is a function."""
+    return any(hasattr(x, name) for name in ("init", "loss", "evaluate")) or not (isinstance(x, str) or callable(x))
+
+
+def subject_name(problem: Subject) -> str:
+    """Return the name of an objective; or the `repr` of a problem, or its class if that would be an address."""
+    if isinstance(problem, str):
+        return problem
+    if not is_problem(problem):
+        return optimizer_name(problem)
     return type(problem).__qualname__ if type(problem).__repr__ is object.__repr__ else stable_repr(problem)
 
 
@@ -153,7 +175,9 @@ def has_half_precision(problem: Problem) -> bool:
 
 
 def abstract_params(problem: Problem) -> PyTree:
-    return jax.eval_shape(problem.init, jax.eval_shape(jax.random.key, 0))
+    stateful = getattr(problem, "stateful", False)
+    first = (lambda key: problem.init(key)[0]) if stateful else problem.init
+    return jax.eval_shape(first, jax.eval_shape(jax.random.key, 0))
 
 
 def check_sampler(sampler: Sampler, storage: Storage) -> None:

@@ -42,12 +42,13 @@ class Round(NamedTuple):
 
 class Result(NamedTuple):
     setting: Setting
-    score: float  # lower is better; inf if the trial diverged or was pruned
+    score: float  # lower is better; inf if the trial diverged, failed or was pruned; NaN if it is not known yet
     value: float  # of the metric, the last
-    pruned_at: int  # the step at which the trial was pruned; 0 if it was not
+    pruned_at: int | None  # the step at which the trial was pruned; None if it was not
 
 
 Stages = str | Sequence[str | Sequence[str]]  # "adam", or the arguments of each stage
+# It proposes rounds, and is sent the results of all settings that it has proposed, in order.
 Strategy = Generator[Round, list[Result], None]
 
 
@@ -103,28 +104,31 @@ def staged_search(
     region, done = space, list[Result]()
     settings = [defaults]
     for i, stage in enumerate(stages):
-        best = min(done, key=lambda r: r.score).setting if done else defaults
+        ranked = sorted((r for r in done if not math.isnan(r.score)), key=lambda r: r.score)
+        best = ranked[0].setting if ranked else defaults
         if all(isinstance(region.ranges[name], Choice) for name in stage.arguments):
             searched = Space.of({name: region.ranges[name] for name in stage.arguments})
-            settings += _with_other_choices(region, stage, sorted(done, key=lambda r: r.score), best)
+            tried = [r.setting for r in done]
+            settings += _with_other_choices(region, stage, ranked, tried, best)
         else:
             ranges = {n: r if n in stage.arguments else Choice(best[n]) for n, r in region.ranges.items()}
             searched = Space.of(ranges)
             points = searched.points(stage.trials, method=method, seed=seed + i)
             settings += [{n: _rounded(ranges[n], x) for n, x in point.items()} for point in points]
         if settings:
-            done += yield Round(stage.name, settings, searched)
+            done = yield Round(stage.name, settings, searched)
         settings = []
         region = _region_after(region, stage, done, valid)
     if settings:
         yield Round("defaults", settings, region)
 
 
-def _with_other_choices(region: Space, stage: Stage, done: Sequence[Result], best: Setting) -> list[Setting]:
+def _with_other_choices(
+    region: Space, stage: Stage, ranked: Sequence[Result], tried: Sequence[Setting], best: Setting
+) -> list[Setting]:
     """Return the best settings so far with each of the other choices."""
-    bases = [r.setting for r in done if math.isfinite(r.score)] or [best]
+    bases = [r.setting for r in ranked if math.isfinite(r.score)] or [best]
     choices = [r.options for name in stage.arguments if isinstance(r := region.ranges[name], Choice)]
-    tried = [r.setting for r in done]
     untried: list[Setting] = []
     for base, options in itertools.product(bases, itertools.product(*choices)):
         setting = base | dict(zip(stage.arguments, options, strict=True))
@@ -135,9 +139,12 @@ def _with_other_choices(region: Space, stage: Stage, done: Sequence[Result], bes
 
 def _region_after(region: Space, stage: Stage, done: Sequence[Result], valid: Callable[[Setting], bool]) -> Space:
     """Return the space to search after a stage; only the ranges of its arguments change."""
-    feasible = sorted((r for r in done if math.isfinite(r.score)), key=lambda r: r.score)
+    known = [r for r in done if not math.isnan(r.score)]
+    if not known:
+        return region
+    feasible = sorted((r for r in known if math.isfinite(r.score)), key=lambda r: r.score)
     top = [r.setting for r in feasible[: max(3, stage.trials // 4)]]
-    best = top[0] if top else done[0].setting
+    best = top[0] if top else known[0].setting
     ranges = dict(region.ranges)
     for name in stage.arguments:
         r = ranges[name]

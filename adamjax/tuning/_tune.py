@@ -1,11 +1,10 @@
 """The tuning itself: a range test, the search, then the best few and the defaults again with fresh seeds."""
 
 import contextlib
-import dataclasses
-import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from jax.sharding import Mesh
 
@@ -13,25 +12,31 @@ from adamjax._core import checks
 from adamjax._core.optional import require
 from adamjax.optimizers import adamw
 from adamjax.problems import Problem
-from adamjax.tuning._journal import Journal, json_setting
-from adamjax.tuning._mesh_runner import make_runner
-from adamjax.tuning._optuna import Sampler, Storage, Study, open_study, optuna_search
-from adamjax.tuning._range_test import MIN_POINTS, LrRange, lr_range_test
+from adamjax.tuning._executors import Executor, Workers
+from adamjax.tuning._mesh_runner import MeshRunner, Runner, make_runner
+from adamjax.tuning._objective import Objective, RunTrials, check_first, check_objective, run_here
+from adamjax.tuning._optuna import Sampler, Storage
+from adamjax.tuning._range_test import MIN_POINTS, LrRange, lr_range_test, objective_range_test
 from adamjax.tuning._report import Report
 from adamjax.tuning._scheduler import TrialScheduler
-from adamjax.tuning._space import Log, OptimizerFactory, Space
-from adamjax.tuning._spec import Spec, check_sampler, has_half_precision, search_space
-from adamjax.tuning._strategy import MIN_STAGE_TRIALS, RANGES, Stages, plan_stages, staged_search
-from adamjax.tuning._sweep import progress_bar, resolve_mode
+from adamjax.tuning._search import Search
+from adamjax.tuning._space import OptimizerFactory, Space
+from adamjax.tuning._spec import is_problem
+from adamjax.tuning._strategy import Stages
+from adamjax.tuning._sweep import progress_bar
+from adamjax.tuning._trial import Trial
 
-MARGIN = 3.0  # factor by which the search of the learning rate exceeds the band of the range test
+STEPS = 300  # of a run of a problem
+MIN_REPORTS = 8  # of the first trial of an objective, for a range test to be worth it
+RATES = (1e-6, 10.0, 14)  # of the range test of an objective: the smallest, the largest, and how many
+HERE = "one trial after another"
 
 
 def tune(
-    problem: Problem,
+    problem: Problem | Objective,
     *,
     trials: int = 64,
-    steps: int = 300,
+    steps: int | None = None,
     optimizer: OptimizerFactory = adamw,
     space: Space | None = None,
     stages: Stages = "adam",
@@ -39,6 +44,8 @@ def tune(
     storage: Storage = None,
     confirm: Sequence[int] | None = (5, 3),
     halving: bool | str = "auto",
+    range_test: LrRange | str | None = "auto",
+    executor: Executor = None,
     out: str | Path | None = None,
     resume: bool = True,
     metric: str = "loss",
@@ -59,10 +66,20 @@ def tune(
     lie; if the very best lies on the edge of a logarithmic range, the range moves beyond it instead. At the
     end, the best few and the defaults are trained again with fresh seeds, which decides the winner.
 
+    A training loop of one's own is tuned as an objective: a function `objective(optimizer, trial)` that trains with
+    `optimizer` and returns the metric at the end, a number, or a dict of metrics. See `Trial` for what it can ask and
+    report. Optimizers of all trials have one structure, so a jitted step that takes the optimizer as an argument
+    compiles once; hence AMSGrad, which changes the structure, is searched only if `space` or `stages` names it, and eps
+    likewise, since the dtype of the parameters is unknown. An objective that raises an exception, or whose metric
+    is not finite, makes a failed trial, and the search goes on; but an error in the first trial, that of the defaults,
+    is raised at once. The range test follows the first trial, if that reported at least 8 times: the objective is
+    called with each of 14 constant learning rates until it first reports.
+
     Args:
-      problem: The problem to train.
+      problem: The problem to train, or an objective.
       trials: Number of settings to try, the defaults included; the runs that confirm are extra.
-      steps: Number of updates of each run.
+      steps: Number of updates of each run, 300 unless it is given. An objective finds it as `trial.budget`, which is
+        None by default.
       optimizer: Called with a setting, returns the optimizer; see `sweep`.
       space: The ranges to search, by the names of the optimizer's arguments. All others keep the
         defaults of `optimizer`. None for those of Adam's hyperparameters that `optimizer` takes.
@@ -75,22 +92,35 @@ def tune(
       halving: Whether the worse half of each round of trials ends after a quarter of the steps, and half of
         the rest after half of the steps; the others go on in smaller programs. "auto" halves if the
         measured time of a few steps says that this saves more than it costs to compile the smaller
-        programs. On a busy machine, that decision can differ between runs.
+        programs. On a busy machine, that decision can differ between runs. For an objective, anything but False
+        ends trials as `Trial.report` describes.
+      range_test: "auto" makes a range test. Or one of your own, an `LrRange`; None for no range test.
+      executor: An executor to run trials of an objective side by side: a `concurrent.futures.Executor` (a process pool,
+        of `process_pool` for one; `mpi4py.futures.MPIPoolExecutor`; dask's `Client.get_executor(retries=0)`), or
+        anything with its `submit`, such as submitit's; or a function without arguments that makes one. None runs them
+        one after another in this process. The trials of a round run at once, as many as there are workers. A trial
+        whose worker dies is tried once more, alone, then it has failed. An executor that broke is made again, by the
+        function, or as a `ProcessPoolExecutor` with equal arguments; others end the tuning, which goes on with `out`.
       out: Folder for the report, and for each trial as soon as it ends; None to write nothing.
       resume: Whether to continue a tuning that the folder holds. The result is that of an uninterrupted
         run, unless other machines share the study. If False, such a folder is refused.
       metric: The metric of the problem, at the end of a run, that settings are judged by.
       mode: "min" or "max", whichever value is better. None means "min" for the loss; other metrics need it.
       seed: Seed of the search; the seeds after it are those that confirm.
-      execution, mesh, memory, progress: See `sweep`.
+      execution, mesh, memory: See `sweep`; not for objectives.
+      progress: See `sweep`; for objectives, the bar counts trials.
 
     Returns:
       A `Report`; if `out` is given, it is saved there.
 
     Raises:
       ValueError: An argument is out of range, the problem does not return `metric`, `mode` is missing or unknown,
-        Optuna refuses the storage, or the folder holds another tuning.
-      TypeError: `problem` is not a `Problem`, `mesh` is not a mesh, or `optimizer` does not take a setting.
+        Optuna refuses the storage, the folder holds another tuning, an argument is not for objectives or not for
+        problems, or the metric of the first trial of an objective is not finite.
+      TypeError: `problem` is neither a `Problem` nor a function of an optimizer and a trial, `mesh` is not a mesh,
+        `optimizer` does not take a setting, or an objective cannot be pickled for the executor.
+      RuntimeError: The executor is broken and cannot be made again, or the worker of the first trial died twice.
+      Exception: Whatever the objective raises in the first trial.
       FileExistsError: The folder holds a tuning, and `resume` is False.
       ImportError: A package of the extra `tune` is not installed.
 
@@ -103,79 +133,146 @@ def tune(
     >>> report = tune(adamjax.problems.digits(), trials=8, steps=50, confirm=None)
     >>> report.best.optimizer == adamjax.adamw(**report.best.arguments)
     True
+
+    A loop of one's own, whose step compiles once for all trials:
+
+    >>> import jax, jax.numpy as jnp
+    >>> @jax.jit
+    ... def step(optimizer, state, x):
+    ...     return optimizer.step(jax.grad(lambda x: (x - 3) ** 2)(x), state, x)
+    >>> def objective(optimizer, trial):
+    ...     x = jax.random.normal(jax.random.key(trial.seed))
+    ...     state = optimizer.init(x)
+    ...     for i in range(20):
+    ...         x, state = step(optimizer, state, x)
+    ...         trial.report(i, abs(x - 3))
+    ...     return abs(x - 3)
+    >>> report = tune(objective, trials=8, confirm=(2, 2))
+    >>> step._cache_size()
+    1
     """
-    checks.choice("halving", halving, (True, False, "auto"))
-    checks.choice("resume", resume, (False, True))
     checks.choice("progress", progress, (False, True))
-    checks.function("optimizer", optimizer)
-    check_sampler(sampler, storage)
     if out is not None:
         for module in ("matplotlib", "sklearn"):
             require(module, "tune", "the report")
-    runner = make_runner(problem, metric, seed=seed, execution=execution, mesh=mesh, memory=memory)
-    searched = search_space(optimizer, space, stages, half=has_half_precision(problem))
-    mode = resolve_mode(metric, mode)
-    spec = Spec(problem, optimizer, searched, stages, sampler, trials, steps, confirm, metric, mode, seed)
-    study = None if spec.is_staged else open_study(sampler, storage, f"adamjax-{spec.digest}", mode=mode, seed=seed)
-    journal = Journal(None if out is None else Path(out), spec.question, resume=resume)
-    journal.decide(defaults=json_setting(spec.defaults))
-    range_test = _range_test(spec, journal)
-    if space is None and range_test is not None and range_test.suggestions:
-        searched = _around_band(range_test, spec)
-    runs = spec.trials + (0 if spec.confirm is None else (spec.confirm[0] + 1) * spec.confirm[1])
-    with progress_bar(spec.steps * runs, shown=progress) as bar:
-        scheduler = TrialScheduler(spec, runner, journal, bar)
-        _search(spec, searched, study, scheduler, halving)
-        explored, notes = journal.decisions["explored"], journal.decisions["notes"]
-        facts = (spec.defaults, optimizer, range_test, explored, runner.execution, notes)
-        report = Report(spec.question, scheduler.ended, *facts)
-        if spec.confirm is not None and report.ranking:
-            scheduler.confirm(report.ranking[: spec.confirm[0]], spec.confirm[1])
-            report = dataclasses.replace(report, trials=scheduler.ended)
+    given = None if isinstance(range_test, str) else range_test
+    if isinstance(range_test, str):
+        checks.choice("range_test", range_test, ("auto",))
+    runner = None
+    if is_problem(problem):
+        if executor is not None:
+            one = "a problem's trials are one program on all devices: only objectives have an executor"
+            raise ValueError(f"Invalid executor value: {executor!r}; {one}")
+        runner = make_runner(problem, metric, seed=seed, execution=execution, mesh=mesh, memory=memory)
+        steps = STEPS if steps is None else steps
+    else:
+        _check_for_objective(problem, executor, execution=execution, mesh=mesh, memory=memory)
+    search = Search(
+        space, optimizer=optimizer, trials=trials, steps=steps, stages=stages, sampler=sampler, storage=storage,
+        confirm=confirm, halving=halving, range_test=given, problem=problem,
+        out=out, resume=resume, metric=metric, mode=mode, seed=seed,
+    )  # fmt: skip
+    tests = isinstance(range_test, str) and "range_test" not in search.journal.decisions
+    if runner is not None:
+        _tune_problem(search, runner, tests=tests, halving=halving, progress=progress)
+    elif not is_problem(problem):
+        _tune_objective(search, problem, executor, tests=tests, progress=progress)
+    report = search.report()
     if out is not None:
         report.save(out)
     return report
 
 
-def _search(spec: Spec, space: Space, study: Study, scheduler: TrialScheduler, halving: bool | str) -> None:
-    """Run the search round by round: by stages, or by a study of Optuna's."""
-    trials = spec.trials - 1
-    if study is None:
-        stages = plan_stages(space, spec.stages, trials)
-        largest, rounds = max((s.trials for s in stages), default=0), len(stages)
-        method, seed, valid = spec.sampler, spec.seed, scheduler.is_valid
-        strategy = staged_search(space, spec.defaults, stages, method=method, seed=seed, valid=valid)
-    else:
-        largest = max(MIN_STAGE_TRIALS, spec.trials // 8)
-        rounds = math.ceil(trials / largest)
-        strategy = optuna_search(space, spec.defaults, study, trials=trials, at_once=largest)
-    scheduler.prepare(capacity=largest + 1, rounds=rounds, halving=halving)
-    with contextlib.suppress(StopIteration):
-        proposed = next(strategy)
-        while True:
-            proposed = strategy.send(scheduler.search(proposed))
+def _tune_problem(search: Search, runner: Runner, *, tests: bool, halving: bool | str, progress: bool) -> None:
+    """Run the trials of a problem, a round in one program."""
+    if tests:
+        search.narrow(_range_test(search, runner.mesh if isinstance(runner, MeshRunner) else None))
+    with progress_bar((search.spec.steps or 0) * search.size, shown=progress) as bar:
+        scheduler = TrialScheduler(search.spec, runner, search.journal, bar)
+        largest, rounds = search.plan()
+        scheduler.prepare(capacity=largest + 1, rounds=rounds, halving=halving)
+        while candidates := search.next_round():
+            for record in scheduler.run(candidates):
+                search.record(record)
 
 
-def _around_band(range_test: LrRange, spec: Spec) -> Space:
-    """Return the space to search, with learning rates around the band of a range test."""
-    low, high = range_test.band[0] / MARGIN, range_test.band[1] * MARGIN
-    if not spec.is_staged:  # Optuna's samplers do not leave their range, so the range is only widened
-        low, high = min(low, RANGES["learning_rate"].at(0)), max(high, RANGES["learning_rate"].at(1))
-    near = Log(float(f"{low:.2g}"), float(f"{high:.2g}"))
-    return Space.of(spec.space.ranges | {"learning_rate": near})
+def _range_test(search: Search, mesh: Mesh | None) -> LrRange | None:
+    """Make a range test of a problem with the defaults; None if the optimizer takes no schedule."""
+    spec = search.spec
+    make = _with_defaults(search)
+    if make is None or not is_problem(spec.problem):
+        return None
+    try:
+        steps = min(max(spec.steps or 0, MIN_POINTS), 200)
+        return lr_range_test(spec.problem, num_steps=steps, optimizer=make, seed=spec.seed, mesh=mesh)
+    except (TypeError, ValueError) as error:
+        search.journal.note(f"no range test of the learning rate: {error}")
+        return None
 
 
-def _range_test(spec: Spec, journal: Journal) -> LrRange | None:
-    """Return the journal's range test, or make one with the defaults; None if the optimizer takes no schedule."""
-    if "range_test" not in journal.decisions:
-        result = None
-        if "learning_rate" in spec.defaults:
-            others = {name: x for name, x in spec.defaults.items() if name != "learning_rate"}
-            steps, make = min(max(spec.steps, MIN_POINTS), 200), partial(spec.optimizer, **others)
-            try:
-                result = lr_range_test(spec.problem, num_steps=steps, optimizer=make, seed=spec.seed)
-            except (TypeError, ValueError) as error:
-                journal.note(f"no range test of the learning rate: {error}")
-        journal.decide(range_test=result and result.to_json())
-    content = journal.decisions["range_test"]
-    return content and LrRange.from_json(content)
+def _with_defaults(search: Search) -> OptimizerFactory | None:
+    """Return the function that makes an optimizer from a learning rate; None if it takes none."""
+    spec = search.spec
+    if "learning_rate" not in spec.defaults:
+        return None
+    return partial(spec.optimizer, **{name: x for name, x in spec.defaults.items() if name != "learning_rate"})
+
+
+def _check_for_objective(objective: Objective, executor: Executor, **others: object) -> None:
+    """Check an objective, and the arguments of `tune` that depend on whether there is one."""
+    check_objective(objective)
+    for name, x in others.items():
+        if x not in (None, "auto"):
+            raise ValueError(f"Invalid {name} value: {x!r}; an objective runs as it will: {name} is for problems")
+    if executor is not None and not (callable(executor) or callable(getattr(executor, "submit", None))):
+        kind = "executor must have a submit as those of concurrent.futures have, or be a function that makes one"
+        raise TypeError(f"Invalid executor value: {executor!r}; {kind}")
+
+
+def _tune_objective(search: Search, objective: Objective, executor: Executor, *, tests: bool, progress: bool) -> None:
+    """Run the trials of an objective: the defaults, a range test, and then round after round."""
+    with contextlib.ExitStack() as stack:
+        workers = None if executor is None else stack.enter_context(Workers(executor, objective))
+        search.journal.decide(execution=HERE if workers is None else f"side by side by a {workers.name}")
+        bar = stack.enter_context(progress_bar(search.size, shown=progress))
+        if bar is not None:
+            bar.unit = "trial"
+        run = partial(run_here, objective) if workers is None else workers.run
+        defaults = search.ask_defaults()
+        if defaults is not None:
+            _run_trials(search, run, [defaults], bar)
+        if tests:
+            search.narrow(_range_test_of_objective(search, run))
+        if workers is None:
+            _run_trials(search, run, search, bar)
+            return
+        while trials := search.ask_round():
+            _run_trials(search, run, trials, bar)
+
+
+def _run_trials(search: Search, run: RunTrials, trials: Iterable[Trial], bar: Any) -> None:
+    """Run trials and tell their results; raise the error of the defaults."""
+    for outcome in run(trials):
+        check_first(outcome)
+        search.tell(outcome.trial, outcome.value, error=outcome.error)
+        if bar is not None:
+            bar.update(1)
+
+
+def _range_test_of_objective(search: Search, run: RunTrials) -> LrRange | None:
+    """Make a range test of an objective if it reports often enough to cost little; None if not."""
+    spec, make = search.spec, _with_defaults(search)
+    defaults = search.ended(0, spec.seed)
+    if make is None or defaults is None:
+        return None
+    if len(defaults.steps) < MIN_REPORTS:
+        search.journal.note(
+            f"no range test of the learning rate: the objective reports fewer than {MIN_REPORTS} times; pass "
+            "range_test=, an LrRange of your own (see adamjax.schedules.range_test)"
+        )
+        return None
+    facts = {"budget": spec.steps, "metric": spec.metric, "mode": spec.mode}
+    result = objective_range_test(run, make, RATES, facts, spec.seed)
+    if not result.suggestions:
+        search.journal.note(f"the range test determines no learning rate: {', '.join(result.warnings)}")
+    return result

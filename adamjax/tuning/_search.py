@@ -1,0 +1,381 @@
+"""The search: it says which settings to try, is told the results, and reports."""
+
+import math
+from collections import deque
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from adamjax._core import checks
+from adamjax.optimizers import adamw
+from adamjax.tuning._journal import CONFIRM, DEFAULTS, Candidate, Journal, TrialRecord, json_setting
+from adamjax.tuning._optuna import Sampler, Storage, open_study, optuna_search
+from adamjax.tuning._range_test import LrRange
+from adamjax.tuning._report import Report
+from adamjax.tuning._space import Log, OptimizerFactory, Setting, Space
+from adamjax.tuning._spec import Spec, Subject, check_sampler, has_half_precision, is_problem, search_space
+from adamjax.tuning._strategy import (
+    MIN_STAGE_TRIALS,
+    RANGES,
+    Result,
+    Round,
+    Stages,
+    Strategy,
+    plan_stages,
+    staged_search,
+)
+from adamjax.tuning._sweep import make_optimizer, resolve_mode
+from adamjax.tuning._trial import NO_MEDIANS, Medians, Trial, Value
+
+MARGIN = 3.0  # factor by which the search of the learning rate exceeds the band of the range test
+
+Run = tuple[int, int]  # number of the setting, and seed
+
+
+class Search:
+    """A search to ask for trials and to tell their results: `tune`, for those who own the loop over trials.
+
+    The first trial is that of the defaults. Then come the rounds that `tune` describes, and at the end the trials that
+    confirm the best settings with fresh seeds. Any number of trials may be asked before they are told, and they may be
+    told in any order. A round is chosen by the results known when its first trial is asked: those that are missing
+    count as unknown.
+
+    Args:
+      space, optimizer, trials, stages, sampler, storage, confirm, metric, mode, seed: See `tune`.
+      steps: A number that each trial finds as its `budget`; None for no such number.
+      halving: "auto" or True: `Trial.report` ends trials that are worse than the others. False: none end early.
+      range_test: A range test of the learning rate, to search around its band unless a `space` is given; see `narrow`.
+      problem: A problem or an objective that the trials train, or a name for it, which the report has.
+      out: Folder that keeps each trial as soon as it is told; None to keep nothing.
+      resume: Whether to continue a search that the folder holds. Trials that it was told are not asked again; others
+        are, with the same number, arguments and seed. If False, such a folder is refused.
+
+    Raises:
+      ValueError: An argument is out of range, `mode` is missing or unknown, Optuna refuses the storage, or the folder
+        holds another search.
+      TypeError: An argument has a wrong type, or `optimizer` does not take a setting.
+      FileExistsError: The folder holds a search, and `resume` is False.
+      ImportError: A package of the extra `tune` is not installed.
+
+    >>> import math
+    >>> from adamjax.tuning import Search
+    >>> search = Search(trials=16, confirm=None)
+    >>> for trial in search:  # the same as: while (trial := search.ask()) is not None
+    ...     search.tell(trial, abs(math.log10(trial.arguments["learning_rate"] / 0.01)))
+    >>> 0.005 < search.report().best.arguments["learning_rate"] < 0.02
+    True
+    """
+
+    def __init__(
+        self,
+        space: Space | None = None,
+        *,
+        optimizer: OptimizerFactory = adamw,
+        trials: int = 64,
+        steps: int | None = None,
+        stages: Stages = "adam",
+        sampler: Sampler = "halton",
+        storage: Storage = None,
+        confirm: Sequence[int] | None = (5, 3),
+        halving: bool | str = "auto",
+        range_test: LrRange | None = None,
+        problem: Subject = "search",
+        out: str | Path | None = None,
+        resume: bool = True,
+        metric: str = "loss",
+        mode: str | None = None,
+        seed: int = 0,
+    ) -> None:
+        checks.choice("halving", halving, (True, False, "auto"))
+        checks.choice("resume", resume, (False, True))
+        checks.function("optimizer", optimizer)
+        check_sampler(sampler, storage)
+        _check_range_test(range_test)
+        own = is_problem(problem)
+        half = is_problem(problem) and has_half_precision(problem)
+        searched = search_space(optimizer, space, stages, half=half, structures=own)
+        mode = resolve_mode(metric, mode)
+        self.spec = spec = Spec(
+            problem, optimizer, searched, stages, sampler, trials, steps, confirm, metric, mode, seed
+        )
+        name = f"adamjax-{spec.digest}"
+        self._study = None if spec.is_staged else open_study(sampler, storage, name, mode=mode, seed=seed)
+        self.journal = Journal(None if out is None else Path(out), spec.question, resume=resume)
+        self.journal.decide(defaults=json_setting(spec.defaults))
+        self._prunes, self._narrows = halving is not False, space is None
+        self._strategy: Strategy | None = None
+        self._exhausted = False
+        self._rounds = 0  # that the strategy has proposed
+        self._proposed: list[Candidate] = []  # by it, in order
+        self._confirming: list[Candidate] = []
+        self._queue = deque[Candidate]()  # what is to be asked next
+        self._asked: dict[Run, Candidate] = {}
+        self._ended: dict[Run, TrialRecord] = {}
+        if range_test is not None:
+            self.narrow(range_test)
+
+    @property
+    def size(self) -> int:
+        """The number of trials, those that confirm included; fewer are asked if the best include the defaults."""
+        confirm = self.spec.confirm
+        return self.spec.trials + (0 if confirm is None else (confirm[0] + 1) * confirm[1])
+
+    def ask(self) -> Trial | None:
+        """Return the next trial to run; None if the search and its confirmation have been handed out.
+
+        Raises:
+          RuntimeError: Only the trials that confirm are left, and trials of the search have not been told.
+        """
+        if (defaults := self.ask_defaults()) is not None:
+            return defaults
+        while (asked := self._from_queue(1)) == [] and (fresh := self.next_round()):
+            self._queue.extend(fresh)
+        return asked[0] if asked else None
+
+    def ask_defaults(self) -> Trial | None:
+        """Return the trial of the defaults, the first; None if any trial has been asked, or it has ended before."""
+        if self._proposed:
+            return None
+        self._queue.extend(self._propose([self.spec.defaults], DEFAULTS))
+        asked = self._from_queue(1)
+        return asked[0] if asked else None
+
+    def ask_round(self) -> list[Trial]:
+        """Return all trials that can be asked before results are needed; none if all have been handed out.
+
+        Results of some decide nothing about the others, so that they can run side by side.
+
+        Raises:
+          RuntimeError: Only the trials that confirm are left, and trials of the search have not been told.
+        """
+        while (asked := self._from_queue(len(self._queue))) == [] and (fresh := self.next_round()):
+            self._queue.extend(fresh)
+        return asked
+
+    def __iter__(self) -> Iterator[Trial]:
+        while (trial := self.ask()) is not None:
+            yield trial
+
+    def tell(self, trial: Trial, value: Value, *, error: str = "") -> None:
+        """Tell the result of a trial, which is kept at once.
+
+        Args:
+          trial: The trial, or a copy of it that another process has pickled with what it reported.
+          value: The metric at the end, a number; a dict of metrics, the one that settings are judged by among them;
+            None for a trial that failed; or "pruned". A metric that is NaN or infinite makes it a failed trial.
+          error: The reason why a trial failed, for the report.
+
+        Raises:
+          ValueError: The trial is not one of this search, or has been told before; or the metric is missing.
+          TypeError: `trial` is not a `Trial`, or a value is not a number.
+        """
+        if not isinstance(trial, Trial):
+            raise TypeError(f"Invalid trial value: {trial!r}; trial must be one that ask() returned")
+        run = (trial.number, trial.seed)
+        asked = self._asked.get(run)
+        if asked is None or (trial._search, trial.stage) != (self.spec.digest, asked.stage):
+            raise ValueError(f"{trial} is not a trial of this search: tell the search that asked for it")
+        if run in self._ended:
+            raise ValueError(f"{trial} has been told before: a trial has one result")
+        if not isinstance(error, str):
+            raise TypeError(f"Invalid error value: {error!r}; error must be a text")
+        if isinstance(value, str) and value != "pruned":
+            raise ValueError(f'Invalid value value: {value!r}; value must be a number, a dict, None or "pruned"')
+        self.record(trial.record(value, error))
+
+    def record(self, record: TrialRecord) -> None:
+        """Keep the record of a run that has ended."""
+        self.journal.write([record])
+        self._ended[record.number, record.seed] = record
+
+    def ended(self, number: int, seed: int) -> TrialRecord | None:
+        """Return the record of a run, also one that the folder held; None if it has not ended."""
+        return self._ended.get((number, seed))
+
+    def narrow(self, range_test: LrRange | None) -> None:
+        """Search learning rates around the band of a range test, unless a `space` was given.
+
+        It can be called until the second trial is asked. None decides that there is no range test.
+
+        Raises:
+          RuntimeError: The second trial has been asked.
+          ValueError: The folder holds the search with another range test.
+          TypeError: `range_test` is not an `LrRange`.
+        """
+        _check_range_test(range_test)
+        if self._strategy is not None:
+            raise RuntimeError("the search goes on without a range test: call narrow before the second trial is asked")
+        content = range_test and range_test.to_json()
+        if self.journal.decisions.get("range_test", content) != content:
+            raise ValueError("Invalid range_test value: the search has another one already; choose another folder")
+        self.journal.decide(range_test=content)
+
+    def report(self) -> Report:
+        """Return the report of the trials told so far."""
+        decisions = self.journal.decisions
+        runs = [(c.number, c.seed) for c in (*self._proposed, *self._confirming)]
+        ended = [self._ended[run] for run in runs if run in self._ended]
+        facts = (decisions.get("explored", {}), decisions.get("execution", ""), decisions["notes"])
+        return Report(self.spec.question, ended, self.spec.defaults, self.spec.optimizer, self._range_test, *facts)
+
+    def plan(self) -> tuple[int, int]:
+        """Return the number of trials of the largest round, besides the defaults, and the number of rounds."""
+        trials = self.spec.trials - 1
+        if self._study is not None:
+            largest = max(MIN_STAGE_TRIALS, self.spec.trials // 8)
+            return largest, math.ceil(trials / largest)
+        stages = plan_stages(self._searched_space(), self.spec.stages, trials)
+        return max((s.trials for s in stages), default=0), len(stages)
+
+    def next_round(self) -> list[Candidate]:
+        """Return the runs of the next round, those that the folder holds included; none after the last round."""
+        while not self._exhausted:
+            try:
+                proposed = self._strategy.send(self._results()) if self._strategy else next(self._begin())
+            except StopIteration:
+                self._exhausted = True
+                break
+            self._rounds += 1
+            if fresh := self._propose_round(proposed):
+                return fresh
+            if self._untold():
+                break
+        return self._confirmation()
+
+    def _begin(self) -> Strategy:
+        """Begin the search of all but the defaults."""
+        spec, space = self.spec, self._searched_space()
+        self.journal.decide(range_test=self.journal.decisions.get("range_test"))
+        if self._study is None:
+            stages, method = plan_stages(space, spec.stages, spec.trials - 1), spec.sampler
+            place = (space, spec.defaults, stages)
+            self._strategy = staged_search(*place, method=method, seed=spec.seed, valid=self._is_valid)
+        else:
+            trials, at_once = spec.trials - 1, self.plan()[0]
+            self._strategy = optuna_search(space, spec.defaults, self._study, trials=trials, at_once=at_once)
+        return self._strategy
+
+    @property
+    def _range_test(self) -> LrRange | None:
+        content = self.journal.decisions.get("range_test")
+        return content and LrRange.from_json(content)
+
+    def _searched_space(self) -> Space:
+        """Return the space to search, with learning rates around the band of the range test."""
+        spec, range_test = self.spec, self._range_test
+        if not self._narrows or range_test is None or not range_test.suggestions:
+            return spec.space
+        low, high = range_test.band[0] / MARGIN, range_test.band[1] * MARGIN
+        if not spec.is_staged:  # Optuna's samplers do not leave their range, so the range is only widened
+            low, high = min(low, RANGES["learning_rate"].at(0)), max(high, RANGES["learning_rate"].at(1))
+        near = Log(float(f"{low:.2g}"), float(f"{high:.2g}"))
+        return Space.of(spec.space.ranges | {"learning_rate": near})
+
+    def _is_valid(self, setting: Setting) -> bool:
+        try:
+            make_optimizer(self.spec.optimizer, setting, 0)
+        except (TypeError, ValueError):
+            return False
+        return True
+
+    def _propose_round(self, proposed: Round) -> list[Candidate]:
+        explored = dict(self.journal.decisions.get("explored", {}))
+        for name, (low, high) in proposed.space.bounds.items():
+            before = explored.get(name, (low, high))
+            explored[name] = [min(low, before[0]), max(high, before[1])]
+        self.journal.decide(explored=explored)
+        settings = proposed.settings
+        if self._rounds == 1 and self._proposed:  # the defaults, which were asked alone
+            settings = settings[1:]
+        return self._propose(settings, proposed.stage)
+
+    def _propose(self, settings: Sequence[Setting], stage: str) -> list[Candidate]:
+        numbered = enumerate(settings, start=len(self._proposed))
+        fresh = [Candidate(i, stage if i else DEFAULTS, setting, self.spec.seed) for i, setting in numbered]
+        self._proposed += fresh
+        return self._recalled(fresh)
+
+    def _confirmation(self) -> list[Candidate]:
+        """Return the runs of the best settings and the defaults with each of so many fresh seeds."""
+        spec = self.spec
+        if spec.confirm is None or self._confirming:
+            return []
+        if untold := self._untold():
+            numbers = ", ".join(map(str, untold))
+            raise RuntimeError(
+                f"the search is over but for its confirmation, which needs the results of trials {numbers}: tell them; "
+                "tell(trial, None) gives one up"
+            )
+        ranking = self.report().ranking
+        best, seeds = ranking[: spec.confirm[0]], range(spec.seed + 1, spec.seed + 1 + spec.confirm[1])
+        settings = {t.number: t.setting for t in best} | ({0: spec.defaults} if best else {})
+        self._confirming = [Candidate(n, CONFIRM, x, seed) for n, x in settings.items() for seed in seeds]
+        return self._recalled(self._confirming)
+
+    def _recalled(self, candidates: list[Candidate]) -> list[Candidate]:
+        """Take the results that the folder holds; return all of the candidates."""
+        for candidate in candidates:
+            record = self.journal.get(candidate)
+            if record is not None:
+                self._ended[candidate.number, candidate.seed] = record
+        return candidates
+
+    def _untold(self) -> list[int]:
+        return [c.number for c in self._proposed if (c.number, c.seed) not in self._ended]
+
+    def _results(self) -> list[Result]:
+        """Return the result of each setting so far.
+
+        What was not known when a round was chosen is kept, and is not known again when the search is resumed.
+        """
+        unknown = dict(self.journal.decisions.get("unknown", {}))
+        key = str(self._rounds)
+        hidden = unknown.get(key, []) + [n for n in self._untold() if n not in unknown.get(key, [])]
+        if hidden:
+            self.journal.decide(unknown=unknown | {key: hidden})
+        return [self._result(c, hidden=c.number in hidden) for c in self._proposed]
+
+    def _result(self, candidate: Candidate, *, hidden: bool) -> Result:
+        if hidden:
+            return Result(candidate.setting, math.nan, math.nan, None)
+        record = self._ended[candidate.number, candidate.seed]
+        value = record.value(self.spec.metric)
+        sign = 1 if self.spec.mode == "min" else -1
+        score = sign * value if record.status == "complete" else math.inf
+        pruned_at = [0, *record.steps][-1] if record.status == "pruned" else None
+        return Result(candidate.setting, score, value, pruned_at)
+
+    def _from_queue(self, count: int) -> list[Trial]:
+        """Return up to so many trials of the queue, without those that have ended."""
+        asked = list[Trial]()
+        medians = self._medians() if self._queue else NO_MEDIANS
+        while self._queue and len(asked) < count:
+            candidate = self._queue.popleft()
+            run = (candidate.number, candidate.seed)
+            if run not in self._ended:
+                self._asked[run] = candidate
+                asked.append(self._trial(candidate, medians))
+        return asked
+
+    def _trial(self, candidate: Candidate, medians: Medians) -> Trial:
+        spec = self.spec
+        optimizer = make_optimizer(spec.optimizer, candidate.setting, candidate.number)
+        return Trial(
+            candidate,
+            optimizer,
+            budget=spec.steps,
+            metric=spec.metric,
+            mode=spec.mode,
+            medians=NO_MEDIANS if candidate.stage in (DEFAULTS, CONFIRM) else medians,
+            search=spec.digest,
+        )
+
+    def _medians(self) -> Medians:
+        if not self._prunes:
+            return NO_MEDIANS
+        runs = [(c.number, c.seed) for c in self._proposed]
+        return Medians.of([self._ended[run] for run in runs if run in self._ended], self.spec.metric)
+
+
+def _check_range_test(range_test: object) -> None:
+    if not isinstance(range_test, LrRange | None):
+        raise TypeError(f"Invalid range_test value: {range_test!r}; range_test must be an LrRange, or None")

@@ -1,0 +1,268 @@
+"""Ask and tell."""
+
+import json
+import math
+import pickle
+import random
+from functools import partial
+
+import numpy as np
+import optuna
+import pytest
+from bowl import BOWL
+
+import adamjax
+from adamjax.tuning import Choice, Log, LrRange, Pruned, Report, Search, Space, tune
+
+search_of = partial(Search, trials=16, confirm=(2, 2))
+
+
+def loss(trial):
+    return abs(math.log10(trial.arguments["learning_rate"] / 0.01)) + 0.01 * trial.seed
+
+
+def finish(search):
+    for trial in search:
+        search.tell(trial, loss(trial))
+    return search.report()
+
+
+def test_it_is_what_tune_does():
+    def objective(optimizer, trial):
+        return loss(trial)
+
+    asked = finish(search_of(problem=objective, range_test=None))
+    tuned = tune(objective, trials=16, confirm=(2, 2), range_test=None)
+    content, expected = ({**x, "execution": ""} for x in (json.loads(r.to_json()) for r in (asked, tuned)))
+    assert content == expected
+
+
+def test_trials_say_what_to_run():
+    search = search_of(steps=7)
+    trials = search.ask_round()
+    assert [t.number for t in trials] == list(range(len(trials)))
+    first = trials[0]
+    assert (first.stage, first.seed, first.budget) == ("defaults", 0, 7)
+    assert first.arguments["learning_rate"] == 1e-3
+    assert all(t.optimizer == adamjax.adamw(**t.arguments) for t in trials)
+    assert str(first).startswith("Trial(0, 'defaults', seed 0, {'learning_rate': 0.001")
+    copies = pickle.loads(pickle.dumps(trials))
+    for copy, trial in zip(copies, trials, strict=True):
+        assert (copy.number, copy.arguments, copy.optimizer) == (trial.number, trial.arguments, trial.optimizer)
+    search.tell(copies[1], 1.0)
+    assert search.report().trials[0].number == 1
+
+
+def test_results_may_come_in_any_order():
+    expected = finish(search_of())
+    search, rng = search_of(), random.Random(0)
+    while trials := search.ask_round():
+        for trial in rng.sample(trials, len(trials)):
+            search.tell(trial, {"loss": loss(trial)})
+    assert search.ask() is None
+    assert search.report().to_json() == expected.to_json()
+
+
+def test_what_is_not_told_is_unknown_not_diverged():
+    search = search_of(confirm=None)
+    trials = list(search)  # none of them told
+    assert len(trials) == 16
+    bounds = Space(learning_rate=Log(1e-4, 1e-1))
+    rates = [t.arguments["learning_rate"] for t in trials[1:8]]
+    assert bounds.bounds["learning_rate"][0] <= min(rates) < max(rates) <= bounds.bounds["learning_rate"][1]
+    # Where they are told to have failed, the range moves.
+    failing = search_of(confirm=None)
+    for trial in failing:
+        failing.tell(trial, None)
+    assert min(t.setting["learning_rate"] for t in failing.report().searched) < 1e-4
+    for trial in reversed(trials):
+        search.tell(trial, loss(trial))
+    assert len(search.report().ranking) == 16
+
+
+def test_confirmation_needs_all_results():
+    search = search_of()
+    waiting = []
+    for _ in range(16):
+        trial = search.ask()
+        if trial.number in (0, 7):
+            waiting.append(trial)
+        else:
+            search.tell(trial, loss(trial))
+    with pytest.raises(RuntimeError, match=r"needs the results of trials 0, 7: tell them; tell\(trial, None\) gives"):
+        search.ask()
+    search.tell(waiting[0], loss(waiting[0]))
+    search.tell(waiting[1], None, error="lost")
+    report = finish(search)
+    assert len(report.confirmed) == 3
+    assert report.searched[7].error == "lost"
+
+
+def test_metrics_failures_and_pruned_trials():
+    search = search_of(metric="accuracy", mode="max", confirm=None)
+    trials = search.ask_round()
+    trials[1].report(0, {"accuracy": 0.5, "loss": 1.0})
+    trials[1].report(3, 0.7)
+    for trial, value in zip(
+        trials, [{"accuracy": 0.9, "loss": np.float32(0.5)}, "pruned", None, math.nan, np.int64(1)], strict=False
+    ):
+        search.tell(trial, value)
+    records = search.report().searched
+    assert [r.status for r in records[:5]] == ["complete", "pruned", "failed", "failed", "complete"]
+    assert [r.error for r in records[2:4]] == ["no value", "the metric is NaN"]
+    assert records[0].metrics == {"accuracy": [0.9], "loss": [0.5]}
+    assert records[1].steps == [0, 3]
+    assert records[1].metrics["accuracy"] == [0.5, 0.7]
+    assert records[1].value("accuracy") == 0.7
+    assert search.report().best.arguments == trials[4].arguments
+
+
+def test_reports_that_are_nan_make_a_failed_trial():
+    search = search_of()
+    trial = search.ask()
+    with pytest.raises(Pruned, match="the metric is NaN at step 4"):
+        trial.report(4, math.nan)
+    search.tell(trial, "pruned")
+    (record,) = search.report().trials
+    assert (record.status, record.error) == ("failed", "the metric is NaN at step 4")
+
+
+def test_it_prunes():
+    search, reasons = search_of(confirm=None, trials=24), []
+    for trial in search:
+        try:
+            for epoch in range(8):
+                trial.report(epoch, loss(trial) + 1 / (1 + epoch))
+        except Pruned as reason:
+            reasons.append(str(reason))
+            search.tell(trial, "pruned")
+        else:
+            search.tell(trial, loss(trial))
+    report = search.report()
+    assert {t.status for t in report.searched} == {"complete", "pruned"}
+    assert all("is worse than the median of the others" in reason for reason in reasons)
+    assert report.searched[0].status == "complete"
+    assert set(report.figures()) >= {"hyperparameters", "curves"}
+
+
+def test_telling_what_is_wrong():
+    search = search_of()
+    trial = search.ask()
+    for bad, error, message in (
+        ((3, 1.0), TypeError, r"Invalid trial value: 3; trial must be one that ask\(\) returned"),
+        ((search_of(seed=1).ask(), 1.0), ValueError, r"Trial\(0, 'defaults', seed 1, .* is not a trial of this search"),
+        ((search_of(trials=8).ask(), 1.0), ValueError, "is not a trial of this search: tell the search that asked"),
+        ((trial, "complete"), ValueError, "Invalid value value: 'complete'; value must be a number, a dict, None or"),
+        ((trial, {"f1": 1.0}), ValueError, "the value has f1, but not 'loss': add it"),
+        ((trial, [1.0, 2.0]), TypeError, r"the value has \[1.0, 2.0\] for 'loss', expected a number"),
+    ):
+        with pytest.raises(error, match=message):
+            search.tell(*bad)
+    with pytest.raises(TypeError, match="Invalid error value: 3; error must be a text"):
+        search.tell(trial, None, error=3)
+    search.tell(trial, 1.0)
+    with pytest.raises(ValueError, match="has been told before: a trial has one result"):
+        search.tell(trial, 1.0)
+
+
+def test_a_search_resumes(tmp_path):
+    expected = finish(search_of())
+    search = search_of(out=tmp_path / "run")
+    first = [search.ask() for _ in range(6)]
+    for trial in (first[4], first[0], first[2]):
+        search.tell(trial, loss(trial))
+    again = search_of(out=tmp_path / "run")
+    asked = [again.ask() for _ in range(3)]
+    assert [(t.number, t.arguments, t.seed) for t in asked] == [
+        (first[i].number, first[i].arguments, first[i].seed) for i in (1, 3, 5)
+    ]
+    for trial in asked:
+        again.tell(trial, loss(trial))
+    report = finish(search_of(out=tmp_path / "run"))
+    assert report.to_json() == expected.to_json()
+    report.save(tmp_path / "run")
+    assert Report.load(tmp_path / "run").to_json() == expected.to_json()
+    with pytest.raises(ValueError, match="holds another tuning: its trials is 16, here it is 15"):
+        search_of(out=tmp_path / "run", trials=15)
+    with pytest.raises(FileExistsError, match="already holds a tuning"):
+        search_of(out=tmp_path / "run", resume=False)
+
+
+def test_what_was_unknown_stays_unknown_when_it_resumes(tmp_path):
+    search = search_of(out=tmp_path, confirm=None)
+    late = []
+    for trial in search:
+        if trial.number in (1, 2, 3):
+            late.append(trial)
+        else:
+            search.tell(trial, loss(trial))
+    for trial in late:
+        search.tell(trial, 0.0)  # better than all others, but too late
+    assert search_of(out=tmp_path, confirm=None).ask() is None
+    again = search_of(out=tmp_path, confirm=None)
+    assert again.ask() is None
+    assert again.report().to_json() == search.report().to_json()
+
+
+def test_reports_of_nothing_yet():
+    report = search_of().report()
+    assert report.searched == []
+    assert report.warnings == ("no trial has ended yet: there is no best setting",)
+    assert "learning_rate" in report.table()
+    assert report.figures() == {}
+    with pytest.raises(ValueError, match="no trial has ended yet"):
+        report.best  # noqa: B018
+    assert '"best": null' in report.to_json()
+    assert "0 trials of search" in repr(report)
+
+
+def test_where_all_fail():
+    search = search_of()
+    for trial in search:
+        search.tell(trial, None, error="OSError: no data")
+    report = search.report()
+    assert not report.confirmed
+    with pytest.raises(ValueError, match="all 16 trials failed, most often with: OSError: no data"):
+        report.best  # noqa: B018
+    assert any("100% of the trials failed" in w for w in report.warnings)
+    assert set(report.figures()) >= {"hyperparameters"}
+
+
+def test_a_range_test_narrows_the_search():
+    rates = np.geomspace(1e-4, 10, 40)
+    ramp = LrRange(rates.tolist(), (1 + np.log10(rates / 0.3) ** 2).tolist())
+    report = finish(search_of(range_test=ramp))
+    low, high = ramp.band
+    assert all(low / 10 < t.setting["learning_rate"] < high * 10 for t in report.searched[1:8])
+    search = search_of()
+    search.tell(search.ask(), 1.0)
+    search.narrow(ramp)
+    assert [t.arguments for t in search.ask_round()] == [t.setting for t in report.searched[1:]][: search.plan()[0]]
+    with pytest.raises(RuntimeError, match="call narrow before the second trial is asked"):
+        search.narrow(ramp)
+    with pytest.raises(ValueError, match="the search has another one already"):
+        search_of(range_test=ramp).narrow(None)
+
+
+def test_a_problem_gives_its_name_and_its_shapes():
+    search = search_of(problem=BOWL)
+    assert "amsgrad" in search.ask().arguments
+    assert "Bowl" in repr(search.report())
+    assert "parameters" in search.report().question
+    assert "of my loop" in repr(search_of(problem="my loop").report())
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+def test_optuna_learns_results_that_come_late():
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    space = Space(learning_rate=Log(1e-3, 1.0), amsgrad=Choice(False, True))
+    search = search_of(space, sampler=study, confirm=None)
+    trials = list(search)
+    assert len(trials) == 16
+    assert {t.state.name for t in study.trials} == {"RUNNING"}
+    for trial in trials:
+        search.tell(trial, None if trial.number == 3 else "pruned" if trial.number == 4 else loss(trial))
+    assert search.ask() is None
+    states = [t.state.name for t in study.trials]
+    assert states == ["COMPLETE", "COMPLETE", "FAIL", "PRUNED"] + ["COMPLETE"] * 11
