@@ -336,6 +336,19 @@ def test_eps_keeps_its_range_where_it_is_searched_without_ranges(monkeypatch):
 HALF = Bowl(dtype="bfloat16")
 
 
+def test_an_objective_is_not_compiled_again_unless_it_is_asked_for(monkeypatch):
+    flags = ["tune", "--range", "b1=0.8..0.9"]
+    space = searched(monkeypatch, *flags, problem="test_command_line:objective")["space"]
+    asked = searched(monkeypatch, *flags, "--stages", "b1,amsgrad", problem="test_command_line:objective")["space"]
+    assert "amsgrad" not in space.ranges
+    assert "amsgrad" in asked.ranges
+
+
+def test_a_range_of_the_one_argument_that_is_searched(monkeypatch):
+    fixed = ["--lr", "1e-3", "--fix", "b1=0.9", "--b2", "0.9", "--weight-decay", "0", "--amsgrad", "false"]
+    assert searched(monkeypatch, "tune", *fixed, "--range", "eps=1e-9..1e-3")["space"].free == ["eps"]
+
+
 def test_without_a_range_the_range_test_places_the_learning_rate(monkeypatch):
     assert searched(monkeypatch, "tune")["space"] is None
 
@@ -366,7 +379,7 @@ def test_flags_have_the_defaults_that_their_help_says(capsys):
     """Those which the functions that are called have."""
     for command, function, names in (
         ("tune", tuning.tune, {"trials": "64", "confirm": "5 3", "sampler": "halton", "metric": "loss", "seed": "0"}),
-        ("lr-range", tuning.lr_range_test, {"min_lr": "1e-6", "max_lr": "1", "num_rates": "32", "seed": "0"}),
+        ("lr-range", tuning.lr_range_test, {"min_lr": "1e-6", "max_lr": "1", "seed": "0"}),
     ):
         with pytest.raises(SystemExit):
             cli.main([command, "--help"])
@@ -434,11 +447,14 @@ def test_tune_an_objective(name, tmp_path, capsys):
     assert cli.main(["tune", f"test_command_line:{name}", *flags, "--out", str(tmp_path), "--format", "json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["question"]["steps"] == 20
-    assert found["best"]["arguments"]["learning_rate"] > 1e-2
+    assert found["best"]["learning_rate"] > 1e-2
+    assert found["best"].keys() == {"learning_rate", "b1", "b2", "weight_decay"}
 
 
 @objectives
 def test_lr_range_of_an_objective(capsys):
-    flags = ["--rates", "10", "--steps", "20", "--min-lr", "1e-3", "--format", "json"]
+    flags = ["--rates", "10", "--min-lr", "1e-3", "--format", "json"]
     assert cli.main(["lr-range", "test_command_line:objective", *flags]) in (0, 1)
     assert "suggestions" in json.loads(capsys.readouterr().out)
+    assert cli.main(["lr-range", "test_command_line:objective", "--steps", "20"]) == 2
+    assert "--steps is for problems; test_command_line:objective is an objective" in capsys.readouterr().err

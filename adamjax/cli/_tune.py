@@ -18,8 +18,8 @@ from adamjax.cli._subject import Subject
 from adamjax.run_folder import next_free
 from adamjax.tuning import Space
 from adamjax.tuning._space import OptimizerFactory, Range
-from adamjax.tuning._spec import has_half_precision, optimizer_name, search_space
-from adamjax.tuning._strategy import Stages, stage_groups
+from adamjax.tuning._spec import has_half_precision, optimizer_name
+from adamjax.tuning._strategy import RANGES, Stages, stage_groups
 
 
 def add_parsers(commands: Subparsers) -> None:
@@ -39,17 +39,18 @@ def _add_lr_range(commands: Subparsers) -> None:
         "lr-range",
         help="find the range of usable learning rates",
         description="Train with learning rates from far too small to far too large, record the training loss, and "
-        f"suggest learning rates. {_subject.KINDS} An objective is called once for each learning rate.",
+        f"suggest learning rates. {_subject.KINDS} An objective is called with each of a few constant learning rates, "
+        "until its first report.",
         argument_default=argparse.SUPPRESS,
     )
     _subject.add_argument(parser)
     add = parser.add_argument_group("the range test").add_argument
     add("--min-lr", type=float, help="smallest learning rate (default: 1e-6)")
     add("--max-lr", type=float, help="largest learning rate (default: 1)")
-    add("--steps", type=int, help="updates of each run, at least 10 (default: 200; an objective: its own)")
+    add("--steps", type=int, help="updates of each run of a problem, at least 10 (default: 200)")
     modes = "ramp: one run whose learning rate grows; constant: a run for each (default: ramp; an objective: constant)"
     add("--mode", choices=("ramp", "constant"), help=modes)
-    add("--rates", type=int, help="constant: number of learning rates (default: 32)")
+    add("--rates", type=int, help="constant: number of learning rates, at least 10 (default: 32; an objective: 12)")
     add("--seed", type=int, help="seed of parameters, data order and dropout (default: 0)")
     output = parser.add_argument_group("the output")
     output.add_argument("--plot", type=Path, help="file to draw the curve to: .png, .pdf or .svg (default: none)")
@@ -107,6 +108,10 @@ def lr_range(options: Options) -> int:
         raise CommandError("--fix learning_rate means nothing to lr-range, which varies it: leave it out")
     with _flags.errors_for_users(options["problem"]):
         subject, make = _subject.load(options), getattr(adamjax, options["optimizer"])
+        if _subject.is_objective(subject) and "steps" in options:
+            raise CommandError(
+                f"--steps is for problems; {options['problem']} is an objective: it ends when it reports"
+            )
         named = {"steps": "num_steps", "rates": "num_rates"} | {k: k for k in ("min_lr", "max_lr", "mode", "seed")}
         result = tuning.lr_range_test(
             subject,
@@ -206,9 +211,13 @@ def _space(subject: Subject, optimizer: OptimizerFactory, stages: Stages, option
         given[name] = r
     if not given:
         return None
-    # As for a search without ranges, eps is searched only where it matters or is asked for.
-    half = "eps" in chain(*stage_groups(stages)) or (not _subject.is_objective(subject) and has_half_precision(subject))
-    return Space.of(search_space(optimizer, None, "adam", half=half).ranges | given)
+    default = {n: r for n, r in RANGES.items() if n in inspect.signature(optimizer).parameters and n not in options}
+    # As without ranges, eps is searched where it matters, and AMSGrad where it costs no other compilation.
+    asked, objective = set(chain(*stage_groups(stages))), _subject.is_objective(subject)
+    for name, searched in (("eps", not objective and has_half_precision(subject)), ("amsgrad", not objective)):
+        if not searched and name not in asked:
+            default.pop(name, None)
+    return Space.of(default | given)
 
 
 class Scheduled:
