@@ -315,17 +315,58 @@ def linear(params, inputs):
     return inputs @ params["w"]
 
 
+class KeywordModel(NnxModel):
+    def __init__(self, *, rngs):
+        super().__init__(rngs)
+
+
+class ToldModel(nnx.Module):
+    """Takes its mode and a source of randomness where it is called."""
+
+    def __init__(self, width, rngs):
+        self.w = nnx.Param(jax.random.normal(rngs.params(), (4, width)))
+
+    def __call__(self, x, training, rngs):
+        return x @ self.w + (jax.random.normal(rngs.noise(), (3,)) if training else 0.0)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        KeywordModel,
+        lambda rngs: NnxModel(rngs),
+        partial(ToldModel, 3),
+        partial(eqx.nn.MLP, 4, 3, 8, 1),
+        lambda key: eqx.nn.make_with_state(EquinoxModel)(key),
+        hk.transform(lambda x: hk.Linear(3)(x)),
+        nn.Dense(3),
+        (nn.Dense(3).init, nn.Dense(3).apply),
+    ],
+)
+def test_other_ways_to_give_a_model(model):
+    problem = supervised(model)
+    made, (inputs, targets) = problem.init(jax.random.key(0)), next(problem.batches(0))
+    given = made if problem.stateful else (made,)
+    shape = jax.eval_shape(problem.loss, *given, (inputs, targets), jax.random.key(0))
+    assert (shape[0] if problem.stateful else shape).shape == ()
+    assert jax.eval_shape(problem.evaluate, *given).keys() == {"loss", "accuracy"}
+
+
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (3, "a int; model must be a factory"),
-        (NnxModel(nnx.Rngs(0)), "a NnxModel; give a factory, `lambda rngs: NnxModel"),
-        (eqx.nn.Linear(4, 3, key=jax.random.key(0)), "a Linear; give a factory, `lambda key: Linear"),
+        (3, "a value of type int; model must be a factory"),
+        (NnxModel(nnx.Rngs(0)), "a module of type NnxModel; give a factory, `lambda rngs: NnxModel"),
+        (eqx.nn.Linear(4, 3, key=jax.random.key(0)), "a module of type Linear; give a factory, `lambda key: Linear"),
         (LinenModel, r"the class LinenModel; give a module, LinenModel\(\.\.\.\)"),
-        (lambda x: x, r"<lambda> needs the arguments \(x\); model must be"),
-        (nnx.Linear, r"Linear needs the arguments \(in_features, out_features, rngs\)"),
-        (hk.multi_transform(lambda: (hk.Linear(3), hk.Linear(3))), "a MultiTransformed of Haiku, expected"),
-        ((init,), "a tuple; model must be"),
+        (lambda x: x, r"<lambda>, which requires x; model must be"),
+        (nnx.Linear, r"Linear, which requires in_features, out_features, rngs; model"),
+        (
+            hk.multi_transform(lambda: (hk.Linear(3), hk.Linear(3))),
+            "a value of type MultiTransformed of Haiku, expected",
+        ),
+        ((init,), "a value of type tuple; model must be"),
+        (dict, "dict, which requires no argument; model must be"),
         (lambda rngs: 3, "factory .* `rngs` returned int, expected a flax.nnx.Module"),
         (lambda key: 3, "factory .* `key` returned int, expected an equinox.Module"),
     ],
@@ -413,6 +454,9 @@ def test_metrics_of_scikit_learn_are_computed_on_the_host():
     }
     assert all(type(x) is float for x in found.values())
     assert_close(found, {name: float(x) for name, x in expected.items()}, 1e-6)
+
+    diverged = problem.evaluate({"w": params["w"] * np.nan})
+    assert np.isnan([diverged["loss"], diverged["f1"], diverged["auc"]]).all()
 
 
 def quarter(outputs, labels):

@@ -107,8 +107,10 @@ class Supervised:
         found, outputs = self._measured_by_device(params, state, self._chunks, self._targets)
         if self._host_metrics:
             outputs = jax.tree.map(_for_host, outputs)
+        # scikit-learn refuses NaN, and one run that diverged must not end the others.
+        finite = all(np.isfinite(x).all() for x in jax.tree.leaves(outputs))
         for name, f in self._host_metrics.items():
-            found[name] = _on_host(name, f, outputs, self._targets)
+            found[name] = _on_host(name, f, outputs, self._targets) if finite else np.nan
         return {name: float(x) for name, x in found.items()}
 
     def _loss(self, outputs: PyTree, targets: PyTree) -> jax.Array:
@@ -249,8 +251,8 @@ def supervised(
         32. A loader has its own.
       metrics: More to measure on the validation data besides "loss", by name: functions of all outputs and targets, or
         "accuracy" or the name of a loss. Those that JAX cannot trace, such as scikit-learn's, are called with NumPy
-        arrays, outside of what is compiled, once a member of a population. Logits with integer labels under the loss
-        "cross_entropy" are measured by "accuracy", too.
+        arrays, outside of what is compiled, once a member of a population; they are NaN where an output is not finite.
+        If the loss is "cross_entropy" and the targets are labels, "accuracy" is measured, too.
       param_shardings: For training on a mesh: a function of it and the parameters' shapes and dtypes that returns a
         tree of `PartitionSpec`; None to replicate the parameters.
 
