@@ -205,7 +205,7 @@ def test_bad_batches(loader, error, message):
         (
             {"train": iter(slices(6))},
             TypeError,
-            "^Invalid train value: a value of type list_iterator, .* function of the seed",
+            "^Invalid train value: a value of type list_iterator, .* give a function",
         ),
         ({"train": shuffled(0)}, TypeError, "^Invalid train value: a value of type generator"),
         ({"train": X}, TypeError, r"^Invalid train value: a value of type ndarray; train must be a tuple of arrays"),

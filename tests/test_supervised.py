@@ -236,6 +236,18 @@ def test_parameters_are_floats_by_readable_names(framework):
     assert jax.tree.leaves(state)
 
 
+def test_an_nnx_module_draws_from_its_own_rngs():
+    def make(rngs):
+        return nnx.Sequential(nnx.Linear(4, 3, rngs=rngs), nnx.Dropout(0.5, rngs=rngs))
+
+    problem = supervised(make)
+    params, state = problem.init(jax.random.key(0))
+    inputs, labels = next(problem.batches(0))
+    value, after = problem.loss(params, state, (inputs, labels), jax.random.key(1))
+    assert_close(value, cross_entropy(make(nnx.Rngs(jax.random.key(0)))(inputs), labels), 1e-6)
+    assert after["layers"]["1"]["rngs"]["count"] == 1
+
+
 class Counting(nnx.Module):
     """Counts its calls, and holds an array that is no parameter."""
 

@@ -47,7 +47,7 @@ class Loader:
         if isinstance(source, Iterator):
             raise TypeError(
                 f"Invalid {name} value: a value of type {type(source).__name__}, which can be read only once, "
-                "and each run needs batches of its own: give a function of the seed, `lambda seed: ...`, that returns one"
+                "and each run needs batches of its own: give a function, `lambda seed: ...`, that returns such a value"
             )
 
     def __repr__(self) -> str:

@@ -107,10 +107,10 @@ class Supervised:
         found, outputs = self._measured_by_device(params, state, self._chunks, self._targets)
         if self._host_metrics:
             outputs = jax.tree.map(_for_host, outputs)
-        # scikit-learn refuses NaN, and one run that diverged must not end the others.
-        finite = all(np.isfinite(x).all() for x in jax.tree.leaves(outputs))
-        for name, f in self._host_metrics.items():
-            found[name] = _on_host(name, f, outputs, self._targets) if finite else np.nan
+            # scikit-learn refuses NaN, and one run that diverged must not end the others.
+            finite = all(np.isfinite(x).all() for x in jax.tree.leaves(outputs))
+            for name, f in self._host_metrics.items():
+                found[name] = _on_host(name, f, outputs, self._targets) if finite else np.nan
         return {name: float(x) for name, x in found.items()}
 
     def _loss(self, outputs: PyTree, targets: PyTree) -> jax.Array:
@@ -226,9 +226,9 @@ def supervised(
     - A tuple of two functions, `init(key)` or `init(key, inputs)`, and `apply(params, inputs)`.
 
     A model that has an argument `train`, `training`, `is_training`, `deterministic`, `use_running_average` or
-    `inference` where it is called is told its mode by it. One that has an argument `key` there (or `rngs`, in NNX) gets
-    the key of the step; in evaluation only if the argument has no default. If the inputs are a tree, it is the model's
-    one positional argument.
+    `inference` where it is called is told its mode by it. An argument `key` there gets the key of the step; in
+    evaluation only if it has no default. An argument `rngs` of an NNX module gets `nnx.Rngs` of that key if it has no
+    default; else the module draws from its own. Inputs that are a tree are one argument.
 
     Args:
       model: The model, one of these.

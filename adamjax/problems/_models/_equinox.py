@@ -52,7 +52,7 @@ def _apply(module: Any, layers: Any, inputs: PyTree, key: jax.Array, *, train: b
     rows = len(jax.tree.leaves(inputs)[0])
 
     def one(x: PyTree, key: jax.Array) -> tuple[PyTree, Any]:
-        keywords = mode(call, train) | randomness(call, "key", key, train=train)
+        keywords = mode(call, train) | randomness(call, "key", key, optional=train)
         return (module(x, **keywords), None) if layers is None else module(x, layers, **keywords)
 
     return jax.vmap(one, out_axes=(0, None), axis_name="batch")(inputs, jax.random.split(key, rows))

@@ -62,7 +62,8 @@ def _made(factory: Callable[..., Any], key: jax.Array) -> nnx.Module:
 
 def _keywords(module: Any, key: jax.Array, *, train: bool) -> dict[str, Any]:
     call = type(module).__call__
-    return mode(call, train) | randomness(call, "rngs", nnx.Rngs(key), train=train)
+    # Where they are optional, the module's own are meant.
+    return mode(call, train) | randomness(call, "rngs", nnx.Rngs(key), optional=False)
 
 
 def _split(module: nnx.Module) -> Any:

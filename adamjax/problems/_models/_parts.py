@@ -83,13 +83,10 @@ def mode(f: Callable[..., Any], train: bool) -> dict[str, bool]:
     return {name: value is train for name, value in _MODES.items() if name in arguments(f)}
 
 
-def randomness(f: Callable[..., Any], name: str, value: Any, *, train: bool) -> dict[str, Any]:
-    """Return the source of randomness as the keyword argument `name` of `f`, if it takes one.
-
-    In evaluation only if it needs one: most models are deterministic without.
-    """
+def randomness(f: Callable[..., Any], name: str, value: Any, *, optional: bool) -> dict[str, Any]:
+    """Return `value` as the keyword argument `name` of `f`, if it requires one, or, if `optional`, takes one."""
     found = arguments(f).get(name)
-    return {name: value} if found is not None and (train or found.default is found.empty) else {}
+    return {name: value} if found is not None and (optional or found.default is found.empty) else {}
 
 
 def required(f: Callable[..., Any]) -> list[inspect.Parameter]:
