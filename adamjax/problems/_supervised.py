@@ -214,8 +214,9 @@ def supervised(
     framework's names. Frameworks are told apart so:
 
     - A function or class with an argument `rngs`, and no other that it needs, makes a Flax NNX module; it is called
-      with `nnx.Rngs(key)`. Floating point `nnx.Param`s are the parameters, all other Variables the state. `train()` and
-      `eval()` of the module set its mode.
+      with `nnx.Rngs(key)`. Each `nnx.Param` is a parameter, all other Variables are state. `train()` and `eval()` of the
+      module set its mode. Values that the module writes to a `nnx.Param` when it is called, as `nnx.SpectralNorm` does,
+      hold for that call only.
     - A function or class with an argument `key`, and no other that it needs, makes an Equinox module, or the pair of
       one and its `eqx.nn.State`, as does what `eqx.nn.make_with_state` returns. The module is applied to one example
       and vmapped with the axis name "batch". Its floating point arrays are the parameters, all other arrays are state.

@@ -42,8 +42,8 @@ class Equinox:
         return _apply(module, layers, inputs, jax.random.key(0), train=False)[0]
 
     def _whole(self, params: PyTree, state: PyTree) -> tuple[Any, Any]:
-        arrays, layers = self._state.to_tree(state)
-        return eqx.combine(self._params.to_tree(params), arrays, self._constants), layers
+        whole = self._state.to_tree(state)
+        return eqx.combine(self._params.to_tree(params), whole["module"], self._constants), whole["state"]
 
 
 def _apply(module: Any, layers: Any, inputs: PyTree, key: jax.Array, *, train: bool) -> tuple[PyTree, Any]:
@@ -75,4 +75,4 @@ def _divided(module: Any, layers: Any) -> tuple[PyTree, PyTree, PyTree]:
     """Divide into the parameters, all other arrays with those in `layers`, and what is no array."""
     params, rest = eqx.partition(module, eqx.is_inexact_array)
     arrays, constants = eqx.partition(rest, lambda x: hasattr(x, "dtype") and hasattr(x, "shape"))
-    return params, (arrays, layers), constants
+    return params, {"module": arrays, "state": layers}, constants
