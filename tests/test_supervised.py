@@ -16,7 +16,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from helpers import assert_close, assert_same_types
+from helpers import assert_close, assert_same_types, free_port
 from jax.sharding import PartitionSpec
 
 import adamjax
@@ -388,17 +388,23 @@ def test_other_models_are_refused(model, message):
         supervised(model)
 
 
-def test_frameworks_are_not_imported_for_functions():
+def test_for_functions_no_framework_is_imported_and_no_device_used():
     program = """
 import jax, numpy as np, sys
 from adamjax import problems
 data = np.ones((4, 2)), np.ones(4)
 problems.supervised((lambda key: np.ones(2), lambda p, x: x @ p), loss="mse", train=data, valid=data, batch_size=2)
 print(*{"flax", "equinox", "haiku", "optax", "sklearn", "torch"} & set(sys.modules))
+jax.distributed.initialize(f"localhost:{sys.argv[1]}", 1, 0)  # refuses where a device was used
 """
     environment = os.environ | {"PYTHONPATH": str(Path(adamjax.__file__).parent.parent)}
     found = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment, cwd="/"
+        [sys.executable, "-c", program, str(free_port())],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=environment,
+        cwd="/",
     )
     assert found.stdout == "\n"
 

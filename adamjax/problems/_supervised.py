@@ -12,7 +12,7 @@ from adamjax._core.trees import compute_dtype
 from adamjax._core.typing import PyTree
 from adamjax.problems._loaders import Arrays, Batch, Loader, as_source, describe, row_shapes
 from adamjax.problems._losses import LOSSES, METRICS, BatchFunction, is_labels, mean
-from adamjax.problems._models import as_model
+from adamjax.problems._models import abstract_key, as_model
 
 _TRACER_ERRORS = (
     jax.errors.ConcretizationTypeError,
@@ -46,7 +46,7 @@ class Supervised:
         self._model = as_model(model, jax.eval_shape(lambda chunks: jax.tree.map(lambda x: x[0], chunks), self._chunks))
         if param_shardings is not None:
             self.param_shardings = param_shardings
-        params, state = jax.eval_shape(self._model.init, jax.random.key(0))
+        params, state = jax.eval_shape(self._model.init, abstract_key())
         self.stateful = bool(jax.tree.leaves(state))
         checks.parameters(params)
         outputs = jax.eval_shape(self._outputs, params, state, self._chunks)
@@ -214,9 +214,9 @@ def supervised(
     framework's names. Frameworks are told apart so:
 
     - A function or class with an argument `rngs`, and no other that it needs, makes a Flax NNX module; it is called
-      with `nnx.Rngs(key)`. Each `nnx.Param` is a parameter, all other Variables are state. `train()` and `eval()` of the
-      module set its mode. Values that the module writes to a `nnx.Param` when it is called, as `nnx.SpectralNorm` does,
-      hold for that call only.
+      with `nnx.Rngs(key)`. Each `nnx.Param` is a parameter, all other Variables are state. The module's `train()` and
+      `eval()` set its mode. Values that the module writes to a `nnx.Param` when it is called, as `nnx.SpectralNorm`
+      does, hold for that call only.
     - A function or class with an argument `key`, and no other that it needs, makes an Equinox module, or the pair of
       one and its `eqx.nn.State`, as does what `eqx.nn.make_with_state` returns. The module is applied to one example
       and vmapped with the axis name "batch". Its floating point arrays are the parameters, all other arrays are state.

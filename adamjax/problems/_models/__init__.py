@@ -5,6 +5,7 @@ from typing import Any
 from adamjax._core.typing import PyTree
 from adamjax.problems._models._functions import Functions
 from adamjax.problems._models._parts import Model as Model
+from adamjax.problems._models._parts import abstract_key as abstract_key
 from adamjax.problems._models._parts import arguments, required
 
 _ACCEPTED = (
