@@ -236,6 +236,16 @@ def test_parameters_are_floats_by_readable_names(framework):
     assert jax.tree.leaves(state)
 
 
+def test_what_a_linen_module_sows_is_no_state():
+    class Sowing(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            self.sow("losses", "size", jnp.mean(x**2))
+            return nn.Dense(3)(x)
+
+    assert not supervised(Sowing()).stateful
+
+
 def test_an_nnx_module_draws_from_its_own_rngs():
     def make(rngs):
         return nnx.Sequential(nnx.Linear(4, 3, rngs=rngs), nnx.Dropout(0.5, rngs=rngs))
