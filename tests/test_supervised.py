@@ -1,15 +1,16 @@
 """Problems of users' models: their training is that of a plain loop in the model's framework."""
 
+import importlib.util
 import os
 import pickle
 import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import equinox as eqx
 import flax.linen as nn
-import haiku as hk
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,6 +23,9 @@ from jax.sharding import PartitionSpec
 import adamjax
 from adamjax import problems
 from adamjax.problems import _losses, _supervised
+
+hk: Any = importlib.import_module("haiku") if importlib.util.find_spec("haiku") else None
+needs_haiku = pytest.mark.skipif(hk is None, reason="haiku is not installed")
 
 pytestmark = pytest.mark.usefixtures("lenient")
 
@@ -159,9 +163,12 @@ problems_of = {
     "nnx": partial(supervised, NnxModel),
     "linen": partial(supervised, LinenModel()),
     "equinox": partial(supervised, eqx.nn.make_with_state(EquinoxModel)),
-    "haiku": partial(supervised, hk.transform_with_state(haiku_model)),
+    "haiku": lambda: supervised(hk.transform_with_state(haiku_model)),
 }
 LOOPS = {"nnx": nnx_loop, "linen": linen_loop, "equinox": equinox_loop, "haiku": haiku_loop}
+each_framework = pytest.mark.parametrize(
+    "framework", ["nnx", "linen", "equinox", pytest.param("haiku", marks=needs_haiku)]
+)
 
 
 def trained(problem, seed=0, steps=STEPS):
@@ -190,7 +197,7 @@ def arrays(state):
     return sorted(found, key=lambda x: (x.shape, float(np.sum(x))))
 
 
-@pytest.mark.parametrize("framework", LOOPS)
+@each_framework
 def test_batch_statistics_and_dropout_are_those_of_a_plain_loop(framework):
     problem = problems_of[framework]()
     assert problem.stateful
@@ -222,7 +229,7 @@ def test_members_in_vmap_are_those_alone():
         assert_close(jax.tree.map(lambda x, i=i: x[i], together), jax.jit(run)(key), 1e-5)
 
 
-@pytest.mark.parametrize("framework", LOOPS)
+@each_framework
 def test_parameters_are_floats_by_readable_names(framework):
     params, state = jax.eval_shape(problems_of[framework]().init, jax.random.key(0))
     names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in jax.tree.leaves_with_path(params)]
@@ -360,7 +367,6 @@ class ToldModel(nnx.Module):
         partial(ToldModel, 3),
         partial(eqx.nn.MLP, 4, 3, 8, 1),
         lambda key: eqx.nn.make_with_state(EquinoxModel)(key),
-        hk.transform(lambda x: hk.Linear(3)(x)),
         nn.Dense(3),
         (nn.Dense(3).init, nn.Dense(3).apply),
     ],
@@ -374,6 +380,13 @@ def test_other_ways_to_give_a_model(model):
     assert jax.eval_shape(problem.evaluate, *given).keys() == {"loss", "accuracy"}
 
 
+@needs_haiku
+def test_transforms_of_haiku():
+    test_other_ways_to_give_a_model(hk.transform(lambda x: hk.Linear(3)(x)))
+    with pytest.raises(TypeError, match="a value of type MultiTransformed of Haiku, expected"):
+        supervised(hk.multi_transform(lambda: (hk.Linear(3), hk.Linear(3))))
+
+
 @pytest.mark.parametrize(
     ("model", "message"),
     [
@@ -383,10 +396,6 @@ def test_other_ways_to_give_a_model(model):
         (LinenModel, r"the class LinenModel; give a module, LinenModel\(\.\.\.\)"),
         (lambda x: x, r"<lambda>, which requires x; model must be"),
         (nnx.Linear, r"Linear, which requires in_features, out_features, rngs; model"),
-        (
-            hk.multi_transform(lambda: (hk.Linear(3), hk.Linear(3))),
-            "a value of type MultiTransformed of Haiku, expected",
-        ),
         ((init,), "a value of type tuple; model must be"),
         (dict, "dict, which requires no argument; model must be"),
         (lambda rngs: 3, "factory .* `rngs` returned int, expected a flax.nnx.Module"),
