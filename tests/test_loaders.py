@@ -182,8 +182,8 @@ def test_errors_of_a_loader_are_its_own():
         ([*slices(6), *slices(6)], ValueError, r"a batch of train is float32\[2,2\].* only the last of an epoch"),
         ([(X, Y), (X[:, :1], Y)], ValueError, r"a batch of train is float32\[20,1\], int32\[20\], and the first"),
         ([], ValueError, "^train had no batch in an epoch"),
-        ([X, Y], TypeError, "^a batch of train is a ndarray, expected a pair"),
-        ([(X, Y, Y)], TypeError, "^a batch of train is a tuple of 3, expected a pair"),
+        ([X, Y], TypeError, "^a batch of train is of type ndarray, expected a pair"),
+        ([(X, Y, Y)], TypeError, "^a batch of train is of type tuple and length 3, expected a pair"),
         ([{"a": X, "b": Y}], TypeError, r"^a batch of train is a dict of \['a', 'b'\]; the targets must be under"),
         (
             [(X, Y[:5])],
@@ -202,15 +202,19 @@ def test_bad_batches(loader, error, message):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"train": iter(slices(6))}, TypeError, "^Invalid train value: a list_iterator, .* function of the seed"),
-        ({"train": shuffled(0)}, TypeError, "^Invalid train value: a generator"),
-        ({"train": X}, TypeError, r"^Invalid train value: a ndarray; train must be a tuple of arrays"),
-        ({"train": 3}, TypeError, "^Invalid train value: a int"),
-        ({"train": (X, Y, Y)}, TypeError, "^train is a tuple of 3, expected a pair"),
+        (
+            {"train": iter(slices(6))},
+            TypeError,
+            "^Invalid train value: a value of type list_iterator, .* give a function",
+        ),
+        ({"train": shuffled(0)}, TypeError, "^Invalid train value: a value of type generator"),
+        ({"train": X}, TypeError, r"^Invalid train value: a value of type ndarray; train must be a tuple of arrays"),
+        ({"train": 3}, TypeError, "^Invalid train value: a value of type int"),
+        ({"train": (X, Y, Y)}, TypeError, "^train is of type tuple and length 3, expected a pair"),
         ({"train": (X, Y[:5])}, ValueError, r"^the arrays of train are float32\[20,2\], int32\[5\]"),
         ({"valid": (X[:0], Y[:0])}, ValueError, r"^the arrays of valid are float32\[0,2\]"),
         ({"valid": [], "batch_size": 5}, ValueError, "^valid had no batch"),
-        ({"valid": None}, TypeError, "^Invalid valid value: a NoneType"),
+        ({"valid": None}, TypeError, "^Invalid valid value: a value of type NoneType"),
         (
             {"train": slices(6), "valid": slices(6), "batch_size": 6},
             ValueError,

@@ -1,27 +1,31 @@
 """Problems of users' models: their training is that of a plain loop in the model's framework."""
 
+import importlib.util
 import os
 import pickle
 import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import equinox as eqx
 import flax.linen as nn
-import haiku as hk
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from flax import nnx
-from helpers import assert_close, assert_same_types
+from helpers import assert_close, assert_same_types, free_port
 from jax.sharding import PartitionSpec
 
 import adamjax
 from adamjax import problems
 from adamjax.problems import _losses, _supervised
+
+hk: Any = importlib.import_module("haiku") if importlib.util.find_spec("haiku") else None
+needs_haiku = pytest.mark.skipif(hk is None, reason="haiku is not installed")
 
 pytestmark = pytest.mark.usefixtures("lenient")
 
@@ -159,9 +163,12 @@ problems_of = {
     "nnx": partial(supervised, NnxModel),
     "linen": partial(supervised, LinenModel()),
     "equinox": partial(supervised, eqx.nn.make_with_state(EquinoxModel)),
-    "haiku": partial(supervised, hk.transform_with_state(haiku_model)),
+    "haiku": lambda: supervised(hk.transform_with_state(haiku_model)),
 }
 LOOPS = {"nnx": nnx_loop, "linen": linen_loop, "equinox": equinox_loop, "haiku": haiku_loop}
+each_framework = pytest.mark.parametrize(
+    "framework", ["nnx", "linen", "equinox", pytest.param("haiku", marks=needs_haiku)]
+)
 
 
 def trained(problem, seed=0, steps=STEPS):
@@ -190,7 +197,7 @@ def arrays(state):
     return sorted(found, key=lambda x: (x.shape, float(np.sum(x))))
 
 
-@pytest.mark.parametrize("framework", LOOPS)
+@each_framework
 def test_batch_statistics_and_dropout_are_those_of_a_plain_loop(framework):
     problem = problems_of[framework]()
     assert problem.stateful
@@ -222,7 +229,7 @@ def test_members_in_vmap_are_those_alone():
         assert_close(jax.tree.map(lambda x, i=i: x[i], together), jax.jit(run)(key), 1e-5)
 
 
-@pytest.mark.parametrize("framework", LOOPS)
+@each_framework
 def test_parameters_are_floats_by_readable_names(framework):
     params, state = jax.eval_shape(problems_of[framework]().init, jax.random.key(0))
     names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in jax.tree.leaves_with_path(params)]
@@ -234,6 +241,28 @@ def test_parameters_are_floats_by_readable_names(framework):
     }
     assert names == expected[framework]
     assert jax.tree.leaves(state)
+
+
+def test_what_a_linen_module_sows_is_no_state():
+    class Sowing(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            self.sow("losses", "size", jnp.mean(x**2))
+            return nn.Dense(3)(x)
+
+    assert not supervised(Sowing()).stateful
+
+
+def test_an_nnx_module_draws_from_its_own_rngs():
+    def make(rngs):
+        return nnx.Sequential(nnx.Linear(4, 3, rngs=rngs), nnx.Dropout(0.5, rngs=rngs))
+
+    problem = supervised(make)
+    params, state = problem.init(jax.random.key(0))
+    inputs, labels = next(problem.batches(0))
+    value, after = problem.loss(params, state, (inputs, labels), jax.random.key(1))
+    assert_close(value, cross_entropy(make(nnx.Rngs(jax.random.key(0)))(inputs), labels), 1e-6)
+    assert after["layers"]["1"]["rngs"]["count"] == 1
 
 
 class Counting(nnx.Module):
@@ -315,17 +344,60 @@ def linear(params, inputs):
     return inputs @ params["w"]
 
 
+class KeywordModel(NnxModel):
+    def __init__(self, *, rngs):
+        super().__init__(rngs)
+
+
+class ToldModel(nnx.Module):
+    """Takes its mode and a source of randomness where it is called."""
+
+    def __init__(self, width, rngs):
+        self.w = nnx.Param(jax.random.normal(rngs.params(), (4, width)))
+
+    def __call__(self, x, training, rngs):
+        return x @ self.w + (jax.random.normal(rngs.noise(), (3,)) if training else 0.0)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        KeywordModel,
+        lambda rngs: NnxModel(rngs),
+        partial(ToldModel, 3),
+        partial(eqx.nn.MLP, 4, 3, 8, 1),
+        lambda key: eqx.nn.make_with_state(EquinoxModel)(key),
+        nn.Dense(3),
+        (nn.Dense(3).init, nn.Dense(3).apply),
+    ],
+)
+def test_other_ways_to_give_a_model(model):
+    problem = supervised(model)
+    made, (inputs, targets) = problem.init(jax.random.key(0)), next(problem.batches(0))
+    given = made if problem.stateful else (made,)
+    shape = jax.eval_shape(problem.loss, *given, (inputs, targets), jax.random.key(0))
+    assert (shape[0] if problem.stateful else shape).shape == ()
+    assert jax.eval_shape(problem.evaluate, *given).keys() == {"loss", "accuracy"}
+
+
+@needs_haiku
+def test_transforms_of_haiku():
+    test_other_ways_to_give_a_model(hk.transform(lambda x: hk.Linear(3)(x)))
+    with pytest.raises(TypeError, match="a value of type MultiTransformed of Haiku, expected"):
+        supervised(hk.multi_transform(lambda: (hk.Linear(3), hk.Linear(3))))
+
+
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (3, "a int; model must be a factory"),
-        (NnxModel(nnx.Rngs(0)), "a NnxModel; give a factory, `lambda rngs: NnxModel"),
-        (eqx.nn.Linear(4, 3, key=jax.random.key(0)), "a Linear; give a factory, `lambda key: Linear"),
+        (3, "a value of type int; model must be a factory"),
+        (NnxModel(nnx.Rngs(0)), "a module of type NnxModel; give a factory, `lambda rngs: NnxModel"),
+        (eqx.nn.Linear(4, 3, key=jax.random.key(0)), "a module of type Linear; give a factory, `lambda key: Linear"),
         (LinenModel, r"the class LinenModel; give a module, LinenModel\(\.\.\.\)"),
-        (lambda x: x, r"<lambda> needs the arguments \(x\); model must be"),
-        (nnx.Linear, r"Linear needs the arguments \(in_features, out_features, rngs\)"),
-        (hk.multi_transform(lambda: (hk.Linear(3), hk.Linear(3))), "a MultiTransformed of Haiku, expected"),
-        ((init,), "a tuple; model must be"),
+        (lambda x: x, r"<lambda>, which requires x; model must be"),
+        (nnx.Linear, r"Linear, which requires in_features, out_features, rngs; model"),
+        ((init,), "a value of type tuple; model must be"),
+        (dict, "dict, which requires no argument; model must be"),
         (lambda rngs: 3, "factory .* `rngs` returned int, expected a flax.nnx.Module"),
         (lambda key: 3, "factory .* `key` returned int, expected an equinox.Module"),
     ],
@@ -335,17 +407,23 @@ def test_other_models_are_refused(model, message):
         supervised(model)
 
 
-def test_frameworks_are_not_imported_for_functions():
+def test_for_functions_no_framework_is_imported_and_no_device_used():
     program = """
 import jax, numpy as np, sys
 from adamjax import problems
 data = np.ones((4, 2)), np.ones(4)
 problems.supervised((lambda key: np.ones(2), lambda p, x: x @ p), loss="mse", train=data, valid=data, batch_size=2)
 print(*{"flax", "equinox", "haiku", "optax", "sklearn", "torch"} & set(sys.modules))
+jax.distributed.initialize(f"localhost:{sys.argv[1]}", 1, 0)  # refuses where a device was used
 """
     environment = os.environ | {"PYTHONPATH": str(Path(adamjax.__file__).parent.parent)}
     found = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment, cwd="/"
+        [sys.executable, "-c", program, str(free_port())],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=environment,
+        cwd="/",
     )
     assert found.stdout == "\n"
 
@@ -413,6 +491,9 @@ def test_metrics_of_scikit_learn_are_computed_on_the_host():
     }
     assert all(type(x) is float for x in found.values())
     assert_close(found, {name: float(x) for name, x in expected.items()}, 1e-6)
+
+    diverged = problem.evaluate({"w": params["w"] * np.nan})
+    assert np.isnan([diverged["loss"], diverged["f1"], diverged["auc"]]).all()
 
 
 def quarter(outputs, labels):

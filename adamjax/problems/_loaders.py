@@ -46,8 +46,8 @@ class Loader:
         self._name, self._source = name, source
         if isinstance(source, Iterator):
             raise TypeError(
-                f"Invalid {name} value: a {type(source).__name__}, which can be read only once, and each run needs "
-                "batches of its own: give a function of the seed, `lambda seed: ...`, that returns one"
+                f"Invalid {name} value: a value of type {type(source).__name__}, which can be read only once, "
+                "and each run needs batches of its own: give a function, `lambda seed: ...`, that returns such a value"
             )
 
     def __repr__(self) -> str:
@@ -111,8 +111,8 @@ def as_source(name: str, data: Any) -> Arrays | Loader:
         return Arrays(name, data)
     if hasattr(data, "shape") or not (isinstance(data, Iterable) or callable(data)):
         raise TypeError(
-            f"Invalid {name} value: a {type(data).__name__}; {name} must be a tuple of arrays (inputs, targets), an "
-            "iterable of batches, or a function from a seed to one"
+            f"Invalid {name} value: a value of type {type(data).__name__}; {name} must be a tuple of arrays "
+            "(inputs, targets), an iterable of batches, or a function from a seed to one"
         )
     return Loader(name, data)
 
@@ -130,8 +130,8 @@ def _batch(name: str, data: Any) -> Batch:
         targets = data[found[0]]
         data = (next(iter(inputs.values())) if len(inputs) == 1 else inputs, targets)
     if not (isinstance(data, (tuple, list)) and len(data) == 2):
-        size = f" of {len(data)}" if isinstance(data, (tuple, list)) else ""
-        raise TypeError(f"{name} is a {type(data).__name__}{size}, expected a pair (inputs, targets)")
+        size = f" and length {len(data)}" if isinstance(data, (tuple, list)) else ""
+        raise TypeError(f"{name} is of type {type(data).__name__}{size}, expected a pair (inputs, targets)")
     pair = tuple(jax.tree.map(_as_numpy, x, is_leaf=_is_list_of_numbers) for x in data)
     for path, x in jax.tree.leaves_with_path(pair):
         if not jax.numpy.issubdtype(x.dtype, np.number) and x.dtype != bool:

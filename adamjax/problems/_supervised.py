@@ -12,7 +12,7 @@ from adamjax._core.trees import compute_dtype
 from adamjax._core.typing import PyTree
 from adamjax.problems._loaders import Arrays, Batch, Loader, as_source, describe, row_shapes
 from adamjax.problems._losses import LOSSES, METRICS, BatchFunction, is_labels, mean
-from adamjax.problems._models import as_model
+from adamjax.problems._models import abstract_key, as_model
 
 _TRACER_ERRORS = (
     jax.errors.ConcretizationTypeError,
@@ -46,7 +46,7 @@ class Supervised:
         self._model = as_model(model, jax.eval_shape(lambda chunks: jax.tree.map(lambda x: x[0], chunks), self._chunks))
         if param_shardings is not None:
             self.param_shardings = param_shardings
-        params, state = jax.eval_shape(self._model.init, jax.random.key(0))
+        params, state = jax.eval_shape(self._model.init, abstract_key())
         self.stateful = bool(jax.tree.leaves(state))
         checks.parameters(params)
         outputs = jax.eval_shape(self._outputs, params, state, self._chunks)
@@ -107,8 +107,10 @@ class Supervised:
         found, outputs = self._measured_by_device(params, state, self._chunks, self._targets)
         if self._host_metrics:
             outputs = jax.tree.map(_for_host, outputs)
-        for name, f in self._host_metrics.items():
-            found[name] = _on_host(name, f, outputs, self._targets)
+            # scikit-learn refuses NaN, and one run that diverged must not end the others.
+            finite = all(np.isfinite(x).all() for x in jax.tree.leaves(outputs))
+            for name, f in self._host_metrics.items():
+                found[name] = _on_host(name, f, outputs, self._targets) if finite else np.nan
         return {name: float(x) for name, x in found.items()}
 
     def _loss(self, outputs: PyTree, targets: PyTree) -> jax.Array:
@@ -212,8 +214,9 @@ def supervised(
     framework's names. Frameworks are told apart so:
 
     - A function or class with an argument `rngs`, and no other that it needs, makes a Flax NNX module; it is called
-      with `nnx.Rngs(key)`. Floating point `nnx.Param`s are the parameters, all other Variables the state. `train()` and
-      `eval()` of the module set its mode.
+      with `nnx.Rngs(key)`. Each `nnx.Param` is a parameter, all other Variables are state. The module's `train()` and
+      `eval()` set its mode. Values that the module writes to a `nnx.Param` when it is called, as `nnx.SpectralNorm`
+      does, hold for that call only.
     - A function or class with an argument `key`, and no other that it needs, makes an Equinox module, or the pair of
       one and its `eqx.nn.State`, as does what `eqx.nn.make_with_state` returns. The module is applied to one example
       and vmapped with the axis name "batch". Its floating point arrays are the parameters, all other arrays are state.
@@ -224,9 +227,9 @@ def supervised(
     - A tuple of two functions, `init(key)` or `init(key, inputs)`, and `apply(params, inputs)`.
 
     A model that has an argument `train`, `training`, `is_training`, `deterministic`, `use_running_average` or
-    `inference` where it is called is told its mode by it. One that has an argument `key` there (or `rngs`, in NNX) gets
-    the key of the step; in evaluation only if the argument has no default. If the inputs are a tree, it is the model's
-    one positional argument.
+    `inference` where it is called is told its mode by it. An argument `key` there gets the key of the step; in
+    evaluation only if it has no default. An argument `rngs` of an NNX module gets `nnx.Rngs` of that key if it has no
+    default; else the module draws from its own. Inputs that are a tree are one argument.
 
     Args:
       model: The model, one of these.
@@ -249,8 +252,8 @@ def supervised(
         32. A loader has its own.
       metrics: More to measure on the validation data besides "loss", by name: functions of all outputs and targets, or
         "accuracy" or the name of a loss. Those that JAX cannot trace, such as scikit-learn's, are called with NumPy
-        arrays, outside of what is compiled, once a member of a population. Logits with integer labels under the loss
-        "cross_entropy" are measured by "accuracy", too.
+        arrays, outside of what is compiled, once a member of a population; they are NaN where an output is not finite.
+        If the loss is "cross_entropy" and the targets are labels, "accuracy" is measured, too.
       param_shardings: For training on a mesh: a function of it and the parameters' shapes and dtypes that returns a
         tree of `PartitionSpec`; None to replicate the parameters.
 

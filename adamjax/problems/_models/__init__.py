@@ -5,6 +5,7 @@ from typing import Any
 from adamjax._core.typing import PyTree
 from adamjax.problems._models._functions import Functions
 from adamjax.problems._models._parts import Model as Model
+from adamjax.problems._models._parts import abstract_key as abstract_key
 from adamjax.problems._models._parts import arguments, required
 
 _ACCEPTED = (
@@ -31,13 +32,13 @@ def as_model(model: Any, inputs: PyTree) -> Model:
     for framework, argument in (("flax.nnx", "rngs"), ("equinox", "key")):
         if _comes_from(type(model), framework) and not isinstance(model, type):
             raise TypeError(
-                f"Invalid model value: a {type(model).__name__}; give a factory, `lambda {argument}: "
+                f"Invalid model value: a module of type {type(model).__name__}; give a factory, `lambda {argument}: "
                 f"{type(model).__name__}(...)`, because each run begins with parameters of its own"
             )
     if _comes_from(model, "flax.linen"):
         raise TypeError(f"Invalid model value: the class {model.__name__}; give a module, {model.__name__}(...)")
     if not callable(model):
-        raise TypeError(f"Invalid model value: a {type(model).__name__}; {_ACCEPTED}")
+        raise TypeError(f"Invalid model value: a value of type {type(model).__name__}; {_ACCEPTED}")
     names = [p.name for p in required(model)]
     if "rngs" in arguments(model) and set(names) <= {"rngs"}:
         from adamjax.problems._models._nnx import Nnx
@@ -50,8 +51,8 @@ def as_model(model: Any, inputs: PyTree) -> Model:
 
         return Equinox(model)
     raise TypeError(
-        f"Invalid model value: {getattr(model, '__name__', type(model).__name__)} needs the arguments "
-        f"({', '.join(names)}); {_ACCEPTED}. Give all other arguments in the factory"
+        f"Invalid model value: {getattr(model, '__name__', type(model).__name__)}, which requires "
+        f"{', '.join(names) or 'no argument'}; {_ACCEPTED}. A factory gives the other arguments of a class"
     )
 
 

@@ -7,7 +7,7 @@ import equinox as eqx
 import jax
 
 from adamjax._core.typing import PyTree
-from adamjax.problems._models._parts import Named, mode, randomness
+from adamjax.problems._models._parts import Named, abstract_key, mode, randomness
 
 
 class Equinox:
@@ -18,7 +18,7 @@ class Equinox:
 
     def __init__(self, factory: Callable[..., Any]) -> None:
         self._factory = factory
-        jax.eval_shape(self._look, jax.random.key(0))
+        jax.eval_shape(self._look, abstract_key())
 
     def _look(self, key: jax.Array) -> None:
         """Keep what is no array, from a module made with a traced key."""
@@ -42,8 +42,8 @@ class Equinox:
         return _apply(module, layers, inputs, jax.random.key(0), train=False)[0]
 
     def _whole(self, params: PyTree, state: PyTree) -> tuple[Any, Any]:
-        arrays, layers = self._state.to_tree(state)
-        return eqx.combine(self._params.to_tree(params), arrays, self._constants), layers
+        whole = self._state.to_tree(state)
+        return eqx.combine(self._params.to_tree(params), whole["module"], self._constants), whole["state"]
 
 
 def _apply(module: Any, layers: Any, inputs: PyTree, key: jax.Array, *, train: bool) -> tuple[PyTree, Any]:
@@ -52,7 +52,7 @@ def _apply(module: Any, layers: Any, inputs: PyTree, key: jax.Array, *, train: b
     rows = len(jax.tree.leaves(inputs)[0])
 
     def one(x: PyTree, key: jax.Array) -> tuple[PyTree, Any]:
-        keywords = mode(call, train) | randomness(call, "key", key, train=train)
+        keywords = mode(call, train) | randomness(call, "key", key, optional=train)
         return (module(x, **keywords), None) if layers is None else module(x, layers, **keywords)
 
     return jax.vmap(one, out_axes=(0, None), axis_name="batch")(inputs, jax.random.split(key, rows))
@@ -75,4 +75,4 @@ def _divided(module: Any, layers: Any) -> tuple[PyTree, PyTree, PyTree]:
     """Divide into the parameters, all other arrays with those in `layers`, and what is no array."""
     params, rest = eqx.partition(module, eqx.is_inexact_array)
     arrays, constants = eqx.partition(rest, lambda x: hasattr(x, "dtype") and hasattr(x, "shape"))
-    return params, (arrays, layers), constants
+    return params, {"module": arrays, "state": layers}, constants

@@ -27,4 +27,4 @@ class Functions:
         return self._apply(params, inputs, **self._keywords(jax.random.key(0), train=False))
 
     def _keywords(self, key: jax.Array, *, train: bool) -> dict[str, Any]:
-        return mode(self._apply, train) | randomness(self._apply, "key", key, train=train)
+        return mode(self._apply, train) | randomness(self._apply, "key", key, optional=train)

@@ -15,8 +15,8 @@ class Haiku:
     def __init__(self, transformed: Any, inputs: PyTree) -> None:
         if not isinstance(transformed, (hk.Transformed, hk.TransformedWithState)):
             raise TypeError(
-                f"Invalid model value: a {type(transformed).__name__} of Haiku, expected what hk.transform or "
-                "hk.transform_with_state returns"
+                f"Invalid model value: a value of type {type(transformed).__name__} of Haiku, expected what "
+                "hk.transform or hk.transform_with_state returns"
             )
         f = getattr(transformed.apply, "_original_fn", transformed.apply)
         if isinstance(transformed, hk.Transformed):

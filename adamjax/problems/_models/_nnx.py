@@ -7,7 +7,7 @@ import jax
 from flax import nnx
 
 from adamjax._core.typing import PyTree
-from adamjax.problems._models._parts import Named, mode, randomness
+from adamjax.problems._models._parts import Named, abstract_key, mode, randomness
 
 _VALUE = (jax.tree_util.GetAttrKey("value"),)  # of a Variable; it would end every path
 
@@ -17,7 +17,7 @@ class Nnx:
 
     def __init__(self, factory: Callable[..., Any]) -> None:
         self._factory = factory
-        jax.eval_shape(self._look, jax.random.key(0))
+        jax.eval_shape(self._look, abstract_key())
 
     def _look(self, key: jax.Array) -> None:
         """Keep what is no array, from a module made with a traced key."""
@@ -62,7 +62,8 @@ def _made(factory: Callable[..., Any], key: jax.Array) -> nnx.Module:
 
 def _keywords(module: Any, key: jax.Array, *, train: bool) -> dict[str, Any]:
     call = type(module).__call__
-    return mode(call, train) | randomness(call, "rngs", nnx.Rngs(key), train=train)
+    # Where they are optional, the module's own are meant.
+    return mode(call, train) | randomness(call, "rngs", nnx.Rngs(key), optional=False)
 
 
 def _split(module: nnx.Module) -> Any:

@@ -83,19 +83,21 @@ def mode(f: Callable[..., Any], train: bool) -> dict[str, bool]:
     return {name: value is train for name, value in _MODES.items() if name in arguments(f)}
 
 
-def randomness(f: Callable[..., Any], name: str, value: Any, *, train: bool) -> dict[str, Any]:
-    """Return the source of randomness as the keyword argument `name` of `f`, if it takes one.
-
-    In evaluation only if it needs one: most models are deterministic without.
-    """
+def randomness(f: Callable[..., Any], name: str, value: Any, *, optional: bool) -> dict[str, Any]:
+    """Return `value` as the keyword argument `name` of `f`, if it requires one, or, if `optional`, takes one."""
     found = arguments(f).get(name)
-    return {name: value} if found is not None and (train or found.default is found.empty) else {}
+    return {name: value} if found is not None and (optional or found.default is found.empty) else {}
 
 
 def required(f: Callable[..., Any]) -> list[inspect.Parameter]:
     """Return the parameters that a call of `f` must give."""
     kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     return [p for p in arguments(f).values() if p.default is p.empty and p.kind not in kinds]
+
+
+def abstract_key() -> jax.ShapeDtypeStruct:
+    """Return the type of a key; no device is touched, which must wait for `jax.distributed.initialize`."""
+    return jax.eval_shape(jax.random.key, 0)
 
 
 def zeros(shapes: PyTree) -> PyTree:
