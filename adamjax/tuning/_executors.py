@@ -7,7 +7,7 @@ import os
 import pickle
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, ProcessPoolExecutor, wait
 from typing import Any
 
@@ -44,7 +44,7 @@ class Workers(contextlib.AbstractContextManager["Workers"]):
         if self._own:
             self._executor.shutdown(wait=True, cancel_futures=True)
 
-    def run(self, trials: Iterable[Trial]) -> Iterator[Outcome]:
+    def run(self, trials: Iterable[Trial]) -> Generator[Outcome, None, None]:
         """Run trials side by side; yield their outcomes as they come.
 
         A trial whose worker died is tried once more after the others, alone: the death of a worker of a process pool
