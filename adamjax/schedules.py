@@ -129,7 +129,7 @@ def range_test(min_lr: Scalar = 1e-6, max_lr: Scalar = 1.0, steps: Scalar = 200)
     Args:
       min_lr: The learning rate of the first step, small enough that the loss hardly changes; above 0.
       max_lr: The learning rate of the last step, large enough that the loss blows up.
-      steps: The number of steps, at least 2.
+      steps: The number of steps, an int of at least 2.
 
     Returns:
       A schedule.
@@ -153,12 +153,12 @@ def range_test(min_lr: Scalar = 1e-6, max_lr: Scalar = 1.0, steps: Scalar = 200)
     >>> 0.01 < LrRange([ramp(i) for i in range(100)], losses).suggestion() < 1.0
     True
     """
-    if isinstance(steps, int) and not isinstance(steps, bool) and steps < 2:
+    if isinstance(checks.integer("steps", steps), int) and steps < 2:
         raise ValueError(f"Invalid steps value: {steps}; steps must be at least 2")
     for name, x in (("min_lr", min_lr), ("max_lr", max_lr)):
         if isinstance(checks.number(name, x), float) and not x > 0:
             raise ValueError(f"Invalid {name} value: {x!r}; {name} must be above 0: the ramp is exponential")
-    if isinstance(min_lr, float) and isinstance(max_lr, float) and min_lr >= max_lr:
+    if isinstance(min_lr, (int, float)) and isinstance(max_lr, (int, float)) and min_lr >= max_lr:
         raise ValueError(f"Invalid min_lr value: {min_lr!r}; min_lr must be below max_lr, which is {max_lr!r}")
     return Exponential(min_lr, max_lr, steps - 1)
 

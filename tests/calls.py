@@ -103,6 +103,7 @@ CALLS = {
     "schedules.Constant": Call({"value": 0.1}),
     "schedules.Linear": Call({"init": 0.1, "end": 0.2, "total_steps": 10}),
     "schedules.Exponential": Call({"init": 0.1, "peak": 0.2, "total_steps": 10}),
+    "schedules.range_test": Call(),
     "schedules.Cosine": Call({"peak": 0.1, "total_steps": 10}),
     "schedules.WarmupCosine": Call({"peak": 0.1, "warmup_steps": 2, "total_steps": 10}),
     "schedules.WarmupStableDecay": Call({"peak": 0.1, "warmup_steps": 2, "total_steps": 10, "decay_steps": 3}),
@@ -139,7 +140,8 @@ CALLS = {
     "interop.optax.wrap": Call({"opt": OPT}),
     "tuning.scale_for_batch": Call({"hparams": {"learning_rate": 0.1}, "old": 64, "new": 128}),
     "tuning.LrRange": Call({"learning_rates": RATES, "losses": 1 / RATES}),
-    "tuning.lr_range_test": Call({"problem": BOWL}, ("mesh",), cheap=False),
+    "tuning.lr_range_test": Call({"problem": BOWL}, ("mesh", "mode", "num_rates"), cheap=False),
+    "tuning.process_pool": Call({"workers": 1}),
     "tuning.Choice": Call({"options": (1, "a", None)}, ("options",)),
     "tuning.Linear": Call({"low": 0.1, "high": 0.2}),
     "tuning.Log": Call({"low": 0.1, "high": 0.2}),
@@ -147,8 +149,11 @@ CALLS = {
     "tuning.sweep": Call({"problem": BOWL, "space": SPACE, "steps": 2}, ("mesh", "memory", "mode"), cheap=False),
     "tuning.tune": Call(
         {"problem": BOWL, "trials": 2, "steps": 2},
-        ("mesh", "memory", "mode", "space", "storage", "confirm", "out"),
+        ("steps", "mesh", "memory", "mode", "space", "storage", "confirm", "range_test", "executor", "out"),
         cheap=False,
+    ),
+    "tuning.Search": Call(
+        {"space": SPACE, "trials": 2}, ("space", "steps", "mode", "storage", "confirm", "range_test", "out")
     ),
     "training.train": Call({"problem": BOWL, "optimizer": OPT, "steps": 2}, ("dtype", "start", "mesh")),
     "training.step_fn": Call({"loss_fn": abs, "opt": OPT}),
@@ -191,7 +196,8 @@ METHODS = {
 # Not called with arguments of users: what they get and look at, or derive from, and the insides of steps and runs.
 HELD = ["AdamState", "ScheduleState", "rounding.RoundingState", "storage.QuantizedArray", "storage.Precision"]
 HELD += ["storage.PackedTree"]
-HELD += ["tuning.Best", "tuning.Confirmed", "tuning.Report", "tuning.Sweep", "tuning.Trial"]
+HELD += ["tuning.Best", "tuning.Confirmed", "tuning.Report", "tuning.Sweep", "tuning.Trial", "tuning.TrialRecord"]
+HELD += ["tuning.Pruned"]
 HELD += ["training.Report", "training.TrainStep", "training.Keys", "checkpoint.Checkpoint", "kernels.Kernel"]
 HELD += ["diagnostics.AdamStats", "diagnostics.LeafStats", "diagnostics.Finding"]
 HELD += ["schedules.PlateauState", "sharding.Zero1State", "interop.torch.NAdamState"]

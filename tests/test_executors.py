@@ -9,6 +9,8 @@ import signal
 import threading
 import time
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from adamjax.tuning import process_pool, tune
@@ -33,6 +35,16 @@ class UnpicklableError(Exception):
 
     def __init__(self, first, second):
         super().__init__(f"{first} and {second}")
+
+
+def trains(optimizer, trial):
+    """A loop that needs JAX's threads."""
+    x = jnp.ones((300, 300))
+    state, step = optimizer.init(x), jax.jit(optimizer.step)
+    for epoch in range(8):
+        x, state = step(x @ x.T / 300, state, x)
+        trial.report(epoch, jnp.mean(x**2))
+    return jnp.mean(x**2)
 
 
 def dies(optimizer, trial, *, folder, number=2, times=99):
@@ -175,6 +187,7 @@ def test_processes(pool):
     assert len(found.searched) == 20
     assert len(found.confirmed) in (2, 3)
     assert found.searched[1].steps == list(range(8))
+    assert small(trains, executor=pool).best
     here = tune(objective, trials=20, executor=Immediately(), confirm=(2, 2))
     assert [(t.setting, t.status, t.metrics) for t in found.trials] == [
         (t.setting, t.status, t.metrics) for t in here.trials
@@ -204,11 +217,12 @@ def test_what_cannot_be_pickled_is_named(pool):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["instance", "factory", "process_pool"])
+@pytest.mark.parametrize("kind", ["instance", "forks", "factory", "process_pool"])
 def test_killed_workers_of_processes(tmp_path, kind):
     number = 3 if kind == "factory" else 2
     executor = {
         "instance": lambda: concurrent.futures.ProcessPoolExecutor(2, SPAWN),
+        "forks": lambda: concurrent.futures.ProcessPoolExecutor(2, multiprocessing.get_context("fork")),
         "factory": lambda: lambda: concurrent.futures.ProcessPoolExecutor(2, SPAWN),
         "process_pool": lambda: process_pool(2),
     }[kind]()
@@ -216,9 +230,18 @@ def test_killed_workers_of_processes(tmp_path, kind):
     assert [t.status for t in found.searched].count("failed") == 1
     failed = found.searched[number]
     assert failed.status == "failed"
-    assert failed.error.startswith("its worker died: BrokenProcessPool")
+    assert failed.error.startswith("its worker gave no result: BrokenProcessPool")
     assert (tmp_path / f"{number}-0").read_text() == "xx"  # tried once more
     assert len(found.confirmed) >= 1
+
+
+@pytest.mark.slow
+def test_pools_that_would_fork_spawn():
+    assert jnp.ones(3).sum() == 3  # JAX has threads from now on
+    with concurrent.futures.ProcessPoolExecutor(2, multiprocessing.get_context("fork")) as executor:
+        here = small(trains)
+        there = small(trains, executor=executor)
+    assert [t.setting for t in here.searched] == [t.setting for t in there.searched]
 
 
 @pytest.mark.slow
@@ -233,7 +256,7 @@ def test_a_worker_that_dies_once_costs_nothing(tmp_path):
 def test_a_worker_that_dies_in_the_first_trial_ends_the_tuning(tmp_path):
     with (
         concurrent.futures.ProcessPoolExecutor(1, SPAWN) as executor,
-        pytest.raises(RuntimeError, match=r"the first trial.* failed: its worker died: BrokenProcessPool"),
+        pytest.raises(RuntimeError, match=r"the first trial.* failed: its worker gave no result: BrokenProcessPool"),
     ):
         small(functools.partial(dies, folder=str(tmp_path), number=0), executor=executor)
 
@@ -273,4 +296,21 @@ def test_dask(tmp_path):
         assert {t.status for t in found.searched} <= {"complete", "pruned"}
         found = small(functools.partial(dies, folder=str(tmp_path)), executor=executor)
         assert [t.status for t in found.searched].count("failed") == 1
-        assert found.searched[2].error.startswith("its worker died: KilledWorker")
+        assert found.searched[2].error.startswith("its worker gave no result: KilledWorker")
+
+
+@pytest.mark.slow
+def test_what_dask_cannot_pickle_is_named():
+    distributed = pytest.importorskip("distributed")
+    lock = threading.Lock()
+
+    def locked(optimizer, trial):
+        with lock:
+            return 0.0
+
+    with (
+        distributed.LocalCluster(n_workers=1, processes=False, dashboard_address=None) as cluster,
+        distributed.Client(cluster) as client,
+        pytest.raises(TypeError, match=r"the objective .*locked cannot be pickled"),
+    ):
+        small(locked, executor=client.get_executor(retries=0))

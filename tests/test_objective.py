@@ -1,5 +1,6 @@
 """Tuning of training loops of one's own."""
 
+import gc
 import json
 import math
 from functools import partial
@@ -7,7 +8,9 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optuna
 import pytest
+from flax import nnx
 
 import adamjax
 from adamjax import schedules
@@ -198,6 +201,8 @@ def test_what_is_no_objective_is_refused():
 
     with pytest.raises(TypeError, match=r"one\(optimizer\) is not an objective .*called as objective\(optimizer, tri"):
         tune(one)
+    with pytest.raises(TypeError, match="dict is a class, and no objective: an objective is a function"):
+        tune(dict)
     with pytest.raises(TypeError, match="object is not a problem"):
         tune(object())
     for name, value in (("execution", "vmap"), ("mesh", 3), ("memory", 1e9)):
@@ -297,6 +302,10 @@ class TestRangeTests:
             lr_range_test(counted, mode="ramp")
         with pytest.raises(TypeError, match="is not an objective"):
             lr_range_test(lambda optimizer: 0.0)
+        with pytest.raises(ZeroDivisionError):
+            lr_range_test(lambda optimizer, trial: 1 / 0)
+        with pytest.raises(TypeError, match="Invalid problem value: 'loop'; problem must be"):
+            lr_range_test("loop")
 
     def test_trials_end_at_the_first_report_and_may_fail(self):
         reports = []
@@ -355,6 +364,70 @@ def test_pruned_is_an_exception_to_let_pass():
     assert [t.status for t in found.searched] == ["complete", "complete", "pruned", "complete"]
     assert math.isnan(found.searched[2].value("loss"))
     assert "pruned" in found.to_json()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("lenient")
+def test_a_script_of_flax_compiles_once_and_draws_each_batch_once():
+    """NNX with BatchNorm and dropout, on a generator of NumPy batches."""
+
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            self.first, self.norm = nnx.Linear(4, 16, rngs=rngs), nnx.BatchNorm(16, rngs=rngs)
+            self.dropout, self.last = nnx.Dropout(0.1, rngs=rngs), nnx.Linear(16, 1, rngs=rngs)
+
+        def __call__(self, x):
+            return self.last(self.dropout(nnx.relu(self.norm(self.first(x)))))
+
+    drawn, traces = [], []
+
+    def batches(seed):
+        rng = np.random.default_rng(seed)
+        for i in range(5):
+            drawn.append((seed, i))
+            x = rng.normal(size=(32, 4)).astype(np.float32)
+            yield x, x.sum(axis=1, keepdims=True)
+
+    @nnx.jit
+    def step(model, optimizer, state, x, y):
+        traces.append(x)
+        loss, grads = nnx.value_and_grad(lambda model: jnp.mean((model(x) - y) ** 2))(model)
+        params, state = optimizer.step(grads, state, nnx.state(model, nnx.Param))
+        nnx.update(model, params)
+        return loss, state
+
+    def objective(optimizer, trial):
+        model = Net(nnx.Rngs(trial.seed))
+        state = optimizer.init(nnx.state(model, nnx.Param))
+        for epoch in range(8):
+            for x, y in batches(trial.seed):
+                loss, state = step(model, optimizer, state, x, y)
+            trial.report(epoch, loss)
+        return loss
+
+    space = Space(
+        learning_rate=Log(1e-4, 1.0), one_minus_b1=Log(0.01, 0.5), one_minus_b2=Log(1e-4, 0.3), eps=Log(1e-9, 1e-3),
+        weight_decay=Log(1e-5, 1.0),
+    )  # fmt: skip
+    found = tune(objective, space=space, trials=16, confirm=(1, 1))
+    assert len(traces) == 1
+    assert len(found.searched) == 16
+    reports = sum(len(t.steps) for t in found.trials) + len(found.range_test.losses)
+    assert len(drawn) == 5 * reports
+    assert found.best.arguments.keys() == {"learning_rate", "b1", "b2", "eps", "weight_decay"}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_machines_share_a_storage_of_optuna(tmp_path):
+    url = f"sqlite:///{tmp_path / 'study.db'}"
+    for machine in range(2):
+        found = small(formula, sampler="optuna", storage=url, confirm=None, out=tmp_path / str(machine))
+        assert {t.stage for t in found.searched} == {"defaults", "optuna"}
+    (summary,) = optuna.get_all_study_summaries(url)
+    assert summary.n_trials == 22
+    gc.collect()  # SQLAlchemy leaves it to this to close the database, with a warning
 
 
 def test_progress(capsys):

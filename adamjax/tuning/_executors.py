@@ -7,8 +7,9 @@ import os
 import pickle
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, ProcessPoolExecutor, wait
+from functools import partial
 from typing import Any
 
 from adamjax._core import checks
@@ -23,7 +24,8 @@ POLL_SECONDS = 0.1  # between looks at futures that are not of concurrent.future
 class Workers(contextlib.AbstractContextManager["Workers"]):
     """Runs trials of an objective by an executor, which is made again when it breaks.
 
-    Executors that this made are shut down at the end, others are left to their owner.
+    Executors that this made are shut down at the end, others are left to their owner. Instead of a process pool that
+    would fork, an equal one that spawns is used: JAX has threads, which hang in processes that are forked.
     """
 
     def __init__(self, executor: Executor, objective: Objective) -> None:
@@ -31,6 +33,9 @@ class Workers(contextlib.AbstractContextManager["Workers"]):
         is_factory = isinstance(executor, type) or not hasattr(executor, "submit")
         self._make: Callable[[], Any] | None = executor if is_factory else _maker_of_equals(executor)
         self._executor, self._own = (executor(), True) if is_factory else (executor, False)
+        if _would_fork(self._executor):
+            self._make = _maker_of_equals(self._executor)
+            self._executor, self._own = _equal_pool(self._executor), True
         if not hasattr(self._executor, "submit"):
             raise TypeError(f"Invalid executor value: {executor!r} returned {self._executor!r}, which has no submit")
         if isinstance(self._executor, ProcessPoolExecutor):
@@ -41,10 +46,10 @@ class Workers(contextlib.AbstractContextManager["Workers"]):
         return type(self._executor).__name__
 
     def __exit__(self, *_: object) -> None:
-        if self._own:
-            self._executor.shutdown(wait=True, cancel_futures=True)
+        if self._own and hasattr(self._executor, "shutdown"):
+            self._executor.shutdown()
 
-    def run(self, trials: Iterable[Trial]) -> Iterator[Outcome]:
+    def run(self, trials: Iterable[Trial]) -> Generator[Outcome, None, None]:
         """Run trials side by side; yield their outcomes as they come.
 
         A trial whose worker died is tried once more after the others, alone: the death of a worker of a process pool
@@ -81,6 +86,9 @@ class Workers(contextlib.AbstractContextManager["Workers"]):
     def _submit(self, trial: Trial) -> Any:
         try:
             return self._executor.submit(call_remotely, self._objective, trial)
+        except (pickle.PicklingError, AttributeError, TypeError):
+            self._check_all_pickled(trial)
+            raise
         except BrokenExecutor as error:
             if self._make is None:
                 raise RuntimeError(
@@ -98,10 +106,13 @@ class Workers(contextlib.AbstractContextManager["Workers"]):
             outcome: Outcome = future.result()
         except (Exception, asyncio.CancelledError) as error:  # which dask raises
             if isinstance(error, (pickle.PicklingError, AttributeError, TypeError)):
-                self._check_pickled("objective", self._objective)
-                self._check_pickled("optimizer", trial.optimizer)
-            return Outcome(trial, None, f"its worker died: {describe(error)}", died=True)
+                self._check_all_pickled(trial)
+            return Outcome(trial, None, f"its worker gave no result: {describe(error)}", died=True)
         return outcome
+
+    def _check_all_pickled(self, trial: Trial) -> None:
+        self._check_pickled("objective", self._objective)
+        self._check_pickled("optimizer", trial.optimizer)
 
     def _check_pickled(self, what: str, x: object) -> None:
         try:
@@ -154,18 +165,26 @@ def _take_part_of_the_cores(started: Any, workers: int) -> None:
         os.sched_setaffinity(0, cores[number % len(cores) :: workers])
 
 
+def _would_fork(executor: Executor) -> bool:
+    """Return whether an executor is a pool that has not started its processes, and would fork them."""
+    if type(executor) is not ProcessPoolExecutor:
+        return False
+    pool: Any = executor
+    return not pool._processes and pool._mp_context.get_start_method() == "fork"
+
+
 def _maker_of_equals(executor: Executor) -> Callable[[], ProcessPoolExecutor] | None:
     """Return a function that makes a process pool like `executor`; None for other executors."""
-    if type(executor) is not ProcessPoolExecutor:
-        return None
-    pool: Any = executor
-    return lambda: ProcessPoolExecutor(
-        pool._max_workers,
-        pool._mp_context,
-        pool._initializer,
-        pool._initargs,
-        max_tasks_per_child=pool._max_tasks_per_child,
-    )
+    return partial(_equal_pool, executor) if type(executor) is ProcessPoolExecutor else None
+
+
+def _equal_pool(pool: Any) -> ProcessPoolExecutor:
+    """Make a process pool with the arguments of another one; it spawns its processes where that one forks them."""
+    context = pool._mp_context
+    if context.get_start_method() == "fork":
+        context = multiprocessing.get_context("spawn")
+    limit = pool._max_tasks_per_child
+    return ProcessPoolExecutor(pool._max_workers, context, pool._initializer, pool._initargs, max_tasks_per_child=limit)
 
 
 def _wait_for_one(futures: Iterable[Any]) -> list[Any]:

@@ -4,7 +4,7 @@ import inspect
 import math
 import pickle
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from typing import Any, NamedTuple
 
 from adamjax.tuning._journal import DEFAULTS, Candidate
@@ -29,11 +29,15 @@ class Outcome(NamedTuple):
 
 
 # Calls the objective for trials, and returns their outcomes as they come.
-RunTrials = Callable[[Iterable[Trial]], Iterator[Outcome]]
+RunTrials = Callable[[Iterable[Trial]], Generator[Outcome, None, None]]
 
 
 def check_objective(objective: Objective) -> None:
     """Check that a function can be called as `objective(optimizer, trial)`."""
+    if not callable(objective):
+        raise TypeError(f"Invalid problem value: {objective!r}; problem must be a problem, or an objective, a function")
+    if isinstance(objective, type):
+        raise TypeError(f"{objective.__name__} is a class, and no objective: an objective is a function")
     try:
         signature = inspect.signature(objective)
     except ValueError:  # a builtin that does not say
@@ -80,7 +84,7 @@ def describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".removesuffix(": ")
 
 
-def run_here(objective: Objective, trials: Iterable[Trial]) -> Iterator[Outcome]:
+def run_here(objective: Objective, trials: Iterable[Trial]) -> Generator[Outcome, None, None]:
     """Run trials one after another in this process."""
     return (call_objective(objective, trial) for trial in trials)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from collections.abc import Generator, Iterable
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,10 +25,11 @@ from adamjax.schedules import Exponential
 from adamjax.training import ShardedTask, TrainStep, initial, keys_of, train_step
 from adamjax.tuning._blocks import BatchSource
 from adamjax.tuning._journal import Json, nan_to_null, null_to_nan
-from adamjax.tuning._objective import Objective, RunTrials, check_objective, first_losses, run_here
+from adamjax.tuning._objective import Objective, Outcome, RunTrials, check_objective, first_losses, run_here
 from adamjax.tuning._space import OptimizerFactory
 from adamjax.tuning._spec import is_problem
 from adamjax.tuning._sweep import sweep
+from adamjax.tuning._trial import Trial
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -227,7 +229,8 @@ def lr_range_test(
 ) -> LrRange:
     """Train with learning rates from far too small to far too large, and record the training loss.
 
-    An objective is called with each of a few constant learning rates, until it reports a value for the first time.
+    An objective is called with each of a few constant learning rates, until it reports a value for the first time. An
+    exception with the smallest one is raised; with others, it counts as a loss that is not finite.
 
     Args:
       problem: The problem to train, or an objective whose values are losses; see `tune`.
@@ -250,7 +253,7 @@ def lr_range_test(
 
     Raises:
       ValueError: A number is out of range, or `mode` is unknown.
-      TypeError: `problem` is not a `Problem`, or an argument that should be a number is not.
+      TypeError: `problem` is neither a `Problem` nor an objective, or an argument that should be a number is not.
 
     References:
       Smith, 2017, https://arxiv.org/abs/1506.01186, section 3.3.
@@ -275,7 +278,7 @@ def lr_range_test(
     checks.integer("seed", seed)
     if not is_problem(problem):
         check_objective(problem)
-        return objective_range_test(partial(run_here, problem), optimizer, (low, high, num_rates), {}, seed)
+        return objective_range_test(partial(_run_first_strictly, problem), optimizer, (low, high, num_rates), {}, seed)
     if mode == "ramp":
         task = checked(problem, seed)
         if mesh is None and task.is_fed and jax.process_count() > 1:
@@ -307,6 +310,14 @@ def objective_range_test(
     """
     points = np.geomspace(*rates)
     return LrRange(points, np.asarray(first_losses(run, optimizer, points, facts=facts, seed=seed)), "constant")
+
+
+def _run_first_strictly(objective: Objective, trials: Iterable[Trial]) -> Generator[Outcome, None, None]:
+    """Run trials; raise the exception of the first, whose learning rate is too small to be the reason."""
+    for i, outcome in enumerate(run_here(objective, trials)):
+        if i == 0 and outcome.exception is not None:
+            raise outcome.exception
+        yield outcome
 
 
 def _ramp(task: Task, opt: Transformation, steps: int, seed: int) -> np.ndarray:

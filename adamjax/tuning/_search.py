@@ -91,6 +91,11 @@ class Search:
         check_sampler(sampler, storage)
         _check_range_test(range_test)
         own = is_problem(problem)
+        if own and not callable(getattr(problem, "init", None)):
+            kinds = "problem must be a problem, an objective, or a name for what is trained"
+            raise TypeError(f"Invalid problem value: {problem!r}; {kinds}")
+        if not isinstance(metric, str):
+            raise TypeError(f"Invalid metric value: {metric!r}; metric must be the name of a metric")
         half = is_problem(problem) and has_half_precision(problem)
         searched = search_space(optimizer, space, stages, half=half, structures=own)
         mode = resolve_mode(metric, mode)

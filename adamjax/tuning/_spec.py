@@ -150,7 +150,7 @@ def optimizer_name(optimizer: Callable[..., object]) -> str:
 
 def is_problem(x: object) -> "TypeIs[Problem]":
     """Return whether `x` is meant as a problem, rather than as an objective, which is a function."""
-    return any(hasattr(x, name) for name in ("init", "loss", "evaluate")) or not (isinstance(x, str) or callable(x))
+    return all(hasattr(x, name) for name in ("init", "loss")) or not (isinstance(x, str) or callable(x))
 
 
 def subject_name(problem: Subject) -> str:

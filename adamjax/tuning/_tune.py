@@ -94,17 +94,21 @@ def tune(
         measured time of a few steps says that this saves more than it costs to compile the smaller
         programs. On a busy machine, that decision can differ between runs. For an objective, anything but False
         ends trials as `Trial.report` describes.
-      range_test: "auto" makes a range test. Or one of your own, an `LrRange`; None for no range test.
+      range_test: "auto" makes a range test. Or one of your own, an `LrRange`; None for no range test. It does not
+        change a `space` that is given.
       executor: An executor to run trials of an objective side by side: a `concurrent.futures.Executor` (a process pool,
         of `process_pool` for one; `mpi4py.futures.MPIPoolExecutor`; dask's `Client.get_executor(retries=0)`), or
         anything with its `submit`, such as submitit's; or a function without arguments that makes one. None runs them
         one after another in this process. The trials of a round run at once, as many as there are workers. A trial
         whose worker dies is tried once more, alone, then it has failed. An executor that broke is made again, by the
         function, or as a `ProcessPoolExecutor` with equal arguments; others end the tuning, which goes on with `out`.
+        A process pool that would fork is replaced by an equal one that spawns its processes, since JAX's threads hang
+        in processes that are forked: a script needs `if __name__ == "__main__":`.
       out: Folder for the report, and for each trial as soon as it ends; None to write nothing.
       resume: Whether to continue a tuning that the folder holds. The result is that of an uninterrupted
         run, unless other machines share the study. If False, such a folder is refused.
-      metric: The metric of the problem, at the end of a run, that settings are judged by.
+      metric: The metric, at the end of a run, that settings are judged by: a name in what `evaluate` of the problem or
+        the objective returns.
       mode: "min" or "max", whichever value is better. None means "min" for the loss; other metrics need it.
       seed: Seed of the search; the seeds after it are those that confirm.
       execution, mesh, memory: See `sweep`; not for objectives.
@@ -252,11 +256,12 @@ def _tune_objective(search: Search, objective: Objective, executor: Executor, *,
 
 def _run_trials(search: Search, run: RunTrials, trials: Iterable[Trial], bar: Any) -> None:
     """Run trials and tell their results; raise the error of the defaults."""
-    for outcome in run(trials):
-        check_first(outcome)
-        search.tell(outcome.trial, outcome.value, error=outcome.error)
-        if bar is not None:
-            bar.update(1)
+    with contextlib.closing(run(trials)) as outcomes:
+        for outcome in outcomes:
+            check_first(outcome)
+            search.tell(outcome.trial, outcome.value, error=outcome.error)
+            if bar is not None:
+                bar.update(1)
 
 
 def _range_test_of_objective(search: Search, run: RunTrials) -> LrRange | None:
