@@ -537,6 +537,7 @@ def test_a_problem_is_pickled_and_has_a_readable_name():
             "valid=[float32[20,4], int32[20]], batch_size=8, metrics={'right': 'accuracy', 'quarter': quarter})"
         )
     )
+    assert repr(supervised(partial(ToldModel, 3))).startswith("supervised(partial(ToldModel), ")
     params = init(jax.random.key(0))
     assert again.evaluate(params) == problem.evaluate(params)
 

@@ -1,6 +1,7 @@
 """Supervised problems, of the models and loaders that users have."""
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -194,6 +195,8 @@ def _name(x: Any) -> str:
         return repr(x)
     if isinstance(x, tuple):
         return f"({', '.join(map(_name, x))})"
+    if isinstance(x, partial):
+        return f"partial({_name(x.func)})"
     return getattr(x, "__qualname__", type(x).__name__)
 
 
@@ -218,12 +221,12 @@ def supervised(
       `eval()` set its mode. Values that the module writes to a `nnx.Param` when it is called, as `nnx.SpectralNorm`
       does, hold for that call only.
     - A function or class with an argument `key`, and no other that it needs, makes an Equinox module, or the pair of
-      one and its `eqx.nn.State`, as does what `eqx.nn.make_with_state` returns. The module is applied to one example
-      and vmapped with the axis name "batch". Its floating point arrays are the parameters, all other arrays are state.
-      `eqx.nn.inference_mode` is for evaluation.
-    - A Flax Linen module: the collection "params" has the parameters, all others are state. The key of a step is that
-      of "dropout".
-    - What `haiku.transform` or `haiku.transform_with_state` returns.
+      one and its `eqx.nn.State`; a function of `eqx.nn.make_with_state` makes such a pair. The module is applied to one
+      example and vmapped with the axis name "batch". Its floating point arrays are the parameters, all other arrays are
+      state. `eqx.nn.inference_mode` is for evaluation.
+    - A Flax Linen module: the collection "params" has the parameters, all others are state, but for those that only
+      `sow` fills. The key of a step is that of "dropout".
+    - A transform of Haiku, with state or without.
     - A tuple of two functions, `init(key)` or `init(key, inputs)`, and `apply(params, inputs)`.
 
     A model that has an argument `train`, `training`, `is_training`, `deterministic`, `use_running_average` or
@@ -245,9 +248,9 @@ def supervised(
         of an epoch with fewer rows is left out. Instead of a tuple, a dict may have the targets as "label", "labels",
         "target", "targets" or "y" and the inputs under other names: one array, or several, which are passed as a dict.
         In several processes arrays are divided among them, while a loader must yield its process's rows.
-      valid: The data of evaluation, likewise; a function is called with seed 0. A loader is read once, now, so that the
-        rows are in memory. Loss and metrics are those of all rows at once. Data of up to 256 MiB become a constant of
-        each compiled evaluation; larger ones are copied to the device at each, as for metrics on the host.
+      valid: The data of evaluation, likewise; a function is called with seed 0. A loader is read once, now, to its end;
+        its rows stay in memory. Loss and metrics are those of all rows at once. Data of up to 256 MiB become a constant
+        of each compiled evaluation; larger ones are copied to the device at each, as for metrics on the host.
       batch_size: Rows per update if `train` holds arrays, and rows at a time in evaluation if `valid` does; None for
         32. A loader has its own.
       metrics: More to measure on the validation data besides "loss", by name: functions of all outputs and targets, or
