@@ -91,19 +91,19 @@ def run_here(objective: Objective, trials: Iterable[Trial]) -> Generator[Outcome
 
 def check_first(outcome: Outcome) -> None:
     """Raise the error of a trial of the defaults: the others would most likely fail like it."""
-    trial, value, error, exception, text, _ = outcome
-    if trial.stage != DEFAULTS or trial.record(value, error).status != "failed":
+    record = outcome.trial.record(outcome.value, outcome.error)
+    if record.stage != DEFAULTS or record.status != "failed":
         return
-    if exception is not None and text:
-        raise exception from RuntimeError(f"in the process that ran the first trial:\n{text}")
-    if exception is not None:
-        raise exception
-    error = trial.record(value, error).error
-    if value is None and not error.startswith("the metric is"):
-        raise RuntimeError(f"the first trial, that of the defaults, failed: {error}\n{text}".rstrip())
+    if outcome.exception is not None and outcome.traceback:
+        raise outcome.exception from RuntimeError(f"in the process that ran the first trial:\n{outcome.traceback}")
+    if outcome.exception is not None:
+        raise outcome.exception
+    if outcome.died or outcome.traceback:
+        text = f"the first trial, that of the defaults, failed: {record.error}\n{outcome.traceback}"
+        raise RuntimeError(text.rstrip())
     raise ValueError(
-        f"the first trial, that of the defaults {trial.arguments}, failed: {error}. Give defaults that train, such as "
-        "optimizer=functools.partial(adamjax.adamw, learning_rate=1e-4), or look for NaN in the loop"
+        f"the first trial, that of the defaults {record.setting}, failed: {record.error}. Give defaults that train, "
+        "such as optimizer=functools.partial(adamjax.adamw, learning_rate=1e-4), or look for NaN in the loop"
     )
 
 

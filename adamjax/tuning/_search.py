@@ -1,5 +1,6 @@
 """The search: it says which settings to try, is told the results, and reports."""
 
+import dataclasses
 import math
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -90,14 +91,13 @@ class Search:
         checks.function("optimizer", optimizer)
         check_sampler(sampler, storage)
         _check_range_test(range_test)
-        own = is_problem(problem)
-        if own and not callable(getattr(problem, "init", None)):
+        if is_problem(problem) and not callable(getattr(problem, "init", None)):
             kinds = "problem must be a problem, an objective, or a name for what is trained"
             raise TypeError(f"Invalid problem value: {problem!r}; {kinds}")
         if not isinstance(metric, str):
             raise TypeError(f"Invalid metric value: {metric!r}; metric must be the name of a metric")
         half = is_problem(problem) and has_half_precision(problem)
-        searched = search_space(optimizer, space, stages, half=half, structures=own)
+        searched = search_space(optimizer, space, stages, half=half, structures=is_problem(problem))
         mode = resolve_mode(metric, mode)
         self.spec = spec = Spec(
             problem, optimizer, searched, stages, sampler, trials, steps, confirm, metric, mode, seed
@@ -185,7 +185,8 @@ class Search:
             raise TypeError(f"Invalid error value: {error!r}; error must be a text")
         if isinstance(value, str) and value != "pruned":
             raise ValueError(f'Invalid value value: {value!r}; value must be a number, a dict, None or "pruned"')
-        self.record(trial.record(value, error))
+        # Not the trial's own arguments: objectives may have changed them.
+        self.record(dataclasses.replace(trial.record(value, error), setting=asked.setting))
 
     def record(self, record: TrialRecord) -> None:
         """Keep the record of a run that has ended."""

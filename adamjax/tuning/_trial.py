@@ -100,8 +100,8 @@ class Trial:
         """Report a value in the course of training.
 
         The trial is pruned if it is worse than the median of the others at that step. At least four other trials
-        of the search must have got to this step, which must be at least a quarter of the steps of a complete trial.
-        The defaults and the trials that confirm are never pruned.
+        of the search must have got to this step, which must be at least a quarter of the last step of the longest
+        complete trial. The defaults, the trials that confirm and those of a search without halving are never pruned.
 
         Args:
           step: The number of the update or of the epoch, above that of the report before.
