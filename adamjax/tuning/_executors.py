@@ -112,7 +112,7 @@ class Workers(contextlib.AbstractContextManager["Workers"]):
 
     def _check_all_pickled(self, trial: Trial) -> None:
         self._check_pickled("objective", self._objective)
-        self._check_pickled("optimizer", trial.optimizer)
+        self._check_pickled("optimizer", trial._optimizer)
 
     def _check_pickled(self, what: str, x: object) -> None:
         try:

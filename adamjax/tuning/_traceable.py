@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from adamjax._core.value import value
 from adamjax._transforms.base import Transformation
 
 # Their transformations of functions trace arrays, but not Python numbers.
@@ -17,20 +16,44 @@ _FRAMEWORKS = ("equinox", "flax.nnx")
 def traceable(opt: Transformation) -> Transformation:
     """Return `opt` in the form that the frameworks in use take for data; the same if there are none.
 
-    Flax NNX takes an optimizer inside an `nnx.Optimizer` for a constant, and compiles again for each, unless its type is
-    registered as data. The type is one of its own, so that all others stay what they are.
+    It is equal to `opt`, but its leaves are arrays. Its type is one of its own, which Flax NNX is told to take for data
+    inside an `nnx.Optimizer`, where it would otherwise be a constant: all other optimizers stay what they are.
     """
     if not any(name in sys.modules for name in _FRAMEWORKS):
         return opt
-    if (nnx := sys.modules.get("flax.nnx")) is not None and hasattr(nnx, "register_data_type"):
-        kind = _data_type(type(opt), nnx)
-        fields, opt = vars(opt), object.__new__(kind)
-        vars(opt).update(fields)
-    return jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(float)), opt)
+    original: Any = type(opt)
+    kind, nnx = _traced_type(original), sys.modules.get("flax.nnx")
+    if nnx is not None and hasattr(nnx, "register_data_type"):
+        nnx.register_data_type(kind)
+    made: Transformation = _made(kind, vars(opt))
+    return made
 
 
 @functools.cache
-def _data_type(kind: type[Transformation], nnx: Any) -> type[Transformation]:
-    made: type[Transformation] = value(type(kind.__name__, (kind,), {"__module__": kind.__module__}))
-    nnx.register_data_type(made)
+def _traced_type(kind: Any) -> Any:
+    """Return a type like `kind` whose instances are pytrees of arrays; pickled, they are instances of `kind`."""
+
+    def plain(self: Any) -> Any:
+        return _made(kind, vars(self)) if type(self) is traced else self
+
+    def flatten(self: Any) -> tuple[list[Any], Any]:
+        leaves, structure = jax.tree.flatten(plain(self))
+        return [jnp.asarray(x, jnp.result_type(float)) if isinstance(x, (int, float)) else x for x in leaves], structure
+
+    methods = {
+        "__module__": kind.__module__,
+        "__eq__": lambda self, other: plain(self) == plain(other),
+        "__hash__": lambda self: hash(plain(self)),
+        "__reduce__": lambda self: (_made, (kind, vars(self))),
+    }
+    traced: Any = type(kind.__name__, (kind,), methods)
+    jax.tree_util.register_pytree_node(
+        traced, flatten, lambda structure, leaves: _made(traced, vars(jax.tree.unflatten(structure, leaves)))
+    )
+    return traced
+
+
+def _made(kind: Any, fields: dict[str, Any]) -> Any:
+    made = object.__new__(kind)
+    vars(made).update(fields)
     return made

@@ -11,6 +11,7 @@ from adamjax._core import checks
 from adamjax._transforms.base import Transformation
 from adamjax.tuning._journal import Candidate, TrialRecord
 from adamjax.tuning._space import Setting
+from adamjax.tuning._traceable import traceable
 
 MIN_CURVES = 4  # that a median is taken of
 FIRST_PRUNED = 0.25  # fraction of a run, before which no trial is pruned
@@ -71,7 +72,8 @@ class Trial:
       arguments: Keyword arguments of the optimizer.
       budget: The `steps` that the search was given; None if there were none.
       optimizer: The optimizer to train with. Those of all trials that differ in numbers alone have one structure: a
-        jitted function that takes the optimizer as an argument compiles once for them.
+        jitted function that takes the optimizer as an argument compiles once for them. Where Flax NNX or Equinox is in
+        use, its numbers are arrays, so that an `nnx.Optimizer` around it and `eqx.filter_jit` compile once as well.
       metric, mode: The metric that settings are judged by, and whether its "min" or its "max" is best.
     """
 
@@ -89,12 +91,17 @@ class Trial:
     ) -> None:
         self.number, self.stage, setting, self.seed = candidate
         self.arguments: Setting = dict(setting)
-        self.budget, self.optimizer = budget, optimizer
+        self.budget, self._optimizer = budget, optimizer
         self.metric, self.mode, self._medians, self._first_only = metric, mode, medians, first_only
         self._search = search  # the digest of its question
         self._error = ""  # why it failed, if it did
         self._steps: list[int] = []
         self._reports: list[dict[str, float]] = []
+
+    @property
+    def optimizer(self) -> Transformation:
+        """The optimizer to train with."""
+        return traceable(self._optimizer)
 
     def report(self, step: int, value: Value) -> None:
         """Report a value in the course of training.
