@@ -368,20 +368,65 @@ def test_pruned_is_an_exception_to_let_pass():
     assert "pruned" in found.to_json()
 
 
+class Net(nnx.Module):
+    def __init__(self, rngs):
+        self.first, self.norm = nnx.Linear(4, 16, rngs=rngs), nnx.BatchNorm(16, rngs=rngs)
+        self.dropout, self.last = nnx.Dropout(0.1, rngs=rngs), nnx.Linear(16, 1, rngs=rngs)
+
+    def __call__(self, x):
+        return self.last(self.dropout(nnx.relu(self.norm(self.first(x)))))
+
+
+def squared_error(model, x, y):
+    return jnp.mean((model(x) - y) ** 2)
+
+
+@nnx.jit
+def bare_step(model, optimizer, state, x, y):
+    """A step that takes the optimizer as an argument."""
+    TRACES.append(x)
+    loss, grads = nnx.value_and_grad(squared_error)(model, x, y)
+    params, state = optimizer.step(grads, state, nnx.state(model, nnx.Param))
+    nnx.update(model, params)
+    return loss, state
+
+
+@nnx.jit
+def step_of_nnx(model, optimizer, x, y):
+    """A step that takes an `nnx.Optimizer`."""
+    TRACES.append(x)
+    loss, grads = nnx.value_and_grad(squared_error)(model, x, y)
+    optimizer.update(model, grads)
+    return loss
+
+
+def bare(optimizer, model, batches):
+    state = optimizer.init(nnx.state(model, nnx.Param))
+    while True:
+        for x, y in batches():
+            loss, state = bare_step(model, optimizer, state, x, y)
+        yield loss
+
+
+def of_nnx(optimizer, model, batches):
+    tx = nnx.Optimizer(model, optimizer, wrt=nnx.Param)
+    tx.tx = nnx.data(jax.tree.map(jnp.asarray, optimizer))  # else its numbers are constants of the program
+    while True:
+        for x, y in batches():
+            loss = step_of_nnx(model, tx, x, y)
+        yield loss
+
+
+TRACES: list[object] = []
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("lenient")
-def test_a_script_of_flax_compiles_once_and_draws_each_batch_once():
+@pytest.mark.parametrize("epochs", [bare, of_nnx])
+def test_a_script_of_flax_compiles_once_and_draws_each_batch_once(epochs):
     """NNX with BatchNorm and dropout, on a generator of NumPy batches."""
-
-    class Net(nnx.Module):
-        def __init__(self, rngs):
-            self.first, self.norm = nnx.Linear(4, 16, rngs=rngs), nnx.BatchNorm(16, rngs=rngs)
-            self.dropout, self.last = nnx.Dropout(0.1, rngs=rngs), nnx.Linear(16, 1, rngs=rngs)
-
-        def __call__(self, x):
-            return self.last(self.dropout(nnx.relu(self.norm(self.first(x)))))
-
-    drawn, traces = [], []
+    drawn = []
+    TRACES.clear()
 
     def batches(seed):
         rng = np.random.default_rng(seed)
@@ -390,20 +435,9 @@ def test_a_script_of_flax_compiles_once_and_draws_each_batch_once():
             x = rng.normal(size=(32, 4)).astype(np.float32)
             yield x, x.sum(axis=1, keepdims=True)
 
-    @nnx.jit
-    def step(model, optimizer, state, x, y):
-        traces.append(x)
-        loss, grads = nnx.value_and_grad(lambda model: jnp.mean((model(x) - y) ** 2))(model)
-        params, state = optimizer.step(grads, state, nnx.state(model, nnx.Param))
-        nnx.update(model, params)
-        return loss, state
-
     def objective(optimizer, trial):
-        model = Net(nnx.Rngs(trial.seed))
-        state = optimizer.init(nnx.state(model, nnx.Param))
-        for epoch in range(8):
-            for x, y in batches(trial.seed):
-                loss, state = step(model, optimizer, state, x, y)
+        losses = epochs(optimizer, Net(nnx.Rngs(trial.seed)), lambda: batches(trial.seed))
+        for epoch, loss in zip(range(8), losses, strict=False):
             trial.report(epoch, loss)
         return loss
 
@@ -412,7 +446,7 @@ def test_a_script_of_flax_compiles_once_and_draws_each_batch_once():
         weight_decay=Log(1e-5, 1.0),
     )  # fmt: skip
     found = tune(objective, space=space, trials=16, confirm=(1, 1))
-    assert len(traces) == 1
+    assert len(TRACES) == 1
     assert len(found.searched) == 16
     reports = sum(len(t.steps) for t in found.trials) + len(found.range_test.losses)
     assert len(drawn) == 5 * reports
