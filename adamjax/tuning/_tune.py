@@ -12,6 +12,7 @@ from adamjax._core import checks
 from adamjax._core.optional import require
 from adamjax.optimizers import adamw
 from adamjax.problems import Problem
+from adamjax.schedules import range_test as range_test_schedule
 from adamjax.tuning._executors import Executor, Workers
 from adamjax.tuning._mesh_runner import MeshRunner, Runner, make_runner
 from adamjax.tuning._objective import Objective, RunTrials, check_first, check_objective, run_here
@@ -207,11 +208,12 @@ def _range_test(search: Search, mesh: Mesh | None) -> LrRange | None:
     if make is None or not is_problem(spec.problem):
         return None
     try:
-        steps = min(max(spec.steps or 0, MIN_POINTS), 200)
-        return lr_range_test(spec.problem, num_steps=steps, optimizer=make, seed=spec.seed, mesh=mesh)
+        make(learning_rate=range_test_schedule())
     except (TypeError, ValueError) as error:
         search.journal.note(f"no range test of the learning rate: {error}")
         return None
+    steps = min(max(spec.steps or 0, MIN_POINTS), 200)
+    return lr_range_test(spec.problem, num_steps=steps, optimizer=make, seed=spec.seed, mesh=mesh)
 
 
 def _with_defaults(search: Search) -> OptimizerFactory | None:
