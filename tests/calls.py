@@ -172,7 +172,7 @@ CALLS = {
             "train": (RATES, RATES),
             "valid": (RATES, RATES),
         },
-        ("batch_size", "metrics", "param_shardings"),
+        ("batch_size", "metrics", "param_shardings", "batch_axes"),
     ),
 }
 

@@ -574,3 +574,27 @@ def test_shardings_of_parameters():
 def test_bad_arguments(arguments, error, message):
     with pytest.raises(error, match=message):
         supervised(**{"model": (init, linear), **arguments})
+
+
+def test_a_mesh_divides_the_model_and_the_batch():
+    """With tensor parallelism: the numbers are those of one device."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(64, 4)).astype(np.float32)
+
+    def init(key):
+        return {"w": 0.1 * jax.random.normal(key, (4, 8), jnp.float32)}
+
+    def apply(params, inputs):
+        return (inputs @ params["w"]).sum(axis=1)
+
+    data = {"loss": "mse", "train": (x, x.sum(axis=1)), "valid": (x, x.sum(axis=1)), "batch_size": 16}
+    problem = supervised(
+        (init, apply), param_shardings=lambda mesh, params: {"w": jax.P(None, "model")}, batch_axes=["data"], **data
+    )
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    *_, found = adamjax.training.train(problem, adamjax.adam(0.1), steps=20, mesh=mesh)
+    *_, expected = adamjax.training.train(supervised((init, apply), **data), adamjax.adam(0.1), steps=20)
+    assert found.params["w"].sharding.spec == jax.P(None, "model")
+    np.testing.assert_allclose(found.params["w"], expected.params["w"], rtol=1e-4)
+    with pytest.raises(TypeError, match="Invalid batch_axes value: 'data'"):
+        supervised((init, apply), batch_axes="data", **data)

@@ -1,6 +1,6 @@
 """Supervised problems, of the models and loaders that users have."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -38,8 +38,10 @@ class Supervised:
         rows_at_once: int,
         metrics: Mapping[str, str | BatchFunction],
         param_shardings: Callable[..., PyTree] | None,
+        batch_axes: tuple[str, ...] | None,
     ) -> None:
-        self._arguments = (model, loss, train, valid, batch_size, rows_at_once, metrics, param_shardings)
+        sharded = (param_shardings, batch_axes)
+        self._arguments = (model, loss, train, valid, batch_size, rows_at_once, metrics, *sharded)
         self._train, self._batch_size = train, batch_size
         self._loss_of_batch = LOSSES[loss] if isinstance(loss, str) else loss
         self._rows, self._targets = valid.rows, valid.targets
@@ -47,6 +49,8 @@ class Supervised:
         self._model = as_model(model, jax.eval_shape(lambda chunks: jax.tree.map(lambda x: x[0], chunks), self._chunks))
         if param_shardings is not None:
             self.param_shardings = param_shardings
+        if batch_axes is not None:
+            self.batch_axes = batch_axes
         params, state = jax.eval_shape(self._model.init, abstract_key())
         self.stateful = bool(jax.tree.leaves(state))
         checks.parameters(params)
@@ -66,7 +70,7 @@ class Supervised:
         return type(self), self._arguments
 
     def __repr__(self) -> str:
-        model, loss, train, valid, batch_size, _, metrics, _ = self._arguments
+        model, loss, train, valid, batch_size, _, metrics, *_ = self._arguments
         size = f"batch_size={batch_size}, " if isinstance(train, Arrays) else ""
         named = ", ".join(f"{name!r}: {_name(f)}" for name, f in metrics.items())
         return (
@@ -209,6 +213,7 @@ def supervised(
     batch_size: int | None = None,
     metrics: Mapping[str, str | BatchFunction] | None = None,
     param_shardings: Callable[..., PyTree] | None = None,
+    batch_axes: Sequence[str] | None = None,
 ) -> Supervised:
     """Return a supervised problem of a model as its framework makes it, and of data as they are.
 
@@ -259,6 +264,8 @@ def supervised(
         If the loss is "cross_entropy" and the targets are labels, "accuracy" is measured, too.
       param_shardings: For training on a mesh: a function of it and the parameters' shapes and dtypes that returns a
         tree of `PartitionSpec`; None to replicate the parameters.
+      batch_axes: The axes of that mesh that divide a batch, such as ("data",) if another one divides the model. None:
+        all of them.
 
     Returns:
       A problem for `train`, `sweep`, `tune` and `lr_range_test`. It is stateful if its model has a state.
@@ -300,7 +307,12 @@ def supervised(
         checks.function("loss", loss)
     if param_shardings is not None:
         checks.function("param_shardings", param_shardings)
-    return Supervised(model, loss, batches, held_out, size, rows_at_once, _checked(metrics), param_shardings)
+    if batch_axes is not None and not (
+        isinstance(batch_axes, (tuple, list)) and all(isinstance(a, str) for a in batch_axes)
+    ):
+        raise TypeError(f"Invalid batch_axes value: {batch_axes!r}; batch_axes must be names of axes, or None")
+    axes = None if batch_axes is None else tuple(batch_axes)
+    return Supervised(model, loss, batches, held_out, size, rows_at_once, _checked(metrics), param_shardings, axes)
 
 
 def _checked(metrics: Any) -> dict[str, str | BatchFunction]:

@@ -4,7 +4,7 @@ from typing import Any
 
 from adamjax._core.typing import PyTree
 from adamjax.problems._models._functions import Functions
-from adamjax.problems._models._parts import Model as Model
+from adamjax.problems._models._parts import Network as Network
 from adamjax.problems._models._parts import abstract_key as abstract_key
 from adamjax.problems._models._parts import arguments, required
 
@@ -14,7 +14,7 @@ _ACCEPTED = (
 )
 
 
-def as_model(model: Any, inputs: PyTree) -> Model:
+def as_model(model: Any, inputs: PyTree) -> Network:
     """Return `model` as pure functions; `inputs` are the shapes and dtypes of a batch.
 
     Frameworks are imported only for what comes from them.

@@ -20,7 +20,7 @@ _MODES = {
 }
 
 
-class Model(Protocol):
+class Network(Protocol):
     """A model of any framework, as pure functions."""
 
     def init(self, key: jax.Array) -> tuple[PyTree, PyTree]:
