@@ -176,6 +176,23 @@ def test_a_loader_may_use_its_memory_again():
     np.testing.assert_array_equal(found.losses, expected.losses)
 
 
+def test_an_iterator_of_another_run_is_refused():
+    class Shared(Fed):
+        def __init__(self):
+            super().__init__()
+            self.iterator = super().batches(0)
+
+        def batches(self, seed):
+            return self.iterator
+
+    with pytest.raises(ValueError, match=r"Shared.batches\(1\) returns an iterator that another run has begun"):
+        sweep(Shared(), SPACE, steps=5, trials=2, seeds=2, execution="vmap")
+    shared = Shared()
+    assert last(shared).step == 30
+    with pytest.raises(ValueError, match="make a new one at each call"):
+        last(shared)
+
+
 def test_batches_that_stay_short_are_refused():
     with pytest.warns(UserWarning, match="has 7 rows"), pytest.raises(ValueError, match=r"has shape \(7, 4\)"):
         last(Fed(lambda seed, i, x: x[:7] if i else x))
@@ -347,6 +364,25 @@ class Callback(Frozen):
         return jax.pure_callback(lambda _: next(self.loader), shape, step)
 
 
+class OwnKey(Frozen):
+    def __init__(self):
+        super().__init__()
+        self.key = jax.random.key(0)
+
+    def batch(self, step, key):
+        self.key, now = jax.random.split(self.key)
+        return jax.random.normal(now, (4,), jnp.float32) + super().batch(step, key)
+
+
+class OneBatch(Frozen):
+    def __init__(self):
+        super().__init__()
+        self.loader = iter([self.data[0]])
+
+    def loss(self, params, batch, key):
+        return jnp.mean((params["x"] - next(self.loader)) ** 2)
+
+
 class LoaderInLoss(Frozen):
     def loss(self, params, batch, key):
         return jnp.mean((params["x"] - next(self.loader)) ** 2)
@@ -370,6 +406,8 @@ FROZEN = {
     OwnCounter: "batch gives something else each time that it is traced",
     JittedLoader: "batch gives something else each time that it is traced",
     Callback: "batch gives different batches for the same step and key",
+    OwnKey: "batch raises UnexpectedTracerError when it is traced again",
+    OneBatch: "loss raises StopIteration when it is traced again",
     RandomInLoss: "loss draws from the global random numbers of NumPy or Python",
     LoaderInLoss: "loss gives something else each time that it is traced",
     RandomInit: "init gives something else each time that it is traced",

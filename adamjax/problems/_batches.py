@@ -1,10 +1,12 @@
 """Batches from the host: those of one run, checked, and prepared by a thread while the device works."""
 
+import contextlib
 import inspect
 import itertools
 import queue
 import threading
 import warnings
+import weakref
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -16,6 +18,8 @@ from adamjax._core.typing import PyTree
 T = TypeVar("T")
 
 AHEAD = 2  # items that a thread prepares
+
+_opened = weakref.WeakSet[Any]()  # iterators that problems have returned
 
 
 class BatchStream:
@@ -40,6 +44,7 @@ class BatchStream:
         if not hasattr(self._source, "__iter__"):
             raise TypeError(f"{self._name} returns a {type(self._source).__name__}, expected an iterable of batches")
         self._iterator = iter(self._source)
+        self._refuse_used()
         if not starts:
             for self._step in range(first):
                 self._draw()
@@ -67,6 +72,18 @@ class BatchStream:
         """Close a generator, so that it can free what it holds."""
         if isinstance(self._iterator, Generator):
             self._iterator.close()
+
+    def _refuse_used(self) -> None:
+        """Refuse an iterator that another run has begun: this one would get what is left of it."""
+        if self._iterator is not self._source:
+            return
+        with contextlib.suppress(TypeError):  # some of Python's own iterators cannot be remembered
+            if self._iterator in _opened:
+                raise ValueError(
+                    f"{self._name} returns an iterator that another run has begun: make a new one at each call, so "
+                    "that every run sees the batches of its seed"
+                )
+            _opened.add(self._iterator)
 
     def _draw(self) -> PyTree:
         """The next batch as it is yielded; errors of the loader are told the step."""

@@ -33,8 +33,12 @@ def impurity(f: Callable[..., Any], first: core.ClosedJaxpr, *args: PyTree, trac
     # Functions that were jitted before are traced again only in another context, such as that of a device named aloud.
     for i in range(traces):
         with jax.default_device(jax.local_devices()[i % jax.local_device_count()]):
-            again, _ = traced(f, *args)
-        if not all(equal(x, y) for x, y in _zip_longest(_constants(first), _constants(again))):
+            try:
+                again, _ = traced(f, *args)
+                same = all(equal(x, y) for x, y in _zip_longest(_constants(first), _constants(again)))
+            except Exception as error:  # of a loader that has ended, or of an array of the trace before
+                return f"raises {type(error).__name__} when it is traced again"
+        if not same:
             return "gives something else each time that it is traced"
     return "" if _global_randomness() == before else "draws from the global random numbers of NumPy or Python"
 
