@@ -78,7 +78,8 @@ def losses(problem: Any, opt: Any, dtype: str, steps: int, seeds: int) -> tuple[
         model = jax.tree.map(lambda p: p.astype(dtype), task.init(keys.init))
 
         def body(carry: Any, step: jax.Array) -> tuple[Any, None]:
-            return train_step(task, opt, keys, *carry, step)[:2], None
+            model, state = carry
+            return train_step(task, opt, keys, model, state, step)[:2], None
 
         (trained, _), _ = jax.lax.scan(body, (model, opt.init(model.params)), jnp.arange(steps))
         wide = jax.tree.map(lambda p: p.astype(jnp.float32), (model.params, trained.params))
