@@ -74,7 +74,7 @@ class Stored(Transformation):
         return self.inner._init(params)
 
     def _update(self, updates: Any, state: Any, params: Any, extra: Any) -> tuple[Any, Any]:
-        updates, (adam, *rest) = self.inner._update(updates, state, params, extra)
+        updates, (adam, *rest) = self.inner.update(updates, state, params, **extra)
         mu = jax.tree.map(self.codes[0].round_trip, adam.mu)
         nu = jax.tree.map(self.codes[1].round_trip, adam.nu)
         return updates, (adam._replace(mu=mu, nu=nu), *rest)
