@@ -17,8 +17,10 @@ class Arrays:
     """Arrays of inputs and targets; an epoch is a pass over their rows in an order of its own."""
 
     def __init__(self, name: str, data: Any) -> None:
+        self.inputs: PyTree
+        self.targets: PyTree
         self.inputs, self.targets = _batch(name, data)
-        self.rows = _rows(name, (self.inputs, self.targets))
+        self.rows: int = _rows(name, (self.inputs, self.targets))
 
     def __repr__(self) -> str:
         return f"[{describe((self.inputs, self.targets))}]"

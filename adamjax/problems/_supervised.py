@@ -52,7 +52,7 @@ class Supervised:
         if batch_axes is not None:
             self.batch_axes = batch_axes
         params, state = jax.eval_shape(self._model.init, abstract_key())
-        self.stateful = bool(jax.tree.leaves(state))
+        self.stateful: bool = bool(jax.tree.leaves(state))
         checks.parameters(params)
         outputs = jax.eval_shape(self._outputs, params, state, self._chunks)
         jax.eval_shape(self._loss, outputs, self._targets)
@@ -63,7 +63,7 @@ class Supervised:
         self._host_metrics = {name: f for name, f in found.items() if name in on_host}
         self._device_metrics = {name: f for name, f in found.items() if name not in on_host}
         held_out = sum(x.nbytes for x in jax.tree.leaves((self._chunks, self._targets)))
-        self.on_host = bool(on_host) or held_out > _LARGEST_CONSTANTS
+        self.on_host: bool = bool(on_host) or held_out > _LARGEST_CONSTANTS
         self._measured_by_device = jax.jit(self._measured)
 
     def __reduce__(self) -> Any:

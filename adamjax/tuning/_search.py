@@ -99,12 +99,11 @@ class Search:
         half = is_problem(problem) and has_half_precision(problem)
         searched = search_space(optimizer, space, stages, half=half, structures=is_problem(problem))
         mode = resolve_mode(metric, mode)
-        self.spec = spec = Spec(
-            problem, optimizer, searched, stages, sampler, trials, steps, confirm, metric, mode, seed
-        )
+        spec = Spec(problem, optimizer, searched, stages, sampler, trials, steps, confirm, metric, mode, seed)
+        self.spec: Spec = spec
         name = f"adamjax-{spec.digest}"
         self._study = None if spec.is_staged else open_study(sampler, storage, name, mode=mode, seed=seed)
-        self.journal = Journal(None if out is None else Path(out), spec.question, resume=resume)
+        self.journal: Journal = Journal(None if out is None else Path(out), spec.question, resume=resume)
         self.journal.decide(defaults=json_setting(spec.defaults))
         self._prunes, self._narrows = halving is not False, space is None
         self._strategy: Strategy | None = None

@@ -89,10 +89,14 @@ class Trial:
         first_only: bool = False,
         search: str = "",
     ) -> None:
-        self.number, self.stage, setting, self.seed = candidate
-        self.arguments: Setting = dict(setting)
-        self.budget, self._optimizer = budget, optimizer
-        self.metric, self.mode, self._medians, self._first_only = metric, mode, medians, first_only
+        self.number: int = candidate.number
+        self.stage: str = candidate.stage
+        self.seed: int = candidate.seed
+        self.arguments: Setting = dict(candidate.setting)
+        self.budget: int | None = budget
+        self.metric: str = metric
+        self.mode: str = mode
+        self._optimizer, self._medians, self._first_only = optimizer, medians, first_only
         self._search = search  # the digest of its question
         self._error = ""  # why it failed, if it did
         self._steps: list[int] = []
