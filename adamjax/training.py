@@ -456,6 +456,17 @@ def model_like(problem: Problem, dtype: DTypeLike | None, mesh: Mesh | None) -> 
 
 
 def train_step(
+    problem: Problem, optimizer: Transformation, keys: Keys, params: PyTree, state: PyTree, step: Array
+) -> tuple[PyTree, PyTree, Array]:
+    """Make update number `step` (0 is the first); return the new parameters and state, and the loss before it.
+
+    The problem has a `batch` and no state of the model: this is for programs that train in loops of their own.
+    """
+    model, state, loss = update_model(Task(problem), optimizer, keys, Model(params, None), state, step)
+    return model.params, state, loss
+
+
+def update_model(
     task: Task, optimizer: Transformation, keys: Keys, model: Model, state: PyTree, step: Array, fed: PyTree = None
 ) -> tuple[Model, PyTree, Array]:
     """Make update number `step` (0 is the first); return the new model and state, and the loss before it.
@@ -502,7 +513,7 @@ def measured_step(
 def _advance(
     task: Task, optimizer: Transformation, keys: Keys, model: Model, state: PyTree, numbered: tuple[Array, PyTree]
 ) -> tuple[Model, PyTree, Array]:
-    return train_step(task, optimizer, keys, model, state, *numbered)
+    return update_model(task, optimizer, keys, model, state, *numbered)
 
 
 class _Feed:

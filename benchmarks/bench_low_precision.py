@@ -22,7 +22,6 @@ import optax
 
 import adamjax
 from adamjax import problems
-from adamjax.problems._task import Task
 from adamjax.training import keys_of, train_step
 from benchmarks._reference_codes import REFERENCES, Stored
 from benchmarks._report import Table, command, show
@@ -71,18 +70,18 @@ ROWS: dict[str, tuple[Callable[[Any], Any], str]] = {
 
 def losses(problem: Any, opt: Any, dtype: str, steps: int, seeds: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the validation losses before and after training, float64[seeds]."""
-    opt, task = adamjax.chain(opt), Task(problem)  # a chain gives optax's optimizers a `step`
+    opt = adamjax.chain(opt)  # gives optax's optimizers a `step`
 
     def run(seed: jax.Array) -> tuple[jax.Array, jax.Array]:
         keys = keys_of(seed)
-        model = jax.tree.map(lambda p: p.astype(dtype), task.init(keys.init))
+        params = jax.tree.map(lambda p: p.astype(dtype), problem.init(keys.init))
 
         def body(carry: Any, step: jax.Array) -> tuple[Any, None]:
-            model, state = carry
-            return train_step(task, opt, keys, model, state, step)[:2], None
+            params, state = carry
+            return train_step(problem, opt, keys, params, state, step)[:2], None
 
-        (trained, _), _ = jax.lax.scan(body, (model, opt.init(model.params)), jnp.arange(steps))
-        wide = jax.tree.map(lambda p: p.astype(jnp.float32), (model.params, trained.params))
+        (trained, _), _ = jax.lax.scan(body, (params, opt.init(params)), jnp.arange(steps))
+        wide = jax.tree.map(lambda p: p.astype(jnp.float32), (params, trained))
         return problem.evaluate(wide[0])["loss"], problem.evaluate(wide[1])["loss"]
 
     before, after = jax.jit(lambda: jax.lax.map(run, jnp.arange(seeds)))()

@@ -204,7 +204,10 @@ HELD += ["schedules.PlateauState", "sharding.Zero1State", "interop.torch.NAdamSt
 HELD += ["safety.SkipState", "safety.LossScaleState", "safety.LeafCounts"]
 BASES = ["Transformation", "schedules.Schedule", "rounding.Rounding", "tuning.Problem"]
 INNER = [f"training.{name}" for name in ("train_step", "measured_step", "gradients")]
-INNER += [f"training.{name}" for name in ("first_model", "initial", "model_like", "model_shardings", "ShardedTask")]
+INNER += [
+    f"training.{name}"
+    for name in ("first_model", "initial", "model_like", "model_shardings", "update_model", "ShardedTask")
+]
 INNER += ["kernels.Fused", "safety.check_skipped", "safety.skipped", "safety.was_skipped"]
 FILES = [
     "kernels.build",

@@ -10,7 +10,6 @@ import adamjax
 from adamjax import problems
 from adamjax._core import quantization
 from adamjax._core.low_precision import Dither
-from adamjax.problems._task import Task
 from adamjax.training import keys_of, train_step
 
 pytestmark = pytest.mark.numbers
@@ -156,16 +155,16 @@ def test_shapes_of_codes():
 @pytest.fixture(scope="module")
 def captured():
     """The moments of a small transformer after 60 steps, embeddings included."""
-    task, opt, keys = Task(problems.characters(width=32, depth=1, batch_size=8)), adamjax.adam(3e-3), keys_of(0)
+    problem, opt, keys = problems.characters(width=32, depth=1, batch_size=8), adamjax.adam(3e-3), keys_of(0)
 
     @jax.jit
-    def run(model):
+    def run(params):
         def body(carry, t):
-            return train_step(task, opt, keys, *carry, t)[:2], None
+            return train_step(problem, opt, keys, *carry, t)[:2], None
 
-        return jax.lax.scan(body, (model, opt.init(model.params)), jnp.arange(60))[0]
+        return jax.lax.scan(body, (params, opt.init(params)), jnp.arange(60))[0]
 
-    _, (adam, *_) = run(jax.jit(task.init)(keys.init))
+    _, (adam, *_) = run(jax.jit(problem.init)(keys.init))
     matrices = [(m, v) for m, v in zip(jax.tree.leaves(adam.mu), jax.tree.leaves(adam.nu), strict=True) if m.ndim > 1]
     assert len(matrices) >= 6
     return matrices

@@ -11,7 +11,6 @@ from tolerances import CONSTANT_GRADIENT, DIGITS, LEAST_SQUARES
 
 import adamjax
 from adamjax import problems
-from adamjax.problems._task import Task
 from adamjax.training import keys_of, train_step
 
 pytestmark = pytest.mark.numbers
@@ -132,20 +131,20 @@ def test_every_optimizer_works_with_every_format(optimizer, name):
 @cache
 def digits_loss(mu_dtype=None, nu_dtype=None, rounded=None):
     """The mean validation loss of three runs."""
-    task = Task(problems.digits(hidden=(96,)))
+    problem = problems.digits(hidden=(96,))
     opt = adamjax.adam(adamjax.schedules.warmup_cosine(1e-2, 10, 200), mu_dtype=mu_dtype, nu_dtype=nu_dtype)
     opt = ROUNDED[rounded](opt) if rounded else opt
 
     def run(seed):
         keys = keys_of(seed)
-        model = task.init(keys.init)
-        model = jax.tree.map(lambda p: p.astype(jnp.bfloat16), model) if rounded else model
+        params = problem.init(keys.init)
+        params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params) if rounded else params
 
         def body(carry, t):
-            return train_step(task, opt, keys, *carry, t)[:2], None
+            return train_step(problem, opt, keys, *carry, t)[:2], None
 
-        (model, _), _ = jax.lax.scan(body, (model, opt.init(model.params)), jnp.arange(200))
-        return task.evaluate(jax.tree.map(lambda p: p.astype(jnp.float32), model))["loss"]
+        (params, _), _ = jax.lax.scan(body, (params, opt.init(params)), jnp.arange(200))
+        return problem.evaluate(jax.tree.map(lambda p: p.astype(jnp.float32), params))["loss"]
 
     return float(jnp.mean(jax.jit(lambda: jax.lax.map(run, jnp.arange(3)))()))
 

@@ -20,7 +20,7 @@ from adamjax._transforms.base import Transformation
 from adamjax.problems import Problem
 from adamjax.problems._check import checked
 from adamjax.problems._task import Model, Task
-from adamjax.training import Keys, keys_of, train_step
+from adamjax.training import Keys, keys_of, update_model
 from adamjax.tuning._blocks import BatchSource, Block, mean_losses
 
 EXECUTIONS = ("auto", "map", "vmap", "sharded", "mesh")
@@ -57,7 +57,7 @@ def advance_member(
     def body(step: jax.Array, carry: tuple[Member, jax.Array]) -> tuple[Member, jax.Array]:
         (model, state, diverged_at), total = carry
         fed = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, step - first, keepdims=False), inputs.batches)
-        model, state, loss = train_step(task, opt, inputs.keys, model, state, step, fed)
+        model, state, loss = update_model(task, opt, inputs.keys, model, state, step, fed)
         diverges = (diverged_at == 0) & ~jnp.isfinite(loss)
         return Member(model, state, jnp.where(diverges, step + 1, diverged_at)), total + loss.astype(jnp.float32)
 

@@ -22,7 +22,7 @@ from adamjax.problems import Problem
 from adamjax.problems._check import checked
 from adamjax.problems._task import Model, Task
 from adamjax.schedules import Exponential
-from adamjax.training import ShardedTask, TrainStep, initial, keys_of, train_step
+from adamjax.training import ShardedTask, TrainStep, initial, keys_of, update_model
 from adamjax.tuning._blocks import BatchSource
 from adamjax.tuning._journal import Json, nan_to_null, null_to_nan
 from adamjax.tuning._objective import Objective, Outcome, RunTrials, check_objective, first_losses, run_here
@@ -330,7 +330,7 @@ def _ramp(task: Task, opt: Transformation, steps: int, seed: int) -> np.ndarray:
 
         def body(carry: tuple[Model, PyTree], i: jax.Array) -> tuple[tuple[Model, PyTree], jax.Array]:
             fed = jax.tree.map(lambda x: x[i], batches)
-            model, state, loss = train_step(task, opt, keys, *carry, first + i, fed)
+            model, state, loss = update_model(task, opt, keys, *carry, first + i, fed)
             return (model, state), loss
 
         (model, state), found = lax.scan(body, (model, state), jnp.arange(length, dtype=jnp.int32))
