@@ -132,6 +132,18 @@ def test_a_resumed_run_sees_the_batches_that_follow(tmp_path, starts):
         train(kind(), OPT, steps=30, start=checkpoint.Checkpoint(*start))
 
 
+@pytest.mark.filterwarnings("ignore:.*short batches are dropped")
+def test_a_resumed_run_drops_the_batches_that_the_whole_one_dropped():
+    class Epochs(Fed):
+        def batches(self, seed):
+            return [
+                {"rows": x[:3] if i == 4 else x} for i, x in enumerate(np.random.default_rng(seed).random((5, 8, 4)))
+            ]
+
+    whole, start = last(Epochs(), steps=12), last(Epochs(), steps=7)
+    assert_equal(last(Epochs(), steps=12, start=start).params, whole.params)
+
+
 def test_epochs_start_a_list_again_and_drop_short_batches():
     class Epochs(Fed):
         def batches(self, seed):

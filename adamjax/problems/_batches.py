@@ -32,23 +32,21 @@ class BatchStream:
     """
 
     def __init__(self, problem: Any, seed: int, first: int = 0) -> None:
+        starts = "start" in inspect.signature(problem.batches).parameters
         self.seed = seed
         self._name = f"{type(problem).__name__}.batches({seed})"
-        self._step = first  # of the next batch, from 0
+        self._step = first if starts else 0  # of the next batch
         self._ahead: PyTree = None
         self._like: PyTree = None
         self._told = False  # that short batches are dropped
         self._dropped = False  # the batch before
-        starts = "start" in inspect.signature(problem.batches).parameters
         self._source = problem.batches(seed, start=first) if first and starts else problem.batches(seed)
         if not hasattr(self._source, "__iter__"):
             raise TypeError(f"{self._name} returns a {type(self._source).__name__}, expected an iterable of batches")
         self._iterator = iter(self._source)
         self._refuse_used()
-        if not starts:
-            for self._step in range(first):
-                self._draw()
-            self._step = first
+        while self._step < first:  # not so many draws, since short batches are dropped
+            next(self)
 
     def __iter__(self) -> Iterator[PyTree]:
         return self
