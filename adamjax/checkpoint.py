@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
-from adamjax._core import checks, schema
+from adamjax._core import checks, schema, trees
 from adamjax._core.optional import require
 from adamjax._core.typing import GradientTransformation, PyTree
 from adamjax._transforms.base import as_transformation
@@ -266,18 +266,14 @@ def _from_paths(arrays: dict[str, jax.Array], like: PyTree) -> PyTree:
         if not x.size:
             return jnp.zeros(x.shape, x.dtype, device=x.sharding)
         found = arrays[jax.tree_util.keystr(path)]
-        return jax.random.wrap_key_data(found, impl=_key_impl(x)) if _is_key(x) else found
+        return jax.random.wrap_key_data(found, impl=_key_impl(x)) if trees.is_key(x) else found
 
     return jax.tree.map_with_path(of_leaf, like)
 
 
-def _is_key(x: Any) -> bool:
-    return bool(jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key))
-
-
 def _key_data(x: Any) -> Any:
     """Return the bits of keys, since orbax does not save keys; other arrays as they are."""
-    if not _is_key(x):
+    if not trees.is_key(x):
         return x
     if isinstance(x, jax.Array):
         return jax.random.key_data(x)
@@ -294,7 +290,7 @@ def _key_impl(like: jax.ShapeDtypeStruct) -> Any:
 def _key_to_json(key: jax.Array | int | None) -> dict[str, Any] | int | None:
     if key is None or isinstance(key, int):
         return key
-    typed = isinstance(key, jax.Array) and _is_key(key)
+    typed = isinstance(key, jax.Array) and trees.is_key(key)
     bits = np.asarray(jax.random.key_data(key) if typed else key)
     if not np.issubdtype(bits.dtype, np.integer):
         raise TypeError(f"Invalid key value: {key!r}; key must be a seed or a key of JAX")

@@ -375,7 +375,7 @@ def _leaf_message(where: str, leaf: object) -> str:
         if _is_foreign_dtype(leaf.dtype):
             found, expected = f"{found} of type {type(leaf).__name__}", f"{expected} of JAX or NumPy"
             remedy = "convert it, as in jnp.asarray(tensor.detach().numpy())"
-        elif jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        elif trees.is_key(leaf):
             found, remedy = "a PRNG key", "keep keys outside the parameters"
     elif callable(leaf):
         remedy = (

@@ -88,6 +88,16 @@ def compute_dtype(*dtypes: np.dtype) -> np.dtype:
         return reduce(jnp.promote_types, wider, jnp.dtype(jnp.float32))
 
 
+def is_key(x: Any) -> bool:
+    """Return whether `x` is an array of JAX's typed random keys, which are not numbers."""
+    return hasattr(x, "dtype") and bool(jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key))
+
+
+def abstract_key() -> jax.ShapeDtypeStruct:
+    """Return the type of a key; no device is touched, which must wait for `jax.distributed.initialize`."""
+    return jax.eval_shape(jax.random.key, 0)
+
+
 def path_of(key: Path) -> str:
     """Return the path of a leaf as users write it: "layer_0/kernel"."""
     return jax.tree_util.keystr(key, simple=True, separator="/")

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adamjax._core import checks
+from adamjax._core import checks, trees
 from adamjax._core.typing import PyTree
 from adamjax.problems._batches import BatchStream
 from adamjax.problems._purity import calls_host, depends_on_arguments, equal, impurity, traced
@@ -57,7 +57,7 @@ def checked(problem: Any, seed: int) -> Task:
         if not isinstance(found := getattr(problem, flag, False), bool):
             raise TypeError(f"{name}.{flag} is {found!r}, expected True or False")
     task = Task(problem, BatchStream(problem, seed) if _has(problem, "batches") else None)
-    key = jax.eval_shape(lambda: jax.random.key(0))
+    key = trees.abstract_key()
     params, state = _init(task, key)
     batch = task.batch_like if task.is_fed else _batch(problem, key)
     _loss(task, params, state, batch, key)

@@ -1,5 +1,6 @@
-"""Functions that are traced once: the ones that are no functions of their arguments are found here."""
+"""Find functions that are not pure: JAX traces a function once, and would freeze what it draws or reads."""
 
+import itertools
 import pickle
 import random
 from collections.abc import Callable, Iterator
@@ -9,6 +10,7 @@ import jax
 import numpy as np
 from jax.extend import core
 
+from adamjax._core import trees
 from adamjax._core.typing import PyTree
 
 _HARMLESS_EFFECTS = ("Debug",)  # of jax.debug.print and the like
@@ -35,7 +37,8 @@ def impurity(f: Callable[..., Any], first: core.ClosedJaxpr, *args: PyTree, trac
         with jax.default_device(jax.local_devices()[i % jax.local_device_count()]):
             try:
                 again, _ = traced(f, *args)
-                same = all(equal(x, y) for x, y in _zip_longest(_constants(first), _constants(again)))
+                pairs = itertools.zip_longest(_constants(first), _constants(again), fillvalue=_END)
+                same = all(equal(x, y) for x, y in pairs)
             except Exception as error:  # of a loader that has ended, or of an array of the trace before
                 return f"raises {type(error).__name__} when it is traced again"
         if not same:
@@ -64,12 +67,6 @@ def calls_host(jaxpr: core.ClosedJaxpr) -> bool:
 _END = object()
 
 
-def _zip_longest(first: Iterator[Any], second: Iterator[Any]) -> Iterator[tuple[Any, Any]]:
-    for x in first:
-        yield x, next(second, _END)
-    yield _END, next(second, _END)
-
-
 def _constants(program: Any) -> Iterator[Any]:
     """All that a program was made of but the shapes: its operations, constants and parameters, those within as well."""
     if isinstance(program, core.ClosedJaxpr):
@@ -96,5 +93,4 @@ def equal(x: Any, y: Any) -> bool:
 
 
 def _bits(x: Any) -> np.ndarray:
-    is_key = hasattr(x, "dtype") and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
-    return np.asarray(jax.random.key_data(x) if is_key else x)
+    return np.asarray(jax.random.key_data(x) if trees.is_key(x) else x)

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from adamjax._core import checks
-from adamjax._core.trees import compute_dtype
+from adamjax._core.trees import abstract_key, compute_dtype
 from adamjax._core.typing import PyTree
 from adamjax.problems._loaders import Arrays, Batch, Loader, as_source, describe, row_shapes
 from adamjax.problems._losses import LOSSES, METRICS, BatchFunction, is_labels, mean
-from adamjax.problems._models import abstract_key, as_model
+from adamjax.problems._models import as_model
 
 _TRACER_ERRORS = (
     jax.errors.ConcretizationTypeError,

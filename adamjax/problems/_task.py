@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from adamjax._core import trees
 from adamjax._core.typing import PyTree
 from adamjax.problems._batches import BatchStream
 
@@ -95,4 +96,4 @@ def _in_dtype_of(before: Array, after: Array) -> Array:
 
 def _on_host(tree: PyTree) -> PyTree:
     """Return a tree of NumPy arrays, but for the keys, which NumPy does not have."""
-    return jax.tree.map(lambda x: x if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else np.asarray(x), tree)
+    return jax.tree.map(lambda x: x if trees.is_key(x) else np.asarray(x), tree)

@@ -14,7 +14,7 @@ from jax import lax
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from adamjax._core import checks
+from adamjax._core import checks, trees
 from adamjax._core.typing import PyTree
 from adamjax._transforms.base import Transformation
 from adamjax.problems import Problem
@@ -351,7 +351,7 @@ def check_metric(metric: str, known: Sequence[str]) -> str:
 def metric_names(task: Task) -> list[str]:
     """Return the names of the metrics of a task; those that are computed on the host, by computing them once."""
     if not task.evaluates_on_host:
-        return sorted(jax.eval_shape(lambda key: task.evaluate(task.init(key)), jax.eval_shape(jax.random.key, 0)))
+        return sorted(jax.eval_shape(lambda key: task.evaluate(task.init(key)), trees.abstract_key()))
     return sorted(task.evaluate(jax.jit(task.init)(jax.random.key(0))))
 
 
@@ -388,7 +388,7 @@ def _on_every_process(models: Model) -> Model:
         return models
 
     def gathered(x: jax.Array) -> Any:
-        if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        if not trees.is_key(x):
             return multihost_utils.process_allgather(x, tiled=True)
         bits = multihost_utils.process_allgather(jax.random.key_data(x), tiled=True)
         return jax.random.wrap_key_data(jnp.asarray(bits), impl=jax.random.key_impl(x))

@@ -15,9 +15,11 @@ import jax.numpy as jnp
 
 from adamjax._core import checks
 from adamjax._core.low_precision import is_low_precision
+from adamjax._core.trees import abstract_key
 from adamjax._core.typing import PyTree
 from adamjax.optimizers import adamw
 from adamjax.problems import Problem
+from adamjax.problems._task import Task
 from adamjax.tuning._journal import Json
 from adamjax.tuning._optuna import Sampler, Storage
 from adamjax.tuning._space import Choice, OptimizerFactory, Setting, Space, stable_repr
@@ -175,9 +177,7 @@ def has_half_precision(problem: Problem) -> bool:
 
 
 def abstract_params(problem: Problem) -> PyTree:
-    stateful = getattr(problem, "stateful", False)
-    first = (lambda key: problem.init(key)[0]) if stateful else problem.init
-    return jax.eval_shape(first, jax.eval_shape(jax.random.key, 0))
+    return jax.eval_shape(Task(problem).init, abstract_key()).params
 
 
 def check_sampler(sampler: Sampler, storage: Storage) -> None:

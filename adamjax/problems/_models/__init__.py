@@ -5,7 +5,6 @@ from typing import Any
 from adamjax._core.typing import PyTree
 from adamjax.problems._models._functions import Functions
 from adamjax.problems._models._parts import Network as Network
-from adamjax.problems._models._parts import abstract_key as abstract_key
 from adamjax.problems._models._parts import arguments, required
 
 _ACCEPTED = (

@@ -5,8 +5,9 @@ from typing import Any
 import jax
 from flax.core import meta, unfreeze
 
+from adamjax._core.trees import abstract_key
 from adamjax._core.typing import PyTree
-from adamjax.problems._models._parts import abstract_key, mode, zeros
+from adamjax.problems._models._parts import mode, zeros
 
 
 class Linen:

@@ -6,8 +6,9 @@ from typing import Any
 import jax
 from flax import nnx
 
+from adamjax._core.trees import abstract_key
 from adamjax._core.typing import PyTree
-from adamjax.problems._models._parts import Named, abstract_key, mode, randomness
+from adamjax.problems._models._parts import Named, mode, randomness
 
 _VALUE = (jax.tree_util.GetAttrKey("value"),)  # of a Variable; it would end every path
 

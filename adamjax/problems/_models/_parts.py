@@ -95,10 +95,5 @@ def required(f: Callable[..., Any]) -> list[inspect.Parameter]:
     return [p for p in arguments(f).values() if p.default is p.empty and p.kind not in kinds]
 
 
-def abstract_key() -> jax.ShapeDtypeStruct:
-    """Return the type of a key; no device is touched, which must wait for `jax.distributed.initialize`."""
-    return jax.eval_shape(jax.random.key, 0)
-
-
 def zeros(shapes: PyTree) -> PyTree:
     return jax.tree.map(lambda x: jax.numpy.zeros(x.shape, x.dtype), shapes)
