@@ -15,8 +15,6 @@ from adamjax import cli, tuning
 from adamjax.run_folder import read_metrics
 from adamjax.training import keys_of
 
-objectives = pytest.mark.skipif(not hasattr(tuning, "Search"), reason="tune takes problems alone")
-
 
 @jax.jit
 def bowl_step(optimizer, params, state, step, key):
@@ -440,7 +438,6 @@ def test_tune_over_given_ranges(tmp_path, capsys):
     assert all("learning_rate" not in t["setting"] for t in found["trials"])
 
 
-@objectives
 @pytest.mark.parametrize("name", ["objective", "make_objective"])
 def test_tune_an_objective(name, tmp_path, capsys):
     flags = ["--trials", "4", "--steps", "20", "--confirm", "1", "1", "--range", "learning_rate=1e-2..1.0"]
@@ -451,7 +448,6 @@ def test_tune_an_objective(name, tmp_path, capsys):
     assert found["best"].keys() == {"learning_rate", "b1", "b2", "weight_decay"}
 
 
-@objectives
 def test_lr_range_of_an_objective(capsys):
     flags = ["--rates", "10", "--min-lr", "1e-3", "--format", "json"]
     assert cli.main(["lr-range", "test_command_line:objective", *flags]) in (0, 1)
