@@ -157,7 +157,7 @@ def range_test(min_lr: Scalar = 1e-6, max_lr: Scalar = 1.0, steps: Scalar = 200)
         raise ValueError(f"Invalid steps value: {steps}; steps must be at least 2")
     for name, x in (("min_lr", min_lr), ("max_lr", max_lr)):
         if isinstance(checks.number(name, x), float) and not x > 0:
-            raise ValueError(f"Invalid {name} value: {x!r}; {name} must be above 0: the ramp is exponential")
+            raise ValueError(f"Invalid {name} value: {x!r}; {name} must be above 0: the range is logarithmic")
     if isinstance(min_lr, (int, float)) and isinstance(max_lr, (int, float)) and min_lr >= max_lr:
         raise ValueError(f"Invalid min_lr value: {min_lr!r}; min_lr must be below max_lr, which is {max_lr!r}")
     return Exponential(min_lr, max_lr, steps - 1)

@@ -304,13 +304,11 @@ def train(
         raise ValueError("Invalid start value: it has no model_state, and the problem is stateful: save it, too")
     if mesh is not None:
         task = ShardedTask(task, mesh)
-    # Every process reads the figures, so each must have all of them.
-    everywhere = task.replicated if isinstance(task, ShardedTask) else None
 
     def reports() -> Iterator[Report]:
-        advance = TrainStep(partial(_advance, task, transformation, keys), 1)
-        measure_next = jax.jit(partial(measured_step, task, transformation, keys), out_shardings=everywhere)
-        evaluate = task.evaluate if task.evaluates_on_host else jax.jit(task.evaluate, out_shardings=everywhere)
+        advance = TrainStep(partial(update_model, task, transformation, keys), 1)
+        measure_next = jax.jit(partial(measured_step, task, transformation, keys), out_shardings=_everywhere(task))
+        evaluate = evaluator(task)
         if start is None:
             first, (model, state) = 0, initial(task, transformation, dtype, keys)
         else:
@@ -335,7 +333,7 @@ def train(
             if diagnose and not last:
                 report = report._replace(stats=measure_next(model, state, (np.int32(step), feed.peek())))
             if last or step % evaluate_every == 0:
-                report = report._replace(metrics={k: float(x) for k, x in evaluate(model).items()})
+                report = report._replace(metrics=evaluate(model))
             yield report
             check_skipped(state)
             if last:
@@ -409,6 +407,22 @@ def model_shardings(problem: Problem, mesh: Mesh, model: Model) -> Model:
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=is_spec)
 
 
+def data_mesh() -> Mesh:
+    """All devices of all processes in one row, over which batches are divided."""
+    return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+
+
+def evaluator(task: Task) -> Callable[[Model], dict[str, float]]:
+    """Return a function that evaluates a model, on the device or on the host as the problem asks, and gives floats."""
+    evaluate = task.evaluate if task.evaluates_on_host else jax.jit(task.evaluate, out_shardings=_everywhere(task))
+    return lambda model: {name: float(x) for name, x in evaluate(model).items()}
+
+
+def _everywhere(task: Task) -> NamedSharding | None:
+    """The sharding of figures, which every process reads."""
+    return task.replicated if isinstance(task, ShardedTask) else None
+
+
 class Keys(NamedTuple):
     """Keys for all the randomness of a run: of the parameters, the data and the loss."""
 
@@ -462,18 +476,18 @@ def train_step(
 
     The problem has a `batch` and no state of the model: this is for programs that train in loops of their own.
     """
-    model, state, loss = update_model(Task(problem), optimizer, keys, Model(params, None), state, step)
+    model, state, loss = update_model(Task(problem), optimizer, keys, Model(params, None), state, (step, None))
     return model.params, state, loss
 
 
 def update_model(
-    task: Task, optimizer: Transformation, keys: Keys, model: Model, state: PyTree, step: Array, fed: PyTree = None
+    task: Task, optimizer: Transformation, keys: Keys, model: Model, state: PyTree, numbered: tuple[Array, PyTree]
 ) -> tuple[Model, PyTree, Array]:
-    """Make update number `step` (0 is the first); return the new model and state, and the loss before it.
+    """Make an update, `numbered` from 0 and with its batch if that is from the host.
 
-    A batch from the host is `fed`.
+    Returns the new model and state, and the loss before it.
     """
-    loss, grads, model_state = gradients(task, optimizer, keys, model, state, step, fed)
+    loss, grads, model_state = gradients(task, optimizer, keys, model, state, numbered)
     params, after = optimizer.step(grads, state, model.params, value=loss)
     if may_skip(optimizer) and model_state is not None:
         # A skipped step changes nothing: what made the gradients not finite may be in the statistics as well.
@@ -483,13 +497,14 @@ def update_model(
 
 
 def gradients(
-    task: Task, optimizer: Transformation, keys: Keys, model: Model, state: PyTree, step: Array, fed: PyTree
+    task: Task, optimizer: Transformation, keys: Keys, model: Model, state: PyTree, numbered: tuple[Array, PyTree]
 ) -> tuple[Array, PyTree, PyTree]:
-    """The loss at update number `step`, the gradients for `optimizer`, and the state of the model after the update.
+    """The loss at an update, the gradients for `optimizer`, and the state of the model after the update.
 
     The gradients are scaled, if `optimizer` scales the loss.
     """
     _check_scale(optimizer)
+    step, fed = numbered
 
     def loss_fn(params: PyTree, batch: PyTree) -> tuple[Array, PyTree]:
         return task.loss(params, model.state, batch, jax.random.fold_in(keys.loss, step))
@@ -503,17 +518,11 @@ def measured_step(
     task: Task, optimizer: Transformation, keys: Keys, model: Model, state: PyTree, numbered: tuple[Array, PyTree]
 ) -> AdamStats:
     """Figures of an update, `numbered` and with its batch if that is from the host, without making it."""
-    loss, grads, _ = gradients(task, optimizer, keys, model, state, *numbered)
+    loss, grads, _ = gradients(task, optimizer, keys, model, state, numbered)
     updates, after = optimizer.update(grads, state, model.params, value=loss)
     if isinstance(optimizer, DynamicLossScale):
         grads = optimizer.unscale(grads, state)
     return measure(grads, updates, after, model.params, opt=optimizer)
-
-
-def _advance(
-    task: Task, optimizer: Transformation, keys: Keys, model: Model, state: PyTree, numbered: tuple[Array, PyTree]
-) -> tuple[Model, PyTree, Array]:
-    return update_model(task, optimizer, keys, model, state, *numbered)
 
 
 class _Feed:

@@ -203,7 +203,7 @@ HELD += ["diagnostics.AdamStats", "diagnostics.LeafStats", "diagnostics.Finding"
 HELD += ["schedules.PlateauState", "sharding.Zero1State", "interop.torch.NAdamState"]
 HELD += ["safety.SkipState", "safety.LossScaleState", "safety.LeafCounts"]
 BASES = ["Transformation", "schedules.Schedule", "rounding.Rounding", "tuning.Problem"]
-INNER = [f"training.{name}" for name in ("train_step", "measured_step", "gradients")]
+INNER = [f"training.{name}" for name in ("train_step", "measured_step", "gradients", "data_mesh", "evaluator")]
 INNER += [
     f"training.{name}"
     for name in ("first_model", "initial", "model_like", "model_shardings", "update_model", "ShardedTask")

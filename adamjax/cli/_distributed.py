@@ -12,8 +12,9 @@ from typing import NamedTuple
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, Mesh
+from jax.sharding import Mesh
 
+from adamjax import training
 from adamjax._core import checks
 from adamjax.cli._flags import CommandError, Flags, Options, flag
 
@@ -82,7 +83,7 @@ def process_group(options: Options) -> Iterator[ProcessGroup]:
         yield ProcessGroup()
         return
     _initialize(options.get("coordinator"), options.get("processes"), options.get("process_id"))
-    group = ProcessGroup(jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,)))
+    group = ProcessGroup(training.data_mesh())
     try:
         yield group
     except BaseException as error:

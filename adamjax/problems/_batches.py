@@ -84,7 +84,7 @@ class BatchStream:
             _opened.add(self._iterator)
 
     def _draw(self) -> PyTree:
-        """The next batch as it is yielded; errors of the loader are told the step."""
+        """Return the next batch as the loader yields it; an error of the loader gets a note of the step."""
         for restarted in (False, True):
             try:
                 return next(self._iterator)
@@ -103,7 +103,7 @@ class BatchStream:
         )
 
     def _fitting(self, batch: PyTree) -> PyTree | None:
-        """The batch as arrays like those of the first one; None if it has fewer rows."""
+        """Return the batch as arrays like those of the first one; None if it has fewer rows."""
         arrays = jax.tree.map_with_path(self._as_array, batch)
         if self._like is None:
             self._like = jax.tree.map(_canonical, arrays)

@@ -66,7 +66,8 @@ def mean_losses(
     steps = 0
     for block in blocks:
         members, total = advance(members, block)
-        totals, steps = [*totals, total], steps + block[1] - block[0]
+        totals.append(total)
+        steps += block[1] - block[0]
         if len(totals) > AHEAD:  # or batches would wait for the device, and fill its memory
             totals[-1 - AHEAD].block_until_ready()
     return members, functools.reduce(jnp.add, totals) / np.float32(steps)

@@ -7,13 +7,13 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh
+from jax.sharding import Mesh
 
 from adamjax._transforms.base import Transformation
 from adamjax.problems import Problem
 from adamjax.problems._check import checked
 from adamjax.sharding import state_sharding
-from adamjax.training import Keys, ShardedTask, first_model, keys_of, model_like
+from adamjax.training import Keys, ShardedTask, data_mesh, evaluator, first_model, keys_of, model_like
 from adamjax.tuning._blocks import BatchSource, Block, mean_losses
 from adamjax.tuning._population import (
     Member,
@@ -37,16 +37,12 @@ class MeshRunner:
     order = "mesh"
 
     def __init__(self, problem: Problem, metric: str, *, seed: int, mesh: Mesh | None) -> None:
-        if mesh is None:
-            mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
-        self.mesh = mesh
-        self.task = ShardedTask(checked(problem, seed), mesh)
+        self.mesh = data_mesh() if mesh is None else mesh
+        self.task = ShardedTask(checked(problem, seed), self.mesh)
         self.metrics = metric_names(self.task)
         self.metric = check_metric(metric, self.metrics)
         self._functions: dict[Any, tuple[Callable[..., Member], Callable[..., tuple[Member, jax.Array]]]] = {}
-        everywhere = self.task.replicated
-        jitted = jax.jit(self.task.evaluate, out_shardings=everywhere)
-        self._evaluate = self.task.evaluate if self.task.evaluates_on_host else jitted
+        self._evaluate = evaluator(self.task)
 
     @property
     def execution(self) -> str:
@@ -98,8 +94,7 @@ class MeshRunner:
 
         for blocks in BatchSource(self.task, np.asarray([seed]), eval_steps).blocks():
             member, loss = mean_losses(advance_block, member, blocks)
-            metrics = {name: float(x) for name, x in self._evaluate(member.model).items()}
-            yield float(loss), metrics, int(member.diverged_at)
+            yield float(loss), self._evaluate(member.model), int(member.diverged_at)
 
     def _compiled(self, opt: Transformation) -> tuple[Callable[..., Member], Callable[..., tuple[Member, jax.Array]]]:
         """Return the compiled functions of optimizers that differ from `opt` in numbers alone."""

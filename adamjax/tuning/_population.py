@@ -57,7 +57,7 @@ def advance_member(
     def body(step: jax.Array, carry: tuple[Member, jax.Array]) -> tuple[Member, jax.Array]:
         (model, state, diverged_at), total = carry
         fed = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, step - first, keepdims=False), inputs.batches)
-        model, state, loss = update_model(task, opt, inputs.keys, model, state, step, fed)
+        model, state, loss = update_model(task, opt, inputs.keys, model, state, (step, fed))
         diverges = (diverged_at == 0) & ~jnp.isfinite(loss)
         return Member(model, state, jnp.where(diverges, step + 1, diverged_at)), total + loss.astype(jnp.float32)
 

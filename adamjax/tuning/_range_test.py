@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import AxisType, Mesh
+from jax.sharding import Mesh
 
 from adamjax._core import checks
 from adamjax._core.optional import require
@@ -21,8 +21,8 @@ from adamjax.optimizers import adamw
 from adamjax.problems import Problem
 from adamjax.problems._check import checked
 from adamjax.problems._task import Model, Task
-from adamjax.schedules import Exponential
-from adamjax.training import ShardedTask, TrainStep, initial, keys_of, update_model
+from adamjax.schedules import range_test
+from adamjax.training import ShardedTask, TrainStep, data_mesh, initial, keys_of, update_model
 from adamjax.tuning._blocks import BatchSource
 from adamjax.tuning._journal import Json, nan_to_null, null_to_nan
 from adamjax.tuning._objective import Objective, Outcome, RunTrials, check_objective, first_losses, run_here
@@ -267,13 +267,10 @@ def lr_range_test(
     modes, rates_by_default = (tuple(METHODS), 32) if is_problem(problem) else (("constant",), OBJECTIVE_RATES)
     mode = checks.choice("mode", mode, (*modes, None)) or modes[0]
     num_rates = rates_by_default if num_rates is None else num_rates
-    low, high = checks.number("min_lr", min_lr), checks.number("max_lr", max_lr)
-    if low <= 0:
-        raise ValueError(f"Invalid min_lr value: {min_lr!r}; min_lr must be above 0: the range is logarithmic")
-    if low >= high:
-        raise ValueError(f"Invalid min_lr value: {min_lr!r}; min_lr must be below max_lr, which is {max_lr!r}")
     for name, x in (("num_steps", num_steps), ("num_rates", num_rates)):
         checks.count(name, x, MIN_POINTS)
+    ramp = range_test(min_lr, max_lr, num_steps)
+    low, high = float(ramp.init), float(ramp.peak)
     checks.function("optimizer", optimizer)
     checks.integer("seed", seed)
     if not is_problem(problem):
@@ -282,9 +279,9 @@ def lr_range_test(
     if mode == "ramp":
         task = checked(problem, seed)
         if mesh is None and task.is_fed and jax.process_count() > 1:
-            mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+            mesh = data_mesh()
         task = task if mesh is None else ShardedTask(task, mesh)
-        opt = optimizer(learning_rate=Exponential(low, high, num_steps - 1))
+        opt = optimizer(learning_rate=ramp)
         losses = _ramp(task, as_transformation(opt, "what the optimizer returns"), num_steps, seed)
         end = _first(~np.isfinite(losses))
         cut = slice(None if end is None else end + 1)
@@ -330,7 +327,7 @@ def _ramp(task: Task, opt: Transformation, steps: int, seed: int) -> np.ndarray:
 
         def body(carry: tuple[Model, PyTree], i: jax.Array) -> tuple[tuple[Model, PyTree], jax.Array]:
             fed = jax.tree.map(lambda x: x[i], batches)
-            model, state, loss = update_model(task, opt, keys, *carry, first + i, fed)
+            model, state, loss = update_model(task, opt, keys, *carry, (first + i, fed))
             return (model, state), loss
 
         (model, state), found = lax.scan(body, (model, state), jnp.arange(length, dtype=jnp.int32))
