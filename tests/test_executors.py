@@ -5,6 +5,7 @@ import functools
 import math
 import multiprocessing
 import os
+import pickle
 import signal
 import threading
 import time
@@ -154,6 +155,27 @@ def test_settings_do_not_depend_on_timing():
     with concurrent.futures.ThreadPoolExecutor(3) as executor:
         assert tune(objective, trials=20, executor=executor).to_json() == found.to_json()
     assert any(t.status == "pruned" for t in found.searched)
+
+
+class Remembers(Immediately):
+    """Answers a call with equal arguments by the first result, as dask does; the worker of the first call dies."""
+
+    def __init__(self):
+        self.answers = {}
+
+    def submit(self, function, *arguments):
+        call = pickle.dumps(arguments)
+        if not self.answers:
+            self.answers[call] = concurrent.futures.Future()
+            self.answers[call].set_exception(RuntimeError("the worker died"))
+        elif call not in self.answers:
+            self.answers[call] = super().submit(function, *arguments)
+        return self.answers[call]
+
+
+def test_a_trial_that_is_tried_again_is_another_call():
+    found = small(objective, executor=Remembers)
+    assert {t.status for t in found.searched} <= {"complete", "pruned"}
 
 
 def test_executors_are_for_objectives():

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import pickle
 import time
+import uuid
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, ProcessPoolExecutor, wait
@@ -84,8 +85,9 @@ class Workers(contextlib.AbstractContextManager["Workers"]):
                 future.cancel()
 
     def _submit(self, trial: Trial) -> Any:
+        call = call_remotely, self._objective, trial, uuid.uuid4().hex
         try:
-            return self._executor.submit(call_remotely, self._objective, trial)
+            return self._executor.submit(*call)
         except (pickle.PicklingError, AttributeError, TypeError):
             self._check_all_pickled(trial)
             raise
@@ -98,7 +100,7 @@ class Workers(contextlib.AbstractContextManager["Workers"]):
             if self._own:
                 self._executor.shutdown(wait=False)
             self._executor, self._own = self._make(), True
-            return self._executor.submit(call_remotely, self._objective, trial)
+            return self._executor.submit(*call)
 
     def _outcome(self, future: Any, trial: Trial) -> Outcome:
         """Return the outcome of a future; if the executor failed, one of the trial as it was."""

@@ -63,8 +63,11 @@ def call_objective(objective: Objective, trial: Trial) -> Outcome:
         return Outcome(trial, None, describe(error), error)
 
 
-def call_remotely(objective: Objective, trial: Trial) -> Outcome:
-    """Call an objective in another process: the outcome can be pickled, even if the exception cannot."""
+def call_remotely(objective: Objective, trial: Trial, call: str) -> Outcome:
+    """Call an objective in another process: the outcome can be pickled, even if the exception cannot.
+
+    Each `call` has a name of its own, because dask answers a call with equal arguments by the result of the first.
+    """
     try:
         outcome = call_objective(objective, trial)
     except SystemExit as error:
