@@ -1,15 +1,19 @@
 """Range tests: known answers of known curves, and suggestions that train."""
 
+import dataclasses
+import itertools
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from bowl import BOWL
+from bowl import BOWL, Bowl
 from tolerances import SWEEP
 
 import adamjax
 from adamjax.schedules import Exponential
-from adamjax.training import train
-from adamjax.tuning import LrRange, lr_range_test, sweep
+from adamjax.training import TrainStep, train
+from adamjax.tuning import LrRange, _range_test, lr_range_test, sweep
 from adamjax.tuning._range_test import METHODS
 
 pytestmark = pytest.mark.numbers
@@ -89,13 +93,17 @@ def test_what_comes_after_a_divergence_is_not_considered():
     assert LrRange(RATES, np.where(RATES > 0.1, np.nan, flat_end)).diverged_at == np.flatnonzero(RATES > 0.1)[0]
 
 
+NOISE = 2 + 0.1 * np.random.default_rng(1).normal(size=200)
 NO_ANSWER = {
     "falling": (curve()[:140], "the minimum lies on the edge of the range: raise max_lr"),
-    "rising": (curve()[145:175], "the loss does not fall: widen the range"),
+    "rising": (curve()[145:175], "the loss does not fall, unless it begins at its minimum: lower min_lr"),
     "flat": (np.ones(200), "the loss does not fall"),
-    "noise alone": (2 + 0.1 * np.random.default_rng(1).normal(size=200), "the loss does not fall"),
-    "few": (curve()[::25], "the loss blows up after . points: lower min_lr and max_lr, or take more steps"),
-    "nan from the start": (np.full(200, np.nan), "the loss blows up after 0 points"),
+    "noise alone": (NOISE, "the loss falls by no more than its noise: take more steps or larger batches, or a range"),
+    "few": (curve()[::25], "the curve has only 8 points: take more steps"),
+    "nan from the start": (
+        np.full(200, np.nan),
+        "the loss blows up after 0 points, at a learning rate of 1e-06: lower",
+    ),
     "nan soon": (np.where(np.arange(200) < 2, 1.0, np.nan), "the loss blows up after 2 points"),
 }
 
@@ -110,14 +118,25 @@ def test_curves_without_an_answer_say_why(name):
     with pytest.raises(ValueError, match=message):
         found.band  # noqa: B018
     (warning,) = found.warnings
+    assert warning.startswith(f"the range test determines no learning rate: {message}")
     assert warning in repr(found)
+    assert not found.suggestions
     assert found.plot() is not None
 
 
 def test_a_range_that_begins_too_late():
     found = LrRange(RATES[100:], curve()[100:])
-    assert found.warnings == ("the loss falls from the smallest learning rate on: lower min_lr",)
+    expected = "the range test begins too late: the loss falls from the smallest learning rate on: lower min_lr"
+    assert found.warnings == (expected,)
     assert 1e-3 < found.suggestion() < 2e-2
+
+
+def test_the_widest_range_cannot_be_widened():
+    falling = LrRange(np.geomspace(1e-3, 1e3, 140), curve()[:140])
+    assert falling.warnings[0].endswith("the loss still falls at a learning rate of 1e+03: take more steps")
+    rising = LrRange(np.geomspace(1e-9, 1, 100), np.geomspace(1, 1e9, 100))
+    assert "scale the inputs down" in rising.warnings[0]
+    assert "lower min_lr" not in rising.warnings[0]
 
 
 def test_repr_says_what_was_found():
@@ -161,6 +180,107 @@ def test_constant_rates_are_training_runs_and_divergence_is_marked():
     assert np.isfinite(found.losses[:3]).all()
     assert np.isnan(found.losses[-1])
     assert found.diverged_at <= np.flatnonzero(np.isnan(found.losses))[0]
+
+
+def measured(scale, blocks):
+    """A measurement of the known curve, moved by `scale`, which keeps the learning rates of each part in `blocks`."""
+
+    def measure(rates, ends):
+        for first, last in itertools.pairwise([0, *ends]):
+            blocks.append(rates[first:last])
+            yield curve(rates[first:last], scale)
+
+    return measure
+
+
+@pytest.mark.parametrize("mode", METHODS)
+@pytest.mark.parametrize(("scale", "ends"), [(1.0, (1e-6, 1)), (1e3, (1e-6, 100)), (1e-5, (1e-9, 1))])
+def test_a_range_is_widened_as_far_as_it_has_to_be(mode, scale, ends):
+    spacing, blocks = _range_test._Spacing.of(None, None, 31), []
+    found = _range_test._widened(measured(scale, blocks), spacing, mode)
+    assert found.suggestions
+    assert within(2, found.suggestion(), scale * ANSWERS["valley"])
+    np.testing.assert_allclose(found.learning_rates[[0, -1]], ends)
+    np.testing.assert_allclose(np.diff(np.log10(found.learning_rates)), 0.2)
+    np.testing.assert_array_equal(found.losses, curve(found.learning_rates, scale))
+    # Only a ramp that begins anew repeats learning rates.
+    repeats = 31 if mode == "ramp" and ends[0] < 1e-6 else 0
+    assert sum(map(len, blocks)) == len(found.losses) + repeats
+
+
+def test_numbers_that_are_given_are_obeyed():
+    for given, ends in (((1e-3, None), (1e-3, 100)), ((None, 1.0), (1e-6, 1)), ((1e-4, 1.0), (1e-4, 1))):
+        spacing = _range_test._Spacing.of(*given, 31)
+        found = _range_test._widened(measured(1e3, []), spacing, "constant")
+        np.testing.assert_allclose(found.learning_rates[[0, -1]], ends)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scaled(Bowl):
+    """A bowl whose best learning rate is in proportion to its width."""
+
+    width: float = 1.0
+
+    def init(self, key):
+        return jax.tree.map(lambda x: self.width * x, super().init(key))
+
+    def loss(self, params, batch, key):
+        return jnp.mean((params["x"] / self.width - 3 - 0.01 * batch) ** 2)
+
+
+WIDE = Scaled(width=30.0)
+
+
+@pytest.mark.parametrize(("width", "low", "high"), [(30.0, 1e-6, 1e3), (1e-6, 1e-9, 1.0)])
+def test_a_wider_ramp_is_compiled_once(width, low, high, monkeypatch):
+    steps = []
+
+    class Kept(TrainStep):
+        def __init__(self, *args):
+            super().__init__(*args)
+            steps.append(self)
+
+    monkeypatch.setattr(_range_test, "TrainStep", Kept)
+    found = lr_range_test(Scaled(width=width))
+    assert found.suggestions, found
+    assert low <= found.learning_rates[0] < 2 * low
+    assert (1 < found.learning_rates[-1] <= high) == (high > 1)
+    (step,) = steps
+    assert step._jitted._cache_size() == 1
+
+
+def test_a_wider_ramp_goes_on_with_the_run():
+    found = lr_range_test(WIDE, num_steps=60)
+    rates, steps = found.learning_rates, len(found.losses)
+    assert steps > 60
+    whole = lr_range_test(WIDE, max_lr=float(rates[-1]), num_steps=steps)
+    np.testing.assert_allclose(whole.learning_rates, rates)
+    np.testing.assert_allclose(found.losses, whole.losses, rtol=1e-4)
+
+
+def test_constant_rates_are_raised():
+    found = lr_range_test(WIDE, mode="constant", num_steps=60, num_rates=13)
+    whole = lr_range_test(WIDE, mode="constant", max_lr=1e3, num_steps=60, num_rates=19)
+    np.testing.assert_allclose(found.learning_rates, whole.learning_rates)
+    np.testing.assert_allclose(found.losses, whole.losses, rtol=1e-4)
+    assert "still falls at a learning rate of 1e+03" in found.warnings[0]  # Adam does not blow up on a bowl
+
+
+def test_learning_rates_of_an_objective_are_raised_and_may_fail():
+    rates = []
+
+    def objective(optimizer, trial):
+        rates.append(trial.arguments["learning_rate"])
+        if rates[-1] > 500:
+            raise FloatingPointError
+        return float(curve(np.asarray(rates[-1]), 1e3))
+
+    found = lr_range_test(objective)
+    np.testing.assert_allclose(rates, found.learning_rates)  # none is tried twice
+    assert within(4, found.suggestion(), 1e3 * ANSWERS["valley"])
+    falling = lr_range_test(lambda optimizer, trial: -np.log(trial.arguments["learning_rate"]))
+    assert falling.learning_rates[-1] > 500
+    assert "take more steps" in falling.warnings[0]
 
 
 def test_optimizers_of_ones_own():

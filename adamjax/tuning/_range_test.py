@@ -1,11 +1,13 @@
 """Range tests: they find the learning rates that train, by one ramped run or by a short run for each."""
 
+import contextlib
 import dataclasses
 import itertools
-from collections.abc import Generator, Iterable
+import textwrap
+from collections.abc import Callable, Generator, Iterable
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,19 +18,20 @@ from jax.sharding import Mesh
 from adamjax._core import checks
 from adamjax._core.optional import require
 from adamjax._core.typing import PyTree
-from adamjax._transforms.base import Transformation, as_transformation
+from adamjax._transforms.base import as_transformation
 from adamjax.optimizers import adamw
 from adamjax.problems import Problem
 from adamjax.problems._check import checked
 from adamjax.problems._task import Model, Task
 from adamjax.schedules import range_test
 from adamjax.training import ShardedTask, TrainStep, data_mesh, initial, keys_of, update_model
-from adamjax.tuning._blocks import BatchSource
+from adamjax.tuning._blocks import BatchSource, Block
 from adamjax.tuning._journal import Json, nan_to_null, null_to_nan
+from adamjax.tuning._mesh_runner import make_runner
 from adamjax.tuning._objective import Objective, Outcome, RunTrials, check_objective, first_losses, run_here
 from adamjax.tuning._space import OptimizerFactory
 from adamjax.tuning._spec import is_problem
-from adamjax.tuning._sweep import sweep
+from adamjax.tuning._sweep import Curves, evenly_spaced, make_optimizer
 from adamjax.tuning._trial import Trial
 
 if TYPE_CHECKING:
@@ -37,8 +40,11 @@ if TYPE_CHECKING:
 # With constant learning rates, "steep" would depend on the length of the runs: the loss falls fastest against the
 # learning rate where training is half done, and longer runs get there with smaller learning rates.
 METHODS = {"ramp": ("valley", "steep", "minimum/10"), "constant": ("valley", "minimum/10")}
-MIN_POINTS = 10  # of a curve
+MIN_POINTS = 10  # that a range test makes
+FEWEST = {"ramp": 10, "constant": 5}  # points before a blow-up that a curve is read from
 OBJECTIVE_RATES = 12  # that a range test of an objective tries
+# Where a range lies by default, and how far it is widened if that is not enough.
+USUAL, WIDEST = (1e-6, 1.0), (1e-9, 1e3)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -95,12 +101,13 @@ class LrRange:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """Problems of the range, and what to do about them."""
+        """Problems of the range, and what to do about them; never empty if the curve determines no learning rate."""
         if obstacle := self._obstacle():
-            return (obstacle,)
-        x = self.smoothed[: self.diverged_at]
-        if x[0] - _start(x) > 0.2 * (_start(x) - x.min()):
-            return ("the loss falls from the smallest learning rate on: lower min_lr",)
+            return (f"the range test determines no learning rate: {obstacle}",)
+        if self._begins_late():
+            return (
+                f"the range test begins too late: the loss falls from the smallest learning rate on: {self._lower}",
+            )
         return ()
 
     @property
@@ -164,7 +171,12 @@ class LrRange:
             low, high = np.nanmin(self.smoothed), np.nanmax(self.smoothed)
             # Losses after a blow-up would flatten the rest of the curve.
             axis.set_ylim(low - 0.1 * (high - low), high + 0.3 * (high - low))
-        axis.set(xscale="log", xlabel="learning rate", ylabel="training loss", title="\n".join(self.warnings))
+        axis.set(
+            xscale="log",
+            xlabel="learning rate",
+            ylabel="training loss",
+            title="\n".join(textwrap.wrap(" ".join(self.warnings), 64)),
+        )
         axis.legend()
         if path is not None:
             figure.savefig(path, dpi=150)
@@ -190,17 +202,42 @@ class LrRange:
             facts.append(f"band {self.band[0]:.3g} to {self.band[1]:.3g}")
         return f"LrRange({self.mode}: {', '.join([*facts, *self.warnings])})"
 
+    def _begins_late(self) -> bool:
+        """Return whether the loss falls or blows up from the smallest learning rate on."""
+        x, end = self.smoothed[: self.diverged_at], self.diverged_at
+        if end is not None and (len(x) < FEWEST[self.mode] or x.argmin() <= self._margin):
+            return True
+        return not self._obstacle() and bool(x[0] - _start(x) > 0.2 * (_start(x) - x.min()))
+
     def _obstacle(self) -> str:
         """Return the reason why the curve determines no learning rate; empty if it does."""
-        x, margin = self.smoothed[: self.diverged_at], len(self.losses) // 50
-        if len(x) < MIN_POINTS:
-            return f"the loss blows up after {len(x)} points: lower min_lr and max_lr, or take more steps"
-        noise = np.median(np.abs(self.losses[: self.diverged_at] - x))
-        if x.argmin() <= margin or _start(x) - x.min() <= 2 * noise:
-            return "the loss does not fall: widen the range (lower min_lr, raise max_lr), or take more steps"
-        if self.diverged_at is None and x.argmin() >= len(x) - 1 - margin:
-            return "the minimum lies on the edge of the range: raise max_lr"
+        x, end = self.smoothed[: self.diverged_at], self.diverged_at
+        if len(x) < FEWEST[self.mode]:
+            if end is None:
+                return f"the curve has only {len(x)} points: take more steps"
+            where = f"after {end} points, at a learning rate of {self.learning_rates[end]:.2g}"
+            return f"the loss blows up {where}: {self._lower}, or take larger batches if it is noisy"
+        if x.argmin() <= self._margin:
+            return f"the loss does not fall, unless it begins at its minimum: {self._lower}, or take more steps"
+        noise = np.median(np.abs(self.losses[:end] - x))
+        if _start(x) - x.min() <= 2 * noise:
+            otherwise = ', or a range test with mode="constant"' if self.mode == "ramp" else ""
+            return f"the loss falls by no more than its noise: take more steps or larger batches{otherwise}"
+        if end is None and x.argmin() >= len(x) - 1 - self._margin:
+            if self.learning_rates[-1] < WIDEST[1] / 2:
+                return "the minimum lies on the edge of the range: raise max_lr"
+            return f"the loss still falls at a learning rate of {self.learning_rates[-1]:.2g}: take more steps"
         return ""
+
+    @property
+    def _margin(self) -> int:
+        """Number of points on either edge at which a minimum does not count."""
+        return len(self.losses) // 50
+
+    @property
+    def _lower(self) -> str:
+        """The remedy if the range begins too late."""
+        return "lower min_lr" if self.learning_rates[0] > 2 * WIDEST[0] else "scale the inputs down"
 
     def _valley(self) -> tuple[float, float]:
         """Return the learning rates at a tenth of the fall of the loss and at its minimum."""
@@ -218,8 +255,8 @@ class LrRange:
 def lr_range_test(
     problem: Problem | Objective,
     *,
-    min_lr: float = 1e-6,
-    max_lr: float = 1.0,
+    min_lr: float | None = None,
+    max_lr: float | None = None,
     num_steps: int = 200,
     mode: str | None = None,
     num_rates: int | None = None,
@@ -234,22 +271,26 @@ def lr_range_test(
 
     Args:
       problem: The problem to train, or an objective whose values are losses; see `tune`.
-      min_lr: The smallest learning rate, small enough that the loss hardly changes.
-      max_lr: The largest learning rate, large enough that the loss blows up.
-      num_steps: Number of updates of each run, at least 10; without meaning for an objective.
+      min_lr: The smallest learning rate, small enough that the loss hardly changes. None for 1e-6, or for 1e-9 if the
+        loss falls or blows up from 1e-6 on.
+      max_lr: The largest learning rate, large enough that the loss blows up. None for 1.0, and then for as many times
+        10 as it takes until the curve determines a learning rate or the loss blows up, at most 1e3.
+      num_steps: Number of updates of each run, at least 10; without meaning for an objective. A ramp that goes beyond
+        1.0 or begins below 1e-6 grows by the same factor at each step, so it makes more steps.
       mode: "ramp": one run, whose learning rate grows exponentially from `min_lr` to `max_lr`; the curve is its losses
         up to the first that is not finite. "constant": a run for each of `num_rates` learning rates, from the same
         parameters and with the same batches; the curve is the mean loss of the last quarter of each, NaN if it
         diverged. It costs `num_rates` times as much, and is less noisy. None for "ramp", or for "constant", the only
         one there is, if it is an objective; the curve is then the first value that it reports.
-      num_rates: Number of learning rates that "constant" tries, at least 10. None for 32, or 12 for an objective.
+      num_rates: Number of learning rates that "constant" tries, at least 10. None for 32, or 12 for an objective. A
+        range that is widened gets more, spaced alike.
       optimizer: Called with `learning_rate` (a schedule for "ramp", a number for "constant"), returns the optimizer.
       seed: Seed of the parameters, the data order and the keys of the loss.
       mesh: Devices that train one model together, as in `adamjax.training.train`. None: one device; all of them if
         several processes each have a part of the batches from the host.
 
     Returns:
-      An `LrRange`.
+      An `LrRange`. If it determines no learning rate, its `warnings` say why.
 
     Raises:
       ValueError: A number is out of range, or `mode` is unknown.
@@ -269,78 +310,164 @@ def lr_range_test(
     num_rates = rates_by_default if num_rates is None else num_rates
     for name, x in (("num_steps", num_steps), ("num_rates", num_rates)):
         checks.count(name, x, MIN_POINTS)
-    ramp = range_test(min_lr, max_lr, num_steps)
-    low, high = float(ramp.init), float(ramp.peak)
     checks.function("optimizer", optimizer)
     checks.integer("seed", seed)
+    spacing = _Spacing.of(min_lr, max_lr, num_steps if mode == "ramp" else num_rates)
     if not is_problem(problem):
         check_objective(problem)
-        return objective_range_test(partial(_run_first_strictly, problem), optimizer, (low, high, num_rates), {}, seed)
+        run = partial(_run_smallest_strictly, problem, float(spacing.usual[0]))
+        return _widened(partial(_first_losses, run, optimizer, {}, seed), spacing, "constant")
     if mode == "ramp":
         task = checked(problem, seed)
         if mesh is None and task.is_fed and jax.process_count() > 1:
             mesh = data_mesh()
         task = task if mesh is None else ShardedTask(task, mesh)
-        opt = optimizer(learning_rate=ramp)
-        losses = _ramp(task, as_transformation(opt, "what the optimizer returns"), num_steps, seed)
-        end = _first(~np.isfinite(losses))
-        cut = slice(None if end is None else end + 1)
-        return LrRange(np.geomspace(low, high, num_steps)[cut], losses[cut], mode)
-    rates = np.geomspace(low, high, num_rates)
-    settings = [{"learning_rate": float(lr)} for lr in rates]
-    order = "auto" if mesh is None else "mesh"
-    swept = sweep(
-        problem, settings, optimizer=optimizer, steps=num_steps, seeds=[seed], points=4, execution=order, mesh=mesh
-    )
-    return LrRange(rates, np.where(swept.infeasible, np.nan, swept.losses[:, 0, -1]), mode)
+        return _widened(_ramps(task, optimizer, sum(map(len, spacing[:3])), seed), spacing, mode)
+    return _widened(_constant_rates(problem, optimizer, num_steps, seed, mesh), spacing, mode)
 
 
 def objective_range_test(
-    run: RunTrials, optimizer: OptimizerFactory, rates: tuple[float, float, int], facts: dict[str, Any], seed: int
+    run: RunTrials,
+    optimizer: OptimizerFactory,
+    rates: tuple[float | None, float | None, int],
+    facts: dict[str, Any],
+    seed: int,
 ) -> LrRange:
     """Run a range test of an objective.
 
     Args:
       run: Runs trials of the objective.
-      rates: The smallest and the largest learning rate, and how many to try.
+      rates: `min_lr`, `max_lr` and `num_rates` of `lr_range_test`.
       facts: Arguments of `Trial`.
     """
-    points = np.geomspace(*rates)
-    return LrRange(points, np.asarray(first_losses(run, optimizer, points, facts=facts, seed=seed)), "constant")
+    return _widened(partial(_first_losses, run, optimizer, facts, seed), _Spacing.of(*rates), "constant")
 
 
-def _run_first_strictly(objective: Objective, trials: Iterable[Trial]) -> Generator[Outcome, None, None]:
-    """Run trials; raise the exception of the first, whose learning rate is too small to be the reason."""
-    for i, outcome in enumerate(run_here(objective, trials)):
-        if i == 0 and outcome.exception is not None:
+# Yields the losses with learning rates up to each of some indices.
+Measure = Callable[[np.ndarray, list[int]], Generator[np.ndarray, None, None]]
+
+
+class _Spacing(NamedTuple):
+    """The learning rates of a range, and those by which it may be widened, spaced alike."""
+
+    below: np.ndarray
+    usual: np.ndarray
+    above: np.ndarray
+    decade: int  # how many there are in one
+
+    @classmethod
+    def of(cls, min_lr: float | None, max_lr: float | None, points: int) -> "_Spacing":
+        ramp = range_test(USUAL[0] if min_lr is None else min_lr, USUAL[1] if max_lr is None else max_lr, points)
+        low, high = float(ramp.init), float(ramp.peak)
+        step = np.log(high / low) / (points - 1)
+        below = 0 if min_lr is not None else int(np.log(low / WIDEST[0]) / step + 1e-6)
+        above = 0 if max_lr is not None else int(np.log(WIDEST[1] / high) / step + 1e-6)
+        return cls(
+            low * np.exp(-step * np.arange(below, 0, -1)),
+            np.geomspace(low, high, points),
+            high * np.exp(step * np.arange(1, above + 1)),
+            max(round(np.log(10) / step), 1),
+        )
+
+    def ends(self, first: int, last: int) -> list[int]:
+        """Return the indices at which the losses are read: `first`, one after each further decade, and `last`."""
+        return [*range(first, last, self.decade), last]
+
+
+def _widened(measure: Measure, spacing: _Spacing, mode: str) -> LrRange:
+    """Measure the usual range; widen it until it determines a learning rate or the loss blows up."""
+    rates, (below, usual, above) = np.concatenate(spacing[:3]), map(len, spacing[:3])
+    found = _raised(measure, rates[below:], spacing.ends(usual, usual + above), mode)
+    if not below or not found._begins_late():
+        return found
+    if mode == "ramp":
+        return _raised(measure, rates, spacing.ends(below + usual, len(rates)), mode)
+    smaller = np.concatenate([*measure(spacing.below, spacing.ends(spacing.decade, below))])
+    return LrRange(rates[: below + len(found.losses)], np.concatenate([smaller, found.losses]), mode)
+
+
+def _raised(measure: Measure, rates: np.ndarray, ends: list[int], mode: str) -> LrRange:
+    losses = np.empty(0)
+    with contextlib.closing(measure(rates, ends)) as parts:
+        for part in parts:
+            losses = np.concatenate([losses, part])
+            found = LrRange(rates[: len(losses)], losses, mode)
+            if found.suggestions or found.diverged_at is not None:
+                break
+    return found
+
+
+def _first_losses(
+    run: RunTrials, optimizer: OptimizerFactory, facts: dict[str, Any], seed: int, rates: np.ndarray, ends: list[int]
+) -> Generator[np.ndarray, None, None]:
+    for first, last in itertools.pairwise([0, *ends]):
+        yield np.asarray(first_losses(run, optimizer, rates[first:last], facts=facts, seed=seed))
+
+
+def _constant_rates(problem: Problem, optimizer: OptimizerFactory, steps: int, seed: int, mesh: Mesh | None) -> Measure:
+    """Measure by a run with each learning rate."""
+    order = "auto" if mesh is None else "mesh"
+    runner = make_runner(problem, "loss", seed=seed, execution=order, mesh=mesh, memory=None)
+    seeds, eval_steps = np.asarray([seed], np.int32), evenly_spaced(steps, 4)
+
+    def measure(rates: np.ndarray, ends: list[int]) -> Generator[np.ndarray, None, None]:
+        opts = [make_optimizer(optimizer, {"learning_rate": float(lr)}, i) for i, lr in enumerate(rates)]
+        curves = Curves(runner, len(rates), 1, eval_steps)
+        parts = list(itertools.pairwise([0, *ends]))
+        for first, last in parts:
+            # A program for the first part, and one for all others, of which only the last may be smaller.
+            capacity = max(last - x for x, last in parts[min(first, 1) :])
+            for chunk, point, results in runner.run(opts[first:last], seeds, eval_steps, capacity=capacity):
+                curves.record(first + chunk, point, results)
+            diverged = curves.diverged_at(slice(first, last), len(eval_steps) - 1)[:, 0] > 0
+            yield np.where(diverged, np.nan, curves.losses[first:last, 0, -1])
+
+    return measure
+
+
+def _ramps(task: Task, optimizer: OptimizerFactory, longest: int, seed: int) -> Measure:
+    """Measure by a run up to the first loss that is not finite; runs of up to `longest` steps share a program."""
+    keys = keys_of(seed)
+
+    def run(model: Model, state: PyTree, inputs: tuple[PyTree, Block]) -> tuple[Model, PyTree, jax.Array]:
+        opt, (first, last, batches) = inputs
+
+        def body(i: jax.Array, carry: tuple[Model, PyTree, jax.Array]) -> tuple[Model, PyTree, jax.Array]:
+            model, state, losses = carry
+            fed = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, i, keepdims=False), batches)
+            model, state, loss = update_model(task, opt, keys, model, state, (first + i, fed))
+            return model, state, losses.at[i].set(loss.astype(losses.dtype))
+
+        return lax.fori_loop(0, last - first, body, (model, state, jnp.zeros(longest, jnp.result_type(float))))
+
+    advance = TrainStep(run, 1)
+
+    def measure(rates: np.ndarray, ends: list[int]) -> Generator[np.ndarray, None, None]:
+        made = optimizer(learning_rate=range_test(float(rates[0]), float(rates[-1]), len(rates)))
+        opt = as_transformation(made, "what the optimizer returns")
+        numbers = jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(float)), opt)
+        model, state = initial(task, opt, None, keys)
+        for blocks in BatchSource(task, np.asarray([seed]), np.asarray(ends)).blocks():
+            losses = list[np.ndarray]()
+            for first, last, batches in blocks:
+                fed = task.place(jax.tree.map(lambda x: x[0], batches), blocked=True)
+                model, state, found = advance(model, state, (numbers, (np.int32(first), np.int32(last), fed)))
+                losses.append(np.asarray(found, np.float64)[: last - first])
+            part = np.concatenate(losses)
+            end = _first(~np.isfinite(part))
+            yield part if end is None else part[: end + 1]
+
+    return measure
+
+
+def _run_smallest_strictly(
+    objective: Objective, smallest: float, trials: Iterable[Trial]
+) -> Generator[Outcome, None, None]:
+    """Run trials; raise the exception of that whose learning rate is too small to be the reason."""
+    for outcome in run_here(objective, trials):
+        if outcome.exception is not None and outcome.trial.arguments.get("learning_rate") == smallest:
             raise outcome.exception
         yield outcome
-
-
-def _ramp(task: Task, opt: Transformation, steps: int, seed: int) -> np.ndarray:
-    """Return the losses of a run; with batches from the host, block after block."""
-    source = BatchSource(task, np.asarray([seed]), np.asarray([steps]))
-    keys, length = keys_of(seed), source.size or steps
-
-    def run(model: Model, state: PyTree, block: tuple[jax.Array, PyTree]) -> tuple[Model, PyTree, jax.Array]:
-        first, batches = block
-
-        def body(carry: tuple[Model, PyTree], i: jax.Array) -> tuple[tuple[Model, PyTree], jax.Array]:
-            fed = jax.tree.map(lambda x: x[i], batches)
-            model, state, loss = update_model(task, opt, keys, *carry, (first + i, fed))
-            return (model, state), loss
-
-        (model, state), found = lax.scan(body, (model, state), jnp.arange(length, dtype=jnp.int32))
-        return model, state, found
-
-    advance, losses = TrainStep(run, 1), list[np.ndarray]()
-    model, state = initial(task, opt, None, keys)
-    for first, last, batches in itertools.chain.from_iterable(source.blocks()):
-        fed = task.place(jax.tree.map(lambda x: x[0], batches), blocked=True)
-        model, state, found = advance(model, state, (np.int32(first), fed))
-        # The last block may be filled up by zeros.
-        losses.append(np.asarray(found, np.float64)[: last - first])
-    return np.concatenate(losses)
 
 
 def _first(where: np.ndarray) -> int | None:
