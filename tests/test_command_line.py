@@ -377,7 +377,7 @@ def test_flags_have_the_defaults_that_their_help_says(capsys):
     """Those which the functions that are called have."""
     for command, function, names in (
         ("tune", tuning.tune, {"trials": "64", "confirm": "5 3", "sampler": "halton", "metric": "loss", "seed": "0"}),
-        ("lr-range", tuning.lr_range_test, {"min_lr": "1e-6", "max_lr": "1", "seed": "0"}),
+        ("lr-range", tuning.lr_range_test, {"seed": "0"}),
     ):
         with pytest.raises(SystemExit):
             cli.main([command, "--help"])
@@ -446,6 +446,13 @@ def test_tune_an_objective(name, tmp_path, capsys):
     assert found["question"]["steps"] == 20
     assert found["best"]["learning_rate"] > 1e-2
     assert found["best"].keys() == {"learning_rate", "b1", "b2", "weight_decay"}
+
+
+def test_lr_range_says_why_it_determines_nothing(capsys):
+    for output, shown in (("table", "err"), ("json", "out")):
+        assert cli.main(["lr-range", "bowl:CLOSED", "--steps", "20", "--format", output]) == 1
+        said = getattr(capsys.readouterr(), shown)
+        assert "the range test determines no learning rate: the loss blows up after 0 points" in said
 
 
 def test_lr_range_of_an_objective(capsys):

@@ -45,8 +45,8 @@ def _add_lr_range(commands: Subparsers) -> None:
     )
     _subject.add_argument(parser)
     add = parser.add_argument_group("the range test").add_argument
-    add("--min-lr", type=float, help="smallest learning rate (default: 1e-6)")
-    add("--max-lr", type=float, help="largest learning rate (default: 1)")
+    add("--min-lr", type=float, help="smallest learning rate (default: 1e-6, or 1e-9 if that is too large)")
+    add("--max-lr", type=float, help="largest learning rate (default: 1, or up to 1e3 until the loss blows up)")
     add("--steps", type=int, help="updates of each run of a problem, at least 10 (default: 200)")
     modes = "ramp: one run whose learning rate grows; constant: a run for each (default: ramp; an objective: constant)"
     add("--mode", choices=("ramp", "constant"), help=modes)
