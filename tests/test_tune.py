@@ -24,7 +24,7 @@ import adamjax
 from adamjax import cli
 from adamjax.training import train
 from adamjax.tuning import Choice, Linear, Log, Report, Space, tune
-from adamjax.tuning._journal import Journal
+from adamjax.tuning._journal import Journal, TrialRecord
 from adamjax.tuning._population import PopulationRunner
 
 pytestmark = pytest.mark.numbers
@@ -492,6 +492,21 @@ def test_missing_extras_name_the_command(monkeypatch):
         small(sampler="optuna")
 
 
+def race(values, **schedule):
+    """Make a report of settings whose runs with the seeds 1, 2, ... have these values; setting 0 is the default."""
+    settings = {n: {"learning_rate": 0.1 * n} | schedule for n in values}
+    settings[0] = {"learning_rate": 1e-3} | dict.fromkeys(schedule, 0.0)
+
+    def record(n, stage, seed, value):
+        return TrialRecord(n, stage, settings[n], seed, "complete", [100], [], {"loss": [float(value)]}, 0)
+
+    searched = [record(n, "all" if n else "defaults", 0, x[0]) for n, x in values.items()]
+    fresh = [record(n, "confirm", seed, x) for n, row in values.items() for seed, x in enumerate(row, start=1)]
+    question = {"problem": "race", "optimizer": "adamjax.adam", "metric": "loss", "mode": "min", "steps": 100}
+    question["confirm"] = [[3, 2], [2, 4]]
+    return Report(question, searched + fresh, settings[0], adamjax.adam, None, {}, "")
+
+
 class TestReport:
     def test_of_a_running_tuning_leaves_its_files_alone(self, report, tmp_path):
         report.save(tmp_path)
@@ -504,15 +519,22 @@ class TestReport:
         assert before == [((tmp_path / name).read_bytes(), (tmp_path / name).stat().st_mtime_ns) for name in names]
 
     def test_is_saved_and_loaded(self, report, tmp_path):
+        report = dataclasses.replace(report, facts={"jax": "1.2.3", "date": "today", "wall time": "7 s"})
         report.save(tmp_path)
-        names = ["hyperparameters", "curves", "heat_map", "parallel", "importance", "range_test"]
+        names = ["confirmation", "hyperparameters", "heat_map", "parallel", "curves", "importance", "range_test"]
         page = (tmp_path / "report.html").read_text()
         assert page.count("data:image/png;base64,") == len(names)
         for name in names:
             assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert str(report.best) in page
         assert "http" not in page  # self-contained
+        assert "<script" not in page
+        assert report.verdict in page
+        assert page.count("<tr><td>") == len(report.confirmed) + len(report.trials)
+        assert all(f"<td>{x}</td>" in page for x in report.facts.values())
         loaded = Report.load(tmp_path)
+        assert loaded.facts == report.facts
+        assert json.loads(report.to_json())["facts"] == {"jax": "1.2.3"}
         assert loaded.to_json() == report.to_json() == (tmp_path / "report.json").read_text().strip()
         assert loaded.table() == report.table()
         assert loaded.best.optimizer == report.best.optimizer
@@ -575,6 +597,68 @@ class TestReport:
             assert (said in found.warnings) == warned
         (b1,) = [r for n, r in report.explored.items() if n == "b1"]
         assert b1[0] < report.best.arguments["b1"] < b1[1]
+
+    def test_a_race_ranks_its_finalists_first(self):
+        # Setting 3 has the lowest mean, of the two seeds after which it was eliminated.
+        values = {0: [5, 5, 5, 5], 1: [1.1, 1.0, 1.2, 1.1], 2: [2.1, 2.0, 2.2, 2.1], 3: [0.9, 1.2]}
+        found = race(values)
+        assert [(c.number, c.finalist) for c in found.confirmed] == [(1, True), (2, True), (0, True), (3, False)]
+        assert [c.seeds for c in found.confirmed] == [(1, 2, 3, 4)] * 3 + [(1, 2)]
+        assert found.best.arguments == {"learning_rate": 0.1}
+        # Setting 3 is compared with the best by the two seeds that both have.
+        assert [c.tied for c in found.confirmed] == [True, False, False, True]
+        assert "1.05 ± 0.21 (2 seeds)" in found.table()
+        assert found.verdict == (
+            "Trial 1 has the lowest mean loss of 2 finalists, 1.1 ± 0.082 over 4 fresh seeds, against 5 ± 0 for the "
+            "defaults. No other finalist is indistinguishable from it (paired t-test, 95% confidence); 1 setting left "
+            "the race earlier."
+        )
+        assert "confirmation" in found.figures()
+
+    def test_a_race_may_be_interrupted_anywhere(self):
+        values = {0: [5, 5, 5, 5], 1: [1.1, 1.0, 1.2, 1.1], 2: [2.1, 2.0, 2.2, 2.1], 3: [0.9, 1.2]}
+        whole = race(values)
+        searched, fresh = whole.searched, [t for t in whole.trials if t.stage == "confirm"]
+        for by in (lambda t: (t.seed > 2, t.number), lambda t: (t.seed, t.number), lambda t: (-t.number, t.seed)):
+            for count in range(len(fresh) + 1):
+                partly = dataclasses.replace(whole, trials=[*searched, *sorted(fresh, key=by)[:count]])
+                assert partly.best.arguments != partly.defaults
+                assert partly.verdict.startswith("Trial")
+                assert partly.table()
+                json.loads(partly.to_json())
+        # Of the last round, only setting 2 has run: the round before decides.
+        partly = dataclasses.replace(
+            whole, trials=[t for t in whole.trials if t.stage != "confirm" or t.seed < 3 or t.number == 2]
+        )
+        assert partly.confirmed[0].number in (1, 3)
+        assert all(c.finalist for c in partly.confirmed)
+
+    def test_pictures_show_what_was_measured_in_one_scale_of_colours(self, report):
+        figures = report.figures()
+        norms = [axes.collections for axes in figures["heat_map"].axes]
+        assert not any("ContourSet" in type(c).__name__ for row in norms for c in row)
+
+        def colours(panel):
+            (trials,) = [c for c in panel.collections if c.get_label() == "complete"]
+            return trials.get_facecolors()
+
+        first, second = figures["hyperparameters"].axes[0], figures["heat_map"].axes[0]
+        np.testing.assert_array_equal(colours(first), colours(second))
+
+    def test_schedules_are_drawn_as_they_are(self):
+        found = race({0: [5, 5], 1: [1, 2]}, warmup_fraction=0.1, end_fraction=0.25)
+        assert "schedules" not in found.figures()
+        for name, make in (
+            ("cosine", adamjax.schedules.warmup_cosine),
+            ("stable", partial(adamjax.schedules.warmup_stable_decay, decay_steps=20)),
+        ):
+            drawn = dataclasses.replace(found, question=found.question | {"schedule": name}).figures()["schedules"]
+            lines = {line.get_label(): line for line in drawn.axes[0].lines}
+            assert set(lines) == {"trial 1, the best", "defaults"}
+            line = lines["trial 1, the best"]
+            expected = make(0.1, warmup_steps=10, total_steps=100, end=0.025)
+            at = [0, 4, 40, 80, 200, 360, 400]  # of 401 points over 100 steps
+            np.testing.assert_allclose(line.get_ydata()[at], [expected(i // 4) for i in at], rtol=1e-5, atol=1e-9)
 
     def test_unconfirmed(self, halved):
         assert any("the luckiest of 12 trials" in warning for warning in halved.warnings)

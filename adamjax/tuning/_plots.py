@@ -1,20 +1,34 @@
 """Plots of a tuning: matplotlib figures drawn from its trials."""
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from adamjax._core.optional import require
 from adamjax.tuning._journal import TrialRecord
+from adamjax.tuning._space import Setting
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.cm import ScalarMappable
     from matplotlib.figure import Figure
 
+    from adamjax.tuning._report import Confirmed
+
+COLUMNS = 3  # of panels
 MAX_TICK_LENGTH = 20  # characters; longer labels would leave no room for the plot
-BEST, DEFAULTS, OTHERS, INFEASIBLE = "C0", "C1", "0.75", "C3"
+BEST, DEFAULTS, OTHERS, INFEASIBLE = "black", "C1", "0.75", "C3"  # colours that the scale of the metric has not
+
+# Decays of the learning rate: the fraction of the way from the peak to the end, by the fractions of the whole run and
+# of what follows the warmup.
+DECAYS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
+    "cosine": lambda _, after: (1 - np.cos(np.pi * after)) / 2,
+    "linear": lambda _, after: after,
+    "stable": lambda whole, _: np.clip((whole - 0.8) / 0.2, 0, 1),
+}
 
 
 class Axis(NamedTuple):
@@ -40,6 +54,14 @@ class PlotData(NamedTuple):
     mode: str
     best: TrialRecord | None
     defaults: TrialRecord | None
+    confirmed: "Sequence[Confirmed]" = ()
+    schedule: str = "constant"
+    steps: int | None = None
+
+    @property
+    def sign(self) -> int:
+        """The factor that makes the lowest value the best."""
+        return 1 if self.mode == "min" else -1
 
     @property
     def values(self) -> np.ndarray:
@@ -49,7 +71,7 @@ class PlotData(NamedTuple):
     @property
     def rank_fraction(self) -> np.ndarray:
         """float[trials]: the rank of each trial, from 0 for the best to 1 for the worst; diverged trials come last."""
-        x = self.values if self.mode == "min" else -self.values
+        x = self.sign * self.values
         return np.unique(np.nan_to_num(x, nan=np.inf), return_inverse=True)[1] / max(len(x) - 1, 1)
 
     @property
@@ -58,6 +80,32 @@ class PlotData(NamedTuple):
         names = dict.fromkeys(k for t in self.trials for k in t.setting)
         values = {name: [t.setting[name] for t in self.trials] for name in names}
         return {name: make_axis(name, x) for name, x in values.items() if len(set(map(repr, x))) > 1}
+
+    @property
+    def limits(self) -> tuple[float, float]:
+        """The lowest and the highest value of the metric that plots distinguish."""
+        return _limits(self, self.values)
+
+    @property
+    def worst(self) -> float:
+        """The limit at the worse end."""
+        return self.limits[1] if self.mode == "min" else self.limits[0]
+
+    @property
+    def beyond(self) -> np.ndarray:
+        """bool[trials]: whether a value is worse than the limit."""
+        return self.sign * self.values > self.sign * self.worst
+
+    @property
+    def colours(self) -> "ScalarMappable":
+        """The colours of the metric, the same in all plots: the darker, the better."""
+        colors = require("matplotlib.colors", "tune", "plotting a tuning")
+        norm = colors.LogNorm if _scale(self.limits) == "log" else colors.Normalize
+        mappable = require("matplotlib.cm", "tune", "plotting a tuning").ScalarMappable
+        coloured: ScalarMappable = mappable(
+            norm(*self.limits, clip=True), "viridis" if self.mode == "min" else "viridis_r"
+        )
+        return coloured
 
     def has_status(self, status: str) -> np.ndarray:
         return np.asarray([t.status == status for t in self.trials])
@@ -75,37 +123,173 @@ def make_axis(name: str, values: Sequence[object]) -> Axis:
     return Axis(name, "log" if x.min() > 0 and x.max() > 10 * x.min() else "linear", x, None)
 
 
+def confirmation(data: PlotData) -> "Figure | None":
+    """Plot every run with a fresh seed, a column for each setting; return None if no setting was confirmed.
+
+    A line joins the runs of one seed, since settings are compared seed by seed.
+    """
+    columns = data.confirmed
+    if not columns:
+        return None
+    seeds = sorted({seed for c in columns for seed in c.seeds})
+    values = np.full((len(seeds), len(columns)), np.nan)
+    for i, c in enumerate(columns):
+        values[[seeds.index(seed) for seed in c.seeds], i] = c.values
+    figure, (panel,) = _panels(1, width=2.5 + 0.8 * len(columns), height=4.2)
+    at = np.arange(len(columns))
+    for runs in values:
+        panel.plot(at, runs, color=OTHERS, linewidth=0.8, zorder=1)
+    limits = _spread(values[np.isfinite(values)])
+    for i, c in enumerate(columns):
+        colour = _colour_of(c.setting, data, "C0")
+        finite = np.isfinite(values[:, i])
+        x = np.full(finite.sum(), i)
+        panel.scatter(x, values[finite, i], s=26, facecolors=colour if c.finalist else "none", edgecolors=colour)
+        if math.isfinite(c.mean):
+            panel.plot([i - 0.3, i + 0.3], [c.mean, c.mean], color=colour, linewidth=2)
+        diverged = len(c.values) - finite.sum()
+        if diverged:
+            end = limits[1] if data.mode == "min" else limits[0]
+            panel.scatter(np.full(diverged, i), np.full(diverged, end), marker="x", c=INFEASIBLE, clip_on=False)
+    labels = [_column_label(c, data) for c in columns]
+    panel.set_xticks(at, labels, fontsize="small")
+    panel.set(xlim=(-0.6, len(columns) - 0.4), ylim=limits, yscale=_scale(limits), ylabel=f"validation {data.metric}")
+    _label_log_axes(panel)
+    return figure
+
+
+def _column_label(c: "Confirmed", data: PlotData) -> str:
+    is_defaults = data.defaults is not None and c.setting == data.defaults.setting
+    name = "defaults" if is_defaults else f"trial {c.number}"
+    verdict = "best" if c.number == data.confirmed[0].number else "= best" if c.tied else ""
+    return f"{name}\n{len(c.values)} seed{'s' * (len(c.values) > 1)}\n{verdict}"
+
+
+def schedules(data: PlotData) -> "Figure | None":
+    """Plot the learning rate in the course of a run, of the best settings; return None if all rates are constant."""
+    decay = DECAYS.get(data.schedule)
+    finalists = {f"trial {c.number}": c.setting for c in data.confirmed if c.finalist}
+    shown = finalists or {f"trial {t.number}": t.setting for t in (data.best, data.defaults) if t is not None}
+    shown = {name: setting for name, setting in shown.items() if "learning_rate" in setting}
+    if decay is None or not any(_is_scheduled(setting) for setting in shown.values()):
+        return None
+    figure, (panel,) = _panels(1, width=7.0)
+    whole = np.linspace(0, 1, 401)
+    others = (f"C{i}" for i in itertools.cycle((0, 2, 4, 5, 6, 9)))
+    for name, setting in shown.items():
+        warmup, end = setting.get("warmup_fraction", 0.0), setting.get("end_fraction", 1.0)
+        rise = np.minimum(whole / warmup, 1) if warmup > 0 else 1
+        fall = decay(whole, np.clip((whole - warmup) / max(1 - warmup, 1e-12), 0, 1))
+        colour = _colour_of(setting, data, "")
+        label = {BEST: f"{name}, the best", DEFAULTS: "defaults"}.get(colour, name)
+        rate = setting["learning_rate"] * rise * (1 - (1 - end) * fall)
+        width = 2.5 if colour == BEST else 1.5
+        panel.plot(whole * (data.steps or 1), rate, color=colour or next(others), linewidth=width, label=label)
+    panel.set(xlabel="step" if data.steps else "fraction of the run", ylabel="learning rate", ylim=(0, None))
+    panel.legend()
+    return figure
+
+
+def _is_scheduled(setting: Setting) -> bool:
+    return setting.get("warmup_fraction", 0.0) > 0 or setting.get("end_fraction", 1.0) < 1
+
+
 def hyperparameters(data: PlotData) -> "Figure":
-    """Plot the metric against each argument: default values in grey, diverged trials at the worst end of the axis."""
+    """Plot the metric against each argument; diverged trials are at the worst end of the axis."""
     axes = data.axes
     figure, panels = _panels(len(axes))
-    values = data.values
-    feasible = np.isfinite(values)
-    limits = _limits(data)
-    worst = limits[1] if data.mode == "min" else limits[0]
-    for panel, (name, axis) in zip(panels, axes.items(), strict=True):
-        default = None if data.defaults is None else data.defaults.setting[name]
-        varied = np.asarray([t.setting[name] != default for t in data.trials])
-        for status, filled in (("complete", True), ("pruned", False)):
-            for chosen, colour in ((~varied, OTHERS), (varied, BEST)):
-                chosen = chosen & data.has_status(status) & feasible
-                label, fill = status if colour == BEST and chosen.any() else None, colour if filled else "none"
-                x, y = axis.positions[chosen], values[chosen]
-                panel.scatter(x, y, s=22, facecolors=fill, edgecolors=colour, label=label)
-        if not feasible.all():
-            x = axis.positions[~feasible]
-            panel.scatter(x, np.full(len(x), worst), marker="x", c=INFEASIBLE, label="infeasible", clip_on=False)
-        for trial, colour, label in ((data.best, BEST, "best"), (data.defaults, DEFAULTS, "defaults")):
-            if trial is not None and trial in data.trials:
-                at = axis.positions[list(data.trials).index(trial)]
-                panel.axvline(at, color=colour, linestyle="--", linewidth=1, label=label)
+    beyond, limits, worst = data.beyond, data.limits, data.worst
+    y = np.where(np.isfinite(data.values), np.where(beyond, np.nan, data.values), worst)
+    for i, (panel, axis) in enumerate(zip(panels, axes.values(), strict=True)):
+        _draw_trials(panel, axis.positions, y, data)
+        if beyond.any():
+            x, marker = axis.positions[beyond], "^" if data.mode == "min" else "v"
+            panel.scatter(x, np.full(len(x), worst), marker=marker, c=OTHERS, label="beyond the axis", clip_on=False)
         panel.set(xlabel=axis.label, xscale=axis.scale, ylim=limits, yscale=_scale(limits))
         _label_log_axes(panel)
         if axis.ticks:
             panel.set_xticks(range(len(axis.ticks)), axis.ticks)
-        if name == next(iter(axes)):
+        if i % COLUMNS == 0:
             panel.set_ylabel(f"validation {data.metric}")
-            panel.legend(fontsize="small")
+    if len(panels):
+        _legend(figure, panels[0])
+    return figure
+
+
+def heat_map(data: PlotData) -> "Figure | None":
+    """Plot the other arguments against the learning rate, points in the colour of the metric.
+
+    Return None unless the learning rate and another argument were searched.
+    """
+    axes = data.axes
+    rate = axes.pop("learning_rate", None)
+    if rate is None or not axes or not np.isfinite(data.values).any():
+        return None
+    figure, panels = _panels(len(axes), sharey=False)
+    for panel, axis in zip(panels, axes.values(), strict=True):
+        _draw_trials(panel, rate.positions, axis.positions, data)
+        panel.set(xlabel=rate.label, xscale=rate.scale, ylabel=axis.label, yscale=axis.scale)
+        _label_log_axes(panel)
+        if axis.ticks:
+            panel.set_yticks(range(len(axis.ticks)), axis.ticks)
+    worse_end = "max" if data.mode == "min" else "min"
+    extend = worse_end if data.beyond.any() else "neither"
+    figure.colorbar(data.colours, ax=list(panels), label=f"validation {data.metric}", extend=extend)
+    _legend(figure, panels[0])
+    return figure
+
+
+def _draw_trials(panel: "Axes", x: np.ndarray, y: np.ndarray, data: PlotData) -> None:
+    """Draw a point for each trial in the colour of its metric, and mark the best and the defaults."""
+    values = data.values
+    finite = np.isfinite(values)
+    for status, label in (("complete", "complete"), ("pruned", "ended early")):
+        chosen = finite & data.has_status(status)
+        if chosen.any():
+            colours = data.colours.to_rgba(values[chosen])
+            fill = {"edgecolors": "0.4", "facecolors": colours} if status == "complete" else {"edgecolors": colours}
+            panel.scatter(x[chosen], y[chosen], s=26, linewidths=0.5 + (status == "pruned"), label=label, **fill)
+    if not finite.all():
+        panel.scatter(x[~finite], y[~finite], marker="x", c=INFEASIBLE, label="diverged or failed", clip_on=False)
+    for trial, colour, marker, label in ((data.best, BEST, "s", "best"), (data.defaults, DEFAULTS, "D", "defaults")):
+        if trial is not None:
+            i = list(data.trials).index(trial)
+            panel.scatter(x[i], y[i], s=90, marker=marker, facecolors="none", edgecolors=colour, label=label)
+
+
+def parallel(data: PlotData) -> "Figure | None":
+    """Plot parallel coordinates, a line for each trial, which ends at its metric; return None for a single argument."""
+    axes = data.axes
+    finite = np.isfinite(data.values)
+    if len(axes) < 2 or not finite.any():
+        return None
+    figure, (panel,) = _panels(1, width=3.6 + 1.6 * len(axes))
+    colours, limits = data.colours, data.limits
+    worst = 1.0 if data.mode == "min" else 0.0
+    ends = np.where(finite, colours.norm(np.where(finite, data.values, limits[0])), worst)
+    rows = np.stack([*(axis.fractions for axis in axes.values()), ends], axis=1)
+    rgba = colours.to_rgba(data.values)
+    for i in np.argsort(-data.rank_fraction, kind="stable"):
+        style = ":" if data.trials[i].status == "pruned" else "-"
+        panel.plot(
+            rows[i], style, color=rgba[i] if finite[i] else INFEASIBLE, linewidth=1.2, alpha=0.8 if finite[i] else 0.4
+        )
+    for trial, colour in ((data.defaults, DEFAULTS), (data.best, BEST)):
+        if trial is not None:
+            panel.plot(rows[list(data.trials).index(trial)], color=colour, linewidth=2)
+    shown = [
+        (axis.label, axis.ticks or [f"{x:.3g}" for x in (axis.positions.min(), axis.positions.max())])
+        for axis in axes.values()
+    ]
+    shown.append((f"validation {data.metric}", [f"{x:.3g}" for x in limits]))
+    for at, (_, ticks) in enumerate(shown):
+        panel.axvline(at, color="0.4", linewidth=0.8)
+        for text, height, side in ((ticks[0], 0.0, "top"), (ticks[-1], 1.0, "bottom")):
+            panel.text(at, height, text, ha="center", va=side, fontsize="small")
+    panel.set_xticks(range(len(shown)), [label for label, _ in shown])
+    panel.tick_params(axis="x", length=0, pad=16)
+    panel.set(yticks=[], ylim=(-0.02, 1.02))
+    panel.spines[:].set_visible(False)
     return figure
 
 
@@ -114,12 +298,12 @@ def curves(data: PlotData) -> "Figure | None":
     if not any(trial.curve(data.metric) for trial in data.trials):
         return None
     figure, (panel,) = _panels(1, width=7.0)
-    limits = _limits(data, curves=True)
+    limits = _limits(data, np.concatenate([t.curve(data.metric) for t in data.trials]))
     for trial in data.trials:
-        panel.plot(*_curve(trial, data.metric), color=OTHERS, linewidth=0.8)
+        panel.plot(*_curve(trial, data.metric), ".-", color=OTHERS, linewidth=0.8, markersize=2)
     for marked, colour, label in ((data.defaults, DEFAULTS, "defaults"), (data.best, BEST, "best")):
         if marked is not None:
-            panel.plot(*_curve(marked, data.metric), color=colour, linewidth=2, label=label)
+            panel.plot(*_curve(marked, data.metric), ".-", color=colour, linewidth=2, label=label)
     panel.set(xlabel="step", ylabel=f"validation {data.metric}", ylim=limits, yscale=_scale(limits))
     _label_log_axes(panel)
     if panel.get_legend_handles_labels()[0]:
@@ -130,55 +314,6 @@ def curves(data: PlotData) -> "Figure | None":
 def _curve(trial: TrialRecord, metric: str) -> tuple[Sequence[int], Sequence[float]]:
     values = trial.curve(metric)
     return trial.steps[: len(values)], values
-
-
-def heat_map(data: PlotData) -> "Figure | None":
-    """Plot the metric over learning rate and weight decay; return None unless both were searched."""
-    axes = data.axes
-    feasible = np.isfinite(data.values)
-    if not {"learning_rate", "weight_decay"} <= axes.keys() or not feasible.any():
-        return None
-    rate, decay = axes["learning_rate"], axes["weight_decay"]
-    if rate.scale != "log" or decay.scale != "log":
-        return None
-    figure, (panel,) = _panels(1, width=6.0)
-    low, high = _limits(data)
-    cmap = "viridis_r" if data.mode == "min" else "viridis"
-    at = np.log10(np.stack([rate.positions, decay.positions]))
-    inside, values = at[:, feasible], np.clip(data.values[feasible], low, high)
-    x, y = inside
-    if np.linalg.matrix_rank(inside - inside.mean(axis=1, keepdims=True), tol=0.05) == 2:
-        panel.tricontourf(x, y, values, levels=np.linspace(low, high, 15), vmin=low, vmax=high, cmap=cmap)
-    points = panel.scatter(x, y, c=values, edgecolors="black", linewidths=0.5, vmin=low, vmax=high, cmap=cmap)
-    if not feasible.all():
-        panel.scatter(at[0, ~feasible], at[1, ~feasible], marker="x", c=INFEASIBLE, label="infeasible")
-        panel.legend()
-    panel.set(xlabel="log10 learning rate", ylabel="log10 weight decay")
-    figure.colorbar(points, label=f"validation {data.metric}")
-    return figure
-
-
-def parallel(data: PlotData) -> "Figure | None":
-    """Plot parallel coordinates, a line for each trial, the better the darker; return None for a single argument."""
-    axes = data.axes
-    if len(axes) < 2:
-        return None
-    figure, (panel,) = _panels(1, width=2.0 + 1.6 * len(axes))
-    rows = np.stack([axis.fractions for axis in axes.values()], axis=1)
-    colours = require("matplotlib", "tune", "plotting a tuning").colormaps["viridis"]
-    ranks = data.rank_fraction
-    for i in np.argsort(-ranks, kind="stable"):
-        panel.plot(rows[i], color=colours(ranks[i]), alpha=1 - 0.8 * ranks[i], linewidth=1.2)
-    for at, axis in enumerate(axes.values()):
-        panel.axvline(at, color="0.4", linewidth=0.8)
-        ends = axis.ticks or [f"{axis.positions.min():.3g}", f"{axis.positions.max():.3g}"]
-        for text, height, side in ((ends[0], 0.0, "top"), (ends[-1], 1.0, "bottom")):
-            panel.text(at, height, text, ha="center", va=side, fontsize="small")
-    panel.set_xticks(range(len(axes)), [axis.label for axis in axes.values()])
-    panel.tick_params(axis="x", length=0, pad=16)
-    panel.set(yticks=[], ylim=(-0.02, 1.02))
-    panel.spines[:].set_visible(False)
-    return figure
 
 
 def importance(data: PlotData) -> "Figure | None":
@@ -194,40 +329,59 @@ def importance(data: PlotData) -> "Figure | None":
     means = np.maximum(permuted.importances_mean, 0)
     order = np.argsort(means, kind="stable")
     figure, (panel,) = _panels(1, width=5.0, height=1.2 + 0.35 * len(axes))
-    panel.barh([list(axes)[i] for i in order], means[order] / max(means.sum(), 1e-12), color=BEST)
+    panel.barh([list(axes)[i] for i in order], means[order] / max(means.sum(), 1e-12), color="C0")
     panel.set(xlabel=f"share of the variation of {data.metric}", xlim=(0, 1))
     return figure
 
 
-FIGURES = {plot.__name__: plot for plot in (hyperparameters, curves, heat_map, parallel, importance)}
+PLOTS = (confirmation, schedules, hyperparameters, heat_map, parallel, curves, importance)
+FIGURES = {plot.__name__: plot for plot in PLOTS}
 
 
-def _panels(count: int, *, width: float = 3.4, height: float = 3.6) -> tuple["Figure", "Sequence[Axes]"]:
+def _colour_of(setting: Setting, data: PlotData, other: str) -> str:
+    """Return the colour of the best setting, of the defaults, or of another one."""
+    for trial, colour in ((data.best, BEST), (data.defaults, DEFAULTS)):
+        if trial is not None and trial.setting == setting:
+            return colour
+    return other
+
+
+def _panels(
+    count: int, *, width: float = 3.4, height: float = 3.6, sharey: bool = True
+) -> tuple["Figure", "Sequence[Axes]"]:
     """Return a figure and its panels, in rows of three."""
     figure_module = require("matplotlib.figure", "tune", "plotting a tuning")
-    columns, rows = min(count, 3), max(math.ceil(count / 3), 1)
-    figure = figure_module.Figure((width * max(columns, 1), height * rows), layout="constrained")
-    panels = figure.subplots(rows, max(columns, 1), squeeze=False, sharey=True).ravel()
+    columns, rows = max(min(count, COLUMNS), 1), max(math.ceil(count / COLUMNS), 1)
+    figure = figure_module.Figure((width * columns, height * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False, sharey=sharey).ravel()
     for panel in panels[count:]:
         panel.remove()
     return figure, panels[:count]
 
 
-def _limits(data: PlotData, *, curves: bool = False) -> tuple[float, float]:
+def _legend(figure: "Figure", panel: "Axes") -> None:
+    """Explain the points of a panel below the figure."""
+    figure.legend(*panel.get_legend_handles_labels(), loc="outside lower center", ncols=COLUMNS, fontsize="small")
+
+
+def _limits(data: PlotData, values: np.ndarray) -> tuple[float, float]:
     """Return limits from the best value to the 90 % quantile: far worse values would flatten the rest."""
-    values = np.concatenate([t.curve(data.metric) for t in data.trials]) if curves else data.values
     values = values[np.isfinite(values)]
     if not values.size:
         return 0.0, 1.0
-    sign = 1 if data.mode == "min" else -1
-    best, reach = (sign * values).min(), np.quantile(sign * values, 0.9)
+    worst = data.sign * np.quantile(data.sign * values, 0.9)
     if data.defaults is not None:
-        reach = np.nanmax([reach, sign * data.defaults.value(data.metric)])
-    margin = 0.05 * (reach - best) + 1e-9 * abs(best) + 1e-12
-    low, high = best - margin, reach + margin
-    if data.mode == "min" and best > 0:
-        low = max(low, best / 1.2)
-    return (float(low), float(high)) if sign > 0 else (float(-high), float(-low))
+        worst = data.sign * np.nanmax([data.sign * worst, data.sign * data.defaults.value(data.metric)])
+    return _spread(np.asarray([data.sign * (data.sign * values).min(), worst]))
+
+
+def _spread(values: np.ndarray) -> tuple[float, float]:
+    """Return limits with a margin around the values, above 0 if they are."""
+    if not values.size:
+        return 0.0, 1.0
+    low, high = values.min(), values.max()
+    margin = 0.05 * (high - low) + 1e-9 * abs(low) + 1e-12
+    return float(max(low - margin, low / 1.2) if low > 0 else low - margin), float(high + margin)
 
 
 def _scale(limits: tuple[float, float]) -> str:

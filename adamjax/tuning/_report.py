@@ -1,16 +1,20 @@
 """The report of a tuning: the best setting, how certain it is, tables and plots."""
 
 import dataclasses
-import itertools
 import json
 import math
-from collections import Counter
-from collections.abc import Mapping, Sequence
+import os
+import platform
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import jax
+import jaxlib
 import numpy as np
 
 from adamjax import optimizers
@@ -29,6 +33,8 @@ if TYPE_CHECKING:
 CONFIDENCE = 0.95
 EDGE = 0.05  # fraction of the searched range
 MANY_DIVERGED = 0.1  # fraction of the trials
+DATE, WALL_TIME = "date", "wall time"  # names of facts that differ between runs of one tuning
+ENDS = {"pruned": "ended early", "complete": "complete"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,14 +73,19 @@ class Confirmed:
     Fields:
       number: Number of its trial.
       setting: Keyword arguments of the optimizer.
+      seeds: The fresh seeds.
       values: The metric at the end, for each seed; NaN for a run that diverged.
-      tied: Whether it is indistinguishable from the best by a paired t-test at 95 % confidence. If all values are
-        positive, the test compares their logarithms, since the noise of a loss is in proportion to the loss.
+      finalist: Whether it stayed in the race to the end. Others were eliminated, and have fewer seeds.
+      tied: Whether it is indistinguishable from the best by a paired t-test at 95 % confidence, on the seeds that both
+        have. If all values are positive, the test compares their logarithms, since the noise of a loss is in proportion
+        to the loss.
     """
 
     number: int
     setting: Setting
+    seeds: tuple[int, ...]
     values: tuple[float, ...]
+    finalist: bool
     tied: bool
 
     @property
@@ -106,6 +117,7 @@ class Report:
       explored: The smallest and the largest value searched of each argument.
       execution: How the runs were executed, in words.
       notes: Further remarks, which are part of `warnings`.
+      facts: The versions, the device, the date and the wall time, by name.
     """
 
     question: Json
@@ -116,6 +128,7 @@ class Report:
     explored: Mapping[str, Sequence[float]]
     execution: str
     notes: Sequence[str] = ()
+    facts: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def searched(self) -> list[TrialRecord]:
@@ -130,20 +143,57 @@ class Report:
 
     @cached_property
     def confirmed(self) -> list[Confirmed]:
-        """The settings that were run again with fresh seeds, best first; those that diverged come last."""
-        confirming = sorted((t for t in self.trials if t.stage == CONFIRM), key=lambda t: (t.number, t.seed))
-        runs = {n: list(trials) for n, trials in itertools.groupby(confirming, key=lambda t: t.number)}
-        # A tuning that was interrupted may have confirmed some settings with fewer seeds than others.
-        seeds = max(map(len, runs.values()), default=0)
-        values = {n: tuple(t.value(self._metric) for t in ts) for n, ts in runs.items() if len(ts) == seeds}
-        means = {n: np.nan_to_num(self._sign * np.mean(x), nan=np.inf) for n, x in values.items()}
-        order = sorted(means, key=means.__getitem__)
-        tied = {n: n == order[0] or _indistinguishable(values[n], values[order[0]], self._sign) for n in order}
-        return [Confirmed(n, runs[n][0].setting, values[n], tied[n]) for n in order]
+        """The settings that were run again with fresh seeds, best first.
+
+        The finalists come first, by their means over the seeds that all of them have. Then come those that were
+        eliminated: the more seeds, the earlier. Those that diverged come last.
+        """
+        runs = defaultdict[int, dict[int, float]](dict)  # by number and seed
+        settings = dict[int, Setting]()
+        for t in sorted((t for t in self.trials if t.stage == CONFIRM), key=lambda t: (t.number, t.seed)):
+            runs[t.number][t.seed] = t.value(self._metric)
+            settings[t.number] = t.setting
+        others = [n for n, setting in settings.items() if setting != self.defaults]
+        if not others and len(self.ranking) > 1:
+            return []  # the confirmation has just begun, and the defaults alone decide nothing
+        final = self._final_seeds({n: len(runs[n]) for n in settings}, others)
+        finalists = [n for n in settings if len(runs[n]) >= final]
+        shared = set[int].intersection(*(set(runs[n]) for n in finalists)) if finalists else set()
+
+        def rank(n: int) -> tuple[bool, int, float]:
+            seeds = shared if n in finalists else runs[n]
+            mean = self._sign * float(np.mean([runs[n][seed] for seed in seeds]))
+            return not math.isfinite(mean), -min(len(runs[n]), final), mean
+
+        order = sorted(settings, key=rank)
+        best = runs[order[0]] if order else {}
+        return [
+            Confirmed(
+                number=n,
+                setting=settings[n],
+                seeds=tuple(runs[n]),
+                values=tuple(runs[n].values()),
+                finalist=n in finalists,
+                tied=n == order[0] or _indistinguishable(runs[n], best, self._sign),
+            )
+            for n in order
+        ]
+
+    def _final_seeds(self, counts: Mapping[int, int], others: Sequence[int]) -> int:
+        """Return how many seeds a finalist has at least: those of the last round of the race that has ended.
+
+        Args:
+          counts: The number of seeds that each setting has.
+          others: The numbers of the settings other than the defaults, which do not compete: they have all seeds.
+        """
+        confirm = self.question.get("confirm") or []
+        rounds = [confirm] if confirm and isinstance(confirm[0], int) else confirm
+        ended = [n for size, n in rounds if sum(c >= n for c in counts.values()) >= min(size, len(counts))]
+        return max(ended, default=max((counts[n] for n in others or counts), default=0))
 
     @property
     def best(self) -> Best:
-        """The setting with the best mean among those confirmed; if none was, the best of the search.
+        """The finalist with the best mean over fresh seeds; if no setting was confirmed, the best of the search.
 
         Raises:
           ValueError: Every trial diverged or failed, or none has ended yet.
@@ -193,20 +243,72 @@ class Report:
         if best == self.defaults:
             return ["nothing that was tried is better than the defaults"]
         if defaults is not None and defaults.tied:
-            seeds = len(defaults.values)
+            seeds = len(set(defaults.seeds) & set(self.confirmed[0].seeds))
             return [f"the difference to the defaults is within noise ({seeds} seed{'s' * (seeds > 1)})"]
         return []
 
+    @property
+    def verdict(self) -> str:
+        """One or two sentences: why the best is the best, and which settings are indistinguishable from it.
+
+        Settings are named by the numbers of their trials.
+        """
+        if not self.ranking:
+            return f"There is no best setting: {self._none_good}."
+        superlative = f"has the {'lowest' if self._sign > 0 else 'highest'}"
+        finalists = [c for c in self.confirmed if c.finalist]
+        if not finalists or not math.isfinite(finalists[0].mean):
+            found = self.ranking[0]
+            value = f"{found.value(self._metric):.4g} with the one seed of the search"
+            name, tried = self._name_of(found.number, found.setting), _counted(len(self.searched), "trial")
+            return _sentence(f"{name} {superlative} {self._metric} of {tried}, {value}; no fresh seed confirms it.")
+        best, *rivals = self.confirmed
+        others = sum(c.setting != self.defaults for c in finalists)
+        against = next((f", against {c} for the defaults" for c in rivals if c.setting == self.defaults), "")
+        reason = _sentence(
+            f"{self._name_of(best.number, best.setting)} {superlative} mean {self._metric} of "
+            f"{_counted(others, 'finalist')}, {best} over {_counted(len(best.values), 'fresh seed')}{against}."
+        )
+        tied = [self._name_of(c.number, c.setting) for c in rivals if c.finalist and c.tied]
+        names = " and ".join([", ".join(tied[:-1]), tied[-1]] if tied[1:] else tied) or "no other finalist"
+        gone = len(self.confirmed) - len(finalists)
+        left = f"; {_counted(gone, 'setting')} left the race earlier" if gone else ""
+        verb = "are" if tied[1:] else "is"
+        test = f"{verb} indistinguishable from it (paired t-test, {CONFIDENCE:.0%} confidence)"
+        return f"{reason} {_sentence(names)} {test}{left}."
+
+    def _name_of(self, number: int, setting: Setting) -> str:
+        return "the default setting" if setting == self.defaults else f"trial {number}"
+
+    def _result_rows(self) -> list[list[str]]:
+        """Return the table of the confirmed settings (if none were, the best of the search), with its head."""
+        results = [(c.number, c.setting, self._shown(c), c.tied) for c in self.confirmed] or [
+            (t.number, t.setting, f"{t.value(self._metric):.4g}", False) for t in self.ranking[:5]
+        ]
+        names = dict.fromkeys([*self.defaults, *(name for _, setting, *_ in results for name in setting)])
+        rows = [["", "trial", self._metric, "", *names]]
+        for rank, (number, setting, value, tied) in enumerate(results):
+            name = "defaults" if setting == self.defaults else "tuned" if rank == 0 else ""
+            rows.append([name, str(number), value, "=" if tied and rank else "", *_cells(setting, names)])
+        return rows
+
+    def _shown(self, c: Confirmed) -> str:
+        return str(c) if c.finalist else f"{c} ({_counted(len(c.values), 'seed')})"
+
+    def _run_rows(self) -> list[list[str]]:
+        """Return the table of all runs, with its head."""
+        names = dict.fromkeys(name for t in self.trials for name in t.setting)
+        rows = [["trial", "stage", "seed", *names, self._metric, "status"]]
+        for t in self._in_order:
+            status = f"diverged at step {t.diverged_at}" if t.status == "infeasible" else f"failed: {t.error}"
+            value, status = t.value(self._metric), ENDS.get(t.status, status)
+            shown = f"{value:.4g}" if math.isfinite(value) else ""
+            rows.append([str(t.number), t.stage, str(t.seed), *_cells(t.setting, names), shown, status])
+        return rows
+
     def table(self) -> str:
         """Return a text table of the confirmed settings (if none were, the best of the search) and the defaults."""
-        rows = [["", self._metric, "", *self.defaults]]
-        results = [(c.setting, str(c), c.tied) for c in self.confirmed] or [
-            (t.setting, f"{t.value(self._metric):.4g}", False) for t in self.ranking[:5]
-        ]
-        for rank, (setting, value, tied) in enumerate(results):
-            name = "defaults" if setting == self.defaults else "tuned" if rank == 0 else ""
-            cells = (f"{x:.4g}" if isinstance(x, float) else str(x) for x in setting.values())
-            rows.append([name, value, "=" if tied and rank else "", *cells])
+        rows = [row[:1] + row[2:] for row in self._result_rows()]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(x.ljust(w) for x, w in zip(row, widths, strict=True)).rstrip() for row in rows]
         if any(row[2] for row in rows):
@@ -214,15 +316,14 @@ class Report:
         return "\n".join(lines)
 
     def to_json(self) -> str:
-        """Return the whole report as JSON; numbers that are not finite are null."""
+        """Return the whole report as JSON, without date and wall time; numbers that are not finite are null."""
         best = _journal.json_setting(self.best.arguments) if self.ranking else None
         confirmed: list[Json] = []
         for c in self.confirmed:
             (mean, spread), values = _journal.nan_to_null((c.mean, c.spread)), _journal.nan_to_null(c.values)
-            facts = {"mean": mean, "spread": spread, "values": values, "indistinguishable": c.tied}
-            confirmed.append({"setting": _journal.json_setting(c.setting)} | facts)
-        # A folder has them in the order in which they ended.
-        in_order = sorted(self.trials, key=lambda t: (t.stage == CONFIRM, t.number, t.seed))
+            found = {"mean": mean, "spread": spread, "values": values, "seeds": list(c.seeds)}
+            judged = {"finalist": c.finalist, "indistinguishable": c.tied}
+            confirmed.append({"setting": _journal.json_setting(c.setting)} | found | judged)
         content = {
             "question": self.question,
             "best": best,
@@ -232,7 +333,8 @@ class Report:
             "warnings": self.warnings,
             "range_test": self.range_test and self.range_test.suggestions,
             "execution": self.execution,
-            "trials": [_journal.json_trial(t) for t in in_order],
+            "facts": {name: x for name, x in self.facts.items() if name not in (DATE, WALL_TIME)},
+            "trials": [_journal.json_trial(t) for t in self._in_order],
         }
         return json.dumps(content, indent=2, allow_nan=False)
 
@@ -265,6 +367,7 @@ class Report:
             explored={name: list(x) for name, x in self.explored.items()},
             execution=self.execution,
             notes=list(self.notes),
+            facts=dict(self.facts),
         )
         journal.write(self.trials)
         if jax.process_index() > 0:
@@ -273,9 +376,20 @@ class Report:
             figure.savefig(path / f"{name}.png", dpi=120)
         pictures = {name: (path / f"{name}.png").read_bytes() for name in figures}
         (path / "report.json").write_text(self.to_json() + "\n")
-        best = str(self.best) if self.ranking else self._none_good
-        question = self.question | {"execution": self.execution}
-        (path / "report.html").write_text(page(best, self.table(), self.warnings, pictures, question), encoding="utf-8")
+        confirming = sum(t.stage == CONFIRM for t in self.trials)
+        runs = f"{len(self.searched)} of the search, {confirming} with fresh seeds"
+        content = page(
+            f"Tuning of {self.question['problem']}",
+            verdict=self.verdict,
+            best=str(self.best) if self.ranking else self._none_good,
+            settings=self._result_rows(),
+            warnings=self.warnings,
+            pictures=pictures,
+            runs=self._run_rows(),
+            question=self.question,
+            facts={"runs": runs, "execution": self.execution} | dict(self.facts),
+        )
+        (path / "report.html").write_text(content, encoding="utf-8")
 
     @classmethod
     def load(cls, directory: str | Path) -> "Report":
@@ -296,12 +410,17 @@ class Report:
         make = getattr(optimizers, name, None) if package == "adamjax" else None
         trials, defaults = _journal.parse_trials(lines, path), content.get("defaults", {})
         range_test, explored = curve and LrRange.from_json(curve), content.get("explored", {})
-        execution, notes = content.get("execution", ""), content["notes"]
-        return cls(question, trials, defaults, make, range_test, explored, execution, notes)
+        execution, notes, facts = content.get("execution", ""), content["notes"], content.get("facts", {})
+        return cls(question, trials, defaults, make, range_test, explored, execution, notes, facts)
 
     def __repr__(self) -> str:
         best = f"; best {self.best}" if self.ranking else ""
         return f"Report({len(self.searched)} trials of {self.question['problem']}{best})"
+
+    @property
+    def _in_order(self) -> list[TrialRecord]:
+        """All runs, in an order that does not depend on when they ended."""
+        return sorted(self.trials, key=lambda t: (t.stage == CONFIRM, t.number, t.seed))
 
     @property
     def _failed(self) -> list[TrialRecord]:
@@ -326,22 +445,59 @@ class Report:
     def _plot_data(self) -> PlotData:
         searched = self.searched
         best = self.best.arguments if self.ranking else None
-        marked = [next((t for t in searched if t.setting == setting), None) for setting in (best, self.defaults)]
-        return PlotData(searched, self._metric, self.question["mode"], *marked)
+        return PlotData(
+            trials=searched,
+            metric=self._metric,
+            mode=self.question["mode"],
+            best=next((t for t in searched if t.setting == best), None),
+            defaults=next((t for t in searched if t.setting == self.defaults), None),
+            confirmed=self.confirmed,
+            schedule=self.question.get("schedule", "constant"),
+            steps=self.question.get("steps"),
+        )
 
 
 def _commonest_error(failed: Sequence[TrialRecord]) -> str:
     return Counter(t.error for t in failed).most_common(1)[0][0]
 
 
-def _indistinguishable(values: Sequence[float], best: Sequence[float], sign: int) -> bool:
-    """Return whether a paired t-test cannot tell values from the best."""
-    x, y = np.asarray(values), np.asarray(best)
-    if not np.isfinite(x).all() or len(x) < 2:
-        return bool(np.isfinite(x).all())
+def _cells(setting: Setting, names: Iterable[str]) -> list[str]:
+    """Return the arguments of a setting as text, with four digits."""
+    values = (setting.get(name, "") for name in names)
+    return [f"{x:.4g}" if isinstance(x, float) else str(x) for x in values]
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}{'s' * (count != 1)}"
+
+
+def _indistinguishable(runs: Mapping[int, float], best: Mapping[int, float], sign: int) -> bool:
+    """Return whether a paired t-test cannot tell runs, by their seeds, from those of the best."""
+    seeds = [seed for seed in runs if seed in best]
+    x, y = np.asarray([runs[seed] for seed in seeds]), np.asarray([best[seed] for seed in seeds])
+    if not np.isfinite([*x, *y]).all() or len(x) < 2:
+        return bool(np.isfinite([*runs.values()]).all())
     if min(*x, *y) > 0:
         x, y = np.log(x), np.log(y)
     differences = sign * (x - y)
     stats = require("scipy.stats", "tune", "telling a difference from noise")
     bound = stats.t.ppf((1 + CONFIDENCE) / 2, len(x) - 1) * np.std(differences, ddof=1) / math.sqrt(len(x))
     return bool(np.mean(differences) <= bound)
+
+
+def run_facts() -> dict[str, str]:
+    """Return the facts of this run for a report: the versions, the device of this process, and the date."""
+    device, count = jax.devices()[0], jax.device_count()
+    kind = f"CPU, {os.cpu_count()} cores, {platform.machine()}" if device.platform == "cpu" else device.device_kind
+    return {
+        "adamjax": version("adamjax"),
+        "jax": jax.__version__,
+        "jaxlib": jaxlib.__version__,
+        "Python": platform.python_version(),
+        "device": kind if count == 1 else f"{count} devices of {kind}",
+        DATE: f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
+    }
