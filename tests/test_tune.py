@@ -645,6 +645,15 @@ class TestReport:
         first, second = figures["hyperparameters"].axes[0], figures["heat_map"].axes[0]
         np.testing.assert_array_equal(colours(first), colours(second))
 
+    def test_trials_that_ended_early_are_hollow(self):
+        found = race({n: [n + 1] for n in range(4)})
+        early = [dataclasses.replace(t, status="pruned") if t.number == 3 else t for t in found.searched]
+        for name in ("hyperparameters", "heat_map"):
+            trials = [dataclasses.replace(t, setting=t.setting | {"b1": 0.1 * t.number}) for t in early]
+            panel = dataclasses.replace(found, trials=trials).figures()[name].axes[0]
+            faces = {c.get_label(): len(c.get_facecolors()) for c in panel.collections}
+            assert (faces["complete"], faces["ended early"]) == (3, 0)
+
     def test_schedules_are_drawn_as_they_are(self):
         found = race({0: [5, 5], 1: [1, 2]}, warmup_fraction=0.1, end_fraction=0.25)
         assert "schedules" not in found.figures()

@@ -246,9 +246,12 @@ def _draw_trials(panel: "Axes", x: np.ndarray, y: np.ndarray, data: PlotData) ->
     for status, label in (("complete", "complete"), ("pruned", "ended early")):
         chosen = finite & data.has_status(status)
         if chosen.any():
-            colours = data.colours.to_rgba(values[chosen])
-            fill = {"edgecolors": "0.4", "facecolors": colours} if status == "complete" else {"edgecolors": colours}
-            panel.scatter(x[chosen], y[chosen], s=26, linewidths=0.5 + (status == "pruned"), label=label, **fill)
+            colours = list(data.colours.to_rgba(values[chosen]))
+            faces, edges = (colours, "0.4") if status == "complete" else ("none", colours)
+            widths = 0.5 if status == "complete" else 1.5
+            panel.scatter(
+                x[chosen], y[chosen], s=26, linewidths=widths, facecolors=faces, edgecolors=edges, label=label
+            )
     if not finite.all():
         panel.scatter(x[~finite], y[~finite], marker="x", c=INFEASIBLE, label="diverged or failed", clip_on=False)
     for trial, colour, marker, label in ((data.best, BEST, "s", "best"), (data.defaults, DEFAULTS, "D", "defaults")):
