@@ -3,17 +3,21 @@
 import dataclasses
 import inspect
 import json
+import math
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
+import adamjax
+from adamjax.tuning._population import structure_of
 from benchmarks import __main__ as runner
-from benchmarks import _measure, _report, _steps, bench_memory, bench_step, bench_trace
+from benchmarks import _measure, _report, _steps, bench_memory, bench_race, bench_step, bench_trace
 from benchmarks._measure import Ratio
 from benchmarks._report import Bars, Curves, Table
 
@@ -174,6 +178,100 @@ def test_the_peak_of_a_run_is_what_it_frees():
         np.ones(size, np.uint8)
 
     assert bench_memory.peak(run) == pytest.approx(size, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("losses", "steps"),
+    [
+        ([4, 3, 2, 1], 60),
+        ([4, 3, 1, 1], 50),
+        ([4, 0, 3, 1], 30),  # more steps are worse
+        ([2, 1, 1, 1], 20),
+        ([9, 8, 7, 6], math.inf),
+        ([math.nan, math.nan, 1, 1], 60),
+        ([4, 3, math.nan, math.inf], math.inf),
+    ],
+)
+def test_the_steps_to_a_target_are_interpolated_before_the_first_horizon_that_reaches_it(losses, steps):
+    assert bench_race.steps_to(2.0, [20, 40, 60, 80], np.array(losses, float)) == pytest.approx(steps)
+
+
+def test_a_bootstrap_interval():
+    # The mean of four 0s and four 1s is binomial: P(at most 1 of 8) = 0.035 and P(0 of 8) = 0.004.
+    values = np.array([0.0, 1.0] * 4)
+    assert bench_race.resampled(lambda chosen: values[chosen].mean(), 8) == (1 / 8, 7 / 8)
+    assert bench_race.resampled(lambda chosen: math.inf, 8) == (math.inf, math.inf)
+
+
+def test_the_table_of_a_race():
+    horizons = np.array(bench_race.horizons_of(100))
+    assert horizons.tolist() == list(range(30, 151, 10))
+    # Seeds differ by far more than rows do, but in all rows alike.
+    noise = np.array([0.5, 1.0, 2.0, 4.0])
+    reference = (200.0 - horizons)[:, None] * noise
+    slow, fast, diverged = reference + 100 * noise, 0 * reference, np.full_like(reference, math.nan)
+    results = [
+        bench_race.Result(name, {}, losses)
+        for name, losses in {
+            "reference": reference,
+            "faster": reference - 15 * noise,
+            "slow": slow,
+            "fast": fast,
+            "diverged": diverged,
+        }.items()
+    ]
+    race, losses = bench_race.tables_of("text", results, 100)
+    assert race.title.startswith("Steps to 187.5000, the validation loss of the first row at 100 steps, on text")
+    assert race.rows == [
+        ["reference", "100 (100 to 100)", "1.000 (1.000 to 1.000)"],
+        ["faster", "85 (85 to 85)", "0.850 (0.850 to 0.850)"],
+        ["slow", "over 150 (over 150 to over 150)", "2.000 (2.000 to 2.000)"],
+        ["fast", "at most 30 (at most 30 to at most 30)", "0.000 (0.000 to 0.000)"],
+        ["diverged", "over 150 (over 150 to over 150)", "nan (nan to nan)"],
+    ]
+    assert losses.columns == ["", *map(str, horizons)]
+    assert losses.rows[0] == ["reference", *(f"{x:.4f}" for x in (200 - horizons) * noise.mean())]
+    assert losses.picture.lines["faster"][100] == 85 * noise.mean()
+
+
+def test_the_record_of_a_race_is_valid_json():
+    result = bench_race.Result("slow", {"learning_rate": 0.1}, np.array([[0.25, math.nan]]))
+    text = json.dumps(bench_race.to_json(result), allow_nan=False)
+    assert json.loads(text) == {"name": "slow", "setting": {"learning_rate": 0.1}, "losses": [[0.25, None]]}
+
+
+def test_a_schedule_stretches_to_the_horizon():
+    def rates(steps):
+        made = bench_race.scheduled(dict, 0.5, warmup_fraction=0.2, end_fraction=0.1, steps=steps)
+        return made["learning_rate"](np.arange(11) * steps // 10)
+
+    np.testing.assert_allclose(rates(300)[np.array([0, 1, 2, 6, 10])], [0, 0.25, 0.5, 0.275, 0.05], rtol=1e-6)
+    np.testing.assert_allclose(rates(90), rates(300), rtol=1e-6)
+    # A range test has its own.
+    own = adamjax.schedules.range_test()
+    assert bench_race.scheduled(dict, own, steps=300)["learning_rate"] is own
+
+
+@pytest.mark.parametrize("contestant", bench_race.CONTESTANTS[1:], ids=lambda c: c.name)
+def test_all_settings_of_a_contestant_share_a_program(contestant):
+    low, high = (bench_race.SPACE.at(dict.fromkeys(bench_race.SPACE.free, u)) for u in (0.0, 1.0))
+    opts = [bench_race.scheduled(contestant.make, **setting, steps=n) for setting, n in ((low, 90), (high, 450))]
+    assert structure_of(opts[0]) == structure_of(opts[1])
+    assert len(jax.tree.leaves(opts[0])) >= 3 + 5  # the numbers of the optimizer and of the schedule
+
+
+def test_the_reference_and_our_adamw_make_the_same_updates(lenient):
+    assert [c.optimizer for c in bench_race.CONTESTANTS[::2][:2]] == ["optax.adamw", "adamjax.adamw"]
+    params, found = {"w": jnp.linspace(-1.0, 1.0, 6).reshape(2, 3)}, []
+    for contestant in bench_race.CONTESTANTS[::2][:2]:
+        opt = bench_race.scheduled(contestant.make, 0.1, b1=0.7, b2=0.8, weight_decay=0.5, steps=5)
+        new, state = params, opt.init(params)
+        for _ in range(5):
+            updates, state = opt.update(jax.tree.map(jnp.sin, new), state, new)
+            new = optax.apply_updates(new, updates)
+        found.append(new["w"])
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-5)
+    assert np.abs(found[0] - params["w"]).min() > 0.01
 
 
 def test_markdown():
