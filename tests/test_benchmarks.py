@@ -16,7 +16,7 @@ import pytest
 
 from adamjax.tuning._population import structure_of
 from benchmarks import __main__ as runner
-from benchmarks import _measure, _report, _steps, bench_memory, bench_race, bench_step, bench_trace
+from benchmarks import _measure, _report, _steps, bench_memory, bench_race, bench_step, bench_trace, learn_list
 from benchmarks._measure import Ratio
 from benchmarks._report import Bars, Curves, Table
 
@@ -339,3 +339,9 @@ def test_an_unknown_name_is_refused_with_those_that_there_are(monkeypatch, capsy
 def test_every_benchmark_has_a_name():
     modules = Path(runner.__file__).parent.glob("bench_*.py")
     assert {module.stem.removeprefix("bench_") for module in modules} == {*runner.SHORT, *runner.LONG, *runner.NAMED}
+
+
+def test_the_list_is_chosen_greedily():
+    # Settings 1 and 3 are the best for two problems each; 0 is good for all; 2 is never good.
+    table = np.log([[2.0, 1.0, 9.0, 9.0], [2.0, 1.0, 9.0, 8.0], [2.0, 9.0, 9.0, 1.0], [2.0, 9.0, np.inf, 1.0]])
+    assert learn_list.greedy(table, 3) == [0, 1, 3]
