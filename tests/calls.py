@@ -140,7 +140,7 @@ CALLS = {
     "interop.optax.wrap": Call({"opt": OPT}),
     "tuning.scale_for_batch": Call({"hparams": {"learning_rate": 0.1}, "old": 64, "new": 128}),
     "tuning.LrRange": Call({"learning_rates": RATES, "losses": 1 / RATES}),
-    "tuning.lr_range_test": Call({"problem": BOWL}, ("mesh", "mode", "num_rates"), cheap=False),
+    "tuning.lr_range_test": Call({"problem": BOWL}, ("max_lr", "mesh", "min_lr", "mode", "num_rates"), cheap=False),
     "tuning.process_pool": Call({"workers": 1}),
     "tuning.Choice": Call({"options": (1, "a", None)}, ("options",)),
     "tuning.Linear": Call({"low": 0.1, "high": 0.2}),

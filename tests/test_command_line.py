@@ -376,7 +376,11 @@ def test_flags_that_are_not_given_are_not_passed(monkeypatch):
 def test_flags_have_the_defaults_that_their_help_says(capsys):
     """Those which the functions that are called have."""
     for command, function, names in (
-        ("tune", tuning.tune, {"trials": "64", "confirm": "5 3", "sampler": "halton", "metric": "loss", "seed": "0"}),
+        (
+            "tune",
+            tuning.tune,
+            {"trials": "64", "confirm": "(8, 2) (5, 4) (3, 8)", "sampler": "auto", "metric": "loss", "seed": "0"},
+        ),
         ("lr-range", tuning.lr_range_test, {"seed": "0"}),
     ):
         with pytest.raises(SystemExit):
@@ -445,7 +449,9 @@ def test_tune_an_objective(name, tmp_path, capsys):
     found = json.loads(capsys.readouterr().out)
     assert found["question"]["steps"] == 20
     assert found["best"]["learning_rate"] > 1e-2
-    assert found["best"].keys() == {"learning_rate", "b1", "b2", "weight_decay"}
+    course = {"warmup_fraction", "end_fraction"}
+    assert found["best"].keys() == {"learning_rate", "b1", "b2", "weight_decay"} | course
+    assert "adamjax.schedules.WarmupCosine(peak=" in found["call"]
 
 
 def test_lr_range_says_why_it_determines_nothing(capsys):

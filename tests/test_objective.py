@@ -62,7 +62,7 @@ def report():
 def test_a_step_of_ones_own_compiles_once(report):
     assert step._cache_size() == 1
     assert len(report.searched) == 16
-    assert {t.seed for t in report.trials} == {0, 1, 2, 3}
+    assert {t.seed for t in report.trials} == set(range(9))
     assert report.range_test.mode == "constant"
     assert "amsgrad" not in report.best.arguments
 
@@ -73,7 +73,7 @@ def test_it_finds_better_hyperparameters_than_the_defaults(report):
     assert report.confirmed[0].mean < 0.1 * next(c for c in report.confirmed if c.number == 0).mean
     assert report.question["problem"] == "test_objective.objective"
     assert report.execution == "one trial after another"
-    assert report.warnings == ()
+    assert all("lies on the edge" in warning for warning in report.warnings)
 
 
 def test_records_are_what_was_reported(report):
@@ -88,7 +88,7 @@ def test_records_are_what_was_reported(report):
 def test_the_worse_are_pruned_but_not_the_defaults_nor_what_confirms():
     found = small(formula, trials=30)
     pruned = [t for t in found.trials if t.status == "pruned"]
-    assert len(pruned) >= 5
+    assert len(pruned) >= 3
     assert all(t.number >= 4 and t.stage not in ("defaults", "confirm") for t in pruned)
     assert all(t.steps[-1] >= (EPOCHS - 1) / 4 for t in pruned)
     curves = {t.number: t.metrics["loss"] for t in found.searched}
@@ -250,7 +250,8 @@ def test_choices_are_searched_where_they_are_named():
 
 @pytest.mark.slow
 def test_a_crash_in_the_middle_changes_nothing(tmp_path):
-    expected = tune(formula, trials=20, out=tmp_path / "whole")
+    again = partial(tune, trials=20, sampler="halton")
+    expected = again(formula, out=tmp_path / "whole")
     assert any(t.status == "pruned" for t in expected.trials)
     ran = []
 
@@ -269,10 +270,10 @@ def test_a_crash_in_the_middle_changes_nothing(tmp_path):
 
         once.__module__, once.__qualname__ = formula.__module__, formula.__qualname__
         with pytest.raises(KeyboardInterrupt):
-            tune(once, trials=20, out=out)
-        assert tune(once, trials=20, out=out).to_json() == expected.to_json()
+            again(once, out=out)
+        assert again(once, out=out).to_json() == expected.to_json()
     total = len(ran)
-    assert tune(formula, trials=20, out=out).to_json() == expected.to_json()
+    assert again(formula, out=out).to_json() == expected.to_json()
     assert len(ran) == total
     with pytest.raises(ValueError, match="holds another tuning: its problem is"):
         tune(objective, trials=20, out=out)
@@ -327,11 +328,11 @@ class TestRangeTests:
         assert not np.isnan(found.losses[:-3]).any()
 
     def test_the_search_goes_around_the_band(self):
-        found = tune(formula, trials=6, confirm=None)
+        found = tune(formula, trials=6, confirm=None, sampler="halton")
         low, high = found.range_test.band
         rates = [t.setting["learning_rate"] for t in found.searched[1:]]
         assert low / 4 < min(rates) < max(rates) < high * 4
-        given = tune(formula, trials=6, confirm=None, range_test=found.range_test)
+        given = tune(formula, trials=6, confirm=None, sampler="halton", range_test=found.range_test)
         assert [t.setting for t in given.searched] == [t.setting for t in found.searched]
         assert given.to_json() == found.to_json()
 

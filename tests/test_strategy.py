@@ -8,8 +8,8 @@ import pytest
 from adamjax.tuning import Choice, Linear, Log, Space
 from adamjax.tuning._strategy import RANGES, Result, plan_stages, staged_search
 
-ADAM = Space.of(RANGES)
 DEFAULTS = {"learning_rate": 1e-3, "b1": 0.9, "b2": 0.999, "eps": 1e-8, "weight_decay": 1e-4, "amsgrad": False}
+ADAM = Space.of({name: RANGES[name] for name in DEFAULTS})
 
 
 def search(score, *, space=ADAM, defaults=DEFAULTS, stages="adam", trials=64, valid=lambda setting: True, seed=0):

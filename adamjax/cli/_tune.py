@@ -79,9 +79,9 @@ def _add_tune(commands: Subparsers) -> None:
     add("--metric", help="metric to judge by (default: loss)")
     add("--mode", choices=("min", "max"), help="better value of the metric (default for the loss: min)")
     add("--stages", nargs="+", metavar="NAMES", help="arguments to vary in each stage, as in: learning_rate b1,b2")
-    confirm = "how many of the best to run again, and with how many fresh seeds (default: 5 3)"
+    confirm = "how many of the best to run again, and with how many fresh seeds (default: (8, 2) (5, 4) (3, 8), a race)"
     add("--confirm", type=int, nargs=2, metavar=("BEST", "SEEDS"), help=confirm)
-    add("--sampler", help="halton, sobol, random, optuna or optuna:SAMPLER (default: halton)")
+    add("--sampler", help="auto, halton, sobol, random, optuna or optuna:SAMPLER (default: auto)")
     add("--storage", metavar="URL", help="optuna: storage that several machines can share (default: memory)")
     add("--seed", type=int, help="seed of the search; the seeds after it confirm (default: 0)")
     output = parser.add_argument_group("the output")
@@ -94,7 +94,7 @@ def _add_tune(commands: Subparsers) -> None:
     rate = parser.add_argument_group("the learning rate")
     add = rate.add_argument
     add("--learning-rate", "--lr", type=float, help="learning rate, at its peak (default: searched)")
-    schedule = "course of the learning rate, whose peak is searched (default: constant)"
+    schedule = "course of the learning rate, whose peak is searched (default: warmup and cosine, searched as well)"
     add("--schedule", choices=_flags.SCHEDULES, help=schedule)
     _flags.add_flags(rate, _flags.SCHEDULE_OPTIONS)
 
@@ -146,6 +146,9 @@ def tune(options: Options) -> int:
             stages = [names.split(",") for names in options["stages"]] if "stages" in options else "adam"
             optimizer = _tuned_optimizer(options)
             names = ("trials", "steps", "sampler", "storage", "confirm", "resume", "metric", "mode", "seed")
+            given: Options = {name: options[name] for name in names if name in options}
+            if "schedule" in options:  # which is part of the optimizer
+                given["schedule"] = "constant"
             report = tuning.tune(
                 subject,
                 optimizer=optimizer,
@@ -153,7 +156,7 @@ def tune(options: Options) -> int:
                 stages=stages,
                 out=out,
                 progress=True,
-                **{name: options[name] for name in names if name in options},
+                **given,
             )
     except KeyboardInterrupt:
         print(f"adamjax: stopped; the same command with --out {out} --resume goes on", file=sys.stderr)

@@ -2,12 +2,12 @@
 
 from adamjax.problems import Problem as Problem
 from adamjax.tuning._batch_size import scale_for_batch as scale_for_batch
+from adamjax.tuning._confirmed import Confirmed as Confirmed
 from adamjax.tuning._executors import process_pool as process_pool
 from adamjax.tuning._journal import TrialRecord as TrialRecord
 from adamjax.tuning._range_test import LrRange as LrRange
 from adamjax.tuning._range_test import lr_range_test as lr_range_test
 from adamjax.tuning._report import Best as Best
-from adamjax.tuning._report import Confirmed as Confirmed
 from adamjax.tuning._report import Report as Report
 from adamjax.tuning._search import Search as Search
 from adamjax.tuning._space import Choice as Choice

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from adamjax._core.optional import require
+from adamjax.tuning._confirmed import Confirmed
 from adamjax.tuning._journal import TrialRecord
 from adamjax.tuning._space import Setting
 
@@ -15,8 +16,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.cm import ScalarMappable
     from matplotlib.figure import Figure
-
-    from adamjax.tuning._report import Confirmed
 
 COLUMNS = 3  # of panels
 MAX_TICK_LENGTH = 20  # characters; longer labels would leave no room for the plot
@@ -54,7 +53,7 @@ class PlotData(NamedTuple):
     mode: str
     best: TrialRecord | None
     defaults: TrialRecord | None
-    confirmed: "Sequence[Confirmed]" = ()
+    confirmed: Sequence[Confirmed] = ()
     schedule: str = "constant"
     steps: int | None = None
 
@@ -158,7 +157,7 @@ def confirmation(data: PlotData) -> "Figure | None":
     return figure
 
 
-def _column_label(c: "Confirmed", data: PlotData) -> str:
+def _column_label(c: Confirmed, data: PlotData) -> str:
     is_defaults = data.defaults is not None and c.setting == data.defaults.setting
     name = "defaults" if is_defaults else f"trial {c.number}"
     verdict = "best" if c.number == data.confirmed[0].number else "= best" if c.tied else ""

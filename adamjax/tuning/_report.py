@@ -20,7 +20,10 @@ import numpy as np
 from adamjax import optimizers
 from adamjax._core.optional import require
 from adamjax._core.typing import GradientTransformation
+from adamjax._transforms.schedule import Schedule
 from adamjax.tuning import _journal, _plots
+from adamjax.tuning._confirmed import Confirmed
+from adamjax.tuning._courses import Scheduled
 from adamjax.tuning._html import page
 from adamjax.tuning._journal import CONFIRM, Json, TrialRecord
 from adamjax.tuning._plots import PlotData
@@ -42,9 +45,10 @@ class Best:
     """The best setting, and the optimizer that it makes.
 
     Fields:
-      arguments: Keyword arguments of the optimizer.
-      call: Name of the function to call with them.
-      make: That function; None if it is unknown, which happens in a report read from a folder.
+      arguments: Keyword arguments of the optimizer. If the learning rate has a schedule, `learning_rate` is its peak,
+        `warmup_fraction` the fraction of the steps that it rises, and `end_fraction` its end as a fraction of the peak.
+      call: Name of the function that makes the optimizer.
+      make: The function to call with the arguments; None if it is unknown, as can be in a report read from a folder.
     """
 
     arguments: Setting
@@ -63,45 +67,11 @@ class Best:
         return self.make(**self.arguments)
 
     def __str__(self) -> str:
-        return f"{self.call}({', '.join(f'{name}={x!r}' for name, x in self.arguments.items())})"
-
-
-@dataclasses.dataclass(frozen=True)
-class Confirmed:
-    """A setting that was run again with fresh seeds.
-
-    Fields:
-      number: Number of its trial.
-      setting: Keyword arguments of the optimizer.
-      seeds: The fresh seeds.
-      values: The metric at the end, for each seed; NaN for a run that diverged.
-      finalist: Whether it stayed in the race to the end. Others were eliminated, and have fewer seeds.
-      tied: Whether it is indistinguishable from the best by a paired t-test at 95 % confidence, on the seeds that both
-        have. If all values are positive, the test compares their logarithms, since the noise of a loss is in proportion
-        to the loss.
-    """
-
-    number: int
-    setting: Setting
-    seeds: tuple[int, ...]
-    values: tuple[float, ...]
-    finalist: bool
-    tied: bool
-
-    @property
-    def mean(self) -> float:
-        """The mean over the seeds."""
-        return float(np.mean(self.values))
-
-    @property
-    def spread(self) -> float:
-        """The standard deviation over the seeds; NaN for a single seed."""
-        return float(np.std(self.values, ddof=1)) if len(self.values) > 1 else math.nan
-
-    def __str__(self) -> str:
-        if not math.isfinite(self.mean):
-            return "diverged"
-        return f"{self.mean:.4g}" + (f" ± {self.spread:.2g}" if math.isfinite(self.spread) else "")
+        arguments = self.make.arguments(self.arguments) if isinstance(self.make, Scheduled) else self.arguments
+        shown = {
+            name: f"adamjax.schedules.{x!r}" if isinstance(x, Schedule) else repr(x) for name, x in arguments.items()
+        }
+        return f"{self.call}({', '.join(f'{name}={x}' for name, x in shown.items())})"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -215,7 +185,7 @@ class Report:
     @property
     def warnings(self) -> tuple[str, ...]:
         """Reasons to doubt the results, and what to do about them."""
-        warnings = list(self.notes)
+        warnings = [*self.notes, *(self.range_test.warnings if self.range_test else ())]
         searched = self.searched
         diverged = sum(t.status == "infeasible" for t in searched) / max(len(searched), 1)
         if diverged >= MANY_DIVERGED:
@@ -229,7 +199,8 @@ class Report:
         for name, (low, high) in self.explored.items():
             fraction = _plots.make_axis(name, [low, high, best[name]]).fractions[2]
             # If the default value is the best, nothing suggests looking beyond the edge.
-            if best[name] != self.defaults[name] and not EDGE <= fraction <= 1 - EDGE:
+            is_low, is_high = fraction < EDGE and low != 0, fraction > 1 - EDGE  # nothing lies below 0
+            if best[name] != self.defaults[name] and (is_low or is_high):
                 ends = f"{low:.3g} to {high:.3g}"
                 warnings.append(f"the best {name}, {best[name]:.3g}, lies on the edge of what was searched ({ends})")
         return (*warnings, *self._doubts(best))
@@ -408,6 +379,8 @@ class Report:
         question, curve = content["question"], content.get("range_test")
         package, _, name = question["optimizer"].rpartition(".")
         make = getattr(optimizers, name, None) if package == "adamjax" else None
+        if make is not None and (course := question.get("schedule", "constant")) != "constant":
+            make = Scheduled(make, course, question["steps"])
         trials, defaults = _journal.parse_trials(lines, path), content.get("defaults", {})
         range_test, explored = curve and LrRange.from_json(curve), content.get("explored", {})
         execution, notes, facts = content.get("execution", ""), content["notes"], content.get("facts", {})

@@ -8,12 +8,23 @@ from pathlib import Path
 
 from adamjax._core import checks
 from adamjax.optimizers import adamw
+from adamjax.tuning._courses import TYPICAL, Scheduled, with_course
 from adamjax.tuning._journal import CONFIRM, DEFAULTS, Candidate, Journal, TrialRecord, json_setting
+from adamjax.tuning._model_search import model_search
 from adamjax.tuning._optuna import Sampler, Storage, open_study, optuna_search
 from adamjax.tuning._range_test import LrRange
-from adamjax.tuning._report import Report
-from adamjax.tuning._space import Log, OptimizerFactory, Setting, Space
-from adamjax.tuning._spec import Spec, Subject, check_sampler, has_half_precision, is_problem, search_space
+from adamjax.tuning._report import Report, run_facts
+from adamjax.tuning._space import Choice, Log, OptimizerFactory, Setting, Space
+from adamjax.tuning._spec import (
+    RACE,
+    Confirm,
+    Spec,
+    Subject,
+    check_sampler,
+    has_half_precision,
+    is_problem,
+    search_space,
+)
 from adamjax.tuning._strategy import (
     MIN_STAGE_TRIALS,
     RANGES,
@@ -41,7 +52,7 @@ class Search:
     count as unknown.
 
     Args:
-      space, optimizer, trials, stages, sampler, storage, confirm, metric, mode, seed: See `tune`.
+      space, optimizer, trials, stages, sampler, storage, confirm, schedule, metric, mode, seed: See `tune`.
       steps: A number that each trial finds as its `budget`; None for no such number.
       halving: "auto" or True: `Trial.report` ends trials that are worse than the others. False: none end early.
       range_test: A range test of the learning rate, to search around its band unless a `space` is given; see `narrow`.
@@ -74,10 +85,11 @@ class Search:
         trials: int = 64,
         steps: int | None = None,
         stages: Stages = "adam",
-        sampler: Sampler = "halton",
+        sampler: Sampler = "auto",
         storage: Storage = None,
-        confirm: Sequence[int] | None = (5, 3),
+        confirm: Confirm = RACE,
         halving: bool | str = "auto",
+        schedule: str = "auto",
         range_test: LrRange | None = None,
         problem: Subject = "search",
         out: str | Path | None = None,
@@ -97,12 +109,23 @@ class Search:
         if not isinstance(metric, str):
             raise TypeError(f"Invalid metric value: {metric!r}; metric must be the name of a metric")
         half = is_problem(problem) and has_half_precision(problem)
-        searched = search_space(optimizer, space, stages, half=half, structures=is_problem(problem))
+        steps = None if steps is None else checks.count("steps", steps)
+        scheduled = with_course(optimizer, schedule, steps)
+        rules = {"half": half, "structures": is_problem(problem)}
+        searched = search_space(scheduled, space, stages, **rules)
+        if isinstance(scheduled, Scheduled) and "learning_rate" in searched.free:
+            optimizer = scheduled
+            typical = {n: Choice(x) for n, x in TYPICAL.items() if n not in searched.ranges}
+            searched = Space.of(searched.ranges | typical)
+        elif isinstance(scheduled, Scheduled):
+            searched = search_space(optimizer, space, stages, **rules)
         mode = resolve_mode(metric, mode)
         spec = Spec(problem, optimizer, searched, stages, sampler, trials, steps, confirm, metric, mode, seed)
         self.spec: Spec = spec
         name = f"adamjax-{spec.digest}"
-        self._study = None if spec.is_staged else open_study(sampler, storage, name, mode=mode, seed=seed)
+        self._study = (
+            None if spec.is_staged or spec.has_model else open_study(sampler, storage, name, mode=mode, seed=seed)
+        )
         self.journal: Journal = Journal(None if out is None else Path(out), spec.question, resume=resume)
         self.journal.decide(defaults=json_setting(spec.defaults))
         self._prunes, self._narrows = halving is not False, space is None
@@ -111,6 +134,7 @@ class Search:
         self._rounds = 0  # that the strategy has proposed
         self._proposed: list[Candidate] = []  # by it, in order
         self._confirming: list[Candidate] = []
+        self._raced = 0  # rounds of the confirmation
         self._queue = deque[Candidate]()  # what is to be asked next
         self._asked: dict[Run, Candidate] = {}
         self._ended: dict[Run, TrialRecord] = {}
@@ -120,8 +144,9 @@ class Search:
     @property
     def size(self) -> int:
         """The number of trials, those that confirm included; fewer are asked if the best include the defaults."""
-        confirm = self.spec.confirm
-        return self.spec.trials + (0 if confirm is None else (confirm[0] + 1) * confirm[1])
+        race = self.spec.race
+        before = [0, *(seeds for _, seeds in race)]
+        return self.spec.trials + sum((n + 1) * (seeds - b) for (n, seeds), b in zip(race, before, strict=False))
 
     def ask(self) -> Trial | None:
         """Return the next trial to run; None if the search and its confirmation have been handed out.
@@ -219,13 +244,14 @@ class Search:
         decisions = self.journal.decisions
         runs = [(c.number, c.seed) for c in (*self._proposed, *self._confirming)]
         ended = [self._ended[run] for run in runs if run in self._ended]
-        facts = (decisions.get("explored", {}), decisions.get("execution", ""), decisions["notes"])
-        return Report(self.spec.question, ended, self.spec.defaults, self.spec.optimizer, self._range_test, *facts)
+        known = (decisions.get("explored", {}), decisions.get("execution", ""), decisions["notes"])
+        place = (self.spec.question, ended, self.spec.defaults, self.spec.optimizer, self._range_test)
+        return Report(*place, *known, decisions.get("facts") or run_facts())
 
     def plan(self) -> tuple[int, int]:
         """Return the number of trials of the largest round, besides the defaults, and the number of rounds."""
         trials = self.spec.trials - 1
-        if self._study is not None:
+        if not self.spec.is_staged:
             largest = max(MIN_STAGE_TRIALS, self.spec.trials // 8)
             return largest, math.ceil(trials / largest)
         stages = plan_stages(self._searched_space(), self.spec.stages, trials)
@@ -250,13 +276,17 @@ class Search:
         """Begin the search of all but the defaults."""
         spec, space = self.spec, self._searched_space()
         self.journal.decide(range_test=self.journal.decisions.get("range_test"))
-        if self._study is None:
-            stages, method = plan_stages(space, spec.stages, spec.trials - 1), spec.sampler
+        trials, at_once = spec.trials - 1, self.plan()[0]
+        if self._study is not None:
+            self._strategy = optuna_search(space, spec.defaults, self._study, trials=trials, at_once=at_once)
+        elif spec.has_model:
+            budget = {"trials": trials, "at_once": at_once, "seed": spec.seed}
+            self._strategy = model_search(space, spec.defaults, **budget, valid=self._is_valid)
+        else:
+            stages, method = plan_stages(space, spec.stages, trials), spec.sampler
+            method = "halton" if method == "auto" else method
             place = (space, spec.defaults, stages)
             self._strategy = staged_search(*place, method=method, seed=spec.seed, valid=self._is_valid)
-        else:
-            trials, at_once = spec.trials - 1, self.plan()[0]
-            self._strategy = optuna_search(space, spec.defaults, self._study, trials=trials, at_once=at_once)
         return self._strategy
 
     @property
@@ -270,7 +300,7 @@ class Search:
         if not self._narrows or range_test is None or not range_test.suggestions:
             return spec.space
         low, high = range_test.band[0] / MARGIN, range_test.band[1] * MARGIN
-        if not spec.is_staged:  # Optuna's samplers do not leave their range, so the range is only widened
+        if not spec.is_staged:  # all of the range is searched at once, so it is only widened
             low, high = min(low, RANGES["learning_rate"].at(0)), max(high, RANGES["learning_rate"].at(1))
         near = Log(float(f"{low:.2g}"), float(f"{high:.2g}"))
         return Space.of(spec.space.ranges | {"learning_rate": near})
@@ -300,9 +330,9 @@ class Search:
         return self._recalled(fresh)
 
     def _confirmation(self) -> list[Candidate]:
-        """Return the runs of the best settings and the defaults with each of so many fresh seeds."""
-        spec = self.spec
-        if spec.confirm is None or self._confirming:
+        """Return the runs of the next round of the race: the best settings and the defaults, with more fresh seeds."""
+        spec, rounds = self.spec, self._raced
+        if rounds == len(spec.race):
             return []
         if untold := self._untold():
             numbers = ", ".join(map(str, untold))
@@ -310,11 +340,28 @@ class Search:
                 f"the search is over but for its confirmation, which needs the results of trials {numbers}: tell them; "
                 "tell(trial, None) gives one up"
             )
-        ranking = self.report().ranking
-        best, seeds = ranking[: spec.confirm[0]], range(spec.seed + 1, spec.seed + 1 + spec.confirm[1])
-        settings = {t.number: t.setting for t in best} | ({0: spec.defaults} if best else {})
-        self._confirming = [Candidate(n, CONFIRM, x, seed) for n, x in settings.items() for seed in seeds]
-        return self._recalled(self._confirming)
+        best = self._leaders(spec.race[rounds][0])
+        settings = best | ({0: spec.defaults} if best else {})
+        before = spec.race[rounds - 1][1] if rounds else 0
+        seeds = range(spec.seed + 1 + before, spec.seed + 1 + spec.race[rounds][1])
+        fresh = [Candidate(n, CONFIRM, x, seed) for n, x in settings.items() for seed in seeds]
+        self._confirming += fresh
+        self._raced += 1
+        return self._recalled(fresh)
+
+    def _leaders(self, count: int) -> dict[int, Setting]:
+        """Return the best settings by number: by the search, or by the means of those still in the race."""
+        if not self._raced:
+            return {t.number: t.setting for t in self.report().ranking[:count]}
+        before = self.spec.race[self._raced - 1][1]
+        sign = 1 if self.spec.mode == "min" else -1
+        seeds = range(self.spec.seed + 1, self.spec.seed + 1 + before)
+        last = {c.number: c.setting for c in self._confirming if c.seed == seeds[-1]}
+        values = {n: [self._ended[n, seed].value(self.spec.metric) for seed in seeds] for n in last}
+        means = {n: sign * math.fsum(x) if all(map(math.isfinite, x)) else math.inf for n, x in values.items()}
+        # The defaults run in every round, also where they are not among the best.
+        order = sorted(last, key=lambda n: (means[n], n))
+        return {n: last[n] for n in order[:count]}
 
     def _recalled(self, candidates: list[Candidate]) -> list[Candidate]:
         """Take the results that the folder holds; return all of the candidates."""
@@ -325,7 +372,8 @@ class Search:
         return candidates
 
     def _untold(self) -> list[int]:
-        return [c.number for c in self._proposed if (c.number, c.seed) not in self._ended]
+        runs = (*self._proposed, *self._confirming)
+        return list(dict.fromkeys(c.number for c in runs if (c.number, c.seed) not in self._ended))
 
     def _results(self) -> list[Result]:
         """Return the result of each setting so far.

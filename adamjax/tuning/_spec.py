@@ -20,6 +20,7 @@ from adamjax._core.typing import PyTree
 from adamjax.optimizers import adamw
 from adamjax.problems import Problem
 from adamjax.problems._task import Task
+from adamjax.tuning._courses import OWN, Scheduled
 from adamjax.tuning._journal import Json
 from adamjax.tuning._optuna import Sampler, Storage
 from adamjax.tuning._space import Choice, OptimizerFactory, Setting, Space, stable_repr
@@ -29,7 +30,10 @@ from adamjax.tuning._sweep import make_optimizer
 if TYPE_CHECKING:
     from typing_extensions import TypeIs
 
-SAMPLERS = ("halton", "sobol", "random")
+SAMPLERS = ("auto", "halton", "sobol", "random")
+
+Confirm = Sequence[int] | Sequence[Sequence[int]] | None  # a pair, or the pairs of a race
+RACE = ((8, 2), (5, 4), (3, 8))
 
 Subject = Problem | Callable[..., Any] | str  # what trials train: a problem, an objective, or a name for it
 
@@ -45,7 +49,7 @@ class Spec:
     sampler: Sampler
     trials: int
     steps: int | None
-    confirm: Sequence[int] | None
+    confirm: Confirm
     metric: str
     mode: str
     seed: int
@@ -54,13 +58,9 @@ class Spec:
         for name, least in (("trials", 1), ("steps", 1), ("seed", 0)):
             if name != "steps" or self.steps is not None:
                 object.__setattr__(self, name, checks.count(name, getattr(self, name), least))
-        confirm = self.confirm
-        if confirm is not None:
-            if not isinstance(confirm, Sequence) or len(confirm) != 2:
-                raise ValueError(f"Invalid confirm value: {confirm!r}; confirm must be two ints, or None")
-            confirm = [checks.count(f"confirm[{i}]", x) for i, x in enumerate(confirm)]
-            object.__setattr__(self, "confirm", confirm)
-        if self.seed + (confirm[1] if confirm else 0) >= 2**31:
+        if self.confirm is not None:
+            object.__setattr__(self, "confirm", _checked_confirm(self.confirm))
+        if self.seed + max((seeds for _, seeds in self.race), default=0) >= 2**31:
             seeds = "seed, and the confirming seeds after it,"
             raise ValueError(f"Invalid seed value: {self.seed}; {seeds} must be below 2**31")
         make_optimizer(self.optimizer, self.defaults, 0)
@@ -71,21 +71,37 @@ class Spec:
         parameters = [p for f in (adamw, self.optimizer) for p in inspect.signature(f).parameters.values()]
         defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
         middle = self.space.at(dict.fromkeys(self.space.free, 0.5))
-        return middle | {name: defaults[name] for name in self.space.free if name in defaults}
+        found = middle | {name: defaults[name] for name in self.space.free if name in defaults}
+        # Users who tune nothing keep the rate constant.
+        return found | {name: x for name, x in OWN.items() if name in found and isinstance(self.optimizer, Scheduled)}
+
+    @property
+    def race(self) -> list[tuple[int, int]]:
+        """The rounds of the confirmation: the number of settings, and that of their seeds so far."""
+        confirm: Any = self.confirm or []
+        return [tuple(pair) for pair in ([confirm] if confirm and isinstance(confirm[0], int) else confirm)]
 
     @property
     def is_staged(self) -> bool:
-        """Whether the search goes by stages, rather than by a sampler of Optuna's."""
-        return isinstance(self.sampler, str) and self.sampler in SAMPLERS
+        """Whether the search goes by stages."""
+        own = isinstance(self.sampler, str) and self.sampler in SAMPLERS
+        return own and not self.has_model
+
+    @property
+    def has_model(self) -> bool:
+        """Whether a model of the scores proposes the settings."""
+        return isinstance(self.sampler, str) and self.sampler == "auto" and isinstance(self.stages, str)
 
     @cached_property
     def question(self) -> Json:
         """The specification in JSON's types, as the journal and the report keep it."""
         shapes = {"parameters": parameter_summary(self.problem)} if is_problem(self.problem) else {}
+        scheduled = self.optimizer if isinstance(self.optimizer, Scheduled) else None
         return {
             "problem": subject_name(self.problem),
             **shapes,
-            "optimizer": optimizer_name(self.optimizer),
+            "optimizer": optimizer_name(scheduled.make if scheduled else self.optimizer),
+            "schedule": scheduled.course if scheduled else "constant",
             "space": stable_repr(self.space),
             "stages": self.stages if isinstance(self.stages, str) else list(map(list, stage_groups(self.stages))),
             "sampler": self.sampler if isinstance(self.sampler, str) else type(self.sampler).__name__,
@@ -95,6 +111,21 @@ class Spec:
     def digest(self) -> str:
         """A short hash of the question, which names the study of a tuning."""
         return hashlib.sha256(json.dumps(self.question).encode()).hexdigest()[:12]
+
+
+def _checked_confirm(confirm: Any) -> list[int] | list[list[int]]:
+    """Return a checked pair of a number of settings and one of seeds, or a checked list of such pairs."""
+    kind = "confirm must be two ints, or pairs of them with fewer settings and more seeds in each, or None"
+    if not isinstance(confirm, Sequence) or isinstance(confirm, str) or not confirm:
+        raise ValueError(f"Invalid confirm value: {confirm!r}; {kind}")
+    if not all(isinstance(pair, Sequence) and len(pair) == 2 for pair in confirm):
+        if len(confirm) != 2:
+            raise ValueError(f"Invalid confirm value: {confirm!r}; {kind}")
+        return [checks.count(f"confirm[{i}]", x) for i, x in enumerate(confirm)]
+    pairs = [[checks.count(f"confirm[{i}][{k}]", x) for k, x in enumerate(pair)] for i, pair in enumerate(confirm)]
+    if any(later[0] > first[0] or later[1] <= first[1] for first, later in itertools.pairwise(pairs)):
+        raise ValueError(f"Invalid confirm value: {confirm!r}; {kind}")
+    return pairs
 
 
 def search_space(
@@ -134,6 +165,7 @@ def search_space(
 
 
 def _fixed_arguments(optimizer: OptimizerFactory) -> set[str]:
+    optimizer = optimizer.make if isinstance(optimizer, Scheduled) else optimizer
     return optimizer.keywords.keys() | _fixed_arguments(optimizer.func) if isinstance(optimizer, partial) else set()
 
 

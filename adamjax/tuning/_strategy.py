@@ -12,11 +12,13 @@ from adamjax.tuning._space import Choice, Linear, Log, OneMinus, Range, Setting,
 
 # Initial ranges of Adam's hyperparameters. The search leaves a range whose edge is best.
 RANGES: Mapping[str, Range] = {
-    "learning_rate": Log(1e-4, 1e-1),
-    "b1": OneMinus(Log(0.02, 0.5)),
-    "b2": OneMinus(Log(3e-4, 0.1)),
+    "learning_rate": Log(1e-4, 3.0),
+    "b1": OneMinus(Log(0.02, 0.6)),
+    "b2": OneMinus(Log(3e-4, 0.3)),
     "eps": Log(1e-9, 1e-3),
     "weight_decay": Log(1e-5, 1.0),
+    "warmup_fraction": Log(0.01, 0.3),
+    "end_fraction": Linear(0.0, 1.0),
     "amsgrad": Choice(False, True),
 }
 MIN_STAGE_TRIALS = 4
@@ -109,12 +111,13 @@ def staged_search(
         if all(isinstance(region.ranges[name], Choice) for name in stage.arguments):
             searched = Space.of({name: region.ranges[name] for name in stage.arguments})
             tried = [r.setting for r in done]
-            settings += _with_other_choices(region, stage, ranked, tried, best)
+            settings += with_other_choices(region, stage, ranked, tried, best)
         else:
-            ranges = {n: r if n in stage.arguments else Choice(best[n]) for n, r in region.ranges.items()}
+            fixed = [n for n in space.free if n not in stage.arguments]
+            ranges = {n: Choice(best[n]) if n in fixed else r for n, r in region.ranges.items()}
             searched = Space.of(ranges)
             points = searched.points(stage.trials, method=method, seed=seed + i)
-            settings += [{n: _rounded(ranges[n], x) for n, x in point.items()} for point in points]
+            settings += [{n: rounded(ranges[n], x) for n, x in point.items()} for point in points]
         if settings:
             done = yield Round(stage.name, settings, searched)
         settings = []
@@ -123,7 +126,7 @@ def staged_search(
         yield Round("defaults", settings, region)
 
 
-def _with_other_choices(
+def with_other_choices(
     region: Space, stage: Stage, ranked: Sequence[Result], tried: Sequence[Setting], best: Setting
 ) -> list[Setting]:
     """Return the best settings so far with each of the other choices."""
@@ -175,11 +178,15 @@ def _narrowed_or_moved(r: Log | Linear | OneMinus, fractions: Sequence[float]) -
     return moved
 
 
-def _rounded(r: Range, x: float) -> float:
-    """Round a value to significant digits: a ten-thousandth of itself, or of a linear range."""
+def rounded(r: Range, x: float, *, inside: bool = True) -> float:
+    """Round a value to significant digits: a ten-thousandth of itself, or of a linear range, which it does not leave.
+
+    A value outside of a logarithmic range stays there unless it is to be `inside`.
+    """
     if isinstance(r, Choice):
         return x
     if isinstance(r, OneMinus):
-        return round(1 - _rounded(r.complement, 1 - x), 15)
+        return round(1 - rounded(r.complement, 1 - x, inside=inside), 15)
     step = x if isinstance(r, Log) else r.high - r.low
-    return min(max(round(x, 4 - math.ceil(math.log10(step))), r.low), r.high)
+    x = round(x, 4 - math.ceil(math.log10(step)))
+    return min(max(x, r.low), r.high) if inside or not isinstance(r, Log) else x

@@ -1,7 +1,8 @@
 """The tuning itself: a range test, the search, then the best few and the defaults again with fresh seeds."""
 
 import contextlib
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,23 +14,23 @@ from adamjax._core.optional import require
 from adamjax.optimizers import adamw
 from adamjax.problems import Problem
 from adamjax.schedules import range_test as range_test_schedule
+from adamjax.tuning._courses import Scheduled
 from adamjax.tuning._executors import Executor, Workers
 from adamjax.tuning._mesh_runner import MeshRunner, Runner, make_runner
 from adamjax.tuning._objective import Objective, RunTrials, check_first, check_objective, run_here
 from adamjax.tuning._optuna import Sampler, Storage
-from adamjax.tuning._range_test import MIN_POINTS, LrRange, lr_range_test, objective_range_test
-from adamjax.tuning._report import Report
+from adamjax.tuning._range_test import MIN_POINTS, OBJECTIVE_RATES, LrRange, lr_range_test, objective_range_test
+from adamjax.tuning._report import Report, run_facts
 from adamjax.tuning._scheduler import TrialScheduler
 from adamjax.tuning._search import Search
 from adamjax.tuning._space import OptimizerFactory, Space
-from adamjax.tuning._spec import is_problem
+from adamjax.tuning._spec import RACE, Confirm, is_problem
 from adamjax.tuning._strategy import Stages
 from adamjax.tuning._sweep import progress_bar
 from adamjax.tuning._trial import Trial
 
 STEPS = 300  # of a run of a problem
 MIN_REPORTS = 8  # of the first trial of an objective, for a range test to be worth it
-RATES = (1e-6, 10.0, 14)  # of the range test of an objective: the smallest, the largest, and how many
 HERE = "one trial after another"
 
 
@@ -41,10 +42,11 @@ def tune(
     optimizer: OptimizerFactory = adamw,
     space: Space | None = None,
     stages: Stages = "adam",
-    sampler: Sampler = "halton",
+    sampler: Sampler = "auto",
     storage: Storage = None,
-    confirm: Sequence[int] | None = (5, 3),
+    confirm: Confirm = RACE,
     halving: bool | str = "auto",
+    schedule: str = "auto",
     range_test: LrRange | str | None = "auto",
     executor: Executor = None,
     out: str | Path | None = None,
@@ -59,13 +61,15 @@ def tune(
 ) -> Report:
     """Find good hyperparameters of Adam by validation performance, and report how certain that is.
 
-    The defaults are tried first, and a range test determines where to search the learning rate. Then come
-    stages of trials. Each stage varies a few arguments around the best setting so far, and always the
-    learning rate, since the best one depends on all other arguments: the learning rate, twice; b1
-    (and b2, from 48 trials on); eps, if the problem has half precision parameters; weight decay; all of
-    them together; AMSGrad, on the best settings. After a stage, its ranges narrow to where the best settings
-    lie; if the very best lies on the edge of a logarithmic range, the range moves beyond it instead. At the
-    end, the best few and the defaults are trained again with fresh seeds, which decides the winner.
+    The defaults are tried first. Then come the first settings of a list that was learned on 42 other problems, and
+    rounds of settings that a Gaussian process of the results so far proposes. It varies all arguments at once: the
+    learning rate, b1, b2, weight decay, eps if the problem has half precision parameters, and the course of the
+    learning rate. Near the best settings, it may leave the ranges. From 17 trials on, AMSGrad is tried on the best
+    settings. At the end, the best few and the defaults are trained again with fresh seeds, which decides the winner.
+
+    The learning rate of a setting is the peak of a schedule: it rises for `warmup_fraction` of the steps, then
+    falls to `end_fraction` of the peak. The defaults have a constant one. To train for another number of steps,
+    keep the fractions, so that the schedule stretches; the best peak is lower for longer runs.
 
     A training loop of one's own is tuned as an objective: a function `objective(optimizer, trial)` that trains with
     `optimizer` and returns the metric at the end, a number, or a dict of metrics. See `Trial` for what it can ask and
@@ -74,7 +78,7 @@ def tune(
     likewise, since the dtype of the parameters is unknown. An objective that raises an exception, or whose metric
     is not finite, makes a failed trial, and the search goes on; but an error in the first trial, that of the defaults,
     is raised at once. The range test follows the first trial, if that reported at least 8 times: the objective is
-    called with each of 14 constant learning rates until it first reports.
+    called with each of 12 constant learning rates, or more if the best lies on their edge, until it first reports.
 
     Args:
       problem: The problem to train, or an objective.
@@ -84,17 +88,28 @@ def tune(
       optimizer: Called with a setting, returns the optimizer; see `sweep`.
       space: The ranges to search, by the names of the optimizer's arguments. All others keep the
         defaults of `optimizer`. None for those of Adam's hyperparameters that `optimizer` takes.
-      stages: "adam", as above; arguments of `space` that Adam does not have get stages of their own. Or
-        the arguments to vary in each stage, one name or several: ["learning_rate", ("b1", "eps")].
-      sampler: "halton", "sobol" or "random" points in each stage. Or Optuna, which searches all arguments at once:
-        "optuna" for its TPE sampler, "optuna:CmaEsSampler" for another one, an Optuna sampler, or an `optuna.Study`.
+      stages: "adam": as `sampler` says. Or the arguments to vary in each stage, one name or several:
+        ["learning_rate", ("b1", "eps")]. Each stage searches around the best setting so far; then its ranges narrow to
+        where the best settings lie, or move if the very best lies on the edge of a logarithmic range.
+      sampler: "auto": the list and the model, as above; Halton's points in stages that are listed. Or "halton", "sobol"
+        or "random" points, in stages: the learning rate, twice; then, always with the learning rate, b1 (and b2, from
+        48 trials on), eps, weight decay, the others, all of them; choices, on the best settings. Or Optuna, which
+        searches all arguments at once: "optuna" for its TPE sampler, "optuna:CmaEsSampler" for another one, an Optuna
+        sampler, or an `optuna.Study`.
       storage: Storage of Optuna's study, a URL or an Optuna storage, which several machines can share. None for memory.
-      confirm: How many of the best settings to confirm, and with how many fresh seeds each; None for no confirmation.
+      confirm: The race that confirms the best settings: in each round, how many of them go on, and with how many
+        fresh seeds so far. The defaults run in all rounds. Two ints are one round; None is no confirmation.
       halving: Whether the worse half of each round of trials ends after a quarter of the steps, and half of
-        the rest after half of the steps; the others go on in smaller programs. "auto" halves if the
-        measured time of a few steps says that this saves more than it costs to compile the smaller
-        programs. On a busy machine, that decision can differ between runs. For an objective, anything but False
+        the rest after half of the steps; the others go on in smaller programs. "auto" halves if the learning rate is
+        constant (early losses say less about a run whose rate decays), and if the measured time of a few steps says
+        that this saves more than it costs to compile the smaller programs. On a busy machine, that decision can differ
+        between runs. For an objective, anything but False
         ends trials as `Trial.report` describes.
+      schedule: The course of the learning rate: "cosine", "linear", or "stable" (which falls along a line in the last
+        fifth), each after a linear warmup; or "constant". "auto" is "cosine" where the number of steps is known and the
+        learning rate of `optimizer` is searched and can be a schedule, else "constant". An objective needs `steps` that
+        are its number of updates. Where a `space` or `stages` leave them out, `warmup_fraction` is 0.05 and
+        `end_fraction` 0.
       range_test: "auto" makes a range test. Or one of your own, an `LrRange`; None for no range test. It does not
         change a `space` that is given.
       executor: An executor to run trials of an objective side by side: a `concurrent.futures.Executor` (a process pool,
@@ -136,7 +151,7 @@ def tune(
     >>> import adamjax
     >>> from adamjax.tuning import tune
     >>> report = tune(adamjax.problems.digits(), trials=8, steps=50, confirm=None)
-    >>> report.best.optimizer == adamjax.adamw(**report.best.arguments)
+    >>> report.best.optimizer == eval(str(report.best))
     True
 
     A loop of one's own, whose step compiles once for all trials:
@@ -156,6 +171,7 @@ def tune(
     >>> step._cache_size()
     1
     """
+    begin = time.perf_counter()
     checks.choice("progress", progress, (False, True))
     if out is not None:
         for module in ("matplotlib", "sklearn"):
@@ -174,7 +190,7 @@ def tune(
         _check_for_objective(problem, executor, execution=execution, mesh=mesh, memory=memory)
     search = Search(
         space, optimizer=optimizer, trials=trials, steps=steps, stages=stages, sampler=sampler, storage=storage,
-        confirm=confirm, halving=halving, range_test=given, problem=problem,
+        confirm=confirm, halving=halving, schedule=schedule, range_test=given, problem=problem,
         out=out, resume=resume, metric=metric, mode=mode, seed=seed,
     )  # fmt: skip
     tests = isinstance(range_test, str) and "range_test" not in search.journal.decisions
@@ -182,6 +198,8 @@ def tune(
         _tune_problem(search, runner, tests=tests, halving=halving, progress=progress)
     elif not is_problem(problem):
         _tune_objective(search, problem, executor, tests=tests, progress=progress)
+    if "facts" not in search.journal.decisions:
+        search.journal.decide(facts=run_facts() | {"wall time": f"{time.perf_counter() - begin:.0f} s"})
     report = search.report()
     if out is not None:
         report.save(out)
@@ -193,6 +211,8 @@ def _tune_problem(search: Search, runner: Runner, *, tests: bool, halving: bool 
     if tests:
         search.narrow(_range_test(search, runner.mesh if isinstance(runner, MeshRunner) else None))
     with progress_bar((search.spec.steps or 0) * search.size, shown=progress) as bar:
+        if halving == "auto" and isinstance(search.spec.optimizer, Scheduled):
+            halving = False  # before the rate has decayed, a loss says little about that at the end
         scheduler = TrialScheduler(search.spec, runner, search.journal, bar)
         largest, rounds = search.plan()
         scheduler.prepare(capacity=largest + 1, rounds=rounds, halving=halving)
@@ -279,7 +299,4 @@ def _range_test_of_objective(search: Search, run: RunTrials) -> LrRange | None:
         )
         return None
     facts = {"budget": spec.steps, "metric": spec.metric, "mode": spec.mode}
-    result = objective_range_test(run, make, RATES, facts, spec.seed)
-    if not result.suggestions:
-        search.journal.note(f"the range test determines no learning rate: {', '.join(result.warnings)}")
-    return result
+    return objective_range_test(run, make, (None, None, OBJECTIVE_RATES), facts, spec.seed)
