@@ -1,5 +1,7 @@
 """Fourteen small problems to judge searches by, none of which the list of `tune` was learned on.
 
+Their models and data are others, too; only the convolutional network sees digits, as some of the list's problems do.
+
 `HELD_OUT` maps the name of each to the problem and its number of steps. The losses are positive, so they can be
 compared on a logarithmic scale. Validation data are rows left out of training, fresh draws, or the exact solution.
 """
@@ -7,7 +9,6 @@ compared on a logarithmic scale. Validation data are rows left out of training, 
 import itertools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -18,21 +19,12 @@ from sklearn.datasets import load_iris
 
 from adamjax._core.typing import PyTree
 from adamjax.problems import Problem, digits_convnet
+from benchmarks._list_problems import Made, apply_dense, cross_entropy, dense, squares
 
 Init = Callable[[Array], PyTree]
 Batch = Callable[[Array, Array], Any]
 Apply = Callable[[PyTree, Any], Array]
 Distance = Callable[[Array, Array], Array]
-
-
-@dataclass(frozen=True, eq=False)
-class Made:
-    """A problem made of functions."""
-
-    init: Init
-    batch: Batch
-    loss: Callable[[PyTree, Any, Array], Array]
-    evaluate: Callable[[PyTree], dict[str, Array]]
 
 
 def supervised(init: Init, apply: Apply, distance: Distance, batch: Batch, valid: Batch) -> Made:
@@ -69,22 +61,6 @@ def one(batch: Batch) -> Any:
     return batch(jnp.int32(0), jax.random.key(12345))
 
 
-def squares(outputs: Array, targets: Array) -> Array:
-    return jnp.mean((outputs - targets) ** 2)
-
-
-def cross_entropy(logits: Array, labels: Array) -> Array:
-    return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], -1))
-
-
-def dense(key: Array, inputs: int, outputs: int, gain: float = 1.0) -> PyTree:
-    return {"w": jax.random.normal(key, (inputs, outputs)) * gain / inputs**0.5, "b": jnp.zeros(outputs)}
-
-
-def linear(p: PyTree, x: Array) -> Array:
-    return x @ p["w"] + p["b"]
-
-
 def layers(*sizes: int, gain: float = 1.0) -> Init:
     """Return the initialization of a perceptron."""
     pairs = list(itertools.pairwise(sizes))
@@ -94,8 +70,8 @@ def layers(*sizes: int, gain: float = 1.0) -> Init:
 def perceptron(act: Callable[[Array], Array] = jax.nn.relu) -> Apply:
     def apply(params: PyTree, x: Array) -> Array:
         for p in params[:-1]:
-            x = act(linear(p, x))
-        return linear(params[-1], x)
+            x = act(apply_dense(p, x))
+        return apply_dense(params[-1], x)
 
     return apply
 
@@ -119,11 +95,11 @@ def modular_addition(n: int = 12, width: int = 24) -> Made:
 
     def apply(p: PyTree, x: Array) -> Array:
         h = jax.nn.one_hot(x, n) @ p["tokens"] + p["places"]
-        q, k, v = jnp.split(linear(p["qkv"], normalized(h)), 3, -1)
+        q, k, v = jnp.split(apply_dense(p["qkv"], normalized(h)), 3, -1)
         scores = jax.nn.softmax(jnp.einsum("bid,bjd->bij", q, k) / width**0.5)
-        h = h + linear(p["mix"], scores @ v)
-        h = h + linear(p["down"], jax.nn.gelu(linear(p["up"], normalized(h))))
-        return linear(p["head"], normalized(h[:, -1]))
+        h = h + apply_dense(p["mix"], scores @ v)
+        h = h + apply_dense(p["down"], jax.nn.gelu(apply_dense(p["up"], normalized(h))))
+        return apply_dense(p["head"], normalized(h[:, -1]))
 
     def smoothed(logits: Array, labels: Array) -> Array:  # so that what is learned does not go on to infinity
         uniform = -jax.nn.log_softmax(logits).mean()
@@ -149,10 +125,10 @@ def sines(length: int = 20, width: int = 16) -> Made:
     def apply(p: PyTree, x: Array) -> Array:
         def step(carry: tuple[Array, Array], x: Array) -> tuple[tuple[Array, Array], Array]:
             h, c = carry
-            i, f, g, o = jnp.split(linear(p["cell"], jnp.concatenate([x[:, None], h], 1)), 4, -1)
+            i, f, g, o = jnp.split(apply_dense(p["cell"], jnp.concatenate([x[:, None], h], 1)), 4, -1)
             c = jax.nn.sigmoid(f + 1) * c + jax.nn.sigmoid(i) * jnp.tanh(g)
             h = jax.nn.sigmoid(o) * jnp.tanh(c)
-            return (h, c), linear(p["head"], h)[:, 0]
+            return (h, c), apply_dense(p["head"], h)[:, 0]
 
         zeros = jnp.zeros((len(x), width))
         return jax.lax.scan(step, (zeros, zeros), x.T)[1].T[:, length // 2 :]
