@@ -218,6 +218,16 @@ def test_what_is_no_objective_is_refused():
         tune(formula, range_test="ramp")
 
 
+def test_a_course_is_for_those_who_name_it():
+    # The steps of an objective may be epochs, and a rate that falls within so many updates would stop training.
+    assert "end_fraction" not in small(objective, steps=9, trials=2).defaults
+    named = small(objective, steps=9, schedule="linear", trials=2)
+    assert named.defaults["end_fraction"] == 1.0
+    assert {t.setting["end_fraction"] for t in named.searched[1:]} != {1.0}
+    with pytest.raises(ValueError, match="Invalid schedule value: 'linear'; the number of steps is unknown"):
+        small(objective, schedule="linear", trials=2)
+
+
 def test_budgets_and_seeds():
     seen = []
 

@@ -37,7 +37,7 @@ def test_it_is_what_tune_does():
 
 
 def test_trials_say_what_to_run():
-    search = search_of(steps=7)
+    search = search_of(steps=7, schedule="cosine")
     trials = search.ask_round()
     assert [t.number for t in trials] == list(range(len(trials)))
     first = trials[0]

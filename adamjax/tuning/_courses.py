@@ -12,8 +12,6 @@ from adamjax.tuning._space import OptimizerFactory, Setting
 COURSES = ("cosine", "linear", "stable")
 DECAY_OF_STABLE = 0.2  # fraction of the steps
 OWN = {"warmup_fraction": 0.0, "end_fraction": 1.0}  # arguments of a course; the defaults are a constant rate
-
-
 TYPICAL = {"warmup_fraction": 0.05, "end_fraction": 0.0}  # where they are not searched
 
 

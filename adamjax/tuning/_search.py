@@ -110,7 +110,9 @@ class Search:
             raise TypeError(f"Invalid metric value: {metric!r}; metric must be the name of a metric")
         half = is_problem(problem) and has_half_precision(problem)
         steps = None if steps is None else checks.count("steps", steps)
-        scheduled = with_course(optimizer, schedule, steps)
+        # The steps of an objective may be epochs: only those who name a course say that they are updates.
+        is_known = is_problem(problem) or schedule != "auto"
+        scheduled = with_course(optimizer, schedule, steps if is_known else None)
         rules = {"half": half, "structures": is_problem(problem)}
         searched = search_space(scheduled, space, stages, **rules)
         if isinstance(scheduled, Scheduled) and "learning_rate" in searched.free:

@@ -106,9 +106,9 @@ def tune(
         between runs. For an objective, anything but False
         ends trials as `Trial.report` describes.
       schedule: The course of the learning rate: "cosine", "linear", or "stable" (which falls along a line in the last
-        fifth), each after a linear warmup; or "constant". "auto" is "cosine" where the number of steps is known and the
-        learning rate of `optimizer` is searched and can be a schedule, else "constant". An objective needs `steps` that
-        are its number of updates. Where a `space` or `stages` leave them out, `warmup_fraction` is 0.05 and
+        fifth), each after a linear warmup; or "constant". "auto" is "cosine" for a problem, if the learning rate of
+        `optimizer` is searched and can be a schedule, else "constant". For an objective, name the course, and let
+        `steps` be its number of updates. Where a `space` or `stages` leave them out, `warmup_fraction` is 0.05 and
         `end_fraction` 0.
       range_test: "auto" makes a range test. Or one of your own, an `LrRange`; None for no range test. It does not
         change a `space` that is given.
