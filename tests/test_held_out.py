@@ -24,11 +24,12 @@ def test_each_is_a_small_problem(name):
 
 
 @pytest.mark.slow
+@pytest.mark.numbers
 @pytest.mark.usefixtures("lenient")
 @each_problem
 def test_a_good_learning_rate_ends_far_below_a_bad_one(name):
     problem, steps = HELD_OUT[name]
-    settings = [{"learning_rate": x} for x in (1e-3, 1e-2, 3e-2)]
+    settings = [{"learning_rate": x} for x in (1e-4, 1e-2, 3e-2)]
     losses = sweep(problem, settings, steps=steps, seeds=2, points=1).metrics["loss"][..., -1].mean(1)
     assert (losses > 0).all()
     assert losses.min() < 0.7 * losses.max()
