@@ -7,7 +7,7 @@ import pytest
 
 import adamjax
 from adamjax.tuning import Choice, Linear, Log, Search, Space
-from adamjax.tuning._courses import Scheduled
+from adamjax.tuning._courses import Scheduled, course_schedule
 from adamjax.tuning._learned import NAMES, TABLE, learned_settings
 from adamjax.tuning._model_search import _heights, _Process, model_search
 from adamjax.tuning._strategy import RANGES, Result
@@ -154,11 +154,10 @@ def test_the_learned_list_makes_valid_optimizers_and_fits_spaces():
     ("course", "middle", "late"), [("cosine", 0.55, 0.1), ("linear", 0.55, 0.1), ("stable", 1.0, 0.1)]
 )
 def test_courses(course, middle, late):
-    make = Scheduled(adamjax.adamw, course, 200)
-    schedule = make.schedule(2.0, 0.1, 0.1)
+    schedule = course_schedule(course, 200, {"learning_rate": 2.0, "warmup_fraction": 0.1, "end_fraction": 0.1})
     values = [float(schedule(t)) / 2 for t in (0, 10, 20, 110, 200, 300)]
     np.testing.assert_allclose(values, [0, 0.5, 1, middle, late, late], rtol=1e-6)
-    constant = make.schedule(2.0, 0.0, 1.0)
+    constant = course_schedule(course, 200, {"learning_rate": 2.0})
     np.testing.assert_allclose([float(constant(t)) for t in (0, 100, 300)], 2.0, rtol=1e-6)
 
 

@@ -40,10 +40,10 @@ class Scheduled:
 
     def arguments(self, setting: Setting) -> Setting:
         """Return the arguments of `make` in a setting: the schedule in place of its numbers."""
-        peak, others = setting["learning_rate"], {n: x for n, x in setting.items() if n not in ("learning_rate", *OWN)}
-        if callable(peak):  # a range test brings its own schedule
-            return {"learning_rate": peak} | others
-        return {"learning_rate": self.schedule(peak, *(setting.get(n, default) for n, default in OWN.items()))} | others
+        rate, others = setting["learning_rate"], {n: x for n, x in setting.items() if n not in ("learning_rate", *OWN)}
+        if not callable(rate):  # a range test brings its own schedule
+            rate = course_schedule(self.course, self.steps, setting)
+        return {"learning_rate": rate} | others
 
     def __call__(
         self,
@@ -56,23 +56,24 @@ class Scheduled:
         own = {"warmup_fraction": warmup_fraction, "end_fraction": end_fraction}
         return self.make(**self.arguments({"learning_rate": learning_rate} | own | others))
 
-    def schedule(self, peak: float, warmup_fraction: float, end_fraction: float) -> Schedule:
-        """Return the schedule of a peak.
 
-        Raises:
-          ValueError: A fraction is out of range.
-        """
-        if not 0 <= warmup_fraction < 1:
-            raise ValueError(f"Invalid warmup_fraction value: {warmup_fraction}; warmup_fraction must be in [0, 1)")
-        if not 0 <= end_fraction <= 1:
-            raise ValueError(f"Invalid end_fraction value: {end_fraction}; end_fraction must be in [0, 1]")
-        steps, end = self.steps, end_fraction * peak
-        warmup = min(round(warmup_fraction * steps), steps - 1)
-        if self.course == "cosine":
-            return schedules.warmup_cosine(peak, warmup_steps=warmup, total_steps=steps, end=end)
-        longest = steps - warmup
-        decay = longest if self.course == "linear" else min(max(round(DECAY_OF_STABLE * steps), 1), longest)
-        return schedules.warmup_stable_decay(peak, warmup_steps=warmup, total_steps=steps, decay_steps=decay, end=end)
+def course_schedule(course: str, steps: int, setting: Setting) -> Schedule:
+    """Return the schedule of a setting: its course over so many steps.
+
+    Raises:
+      ValueError: A fraction is out of range.
+    """
+    peak, (warmup_fraction, end_fraction) = setting["learning_rate"], (setting.get(n, x) for n, x in OWN.items())
+    if not 0 <= warmup_fraction < 1:
+        raise ValueError(f"Invalid warmup_fraction value: {warmup_fraction}; warmup_fraction must be in [0, 1)")
+    if not 0 <= end_fraction <= 1:
+        raise ValueError(f"Invalid end_fraction value: {end_fraction}; end_fraction must be in [0, 1]")
+    end, warmup = end_fraction * peak, min(round(warmup_fraction * steps), steps - 1)
+    if course == "cosine":
+        return schedules.warmup_cosine(peak, warmup_steps=warmup, total_steps=steps, end=end)
+    longest = steps - warmup
+    decay = longest if course == "linear" else min(max(round(DECAY_OF_STABLE * steps), 1), longest)
+    return schedules.warmup_stable_decay(peak, warmup_steps=warmup, total_steps=steps, decay_steps=decay, end=end)
 
 
 def with_course(optimizer: OptimizerFactory, course: str, steps: int | None) -> OptimizerFactory:

@@ -2,13 +2,14 @@
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from adamjax._core.optional import require
 from adamjax.tuning._confirmed import Confirmed
+from adamjax.tuning._courses import COURSES, OWN, course_schedule
 from adamjax.tuning._journal import TrialRecord
 from adamjax.tuning._space import Setting
 
@@ -20,14 +21,6 @@ if TYPE_CHECKING:
 COLUMNS = 3  # of panels
 MAX_TICK_LENGTH = 20  # characters; longer labels would leave no room for the plot
 BEST, DEFAULTS, OTHERS, INFEASIBLE = "black", "C1", "0.75", "C3"  # colours that the scale of the metric has not
-
-# Decays of the learning rate: the fraction of the way from the peak to the end, by the fractions of the whole run and
-# of what follows the warmup.
-DECAYS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
-    "cosine": lambda _, after: (1 - np.cos(np.pi * after)) / 2,
-    "linear": lambda _, after: after,
-    "stable": lambda whole, _: np.clip((whole - 0.8) / 0.2, 0, 1),
-}
 
 
 class Axis(NamedTuple):
@@ -166,31 +159,27 @@ def _column_label(c: Confirmed, data: PlotData) -> str:
 
 def schedules(data: PlotData) -> "Figure | None":
     """Plot the learning rate in the course of a run, of the best settings; return None if all rates are constant."""
-    decay = DECAYS.get(data.schedule)
     finalists = {f"trial {c.number}": c.setting for c in data.confirmed if c.finalist}
     shown = finalists or {f"trial {t.number}": t.setting for t in (data.best, data.defaults) if t is not None}
     shown = {name: setting for name, setting in shown.items() if "learning_rate" in setting}
-    if decay is None or not any(_is_scheduled(setting) for setting in shown.values()):
+    if not (data.schedule in COURSES and data.steps and any(map(_is_scheduled, shown.values()))):
         return None
     figure, (panel,) = _panels(1, width=7.0)
-    whole = np.linspace(0, 1, 401)
+    steps = np.unique(np.linspace(0, data.steps, 401).round().astype(int))
     others = (f"C{i}" for i in itertools.cycle((0, 2, 4, 5, 6, 9)))
     for name, setting in shown.items():
-        warmup, end = setting.get("warmup_fraction", 0.0), setting.get("end_fraction", 1.0)
-        rise = np.minimum(whole / warmup, 1) if warmup > 0 else 1
-        fall = decay(whole, np.clip((whole - warmup) / max(1 - warmup, 1e-12), 0, 1))
         colour = _colour_of(setting, data, "")
         label = {BEST: f"{name}, the best", DEFAULTS: "defaults"}.get(colour, name)
-        rate = setting["learning_rate"] * rise * (1 - (1 - end) * fall)
+        rate = course_schedule(data.schedule, data.steps, setting)(steps)
         width = 2.5 if colour == BEST else 1.5
-        panel.plot(whole * (data.steps or 1), rate, color=colour or next(others), linewidth=width, label=label)
-    panel.set(xlabel="step" if data.steps else "fraction of the run", ylabel="learning rate", ylim=(0, None))
+        panel.plot(steps, rate, color=colour or next(others), linewidth=width, label=label)
+    panel.set(xlabel="step", ylabel="learning rate", ylim=(0, None))
     panel.legend()
     return figure
 
 
 def _is_scheduled(setting: Setting) -> bool:
-    return setting.get("warmup_fraction", 0.0) > 0 or setting.get("end_fraction", 1.0) < 1
+    return any(setting.get(name, constant) != constant for name, constant in OWN.items())
 
 
 def hyperparameters(data: PlotData) -> "Figure":

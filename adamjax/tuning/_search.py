@@ -243,12 +243,15 @@ class Search:
 
     def report(self) -> Report:
         """Return the report of the trials told so far."""
+        return self._report(self.journal.decisions.get("facts") or run_facts())
+
+    def _report(self, facts: dict[str, str]) -> Report:
         decisions = self.journal.decisions
         runs = [(c.number, c.seed) for c in (*self._proposed, *self._confirming)]
         ended = [self._ended[run] for run in runs if run in self._ended]
         known = (decisions.get("explored", {}), decisions.get("execution", ""), decisions["notes"])
         place = (self.spec.question, ended, self.spec.defaults, self.spec.optimizer, self._range_test)
-        return Report(*place, *known, decisions.get("facts") or run_facts())
+        return Report(*place, *known, facts)
 
     def plan(self) -> tuple[int, int]:
         """Return the number of trials of the largest round, besides the defaults, and the number of rounds."""
@@ -354,7 +357,8 @@ class Search:
     def _leaders(self, count: int) -> dict[int, Setting]:
         """Return the best settings by number: by the search, or by the means of those still in the race."""
         if not self._raced:
-            return {t.number: t.setting for t in self.report().ranking[:count]}
+            # Without facts: those of the device would start JAX here, while workers may need it.
+            return {t.number: t.setting for t in self._report({}).ranking[:count]}
         before = self.spec.race[self._raced - 1][1]
         sign = 1 if self.spec.mode == "min" else -1
         seeds = range(self.spec.seed + 1, self.spec.seed + 1 + before)
