@@ -100,6 +100,41 @@ def test_confirmation_needs_all_results():
     assert report.searched[7].error == "lost"
 
 
+def test_the_best_is_confirmed_at_constant_rates():
+    race = ((4, 2), (3, 3), (2, 5))
+    search = search_of(problem=BOWL, steps=40, confirm=race)
+    rounds = []
+    while trials := search.ask_round():
+        rounds.append([(t.number, t.seed) for t in trials if t.number >= 16])
+        for trial in trials:
+            # Better by a tenth of a decade at a rate that falls.
+            search.tell(trial, loss(trial) + 0.1 * (trial.arguments["end_fraction"] == 1))
+    found = search.report()
+    rates = sorted(
+        {t.setting["learning_rate"]: t.number for t in found.trials if t.number >= 16}.items(), key=lambda pair: pair[1]
+    )
+    best = found.ranking[0].setting
+    np.testing.assert_allclose([rate for rate, _ in rates], np.multiply([0.1, 0.3, 1], best["learning_rate"]))
+    assert [n for _, n in rates] == [16, 17, 18]
+    assert [x for x in rounds if x] == [
+        [(n, seed) for n in (16, 17, 18) for seed in (1, 2)],
+        [(n, 3) for n in (18, 17)],
+        [(18, seed) for seed in (4, 5)],
+    ]
+    assert len(found.trials) == search.size
+    same = best | {"warmup_fraction": 0.0, "end_fraction": 1.0}
+    assert found.constant.setting == same
+    assert found.constant.name.startswith("constant rate")
+    assert f"and {found.constant} at a constant learning rate" in found.verdict
+    assert found.best.arguments == best
+    assert found.constant.name in found.table()
+
+
+def test_rates_that_are_constant_anyway_are_confirmed_once():
+    search = search_of(problem=BOWL, steps=40, confirm=(2, 2), schedule="constant")
+    assert max(t.number for t in finish(search).trials) == 15
+
+
 def test_a_race_confirms():
     def run(search, *, told=lambda trial: loss(trial)):
         by_round = []

@@ -13,7 +13,8 @@ class Confirmed:
     """A setting that was run again with fresh seeds.
 
     Fields:
-      number: Number of its trial.
+      number: Number of its trial. Those of the best setting at constant learning rates come after all of the search.
+      name: The name in tables and pictures: the defaults, a constant rate, or the number of a trial.
       setting: Keyword arguments of the optimizer.
       seeds: The fresh seeds.
       values: The metric at the end, for each seed; NaN for a run that diverged.
@@ -24,6 +25,7 @@ class Confirmed:
     """
 
     number: int
+    name: str
     setting: Setting
     seeds: tuple[int, ...]
     values: tuple[float, ...]

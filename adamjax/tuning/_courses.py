@@ -76,6 +76,11 @@ def course_schedule(course: str, steps: int, setting: Setting) -> Schedule:
     return schedules.warmup_stable_decay(peak, warmup_steps=warmup, total_steps=steps, decay_steps=decay, end=end)
 
 
+def is_scheduled(setting: Setting) -> bool:
+    """Return whether the learning rate of a setting changes in the course of a run."""
+    return any(setting.get(name, constant) != constant for name, constant in OWN.items())
+
+
 def with_course(optimizer: OptimizerFactory, course: str, steps: int | None) -> OptimizerFactory:
     """Return an optimizer whose learning rate takes a course; "auto" is "cosine" where that is possible.
 

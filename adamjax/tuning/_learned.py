@@ -42,15 +42,18 @@ TABLE: Sequence[tuple[float, ...]] = (
 )
 
 
-def learned_settings(space: Space, fill: Sequence[Setting]) -> list[Setting]:
+def learned_settings(
+    space: Space, fill: Sequence[Setting], table: Sequence[tuple[float, ...]] = TABLE
+) -> list[Setting]:
     """Return the settings of the list that lie in a space, best first.
 
     Args:
       space: The space to search.
       fill: Settings of the space, at least as many as the list has; they give the arguments that the list lacks.
+      table: The list.
     """
     found = []
-    for row, other in zip(TABLE, fill, strict=False):
+    for row, other in zip(table, fill, strict=False):
         known = {n.removeprefix("1 - "): 1 - x if n.startswith("1 - ") else x for n, x in zip(NAMES, row, strict=True)}
         setting = {name: x if name in known else other[name] for name, x in known.items() if name in space.free}
         if all(0 <= space.ranges[name].fraction(x) <= 1 for name, x in setting.items()):

@@ -26,7 +26,14 @@ FLAT = 0.05  # a difference of scores, of their logarithms if all are positive, 
 
 
 def model_search(
-    space: Space, defaults: Setting, *, trials: int, at_once: int, seed: int, valid: Callable[[Setting], bool]
+    space: Space,
+    defaults: Setting,
+    *,
+    trials: int,
+    at_once: int,
+    seed: int,
+    valid: Callable[[Setting], bool],
+    table: Sequence[tuple[float, ...]] = TABLE,
 ) -> Strategy:
     """Try the defaults, the first of the learned list, and then what the model proposes, `at_once` in each round.
 
@@ -42,8 +49,8 @@ def model_search(
     rest = trials - for_choices
     if has_numbers:
         numbers = Space.of({n: Choice(defaults[n]) if n in choices else r for n, r in space.ranges.items()})
-        fill = numbers.points(len(TABLE) + rest, method="halton", seed=seed)
-        first = (learned_settings(numbers, fill) + fill[len(TABLE) :])[: min(at_once, rest)]
+        fill = numbers.points(len(table) + rest, method="halton", seed=seed)
+        first = (learned_settings(numbers, fill, table) + fill[len(table) :])[: min(at_once, rest)]
         done = yield Round("list", settings + [_with_few_digits(numbers, x, inside=True) for x in first], numbers)
         settings, rest = [], rest - len(first)
         while rest:

@@ -9,7 +9,7 @@ import numpy as np
 
 from adamjax._core.optional import require
 from adamjax.tuning._confirmed import Confirmed
-from adamjax.tuning._courses import COURSES, OWN, course_schedule
+from adamjax.tuning._courses import COURSES, course_schedule, is_scheduled
 from adamjax.tuning._journal import TrialRecord
 from adamjax.tuning._space import Setting
 
@@ -151,18 +151,16 @@ def confirmation(data: PlotData) -> "Figure | None":
 
 
 def _column_label(c: Confirmed, data: PlotData) -> str:
-    is_defaults = data.defaults is not None and c.setting == data.defaults.setting
-    name = "defaults" if is_defaults else f"trial {c.number}"
-    verdict = "best" if c.number == data.confirmed[0].number else "= best" if c.tied else ""
-    return f"{name}\n{len(c.values)} seed{'s' * (len(c.values) > 1)}\n{verdict}"
+    verdict = "best" if c.number == data.confirmed[0].number else "= best" if c.finalist and c.tied else ""
+    return f"{c.name}\n{len(c.values)} seed{'s' * (len(c.values) > 1)}\n{verdict}"
 
 
 def schedules(data: PlotData) -> "Figure | None":
     """Plot the learning rate in the course of a run, of the best settings; return None if all rates are constant."""
-    finalists = {f"trial {c.number}": c.setting for c in data.confirmed if c.finalist}
+    finalists = {c.name: c.setting for c in data.confirmed if c.finalist}
     shown = finalists or {f"trial {t.number}": t.setting for t in (data.best, data.defaults) if t is not None}
     shown = {name: setting for name, setting in shown.items() if "learning_rate" in setting}
-    if not (data.schedule in COURSES and data.steps and any(map(_is_scheduled, shown.values()))):
+    if not (data.schedule in COURSES and data.steps and any(map(is_scheduled, shown.values()))):
         return None
     figure, (panel,) = _panels(1, width=7.0)
     steps = np.unique(np.linspace(0, data.steps, 401).round().astype(int))
@@ -176,10 +174,6 @@ def schedules(data: PlotData) -> "Figure | None":
     panel.set(xlabel="step", ylabel="learning rate", ylim=(0, None))
     panel.legend()
     return figure
-
-
-def _is_scheduled(setting: Setting) -> bool:
-    return any(setting.get(name, constant) != constant for name, constant in OWN.items())
 
 
 def hyperparameters(data: PlotData) -> "Figure":

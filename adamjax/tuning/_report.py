@@ -23,7 +23,7 @@ from adamjax._core.typing import GradientTransformation
 from adamjax._transforms.schedule import Schedule
 from adamjax.tuning import _journal, _plots
 from adamjax.tuning._confirmed import Confirmed
-from adamjax.tuning._courses import Scheduled
+from adamjax.tuning._courses import Scheduled, is_scheduled
 from adamjax.tuning._html import page
 from adamjax.tuning._journal import CONFIRM, Json, TrialRecord
 from adamjax.tuning._plots import PlotData
@@ -123,10 +123,11 @@ class Report:
         for t in sorted((t for t in self.trials if t.stage == CONFIRM), key=lambda t: (t.number, t.seed)):
             runs[t.number][t.seed] = t.value(self._metric)
             settings[t.number] = t.setting
-        others = [n for n, setting in settings.items() if setting != self.defaults]
+        trials = self.question["trials"]
+        others = [n for n, setting in settings.items() if setting != self.defaults and n < trials]
         if not others and len(self.ranking) > 1:
             return []  # the confirmation has just begun, and the defaults alone decide nothing
-        final = self._final_seeds({n: len(runs[n]) for n in settings}, others)
+        final = self._final_seeds({n: len(runs[n]) for n in settings if n < trials}, others)
         finalists = [n for n in settings if len(runs[n]) >= final]
         shared = set[int].intersection(*(set(runs[n]) for n in finalists)) if finalists else set()
 
@@ -140,6 +141,7 @@ class Report:
         return [
             Confirmed(
                 number=n,
+                name=self._name_of(n, settings[n]),
                 setting=settings[n],
                 seeds=tuple(runs[n]),
                 values=tuple(runs[n].values()),
@@ -153,8 +155,8 @@ class Report:
         """Return how many seeds a finalist has at least: those of the last round of the race that has ended.
 
         Args:
-          counts: The number of seeds that each setting has.
-          others: The numbers of the settings other than the defaults, which do not compete: they have all seeds.
+          counts: The number of seeds that each setting of the search has.
+          others: Those other than the defaults, which do not compete: they have all seeds.
         """
         confirm = self.question.get("confirm") or []
         rounds = [confirm] if confirm and isinstance(confirm[0], int) else confirm
@@ -232,15 +234,21 @@ class Report:
             found = self.ranking[0]
             value = f"{found.value(self._metric):.4g} with the one seed of the search"
             name, tried = self._name_of(found.number, found.setting), _counted(len(self.searched), "trial")
-            return _sentence(f"{name} {superlative} {self._metric} of {tried}, {value}; no fresh seed confirms it.")
+            return _sentence(
+                f"{_in_words(name)} {superlative} {self._metric} of {tried}, {value}; no fresh seed confirms it."
+            )
         best, *rivals = self.confirmed
         others = sum(c.setting != self.defaults for c in finalists)
-        against = next((f", against {c} for the defaults" for c in rivals if c.setting == self.defaults), "")
+        against = [f"{c} for the defaults" for c in rivals if c.setting == self.defaults]
+        constant = self.constant
+        if constant is not None and constant in rivals and constant.setting != self.defaults:
+            against.append(f"{constant} at a constant learning rate")
+        compared = f", against {' and '.join(against)}" if against else ""
         reason = _sentence(
-            f"{self._name_of(best.number, best.setting)} {superlative} mean {self._metric} of "
-            f"{_counted(others, 'finalist')}, {best} over {_counted(len(best.values), 'fresh seed')}{against}."
+            f"{_in_words(best.name)} {superlative} mean {self._metric} of "
+            f"{_counted(others, 'finalist')}, {best} over {_counted(len(best.values), 'fresh seed')}{compared}."
         )
-        tied = [self._name_of(c.number, c.setting) for c in rivals if c.finalist and c.tied]
+        tied = [_in_words(c.name) for c in rivals if c.finalist and c.tied]
         names = " and ".join([", ".join(tied[:-1]), tied[-1]] if tied[1:] else tied) or "no other finalist"
         gone = len(self.confirmed) - len(finalists)
         left = f"; {_counted(gone, 'setting')} left the race earlier" if gone else ""
@@ -249,18 +257,29 @@ class Report:
         return f"{reason} {_sentence(names)} {test}{left}."
 
     def _name_of(self, number: int, setting: Setting) -> str:
-        return "the default setting" if setting == self.defaults else f"trial {number}"
+        if number >= self.question["trials"]:
+            return f"constant rate {setting['learning_rate']:.2g}"
+        return "defaults" if setting == self.defaults else f"trial {number}"
+
+    @property
+    def constant(self) -> Confirmed | None:
+        """The best of the confirmed settings whose learning rate is constant; None if there are none.
+
+        Where rates are scheduled, it says what the schedule is worth.
+        """
+        return next((c for c in self.confirmed if not is_scheduled(c.setting) and math.isfinite(c.mean)), None)
 
     def _result_rows(self) -> list[list[str]]:
         """Return the table of the confirmed settings (if none were, the best of the search), with its head."""
-        results = [(c.number, c.setting, self._shown(c), c.tied) for c in self.confirmed] or [
-            (t.number, t.setting, f"{t.value(self._metric):.4g}", False) for t in self.ranking[:5]
+        results = [(c.name, c.number, c.setting, self._shown(c), c.finalist and c.tied) for c in self.confirmed] or [
+            (self._name_of(t.number, t.setting), t.number, t.setting, f"{t.value(self._metric):.4g}", False)
+            for t in self.ranking[:5]
         ]
-        names = dict.fromkeys([*self.defaults, *(name for _, setting, *_ in results for name in setting)])
+        names = dict.fromkeys([*self.defaults, *(name for _, _, setting, *_ in results for name in setting)])
         rows = [["", "trial", self._metric, "", *names]]
-        for rank, (number, setting, value, tied) in enumerate(results):
-            name = "defaults" if setting == self.defaults else "tuned" if rank == 0 else ""
-            rows.append([name, str(number), value, "=" if tied and rank else "", *_cells(setting, names)])
+        for rank, (name, number, setting, value, tied) in enumerate(results):
+            shown = "tuned" if rank == 0 and name != "defaults" else "" if name.startswith("trial") else name
+            rows.append([shown, str(number), value, "=" if tied and rank else "", *_cells(setting, names)])
         return rows
 
     def _shown(self, c: Confirmed) -> str:
@@ -438,6 +457,11 @@ def _cells(setting: Setting, names: Iterable[str]) -> list[str]:
     """Return the arguments of a setting as text, with four digits."""
     values = (setting.get(name, "") for name in names)
     return [f"{x:.4g}" if isinstance(x, float) else str(x) for x in values]
+
+
+def _in_words(name: str) -> str:
+    """Return the name of a setting for a sentence."""
+    return "the default setting" if name == "defaults" else f"the {name}" if name.startswith("constant") else name
 
 
 def _sentence(text: str) -> str:

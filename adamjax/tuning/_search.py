@@ -8,7 +8,7 @@ from pathlib import Path
 
 from adamjax._core import checks
 from adamjax.optimizers import adamw
-from adamjax.tuning._courses import TYPICAL, Scheduled, with_course
+from adamjax.tuning._courses import OWN, TYPICAL, Scheduled, is_scheduled, with_course
 from adamjax.tuning._journal import CONFIRM, DEFAULTS, Candidate, Journal, TrialRecord, json_setting
 from adamjax.tuning._model_search import model_search
 from adamjax.tuning._optuna import Sampler, Storage, open_study, optuna_search
@@ -39,6 +39,7 @@ from adamjax.tuning._sweep import make_optimizer, resolve_mode
 from adamjax.tuning._trial import NO_MEDIANS, Medians, Trial, Value
 
 MARGIN = 3.0  # factor by which the search of the learning rate exceeds the band of the range test
+CONSTANT_RATES = (0.1, 0.3, 1.0)  # relative to the peak of a schedule: what to confirm beside it
 
 Run = tuple[int, int]  # number of the setting, and seed
 
@@ -146,9 +147,10 @@ class Search:
     @property
     def size(self) -> int:
         """The number of trials, those that confirm included; fewer are asked if the best include the defaults."""
-        race = self.spec.race
-        before = [0, *(seeds for _, seeds in race)]
-        return self.spec.trials + sum((n + 1) * (seeds - b) for (n, seeds), b in zip(race, before, strict=False))
+        spec, before = self.spec, [0, *(seeds for _, seeds in self.spec.race)]
+        extra = [1 + (_constant_rates(i) if spec.has_constant_rates else 0) for i in range(len(spec.race))]
+        counts = zip(spec.race, extra, before, strict=False)
+        return spec.trials + sum((n + x) * (seeds - b) for (n, seeds), x, b in counts)
 
     def ask(self) -> Trial | None:
         """Return the next trial to run; None if the search and its confirmation have been handed out.
@@ -285,8 +287,9 @@ class Search:
         if self._study is not None:
             self._strategy = optuna_search(space, spec.defaults, self._study, trials=trials, at_once=at_once)
         elif spec.has_model:
-            budget = {"trials": trials, "at_once": at_once, "seed": spec.seed}
-            self._strategy = model_search(space, spec.defaults, **budget, valid=self._is_valid)
+            self._strategy = model_search(
+                space, spec.defaults, trials=trials, at_once=at_once, seed=spec.seed, valid=self._is_valid
+            )
         else:
             stages, method = plan_stages(space, spec.stages, trials), spec.sampler
             method = "halton" if method == "auto" else method
@@ -335,7 +338,10 @@ class Search:
         return self._recalled(fresh)
 
     def _confirmation(self) -> list[Candidate]:
-        """Return the runs of the next round of the race: the best settings and the defaults, with more fresh seeds."""
+        """Return the runs of the next round of the race, with more fresh seeds.
+
+        Besides the best settings, the defaults run, and the best at constant rates.
+        """
         spec, rounds = self.spec, self._raced
         if rounds == len(spec.race):
             return []
@@ -345,8 +351,7 @@ class Search:
                 f"the search is over but for its confirmation, which needs the results of trials {numbers}: tell them; "
                 "tell(trial, None) gives one up"
             )
-        best = self._leaders(spec.race[rounds][0])
-        settings = best | ({0: spec.defaults} if best else {})
+        settings = self._racing()
         before = spec.race[rounds - 1][1] if rounds else 0
         seeds = range(spec.seed + 1 + before, spec.seed + 1 + spec.race[rounds][1])
         fresh = [Candidate(n, CONFIRM, x, seed) for n, x in settings.items() for seed in seeds]
@@ -354,20 +359,35 @@ class Search:
         self._raced += 1
         return self._recalled(fresh)
 
-    def _leaders(self, count: int) -> dict[int, Setting]:
-        """Return the best settings by number: by the search, or by the means of those still in the race."""
+    def _racing(self) -> dict[int, Setting]:
+        """Return the settings of the next round of the race by number; none if no trial of the search is complete."""
+        spec, standing = self.spec, self._standing()
+        best = [(n, x) for n, x in standing if n < spec.trials][: spec.race[self._raced][0]]
+        if not best:
+            return {}
+        _, first = best[0]
+        if self._raced:
+            constant = [(n, x) for n, x in standing if n >= spec.trials][: _constant_rates(self._raced)]
+        elif spec.has_constant_rates and is_scheduled(first):
+            rates = [first | OWN | {"learning_rate": first["learning_rate"] * factor} for factor in CONSTANT_RATES]
+            constant = list(enumerate(rates, start=spec.trials))
+        else:
+            constant = []
+        # The defaults run in every round, also where they are not among the best.
+        return {**dict(best), 0: spec.defaults, **dict(constant)}
+
+    def _standing(self) -> list[tuple[int, Setting]]:
+        """Return settings with their numbers, best first: by the search, or by the means of those still in the race."""
         if not self._raced:
             # Without facts: those of the device would start JAX here, while workers may need it.
-            return {t.number: t.setting for t in self._report({}).ranking[:count]}
+            return [(t.number, t.setting) for t in self._report({}).ranking]
         before = self.spec.race[self._raced - 1][1]
         sign = 1 if self.spec.mode == "min" else -1
         seeds = range(self.spec.seed + 1, self.spec.seed + 1 + before)
         last = {c.number: c.setting for c in self._confirming if c.seed == seeds[-1]}
         values = {n: [self._ended[n, seed].value(self.spec.metric) for seed in seeds] for n in last}
         means = {n: sign * math.fsum(x) if all(map(math.isfinite, x)) else math.inf for n, x in values.items()}
-        # The defaults run in every round, also where they are not among the best.
-        order = sorted(last, key=lambda n: (means[n], n))
-        return {n: last[n] for n in order[:count]}
+        return [(n, last[n]) for n in sorted(last, key=lambda n: (means[n], n))]
 
     def _recalled(self, candidates: list[Candidate]) -> list[Candidate]:
         """Take the results that the folder holds; return all of the candidates."""
@@ -438,3 +458,8 @@ class Search:
 def _check_range_test(range_test: object) -> None:
     if not isinstance(range_test, LrRange | None):
         raise TypeError(f"Invalid range_test value: {range_test!r}; range_test must be an LrRange, or None")
+
+
+def _constant_rates(rounds: int) -> int:
+    """Return how many settings at constant rates are in the race after so many rounds."""
+    return max(len(CONSTANT_RATES) - rounds, 1)

@@ -92,6 +92,11 @@ class Spec:
         """Whether a model of the scores proposes the settings."""
         return isinstance(self.sampler, str) and self.sampler == "auto" and isinstance(self.stages, str)
 
+    @property
+    def has_constant_rates(self) -> bool:
+        """Whether the best is confirmed at constant rates, too: where rates are scheduled and runs are populations."""
+        return isinstance(self.optimizer, Scheduled) and is_problem(self.problem)
+
     @cached_property
     def question(self) -> Json:
         """The specification in JSON's types, as the journal and the report keep it."""
