@@ -4,8 +4,8 @@
 compared on a logarithmic scale. Searches are not judged on them, but on those of `_held_out.py`.
 """
 
+import codecs
 import contextlib
-import io
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -199,9 +199,9 @@ def noisy_labels(y: np.ndarray, classes: int, share: float) -> np.ndarray:
 
 def text_windows(length: int) -> tuple[np.ndarray, int]:
     """Return windows of a short English text as numbers of its letters, and how many there are."""
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
-        import this  # noqa: F401 (the Zen of Python, which it prints)
-    text = printed.getvalue().lower()
+    with contextlib.redirect_stdout(None):
+        import this  # the Zen of Python, which it prints at the first import
+    text = codecs.decode(this.s, "rot13").lower() + "\n"
     letters = sorted(set(text))
     codes = np.array([letters.index(c) for c in text], np.int32)
     return np.stack([codes[i : i + length + 1] for i in range(len(codes) - length)]), len(letters)

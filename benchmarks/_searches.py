@@ -15,8 +15,9 @@ from adamjax._core.optional import require
 from adamjax.optimizers import adamw
 from adamjax.problems import Problem
 from adamjax.tuning import LrRange, Search, Space, lr_range_test
+from adamjax.tuning._courses import OWN
 from adamjax.tuning._learned import TABLE, learned_settings
-from adamjax.tuning._model_search import model_search
+from adamjax.tuning._model_search import MANY, model_search
 from adamjax.tuning._space import Linear, Log, OneMinus, Setting
 from adamjax.tuning._spec import RACE
 from adamjax.tuning._strategy import RANGES, Result, Strategy
@@ -26,10 +27,12 @@ OPTIMIZER = partial(adamw, amsgrad=False)
 SPACE = Space.of({name: r for name, r in RANGES.items() if name not in ("eps", "amsgrad")})
 DEFAULTS: Setting = {"learning_rate": 1e-3, "b1": 0.9, "b2": 0.999, "weight_decay": 1e-4}
 BUDGETS = (16, 64)
+SECOND = 1 + max(seeds for _, seeds in RACE)  # the distance from the first seed of a search to the second
 POINTS = (0.25, 0.5, 1.0)  # fractions of a run after which its loss is known
 
-# Proposes settings, and is sent their losses: float[settings, points], infinite from where a run diverged on.
-Proposals = Generator[list[Setting], np.ndarray, None]
+Run = tuple[Setting, int]  # a setting and a seed
+# Proposes runs, and is sent their losses: float[runs, points], infinite from where a run diverged on.
+Proposals = Generator[list[Run], np.ndarray, None]
 
 
 class Question(NamedTuple):
@@ -68,13 +71,12 @@ def tuned(question: Question, *, tests: bool = True, halves: bool = False, how: 
         optimizer=OPTIMIZER,
         trials=trials,
         steps=steps,
-        confirm=None,
         range_test=range_test,
         seed=seed,
         **how,
     )
-    while asked := search.ask_round():
-        losses = yield [trial.arguments for trial in asked]
+    while (asked := search.ask_round()) and asked[0].stage != "confirm":
+        losses = yield [(trial.arguments, trial.seed) for trial in asked]
         ends = _halved(losses) if halves else losses[:, -1]
         for trial, loss in zip(asked, ends, strict=True):
             search.tell(trial, "pruned" if math.isnan(loss) else float(loss) if math.isfinite(loss) else None)
@@ -92,21 +94,32 @@ def _halved(losses: np.ndarray) -> np.ndarray:
     return np.where(np.isin(np.arange(len(losses)), left), losses[:, -1], math.nan)
 
 
-def modelled(question: Question, table: Sequence[tuple[float, ...]]) -> Proposals:
+def modelled(
+    question: Question, *, table: Sequence[tuple[float, ...]] = TABLE, second_seed_from: int = MANY
+) -> Proposals:
     """Search by the list and the model, without a range test."""
     trials = question.trials - 1
     at_once = max(4, question.trials // 8)
-    budget = {"trials": trials, "at_once": at_once, "seed": question.seed}
-    return _followed(model_search(SPACE, DEFAULTS, **budget, valid=_is_valid, table=table))
+    strategy = model_search(
+        SPACE,
+        DEFAULTS | OWN,
+        trials=trials,
+        at_once=at_once,
+        seed=question.seed,
+        valid=_is_valid,
+        table=table,
+        second_seed_from=second_seed_from,
+    )
+    return _followed(strategy, question.seed)
 
 
-def _followed(strategy: Strategy) -> Proposals:
+def _followed(strategy: Strategy, seed: int) -> Proposals:
     done = list[Result]()
     try:
         asked = next(strategy)
         while True:
-            losses = (yield asked.settings)[:, -1]
-            done += [Result(x, float(loss), float(loss), None) for x, loss in zip(asked.settings, losses, strict=True)]
+            losses = (yield [(setting, seed + SECOND * asked.seed) for setting in asked.settings])[:, -1].tolist()
+            done += [Result(x, y, y, None, asked.seed) for x, y in zip(asked.settings, losses, strict=True)]
             asked = strategy.send(done)
     except StopIteration:
         return
@@ -124,20 +137,22 @@ def listed(settings: Sequence[Setting]) -> Callable[[Question], Proposals]:
     """Return a search that tries settings in their order."""
 
     def propose(question: Question) -> Proposals:
-        yield list(settings[: question.trials])
+        yield [(setting, question.seed) for setting in settings[: question.trials]]
 
     return propose
 
 
 def points(question: Question, method: str) -> Proposals:
     """Try random or Halton's points."""
-    yield SPACE.points(question.trials, method=method, seed=question.seed)
+    found = SPACE.points(question.trials, method=method, seed=question.seed)
+    yield [(setting, question.seed) for setting in found]
 
 
 def list_then_random(question: Question, share: float) -> Proposals:
     """Try the learned list for a share of the trials, then random settings."""
     fill = SPACE.points(max(question.trials, len(TABLE)), method="random", seed=question.seed)
-    yield (learned_settings(SPACE, fill)[: round(share * question.trials)] + fill)[: question.trials]
+    found = (learned_settings(SPACE, fill)[: round(share * question.trials)] + fill)[: question.trials]
+    yield [(setting, question.seed) for setting in found]
 
 
 def by_optuna(question: Question, make: Callable[[Any, int], Any]) -> Proposals:
@@ -151,7 +166,7 @@ def by_optuna(question: Question, make: Callable[[Any, int], Any]) -> Proposals:
     }
     for _ in range(question.trials):
         trial = study.ask(distributions)
-        losses = yield [_setting(trial.params)]
+        losses = yield [(_setting(trial.params), question.seed)]
         loss = losses[0, -1]
         if math.isfinite(loss):
             study.tell(trial, math.log(loss))
@@ -175,7 +190,7 @@ def by_vizier(question: Question) -> Proposals:
     designer = VizierGPUCBPEBandit(statement, rng=jax.random.PRNGKey(question.seed))
     for first in range(0, question.trials, 4):
         trials = [x.to_trial(first + i + 1) for i, x in enumerate(designer.suggest(4))]
-        losses = yield [_setting(trial.parameters.as_dict()) for trial in trials]
+        losses = yield [(_setting(trial.parameters.as_dict()), question.seed) for trial in trials]
         for trial, loss in zip(trials, losses[:, -1], strict=True):
             if math.isfinite(loss):
                 trial.complete(vz.Measurement(metrics={"loss": math.log(loss)}))
@@ -214,8 +229,9 @@ RIVALS: dict[str, Method] = {
 OURS: dict[str, Method] = {"tune": Method(partial(tuned, how={}), plans=True)}
 ABLATIONS: dict[str, Method] = {
     "constant rate": Method(partial(tuned, how={"schedule": "constant"}), plans=True),
-    "no list": Method(partial(modelled, table=()), plans=True),
     "no range test": Method(partial(tuned, tests=False, how={}), plans=True),
+    "no range test, no list": Method(partial(modelled, table=()), plans=True),
+    "no range test, one seed": Method(partial(modelled, second_seed_from=1000), plans=True),
     "list alone": Method(partial(list_then_random, share=1.0), plans=True),
     "list, then random": Method(partial(list_then_random, share=0.25), plans=True),
     "halving, twice the trials": Method(partial(tuned, halves=True, how={}), plans=True),

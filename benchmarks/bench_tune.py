@@ -43,7 +43,7 @@ from adamjax.tuning._sweep import make_optimizer
 from benchmarks import _searches
 from benchmarks._measure import cores
 from benchmarks._report import Table, command, show
-from benchmarks._searches import ABLATIONS, BUDGETS, METHODS, OURS, RIVALS, Method, Question
+from benchmarks._searches import ABLATIONS, BUDGETS, METHODS, OURS, RIVALS, Method, Question, Run
 
 SEEDS = 5  # of the searches
 APART = 1000  # the distance between seeds of searches, so that none uses the seeds that confirm another
@@ -51,7 +51,6 @@ JUDGES = range(100_000, 100_016)
 DIVERGED = 10.0  # times the loss of the defaults
 RESAMPLES = 10_000
 
-Run = tuple[Setting, int]  # a setting and a seed
 Chosen = tuple[int, Setting, float]  # the number of trials, what was chosen, and its loss in the search
 Job = tuple[str, int, Sequence[int]]  # a method, the seed of its search, and the numbers of trials to choose at
 
@@ -128,8 +127,8 @@ def contest(
     try:
         while True:
             asked = next(search) if losses is None else search.send(losses)
-            losses = yield [(setting, question.seed) for setting in asked]
-            settings += asked
+            losses = yield asked
+            settings += [setting for setting, _ in asked]
             scores += losses[:, -1].tolist()
     except StopIteration:
         pass

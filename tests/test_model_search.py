@@ -9,7 +9,7 @@ import adamjax
 from adamjax.tuning import Choice, Linear, Log, Search, Space
 from adamjax.tuning._courses import Scheduled, course_schedule
 from adamjax.tuning._learned import NAMES, TABLE, learned_settings
-from adamjax.tuning._model_search import _heights, _Process, model_search
+from adamjax.tuning._model_search import MANY, SEED_EFFECT, UNKNOWN, _heights, _Process, model_search
 from adamjax.tuning._strategy import RANGES, Result
 
 DEFAULTS = {"learning_rate": 1e-3, "b1": 0.9, "b2": 0.999, "weight_decay": 1e-4}
@@ -24,11 +24,15 @@ def search(score, *, space=ADAM, defaults=DEFAULTS, trials=32, valid=lambda sett
     try:
         batch = next(strategy)
         while True:
-            done += [Result(x, score(**x), score(**x), None) for x in batch.settings]
+            done += [Result(x, score(**x), score(**x), None, batch.seed) for x in batch.settings]
             of += [batch.stage] * len(batch.settings)
             batch = strategy.send(done)
     except StopIteration:
         return done, of
+
+
+def apart_from_a_good_rate(learning_rate, **others):
+    return 1 + apart(learning_rate, 0.01)
 
 
 def apart(x, good):
@@ -107,22 +111,36 @@ def test_the_process_is_a_gaussian_process():
     # Compared with the formulas, inverted instead of factorised.
     rng = np.random.default_rng(0)
     x, y, at = rng.normal(size=(6, 2)), rng.normal(size=6), rng.normal(size=(3, 2))
-    process = _Process(x, y, 0.1)
+    seeds = np.array([0, 1, 1, 0, 0, UNKNOWN])
+    process = _Process(x, y, seeds, 0.1)
 
     def kernel(a, b):
         d = np.sqrt(5) * np.linalg.norm(a[:, None] - b[None], axis=-1)
         return (1 + d + d * d / 3) * np.exp(-d)
 
+    # An effect of a seed is what points of that seed have in common.
+    shared = SEED_EFFECT * ((seeds[:, None] == seeds) & (seeds >= 0))
+    with_effects = np.linalg.inv(kernel(x, x) + 0.1 * np.eye(6) + shared)
+    mean = with_effects.sum(0) @ y / with_effects.sum()
+    rest = y - mean - shared @ with_effects @ (y - mean)  # without the effects, as far as they are known
     inverse = np.linalg.inv(kernel(x, x) + 0.1 * np.eye(6))
-    mean = inverse.sum(0) @ y / inverse.sum()
-    variance = ((y - mean) @ inverse @ (y - mean) + 0.1) / 7
-    expected = mean + kernel(at, x) @ inverse @ (y - mean)
+    variance = (rest @ inverse @ rest + 0.1) / 7
+    expected = mean + kernel(at, x) @ with_effects @ (y - mean)
     spread = np.sqrt(variance * (1 - np.einsum("ij,jk,ik->i", kernel(at, x), inverse, kernel(at, x))))
     np.testing.assert_allclose(process.predict(at), (expected, spread), rtol=1e-9)
     # What was expected changes no mean, and makes the place certain.
     after = process.expecting(at[0])
     np.testing.assert_allclose(after.predict(at)[0], expected, rtol=1e-6)
     assert after.predict(at)[1][0] < 0.5 * spread[0]
+
+
+def test_many_trials_have_two_seeds():
+    done, of = search(apart_from_a_good_rate, trials=MANY)
+    rounds = [[r.seed for r in done][i : i + 4] for i in range(1, MANY, 4)]
+    assert rounds[:4] == [[0] * 4, [1] * 4, [0] * 4, [1] * 4]
+    assert {r.seed for r, stage in zip(done, of, strict=True) if stage != "model"} == {0}
+    done, _ = search(apart_from_a_good_rate, trials=MANY - 1)
+    assert {r.seed for r in done} == {0}
 
 
 def test_heights_do_not_depend_on_the_scale_and_bear_infinities():

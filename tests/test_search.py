@@ -130,6 +130,19 @@ def test_the_best_is_confirmed_at_constant_rates():
     assert found.constant.name in found.table()
 
 
+def test_many_trials_run_with_two_seeds_that_do_not_confirm():
+    found = finish(search_of(problem=BOWL, steps=40, trials=32, confirm=(3, 2), seed=5))
+    seeds = {stage: {t.seed for t in found.trials if t.stage == stage} for stage in ("list", "model", "confirm")}
+    assert seeds == {"list": {5}, "model": {5, 8}, "confirm": {6, 7}}
+
+
+def test_stages_begin_with_a_typical_course():
+    search = search_of(problem=BOWL, steps=40, sampler="halton")
+    defaults, *first = search.ask_round()
+    assert {(t.arguments["warmup_fraction"], t.arguments["end_fraction"]) for t in first} == {(0.05, 0.0)}
+    assert (defaults.arguments["warmup_fraction"], defaults.arguments["end_fraction"]) == (0.0, 1.0)
+
+
 def test_rates_that_are_constant_anyway_are_confirmed_once():
     search = search_of(problem=BOWL, steps=40, confirm=(2, 2), schedule="constant")
     assert max(t.number for t in finish(search).trials) == 15

@@ -15,7 +15,7 @@ ADAM = Space.of({name: RANGES[name] for name in DEFAULTS})
 def search(score, *, space=ADAM, defaults=DEFAULTS, stages="adam", trials=64, valid=lambda setting: True, seed=0):
     """Every result, and the stage of each, of a search whose trials have the given scores."""
     planned = plan_stages(space, stages, trials - 1)
-    strategy = staged_search(space, defaults, planned, method="halton", seed=seed, valid=valid)
+    strategy = staged_search(space, defaults, planned, start=defaults, method="halton", seed=seed, valid=valid)
     done, of = [], []
     try:
         batch = next(strategy)

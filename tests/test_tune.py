@@ -535,7 +535,7 @@ class TestReport:
         report = dataclasses.replace(report, facts={"jax": "1.2.3", "date": "today", "wall time": "7 s"})
         report.save(tmp_path)
         names = ["confirmation", "hyperparameters", "heat_map", "parallel", "curves", "importance", "range_test"]
-        names.append("schedules")
+        names += ["schedules", "progress"]
         page = (tmp_path / "report.html").read_text()
         assert page.count("data:image/png;base64,") == len(names)
         for name in names:
@@ -668,6 +668,16 @@ class TestReport:
             panel = dataclasses.replace(found, trials=trials).figures()[name].axes[0]
             faces = {c.get_label(): len(c.get_facecolors()) for c in panel.collections}
             assert (faces["complete"], faces["ended early"]) == (3, 0)
+
+    def test_the_search_is_drawn_trial_by_trial(self):
+        found = race({0: [4], 1: [5], 2: [1], 3: [np.nan], 4: [2]})
+        (panel,) = found.figures()["progress"].axes
+        best = next(line for line in panel.lines if line.get_label() == "best so far")
+        np.testing.assert_array_equal(best.get_ydata(), [4, 4, 1, 1, 1])
+        drawn = {c.get_label(): c.get_offsets().tolist() for c in panel.collections}
+        assert drawn["defaults"] == [[0, 4]]
+        assert [x for x, _ in drawn["all"]] == [1, 2, 4]
+        assert [x for x, _ in drawn["beyond the axis, or diverged"]] == [3]
 
     def test_schedules_are_drawn_as_they_are(self):
         found = race({0: [5, 5], 1: [1, 2]}, warmup_fraction=0.1, end_fraction=0.25)

@@ -8,6 +8,7 @@ from html import escape
 Rows = Sequence[Sequence[str]]  # of a table; the first one is the head
 
 CAPTIONS = {
+    "progress": ("The search", "A dot is a trial, in the colour of its stage."),
     "confirmation": (
         "The runs with fresh seeds",
         "A dot is a run, a bar the mean of a setting, and a thin line joins the runs of one seed. Hollow dots are of "

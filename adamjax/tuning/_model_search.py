@@ -22,6 +22,9 @@ PART = 1.0
 NOISES = (0.01, 0.03, 0.1, 0.3, 1.0)  # variances relative to the process's, the likeliest of which is taken
 CANDIDATES, NEIGHBOURS, LEADERS = 1024, 128, 4
 NEAR = 0.25  # of a length scale: how far neighbours of a leader lie from it
+MANY = 32  # trials
+UNKNOWN = -1  # a seed without an effect
+SEED_EFFECT = 0.3  # its variance, relative to the process's
 FLAT = 0.05  # a difference of scores, of their logarithms if all are positive, that is taken for none
 
 
@@ -34,8 +37,12 @@ def model_search(
     seed: int,
     valid: Callable[[Setting], bool],
     table: Sequence[tuple[float, ...]] = TABLE,
+    second_seed_from: int = MANY,
 ) -> Strategy:
     """Try the defaults, the first of the learned list, and then what the model proposes, `at_once` in each round.
+
+    From `second_seed_from` trials on, every second round of the model runs with a second seed. With one seed for all,
+    the model would take its luck for the merit of a region, and all that is confirmed could lie there.
 
     At the end, other options of choices are tried on the best settings: they can change the program to compile, so
     they do not mix. Proposals near the best settings may leave the space while they are `valid`.
@@ -52,10 +59,11 @@ def model_search(
         fill = numbers.points(len(table) + rest, method="halton", seed=seed)
         first = (learned_settings(numbers, fill, table) + fill[len(table) :])[: min(at_once, rest)]
         done = yield Round("list", settings + [_with_few_digits(numbers, x, inside=True) for x in first], numbers)
-        settings, rest = [], rest - len(first)
+        settings, rest, seed_of_round = [], rest - len(first), 0
         while rest:
+            seed_of_round = 1 - seed_of_round if trials + 1 >= second_seed_from else 0
             proposed = _proposals(numbers, done, min(at_once, rest), rng, valid)
-            done = yield Round("model", proposed, _hull(numbers, proposed))
+            done = yield Round("model", proposed, _hull(numbers, proposed), seed_of_round)
             rest -= len(proposed)
     stage = Stage(", ".join(choices), tuple(choices), for_choices)
     if for_choices:
@@ -80,6 +88,7 @@ def _proposals(
     scores = np.array([r.score for r in done])
     known = ~np.isnan(scores)
     tried, heights = places[known], _heights(scores[known])
+    seeds = np.array([r.seed for r in done])[known]
     if not np.isfinite(scores[known]).any():
         return _smaller_rates(space, count, rng, valid)
     leaders = tried[np.argsort(heights, kind="stable")[:LEADERS]]
@@ -88,7 +97,7 @@ def _proposals(
     settings = [_with_few_digits(space, _setting(space, u), inside=i < CANDIDATES) for i, u in enumerate(candidates)]
     usable = np.array([i < CANDIDATES or valid(x) for i, x in enumerate(settings)])
     chosen = list[int]()
-    process = _Process(tried / scales, heights)
+    process = _Process(tried / scales, heights, seeds)
     for place in places[~known]:
         process = process.expecting(place / scales)
     for _ in range(count):
@@ -120,10 +129,13 @@ def _hull(space: Space, settings: Sequence[Setting]) -> Space:
 
 
 class _Process:
-    """A Gaussian process, conditioned on the heights of some points; lower is better."""
+    """A Gaussian process, conditioned on the heights of some points; lower is better.
 
-    def __init__(self, points: np.ndarray, heights: np.ndarray, noise: float | None = None) -> None:
-        self._points, self._heights = points, heights
+    Each seed adds a constant of its own to its heights.
+    """
+
+    def __init__(self, points: np.ndarray, heights: np.ndarray, seeds: np.ndarray, noise: float | None = None) -> None:
+        self._points, self._heights, self._seeds = points, heights, seeds
         noises = NOISES if noise is None else (noise,)
         fits = [self._fit(x) for x in noises]
         self._noise, (_, self._root, self._mean, self._residuals, self._variance) = max(
@@ -134,9 +146,12 @@ class _Process:
         """Return the log likelihood under a relative noise, and what predictions need."""
         count = len(self._heights)
         root = np.linalg.cholesky(_matern(self._points, self._points) + noise * np.eye(count))
-        ones, heights = np.linalg.solve(root, np.ones(count)), np.linalg.solve(root, self._heights)
-        mean = float(ones @ heights / (ones @ ones))
-        residuals = heights - mean * ones
+        of_seeds = self._seeds[:, None] == np.arange(self._seeds.max() + 1)
+        basis = np.linalg.solve(root, np.column_stack([np.ones(count), of_seeds]))
+        heights = np.linalg.solve(root, self._heights)
+        prior = np.diag([0.0] + [1 / SEED_EFFECT] * of_seeds.shape[1])
+        mean, *effects = np.linalg.solve(basis.T @ basis + prior, basis.T @ heights).tolist()
+        residuals = heights - basis @ [mean, *effects]
         variance = float((residuals @ residuals + 0.1) / (count + 1))
         likelihood = -0.5 * count * math.log(variance) - np.log(np.diag(root)).sum()
         return float(likelihood), root, mean, residuals, variance
@@ -150,7 +165,8 @@ class _Process:
     def expecting(self, point: np.ndarray) -> "_Process":
         """Return the process after a height at a point that is just what it expects."""
         expected, _ = self.predict(point[None])
-        return _Process(np.vstack([self._points, point]), np.append(self._heights, expected), self._noise)
+        seeds = np.append(self._seeds, UNKNOWN)
+        return _Process(np.vstack([self._points, point]), np.append(self._heights, expected), seeds, self._noise)
 
     def expected_improvement(self, points: np.ndarray) -> np.ndarray:
         """Return by how much points are expected to lie below the lowest mean of those that are known."""

@@ -10,6 +10,7 @@ import numpy as np
 from adamjax._core.optional import require
 from adamjax.tuning._confirmed import Confirmed
 from adamjax.tuning._courses import COURSES, course_schedule, is_scheduled
+from adamjax.tuning._journal import DEFAULTS as DEFAULTS_STAGE
 from adamjax.tuning._journal import TrialRecord
 from adamjax.tuning._space import Setting
 
@@ -153,6 +154,33 @@ def confirmation(data: PlotData) -> "Figure | None":
 def _column_label(c: Confirmed, data: PlotData) -> str:
     verdict = "best" if c.number == data.confirmed[0].number else "= best" if c.finalist and c.tied else ""
     return f"{c.name}\n{len(c.values)} seed{'s' * (len(c.values) > 1)}\n{verdict}"
+
+
+def progress(data: PlotData) -> "Figure":
+    """Plot the metric of each trial by its number, in the colour of its stage, and the best so far."""
+    figure, (panel,) = _panels(1, width=8.0)
+    limits, numbers = data.limits, np.asarray([t.number for t in data.trials])
+    beyond = ~np.isfinite(data.values) | data.beyond
+    y = np.where(beyond, data.worst, data.values)
+    stages = list(dict.fromkeys(t.stage for t in data.trials))
+    for i, stage in enumerate(stages):
+        chosen = np.asarray([t.stage == stage for t in data.trials])
+        # The colours of the default setting and of what diverged stand for nothing else.
+        colour = DEFAULTS if stage == DEFAULTS_STAGE else f"C{(0, 2, 4, 5, 6, 9)[i % 6]}"
+        panel.scatter(numbers[chosen & ~beyond], y[chosen & ~beyond], s=26, color=colour, label=stage)
+    if beyond.any():
+        marker = "^" if data.mode == "min" else "v"
+        label = "beyond the axis, or diverged"
+        panel.scatter(numbers[beyond], y[beyond], marker=marker, c=OTHERS, label=label, clip_on=False)
+    complete = np.where(data.has_status("complete"), data.sign * data.values, np.inf)
+    best = data.sign * np.fmin.accumulate(complete)
+    panel.step(
+        numbers, np.where(np.isfinite(best), best, np.nan), where="post", color=BEST, linewidth=1, label="best so far"
+    )
+    panel.set(xlabel="trial", ylabel=f"validation {data.metric}", ylim=limits, yscale=_scale(limits))
+    _label_log_axes(panel)
+    _legend(figure, panel)
+    return figure
 
 
 def schedules(data: PlotData) -> "Figure | None":
@@ -319,7 +347,7 @@ def importance(data: PlotData) -> "Figure | None":
     return figure
 
 
-PLOTS = (confirmation, schedules, hyperparameters, heat_map, parallel, curves, importance)
+PLOTS = (progress, confirmation, schedules, hyperparameters, heat_map, parallel, curves, importance)
 FIGURES = {plot.__name__: plot for plot in PLOTS}
 
 

@@ -168,7 +168,7 @@ class Search:
         """Return the trial of the defaults, the first; None if any trial has been asked, or it has ended before."""
         if self._proposed:
             return None
-        self._queue.extend(self._propose([self.spec.defaults], DEFAULTS))
+        self._queue.extend(self._propose([self.spec.defaults], DEFAULTS, self.spec.seed))
         asked = self._from_queue(1)
         return asked[0] if asked else None
 
@@ -294,7 +294,8 @@ class Search:
             stages, method = plan_stages(space, spec.stages, trials), spec.sampler
             method = "halton" if method == "auto" else method
             place = (space, spec.defaults, stages)
-            self._strategy = staged_search(*place, method=method, seed=spec.seed, valid=self._is_valid)
+            start = spec.defaults | {name: x for name, x in TYPICAL.items() if name in space.free}
+            self._strategy = staged_search(*place, start=start, method=method, seed=spec.seed, valid=self._is_valid)
         return self._strategy
 
     @property
@@ -329,11 +330,11 @@ class Search:
         settings = proposed.settings
         if self._rounds == 1 and self._proposed:  # the defaults, which were asked alone
             settings = settings[1:]
-        return self._propose(settings, proposed.stage)
+        return self._propose(settings, proposed.stage, self.spec.seeds[proposed.seed])
 
-    def _propose(self, settings: Sequence[Setting], stage: str) -> list[Candidate]:
+    def _propose(self, settings: Sequence[Setting], stage: str, seed: int) -> list[Candidate]:
         numbered = enumerate(settings, start=len(self._proposed))
-        fresh = [Candidate(i, stage if i else DEFAULTS, setting, self.spec.seed) for i, setting in numbered]
+        fresh = [Candidate(i, stage if i else DEFAULTS, setting, seed) for i, setting in numbered]
         self._proposed += fresh
         return self._recalled(fresh)
 
@@ -414,14 +415,15 @@ class Search:
         return [self._result(c, hidden=c.number in hidden) for c in self._proposed]
 
     def _result(self, candidate: Candidate, *, hidden: bool) -> Result:
+        seed = self.spec.seeds.index(candidate.seed)
         if hidden:
-            return Result(candidate.setting, math.nan, math.nan, None)
+            return Result(candidate.setting, math.nan, math.nan, None, seed)
         record = self._ended[candidate.number, candidate.seed]
         value = record.value(self.spec.metric)
         sign = 1 if self.spec.mode == "min" else -1
         score = sign * value if record.status == "complete" else math.inf
         pruned_at = [0, *record.steps][-1] if record.status == "pruned" else None
-        return Result(candidate.setting, score, value, pruned_at)
+        return Result(candidate.setting, score, value, pruned_at, seed)
 
     def _from_queue(self, count: int) -> list[Trial]:
         """Return up to so many trials of the queue, without those that have ended."""

@@ -60,8 +60,8 @@ class Spec:
                 object.__setattr__(self, name, checks.count(name, getattr(self, name), least))
         if self.confirm is not None:
             object.__setattr__(self, "confirm", _checked_confirm(self.confirm))
-        if self.seed + max((seeds for _, seeds in self.race), default=0) >= 2**31:
-            seeds = "seed, and the confirming seeds after it,"
+        if max(self.seeds) >= 2**31:
+            seeds = "seed, and the seeds after it that confirm,"
             raise ValueError(f"Invalid seed value: {self.seed}; {seeds} must be below 2**31")
         make_optimizer(self.optimizer, self.defaults, 0)
 
@@ -80,6 +80,11 @@ class Spec:
         """The rounds of the confirmation: the number of settings, and that of their seeds so far."""
         confirm: Any = self.confirm or []
         return [tuple(pair) for pair in ([confirm] if confirm and isinstance(confirm[0], int) else confirm)]
+
+    @property
+    def seeds(self) -> tuple[int, int]:
+        """The two seeds of the search; those that confirm lie between them."""
+        return self.seed, self.seed + 1 + max((seeds for _, seeds in self.race), default=0)
 
     @property
     def is_staged(self) -> bool:

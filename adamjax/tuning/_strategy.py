@@ -40,6 +40,7 @@ class Round(NamedTuple):
     stage: str
     settings: list[Setting]
     space: Space
+    seed: int = 0  # which of the two seeds of the search to run with
 
 
 class Result(NamedTuple):
@@ -47,6 +48,7 @@ class Result(NamedTuple):
     score: float  # lower is better; inf if the trial diverged, failed or was pruned; NaN if it is not known yet
     value: float  # of the metric, the last
     pruned_at: int | None  # the step at which the trial was pruned; None if it was not
+    seed: int = 0  # which of the two seeds of the search it ran with
 
 
 Stages = str | Sequence[str | Sequence[str]]  # "adam", or the arguments of each stage
@@ -94,20 +96,21 @@ def staged_search(
     defaults: Setting,
     stages: Sequence[Stage],
     *,
+    start: Setting,
     method: str,
     seed: int,
     valid: Callable[[Setting], bool],
 ) -> Strategy:
     """Try the defaults and then stage after stage, each around the best setting so far.
 
-    Arguments that a stage does not vary keep their values of the best setting so far. A range narrows to where the
-    best quarter lies, or moves as `tune` describes while settings remain `valid`.
+    Arguments that a stage does not vary keep their values of the best setting so far, at first those of `start`. A
+    range narrows to where the best quarter lies, or moves as `tune` describes while settings remain `valid`.
     """
     region, done = space, list[Result]()
     settings = [defaults]
     for i, stage in enumerate(stages):
         ranked = sorted((r for r in done if not math.isnan(r.score)), key=lambda r: r.score)
-        best = ranked[0].setting if ranked else defaults
+        best = ranked[0].setting if ranked else start
         if all(isinstance(region.ranges[name], Choice) for name in stage.arguments):
             searched = Space.of({name: region.ranges[name] for name in stage.arguments})
             tried = [r.setting for r in done]

@@ -93,12 +93,15 @@ def tune(
         where the best settings lie, or move if the very best lies on the edge of a logarithmic range.
       sampler: "auto": the list and the model, as above; Halton's points in stages that are listed. Or "halton", "sobol"
         or "random" points, in stages: the learning rate, twice; then, always with the learning rate, b1 (and b2, from
-        48 trials on), eps, weight decay, the others, all of them; choices, on the best settings. Or Optuna, which
-        searches all arguments at once: "optuna" for its TPE sampler, "optuna:CmaEsSampler" for another one, an Optuna
-        sampler, or an `optuna.Study`.
+        48 trials on), eps, weight decay, the others, all of them; choices, on the best settings. Until a stage varies
+        them, `warmup_fraction` is 0.05 and `end_fraction` 0. Or Optuna, which searches all
+        arguments at once: "optuna" for its TPE sampler, "optuna:CmaEsSampler" for another one, an Optuna sampler, or an
+        `optuna.Study`.
       storage: Storage of Optuna's study, a URL or an Optuna storage, which several machines can share. None for memory.
       confirm: The race that confirms the best settings: in each round, how many of them go on, and with how many
-        fresh seeds so far. The defaults run in all rounds. Two ints are one round; None is no confirmation.
+        fresh seeds so far. The defaults run in all rounds. If the learning rate of a problem has a schedule, the best
+        setting of the search also runs at constant rates, a tenth, three tenths and all of its peak, of which the
+        worst leaves the race after each round but the last. Two ints are one round; None is no confirmation.
       halving: Whether the worse half of each round of trials ends after a quarter of the steps, and half of
         the rest after half of the steps; the others go on in smaller programs. "auto" halves if the learning rate is
         constant (early losses say less about a run whose rate decays), and if the measured time of a few steps says
