@@ -670,10 +670,10 @@ class TestReport:
             assert (faces["complete"], faces["ended early"]) == (3, 0)
 
     def test_the_search_is_drawn_trial_by_trial(self):
-        found = race({0: [4], 1: [5], 2: [1], 3: [np.nan], 4: [2]})
+        found = race({0: [4], 1: [3], 2: [1], 3: [np.nan], 4: [2]})
         (panel,) = found.figures()["progress"].axes
         best = next(line for line in panel.lines if line.get_label() == "best so far")
-        np.testing.assert_array_equal(best.get_ydata(), [4, 4, 1, 1, 1])
+        np.testing.assert_array_equal(best.get_ydata(), [4, 3, 1, 1, 1])
         drawn = {c.get_label(): c.get_offsets().tolist() for c in panel.collections}
         assert drawn["defaults"] == [[0, 4]]
         assert [x for x, _ in drawn["all"]] == [1, 2, 4]
