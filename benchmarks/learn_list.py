@@ -1,7 +1,8 @@
 """Learn the list of settings that `tune` begins with:  python -m benchmarks.learn_list [--quick] [--tables FOLDER]
 
-Every problem of `_list_problems.py` is trained with the same settings, spread over Adam's hyperparameters by Sobol's
-points, each with two seeds, at a learning rate with a warmup and half a cosine. The list is chosen greedily: each entry
+Every problem of `_list_problems.py` is trained with the same settings, each with two seeds, at a learning rate with a
+warmup and half a cosine: settings spread over Adam's hyperparameters by Sobol's points, and those of the published
+lists of `_lists.py` that lie among them. The list is chosen greedily: each entry
 lowers most the mean over the problems of the loss of the best entry so far, as a logarithm above the best loss of the
 problem, clipped at a factor of 4. The result is the table in `adamjax/tuning/_learned.py`. It takes about a quarter of
 an hour on two cores.
@@ -17,6 +18,7 @@ from adamjax.tuning import Linear, Log, Space, sweep
 from adamjax.tuning._courses import Scheduled
 from adamjax.tuning._space import Setting
 from benchmarks._list_problems import problems
+from benchmarks._lists import ALGOPERF, OPT_LIST
 from benchmarks._report import command
 
 SPACE = Space(
@@ -29,13 +31,31 @@ SPACE = Space(
 )
 SETTINGS, SEEDS, ENTRIES = 1024, 2, 32
 WORST = np.log(4)
+SMALL_EPS = 1e-6
 FLOOR = 1e-5  # of losses: some problems are learned to the last digit
 
 
 def candidates(count: int) -> list[Setting]:
-    """Return the settings that are trained."""
+    """Return the settings that are trained: so many points, and the published ones."""
     found = SPACE.points(count, method="sobol", seed=0)
-    return [x | {"end_fraction": 0.5 * max(0.0, (x["end_fraction"] - 0.4) / 0.6) ** 2} for x in found]
+    points = [x | {"end_fraction": 0.5 * max(0.0, (x["end_fraction"] - 0.4) / 0.6) ** 2} for x in found]
+    return points + published()
+
+
+def published() -> list[Setting]:
+    """Return the published settings that lie in the space, with its shortest warmup or a longer one.
+
+    Their eps is left out, and those whose eps is large enough to matter.
+    """
+    shortest = SPACE.ranges["warmup_fraction"].at(0.0)
+    found = []
+    for x in ALGOPERF + OPT_LIST:
+        if x["eps"] <= SMALL_EPS:
+            setting = {name: x[name] for name in SPACE.ranges}
+            setting["warmup_fraction"] = max(setting["warmup_fraction"], shortest)
+            if all(0 <= SPACE.ranges[name].fraction(value) <= 1 for name, value in setting.items()):
+                found.append(setting)
+    return found
 
 
 def losses(problem: Problem, steps: int, settings: list[Setting]) -> np.ndarray:
