@@ -50,6 +50,8 @@ APART = 1000  # the distance between seeds of searches, so that none uses the se
 JUDGES = range(100_000, 100_016)
 DIVERGED = 10.0  # times the loss of the defaults
 RESAMPLES = 10_000
+# For a process on each core: more threads would only wait for each other.
+SINGLE_THREADED = {"OMP_NUM_THREADS": "1", "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false"}
 
 Chosen = tuple[int, Setting, float]  # the number of trials, what was chosen, and its loss in the search
 Job = tuple[str, int, Sequence[int]]  # a method, the seed of its search, and the numbers of trials to choose at
@@ -200,9 +202,7 @@ def budgets_of(method: Method, budgets: Sequence[int]) -> Sequence[int]:
 
 def measure(jobs: Mapping[str, Sequence[Job]], steps: int | None) -> Iterator[list[Result]]:
     """Yield the results of each problem, as soon as they are there; each problem runs on a core of its own."""
-    # More threads would only wait for each other.
-    threads = {"OMP_NUM_THREADS": "1", "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false"}
-    os.environ.update({name: x for name, x in threads.items() if name not in os.environ})
+    os.environ.update({name: x for name, x in SINGLE_THREADED.items() if name not in os.environ})
     with ProcessPoolExecutor(cores(), multiprocessing.get_context("spawn")) as pool:
         asked = [pool.submit(run_by_name, name, steps, todo) for name, todo in jobs.items()]
         for done in as_completed(asked):

@@ -10,7 +10,7 @@ from tolerances import SWEEP
 
 from adamjax.training import train
 from adamjax.tuning import tune
-from benchmarks import _searches, bench_tune
+from benchmarks import _searches, bench_horizon, bench_tune
 from benchmarks._searches import METHODS, Method, Question
 from benchmarks.bench_tune import Losses, Result, Runs, contest, interval, missing
 
@@ -121,3 +121,20 @@ def test_every_method_proposes_as_many_settings_as_it_has_trials(name):
     shorter = {"defaults": 1, "AlgoPerf's list": 4, "halving, twice the trials": 10}
     tests_range = name in ("tune", "constant rate", "5 best, 3 seeds", "not confirmed") or name.startswith("stages")
     assert count == shorter.get(name, trials - tests_range)
+
+
+@pytest.mark.numbers
+def test_longer_runs_are_compared_with_unchanged_settings():
+    setting = {"learning_rate": 0.1, "b1": 0.5, "b2": 0.9, "weight_decay": 0.01, "warmup_fraction": 0.1}
+    assert bench_horizon.changed(setting, 0.5, 0.25, 0.25) == {
+        "learning_rate": 0.05,
+        "b1": 0.5,
+        "b2": pytest.approx(0.975),
+        "weight_decay": 0.0025,
+        "warmup_fraction": 0.1,
+    }
+    logs = bench_horizon.logs(BOWL, 10, 8)
+    assert logs.shape == (3, 4)
+    assert logs[0, bench_horizon.PEAKS.index(1.0)] == 0
+    assert np.isfinite(logs).all()
+    assert len(np.unique(logs.round(6))) > 6
