@@ -241,5 +241,5 @@ ABLATIONS: dict[str, Method] = {
         partial(tuned, how={"schedule": "constant", "sampler": "halton"}), ((5, 3),), plans=True
     ),
 }
-OPTIONAL: dict[str, Method] = {"google-vizier": Method(by_vizier)}
+OPTIONAL: dict[str, Method] = {"google-vizier": Method(by_vizier, budgets=(16,))}
 METHODS = OURS | RIVALS | ABLATIONS | OPTIONAL

@@ -169,16 +169,20 @@ def run(name: str, problem: Problem, steps: int, jobs: Sequence[Job]) -> list[Re
                 del asked[job]
                 found += [(*job[:2], chosen) for chosen in end.value]
     runs.losses([(setting, judge) for _, _, (_, setting, _) in found for judge in JUDGES])
-    return [
-        Result(name, method, seed, trials, setting, finite(score), [
-            finite(x) for x in runs.losses([(setting, judge) for judge in JUDGES])[:, -1]
-        ])
-        for method, seed, (trials, setting, score) in found
-    ]  # fmt: skip
+    results = []
+    for method, seed, (trials, setting, score) in found:
+        losses = runs.losses([(setting, judge) for judge in JUDGES])[:, -1].tolist()
+        shown = {argument: short(x) for argument, x in setting.items()}
+        results.append(Result(name, method, seed, trials, shown, finite(score), [finite(x) for x in losses]))
+    return results
 
 
 def finite(x: float) -> float | None:
-    return float(f"{x:.6g}") if math.isfinite(x) else None
+    return short(x) if math.isfinite(x) else None
+
+
+def short(x: float) -> float:
+    return float(f"{x:.4g}")
 
 
 def missing(
@@ -270,28 +274,33 @@ def tables_of(results: Sequence[Result], budgets: Sequence[int]) -> Iterator[Tab
     rivals = [name for name in METHODS if name in have and name not in ABLATIONS and name not in OURS]
     where = f"{len(losses.problems)} problems"
     for trials in budgets:
-        compared = ["tune", *(name for name in rivals if METHODS[name].budgets == BUDGETS)]
-        rows = []
+        compared = ["tune", *(name for name in rivals if trials in budgets_of(METHODS[name], budgets))]
+        rank = ranks(losses, compared, trials)
+        rows = [["tune", None, None, None, None, rank["tune"]]]
         for name in rivals:
+            if name not in compared and min(METHODS[name].budgets) >= budgets[0]:
+                continue  # it has other numbers of trials
             ratios = losses.ratios("tune", name, trials)
-            rank = ranks(losses, compared, trials).get(name)
-            won = f"{(ratios < 0).sum()} of {ratios.size}"
-            worst = float(np.exp(ratios.mean(1).max()))
-            rows.append([name, ratio_text(ratios), won, worst, clearly_worse(ratios), rank])
-        rows.append(["(tune)", None, None, None, None, ranks(losses, compared, trials)["tune"]])
+            won, worst = f"{(ratios < 0).sum()} of {ratios.size}", float(np.exp(ratios.mean(1).max()))
+            rows.append([name, ratio_text(ratios), won, worst, clearly_worse(ratios), rank.get(name)])
         columns = ["", "loss of tune / its loss", "tune wins", "worst problem", "problems lost clearly", "mean rank"]
         yield Table(f"tune-{trials}", f"{trials} trials, {where}", columns, rows)
     variants = [name for name in ABLATIONS if name in have]
     rows = [[name, *(ratio_text(losses.ratios(name, "tune", trials)) for trials in budgets)] for name in variants]
     yield Table("tune-parts", f"Loss without a part / loss of tune, {where}", ["", *map(str, budgets)], rows)
     rows = []
+    before = "stages, constant rate, 5 best, 3 seeds"
     for problem in losses.problems:
         row: list[Any] = [problem]
         for trials in budgets:
-            here = {name: float(np.exp(losses.logs(problem, name, trials).mean())) for name in ("tune", "random")}
-            row += [f"{here['tune']:.3g}", float(here["tune"] / here["random"])]
-        rows.append([*row, math.exp(losses.logs(problem, "defaults", 1).mean())])
+            here = {name: losses.logs(problem, name, trials).mean() for name in ("tune", "random")}
+            row += [f"{math.exp(here['tune']):.3g}", math.exp(here["tune"] - here["random"])]
+        if before in have:
+            few, many = (losses.logs(problem, *of).mean() for of in (("tune", budgets[0]), (before, budgets[-1])))
+            row.append(math.exp(few - many))
+        rows.append([*row, f"{math.exp(losses.logs(problem, 'defaults', 1).mean()):.3g}"])
     heads = [f(trials) for trials in budgets for f in ("tune, {}".format, "over random, {}".format)]
+    heads += [f"tune, {budgets[0]} over stages, {budgets[-1]}"] * (before in have)
     yield Table("tune-problems", "Loss by problem", ["", *heads, "defaults"], rows)
 
 
@@ -317,8 +326,9 @@ def tables(quick: bool, raw: Path | None = None, methods: Sequence[str] = (), se
         results += found
         print(f"{found[0].problem}: {len(found)} results", file=sys.stderr, flush=True)
         if raw is not None:
-            rows = ",\n".join(json.dumps(r._asdict()) for r in sorted(results, key=lambda r: r[:4]))
-            raw.write_text(f'{{"judging seeds": {len(JUDGES)}, "results": [\n{rows}\n]}}\n')
+            ordered = sorted(results, key=lambda r: r[:4])
+            rows = ",\n".join(json.dumps(r._asdict(), separators=(",", ":")) for r in ordered)
+            raw.write_text(f'{{"results": [\n{rows}\n]}}\n')
     yield from tables_of(results, budgets)
 
 

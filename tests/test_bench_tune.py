@@ -1,7 +1,9 @@
 """The comparison of searches: what it makes of the losses that it is told."""
 
+import json
 import math
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,8 +13,8 @@ from tolerances import SWEEP
 from adamjax.training import train
 from adamjax.tuning import tune
 from benchmarks import _searches, bench_horizon, bench_tune
-from benchmarks._searches import METHODS, Method, Question
-from benchmarks.bench_tune import Losses, Result, Runs, contest, interval, missing
+from benchmarks._searches import ABLATIONS, METHODS, Method, Question
+from benchmarks.bench_tune import Losses, Result, Runs, contest, interval, missing, ratio_text
 
 
 def finish(contest, loss):
@@ -121,6 +123,21 @@ def test_every_method_proposes_as_many_settings_as_it_has_trials(name):
     shorter = {"defaults": 1, "AlgoPerf's list": 4, "halving, twice the trials": 10}
     tests_range = name in ("tune", "constant rate", "5 best, 3 seeds", "not confirmed") or name.startswith("stages")
     assert count == shorter.get(name, trials - tests_range)
+
+
+def test_the_guide_has_the_figures_of_the_results():
+    root = Path(__file__).parent.parent
+    results = [Result(**row) for row in json.loads((root / "benchmarks/results/tune.json").read_text())["results"]]
+    losses, guide = Losses(results), (root / ".docs/guides/tuning.md").read_text()
+    assert len(losses.problems) == 14
+    labels = {"random": "random settings"}
+    for name in ("random", "Halton", "Optuna, TPE", "Optuna, GP", "OptList", "defaults"):
+        ratios = [losses.ratios("tune", name, trials) for trials in (16, 64)]
+        cells = [*map(ratio_text, ratios), ", ".join(str((x < 0).sum()) for x in ratios)]
+        assert f"| {' | '.join([labels.get(name, name), *cells])} |" in guide
+    for name in ABLATIONS:
+        cells = [ratio_text(losses.ratios(name, "tune", trials)) for trials in (16, 64)]
+        assert f"| {' | '.join(cells)} |" in guide or name.startswith("stages")
 
 
 @pytest.mark.numbers

@@ -24,6 +24,7 @@ import adamjax
 from adamjax import cli
 from adamjax.training import train
 from adamjax.tuning import Choice, Linear, Log, Report, Space, tune
+from adamjax.tuning._courses import Scheduled
 from adamjax.tuning._journal import Journal, TrialRecord
 from adamjax.tuning._population import PopulationRunner
 
@@ -694,6 +695,21 @@ class TestReport:
             at = [0, 1, 10, 20, 50, 90, 100]
             np.testing.assert_array_equal(line.get_xdata(), range(101))
             np.testing.assert_allclose(line.get_ydata()[at], [expected(i) for i in at], rtol=1e-5, atol=1e-9)
+
+    def test_the_schedule_stretches_to_other_numbers_of_steps(self):
+        found = race({0: [5, 5], 1: [1, 2]}, warmup_fraction=0.1, end_fraction=0.25)
+        question = found.question | {"schedule": "cosine", "optimizer": "adamjax.adamw"}
+        found = dataclasses.replace(found, question=question, make=Scheduled(adamjax.adamw, "cosine", 100))
+        assert found.horizon.startswith("Tuned for 100 steps")
+        long = adamjax.adamw(adamjax.schedules.warmup_cosine(0.1, warmup_steps=40, total_steps=400, end=0.025))
+        assert found.best.for_steps(400).optimizer == long
+        assert found.best.for_steps(100) == found.best
+        with pytest.raises(ValueError, match="Invalid steps value: 0"):
+            found.best.for_steps(0)
+        constant = race({0: [5, 5], 1: [1, 2]})
+        assert constant.horizon == ""
+        with pytest.raises(ValueError, match=r"adamjax\.adam has a constant learning rate: it trains for any number"):
+            constant.best.for_steps(400)
 
     def test_unconfirmed(self, halved):
         assert any("the luckiest of 12 trials" in warning for warning in halved.warnings)

@@ -63,8 +63,8 @@ def _add_tune(commands: Subparsers) -> None:
         "tune",
         help="find good hyperparameters",
         description=textwrap.fill(
-            "Search hyperparameters by validation performance, stage after stage, then run the best few and the "
-            f"defaults again with fresh seeds. {_subject.KINDS}",
+            "Search hyperparameters by validation performance: try the settings of a learned list, then those that a "
+            f"model of the results proposes, then the best few and the defaults with fresh seeds. {_subject.KINDS}",
             78,
         ),
         epilog="example:\n  adamjax tune mine:objective --trials 32 --range learning_rate=1e-4..1e-1 --fix b1=0.9",
@@ -177,7 +177,7 @@ def _show(report: tuning.Report, out: Path, output_format: str) -> int:
     else:
         print(report.table())
         if report.ranking:
-            print(f"\n{report.best}\n")
+            print(f"\n{report.best}\n{report.horizon}\n")
         for warning in report.warnings:
             print(f"adamjax: {warning}", file=sys.stderr)
         print(f"wrote report.html, its pictures and trials.jsonl to {out}")

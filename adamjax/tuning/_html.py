@@ -67,6 +67,7 @@ def page(
     *,
     verdict: str,
     best: str,
+    horizon: str,
     settings: Rows,
     warnings: Sequence[str],
     pictures: Mapping[str, bytes],
@@ -80,6 +81,7 @@ def page(
       title: The heading.
       verdict: The sentences that say why the best is the best.
       best: The best setting, an expression.
+      horizon: How to train for another number of steps.
       settings: The table of the confirmed settings.
       warnings: Reasons to doubt the results.
       pictures: PNG files by name.
@@ -99,6 +101,7 @@ def page(
 <p class="verdict">{escape(verdict)}</p>
 <h2>Best setting</h2>
 <pre>{escape(best)}</pre>
+<p>{escape(horizon)}</p>
 {_table(settings)}
 {f"<h2>Warnings</h2><ul>{notes}</ul>" if notes else ""}
 <h2>Results</h2>

@@ -18,6 +18,7 @@ import jaxlib
 import numpy as np
 
 from adamjax import optimizers
+from adamjax._core import checks
 from adamjax._core.optional import require
 from adamjax._core.typing import GradientTransformation
 from adamjax._transforms.schedule import Schedule
@@ -37,6 +38,7 @@ CONFIDENCE = 0.95
 EDGE = 0.05  # fraction of the searched range
 MANY_DIVERGED = 0.1  # fraction of the trials
 DATE, WALL_TIME = "date", "wall time"  # names of facts that differ between runs of one tuning
+HORIZON = "Tuned for {steps} steps. For n steps, report.best.for_steps(n) stretches the schedule."
 ENDS = {"pruned": "ended early", "complete": "complete"}
 
 
@@ -65,6 +67,21 @@ class Best:
         if self.make is None:
             raise ValueError(f"the report was read from a folder: call {self.call} with the arguments yourself")
         return self.make(**self.arguments)
+
+    def for_steps(self, steps: int) -> "Best":
+        """Return the setting for runs of another number of steps: the schedule stretches, its fractions stay.
+
+        HORIZON
+
+        Args:
+          steps: Number of updates.
+
+        Raises:
+          ValueError: `steps` is not positive, or the learning rate has no schedule, so there is nothing to stretch.
+        """
+        if not isinstance(self.make, Scheduled):
+            raise ValueError(f"{self.call} has a constant learning rate: it trains for any number of steps as it is")
+        return dataclasses.replace(self, make=dataclasses.replace(self.make, steps=checks.count("steps", steps)))
 
     def __str__(self) -> str:
         arguments = self.make.arguments(self.arguments) if isinstance(self.make, Scheduled) else self.arguments
@@ -183,6 +200,13 @@ class Report:
                 "or look at the problem (adamjax lr-range shows which learning rates train)"
             )
         return Best(settings[0], self.question["optimizer"], self.make)
+
+    @property
+    def horizon(self) -> str:
+        """A sentence that says how to train for another number of steps; empty if the learning rate has no schedule."""
+        if self.question.get("schedule", "constant") == "constant" or not self.ranking:
+            return ""
+        return HORIZON.format(steps=self.question["steps"])
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -372,6 +396,7 @@ class Report:
             f"Tuning of {self.question['problem']}",
             verdict=self.verdict,
             best=str(self.best) if self.ranking else self._none_good,
+            horizon=self.horizon,
             settings=self._result_rows(),
             warnings=self.warnings,
             pictures=pictures,
