@@ -1,10 +1,10 @@
-"""Hyperparameters for longer runs than they were tuned for:  python -m benchmarks.bench_horizon [--quick] [--list]
+"""Hyperparameters for longer runs than they were tuned for:  python -m benchmarks.bench_horizon [--quick]
 
 On each of 14 problems, 96 settings train for its usual number of steps: those of the learned list of `tune`, and
 Halton's points. The best 4 then train for 4 times as many steps, with the schedule stretched, and with the peak of the
 learning rate, weight decay, or the distance of b2 from 1 changed. A figure is the geometric mean, over problems and
 settings, of the loss divided by that without a change; the interval holds 95 % of the means over problems drawn again
-with replacement. With `--list`, the problems are those that the list was learned on.
+with replacement.
 """
 
 import multiprocessing
@@ -47,26 +47,20 @@ def logs(problem: Problem, steps: int, settings: int = SETTINGS) -> np.ndarray:
     return np.asarray((means - means[0, PEAKS.index(1.0)]).mean(-1))
 
 
-def problems_of(learned: bool) -> dict[str, tuple[Problem, int]]:
-    if learned:
-        from benchmarks._list_problems import problems  # imported only where they are needed: they make their data
+def of_problem(name: str, quick: bool) -> np.ndarray:
+    from benchmarks._held_out import HELD_OUT  # makes its data
 
-        return problems()
-    from benchmarks._held_out import HELD_OUT
-
-    return HELD_OUT
-
-
-def of_problem(name: str, learned: bool, quick: bool) -> np.ndarray:
-    problem, steps = problems_of(learned)[name]
+    problem, steps = HELD_OUT[name]
     return logs(problem, 10, 8) if quick else logs(problem, steps)
 
 
-def tables(quick: bool, learned: bool = False) -> Iterator[Table]:
-    names = list(problems_of(learned))[: 2 if quick else None]
+def tables(quick: bool) -> Iterator[Table]:
+    from benchmarks._held_out import HELD_OUT
+
+    names = ["iris, raw", "sets"] if quick else list(HELD_OUT)
     os.environ.update({name: x for name, x in SINGLE_THREADED.items() if name not in os.environ})
     with ProcessPoolExecutor(cores(), multiprocessing.get_context("spawn")) as pool:
-        asked = [pool.submit(of_problem, name, learned, quick) for name in names]
+        asked = [pool.submit(of_problem, name, quick) for name in names]
         found = np.array([job.result() for job in asked])
     texts = [[ratio_text(found[:, i, j, None]) for j in range(len(PEAKS))] for i in range(len(OTHERS))]
     best = PEAKS[int(found.mean(0)[0].argmin())]
@@ -80,7 +74,4 @@ def tables(quick: bool, learned: bool = False) -> Iterator[Table]:
 
 
 if __name__ == "__main__":
-    parser = command(__doc__)
-    parser.add_argument("--list", action="store_true", help="use the problems that the list was learned on")
-    given = parser.parse_args()
-    show(tables(given.quick, given.list))
+    show(tables(command(__doc__).parse_args().quick))
