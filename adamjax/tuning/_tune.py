@@ -64,12 +64,13 @@ def tune(
     The defaults are tried first. Then come the first settings of a list that was learned on 42 other problems, and
     rounds of settings that a Gaussian process of the results so far proposes. It varies all arguments at once: the
     learning rate, b1, b2, weight decay, eps if the problem has half precision parameters, and the course of the
-    learning rate. Near the best settings, it may leave the ranges. From 17 trials on, AMSGrad is tried on the best
-    settings. At the end, the best few and the defaults are trained again with fresh seeds, which decides the winner.
+    learning rate. Near the best settings, it may leave the ranges. From 32 trials on, every second of its rounds has
+    another seed. From 17 trials on, AMSGrad is tried on the best settings. At the end, the best few and the defaults
+    are trained again with fresh seeds, which decides the winner.
 
     The learning rate of a setting is the peak of a schedule: it rises for `warmup_fraction` of the steps, then
-    falls to `end_fraction` of the peak. The defaults have a constant one. `report.best.for_steps` stretches the schedule
-    to another number of steps; in far longer runs, a lower peak is often better.
+    falls to `end_fraction` of the peak. The defaults have a constant one. `report.best.for_steps` stretches the
+    schedule to another number of steps; in far longer runs, a lower peak is often better.
 
     A training loop of one's own is tuned as an objective: a function `objective(optimizer, trial)` that trains with
     `optimizer` and returns the metric at the end, a number, or a dict of metrics. See `Trial` for what it can ask and
@@ -129,7 +130,8 @@ def tune(
       metric: The metric, at the end of a run, that settings are judged by: a name in what `evaluate` of the problem or
         the objective returns.
       mode: "min" or "max", whichever value is better. None means "min" for the loss; other metrics need it.
-      seed: Seed of the search; the seeds after it are those that confirm.
+      seed: Seed of the search. The seeds after it are those that confirm, and the one after those is the second seed
+        of the search.
       execution, mesh, memory: See `sweep`; not for objectives.
       progress: See `sweep`; for objectives, the bar counts trials.
 
