@@ -69,8 +69,8 @@ def tune(
     are trained again with fresh seeds, which decides the winner.
 
     The learning rate of a setting is the peak of a schedule: it rises for `warmup_fraction` of the steps, then
-    falls to `end_fraction` of the peak. The defaults have a constant one. `report.best.for_steps` stretches the
-    schedule to another number of steps; in far longer runs, a lower peak is often better.
+    falls to `end_fraction` of the peak. The defaults have a constant one. `Best.for_steps` stretches the schedule to
+    another number of steps; in far longer runs, a lower peak is often better.
 
     A training loop of one's own is tuned as an objective: a function `objective(optimizer, trial)` that trains with
     `optimizer` and returns the metric at the end, a number, or a dict of metrics. See `Trial` for what it can ask and
