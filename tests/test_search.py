@@ -114,7 +114,7 @@ def test_the_best_is_confirmed_at_constant_rates():
         {t.setting["learning_rate"]: t.number for t in found.trials if t.number >= 16}.items(), key=lambda pair: pair[1]
     )
     best = found.ranking[0].setting
-    np.testing.assert_allclose([rate for rate, _ in rates], np.multiply([0.1, 0.3, 1], best["learning_rate"]))
+    np.testing.assert_allclose([rate for rate, _ in rates], np.multiply([0.03, 0.1, 0.3], best["learning_rate"]), 1e-3)
     assert [n for _, n in rates] == [16, 17, 18]
     assert [x for x in rounds if x] == [
         [(n, seed) for n in (16, 17, 18) for seed in (1, 2)],
@@ -122,8 +122,8 @@ def test_the_best_is_confirmed_at_constant_rates():
         [(18, seed) for seed in (4, 5)],
     ]
     assert len(found.trials) == search.size
-    same = best | {"warmup_fraction": 0.0, "end_fraction": 1.0}
-    assert found.constant.setting == same
+    course = {"warmup_fraction": 0.0, "end_fraction": 1.0}
+    assert found.constant.setting == best | course | {"learning_rate": rates[2][0]}
     assert found.constant.name.startswith("constant rate")
     assert f"and {found.constant} at a constant learning rate" in found.verdict
     assert found.best.arguments == best

@@ -39,7 +39,7 @@ from adamjax.tuning._sweep import make_optimizer, resolve_mode
 from adamjax.tuning._trial import NO_MEDIANS, Medians, Trial, Value
 
 MARGIN = 3.0  # factor by which the search of the learning rate exceeds the band of the range test
-CONSTANT_RATES = (0.1, 0.3, 1.0)  # relative to the peak of a schedule: what to confirm beside it
+CONSTANT_RATES = (0.03, 0.1, 0.3)  # relative to the peak of a schedule: what to confirm beside it
 
 Run = tuple[int, int]  # number of the setting, and seed
 
@@ -370,8 +370,9 @@ class Search:
         if self._raced:
             constant = [(n, x) for n, x in standing if n >= spec.trials][: _constant_rates(self._raced)]
         elif spec.has_constant_rates and is_scheduled(first):
-            rates = [first | OWN | {"learning_rate": first["learning_rate"] * factor} for factor in CONSTANT_RATES]
-            constant = list(enumerate(rates, start=spec.trials))
+            rates = [float(f"{first['learning_rate'] * factor:.4g}") for factor in CONSTANT_RATES]
+            at_rates = [first | OWN | {"learning_rate": rate} for rate in rates]
+            constant = list(enumerate(at_rates, start=spec.trials))
         else:
             constant = []
         # The defaults run in every round, also where they are not among the best.

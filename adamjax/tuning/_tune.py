@@ -101,8 +101,8 @@ def tune(
       storage: Storage of Optuna's study, a URL or an Optuna storage, which several machines can share. None for memory.
       confirm: The race that confirms the best settings: in each round, how many of them go on, and with how many
         fresh seeds so far. The defaults run in all rounds. If the learning rate of a problem has a schedule, the best
-        setting of the search also runs at constant rates, a tenth, three tenths and all of its peak, of which the
-        worst leaves the race after each round but the last. Two ints are one round; None is no confirmation.
+        setting of the search also runs at constant rates, 3, 10 and 30 % of its peak, of which the worst leaves the
+        race after each round but the last. Two ints are one round; None is no confirmation.
       halving: Whether the worse half of each round of trials ends after a quarter of the steps, and half of
         the rest after half of the steps; the others go on in smaller programs. "auto" halves if the learning rate is
         constant (early losses say less about a run whose rate decays), and if the measured time of a few steps says
