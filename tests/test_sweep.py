@@ -303,4 +303,4 @@ def test_two_processes(by_map, tmp_path):
     assert {(t["number"], t["seed"]) for t in trials} == {
         (t["number"], t["seed"]) for t in json.loads(reports[0])["trials"]
     }
-    assert len(trials) == 7 + 2 * 2
+    assert len(trials) == 7 + (2 + 3) * 2  # with the best at three constant rates

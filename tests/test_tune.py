@@ -163,7 +163,7 @@ def test_a_killed_tuning_goes_on_where_it_ended(tmp_path, monkeypatch, halving, 
         assert found.to_json() == expected.to_json()
         assert len((out / "trials.jsonl").read_text().splitlines()) == len(lines)
         # A batch of which all trials had ended was not run again.
-        assert sum(ran) == 18 - (5 * (survived >= 5) + 4 * (survived >= 9) + 3 * (survived >= 12))
+        assert sum(ran) == 24 - (5 * (survived >= 5) + 4 * (survived >= 9) + 3 * (survived >= 12))
     ran.clear()
     assert small(halving=halving, out=tmp_path / "whole").to_json() == expected.to_json()
     assert not any(ran)
