@@ -43,7 +43,7 @@ from adamjax.tuning._sweep import make_optimizer
 from benchmarks import _searches
 from benchmarks._measure import cores
 from benchmarks._report import Table, command, show
-from benchmarks._searches import ABLATIONS, BUDGETS, METHODS, OURS, RIVALS, Method, Question, Run
+from benchmarks._searches import ABLATIONS, BUDGETS, METHODS, OPTIONAL, OURS, RIVALS, Method, Question, Run
 
 SEEDS = 5  # of the searches
 APART = 1000  # the distance between seeds of searches, so that none uses the seeds that confirm another
@@ -275,7 +275,8 @@ def tables_of(results: Sequence[Result], budgets: Sequence[int]) -> Iterator[Tab
     where = f"{len(losses.problems)} problems"
     for trials in budgets:
         compared = ["tune", *(name for name in rivals if trials in budgets_of(METHODS[name], budgets))]
-        rank = ranks(losses, compared, trials)
+        # Those that are optional may have fewer seeds.
+        rank = ranks(losses, [name for name in compared if name not in OPTIONAL], trials)
         rows = [["tune", None, None, None, None, rank["tune"]]]
         for name in rivals:
             if name not in compared and min(METHODS[name].budgets) >= budgets[0]:
@@ -316,7 +317,11 @@ def tables(quick: bool, raw: Path | None = None, methods: Sequence[str] = (), se
     """Yield the tables; add what is measured to `raw`."""
     from benchmarks._held_out import HELD_OUT
 
-    names = list(methods) or [n for n in {**OURS, **RIVALS, **ABLATIONS} if not (quick and n not in QUICK)]
+    names = (
+        [*COMPARED, *(n for n in methods if n not in COMPARED)]
+        if methods
+        else [n for n in {**OURS, **RIVALS, **ABLATIONS} if not (quick and n not in QUICK)]
+    )
     problems, seeds, budgets = (["iris, raw", "sets"], 1, (4,)) if quick else (list(HELD_OUT), seeds, BUDGETS)
     results = list[Result]()
     if raw is not None and raw.exists():
@@ -332,12 +337,13 @@ def tables(quick: bool, raw: Path | None = None, methods: Sequence[str] = (), se
     yield from tables_of(results, budgets)
 
 
+COMPARED = ("tune", "defaults", "random")  # which all tables need
 QUICK = ("tune", "defaults", "random", "Optuna, TPE", "OptList", "constant rate", "halving, twice the trials")
 
 if __name__ == "__main__":
     parser = command(__doc__)
     parser.add_argument("--raw", type=Path, help="JSON file of raw results, to read and to add to")
-    known = f"searches to make, any of: {'; '.join(METHODS)} (default: all but google-vizier)"
+    known = f"searches to make besides {', '.join(COMPARED)}: {'; '.join(METHODS)} (default: all but google-vizier)"
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=[], metavar="NAME", help=known)
     parser.add_argument("--seeds", type=int, default=SEEDS, help=f"seeds of each search (default: {SEEDS})")
     given = parser.parse_args()
