@@ -260,10 +260,10 @@ def ratio_text(ratios: np.ndarray) -> str:
     return f"{np.exp(ratios.mean()):.2f} ({low:.2f} to {high:.2f})"
 
 
-def clearly_worse(ratios: np.ndarray) -> int:
-    """Return on how many problems the ratio is above 1 by more than twice its standard error."""
+def clearly_worse(ratios: np.ndarray) -> int | None:
+    """Return on how many problems the ratio is above 1 by more than twice its standard error; None for one seed."""
     if ratios.shape[1] == 1:
-        return 0
+        return None
     errors = ratios.std(1, ddof=1) / math.sqrt(ratios.shape[1])
     return int((ratios.mean(1) > 2 * errors).sum())
 

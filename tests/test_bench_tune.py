@@ -135,6 +135,7 @@ def test_the_guide_has_the_figures_of_the_results():
         ratios = [losses.ratios("tune", name, trials) for trials in (16, 64)]
         cells = [*map(ratio_text, ratios), ", ".join(str((x < 0).sum()) for x in ratios)]
         assert f"| {' | '.join([labels.get(name, name), *cells])} |" in guide
+    assert f"| google-vizier | {ratio_text(losses.ratios('tune', 'google-vizier', 16))} |" in guide
     for name in ABLATIONS:
         cells = [ratio_text(losses.ratios(name, "tune", trials)) for trials in (16, 64)]
         assert f"| {' | '.join(cells)} |" in guide or name.startswith("stages")
