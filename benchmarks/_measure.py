@@ -2,11 +2,13 @@
 
 import ctypes
 import math
+import multiprocessing
 import os
 import subprocess
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -78,6 +80,13 @@ def ratio(of: np.ndarray, to: np.ndarray) -> Ratio:
 def cores() -> int:
     """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def pool_of_cores() -> ProcessPoolExecutor:
+    """Return a pool with a process for each core, each with a single thread: more would only wait for each other."""
+    threads = {"OMP_NUM_THREADS": "1", "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false"}
+    os.environ.update({name: x for name, x in threads.items() if name not in os.environ})
+    return ProcessPoolExecutor(cores(), multiprocessing.get_context("spawn"))
 
 
 def triads(size: int) -> dict[str, Run]:

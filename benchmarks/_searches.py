@@ -14,10 +14,11 @@ import numpy as np
 from adamjax._core.optional import require
 from adamjax.optimizers import adamw
 from adamjax.problems import Problem
-from adamjax.tuning import LrRange, Search, Space, lr_range_test
-from adamjax.tuning._courses import OWN
+from adamjax.tuning import Search, Space, lr_range_test
+from adamjax.tuning._courses import OWN, Scheduled
 from adamjax.tuning._learned import TABLE, learned_settings
-from adamjax.tuning._model_search import MANY, model_search
+from adamjax.tuning._model_search import MANY, model_search, round_size
+from adamjax.tuning._range_test import range_test_steps
 from adamjax.tuning._space import Linear, Log, OneMinus, Setting
 from adamjax.tuning._spec import RACE
 from adamjax.tuning._strategy import RANGES, Result, Strategy
@@ -64,7 +65,9 @@ class Method(NamedTuple):
 def tuned(question: Question, *, tests: bool = True, halves: bool = False, how: Mapping[str, Any]) -> Proposals:
     """Search as `tune` does. Its range test counts as a trial; a search that halves has twice the trials."""
     problem, steps, seed, trials = question
-    range_test = _range_test(problem, steps, seed) if tests else None
+    range_test = None
+    if tests:
+        range_test = lr_range_test(problem, num_steps=range_test_steps(steps), optimizer=OPTIMIZER, seed=seed)
     trials = (2 if halves else 1) * (trials - tests)
     search = Search(
         problem=problem,
@@ -82,10 +85,6 @@ def tuned(question: Question, *, tests: bool = True, halves: bool = False, how: 
             search.tell(trial, "pruned" if math.isnan(loss) else float(loss) if math.isfinite(loss) else None)
 
 
-def _range_test(problem: Problem, steps: int, seed: int) -> LrRange:
-    return lr_range_test(problem, num_steps=min(max(steps, 20), 200), optimizer=OPTIMIZER, seed=seed)
-
-
 def _halved(losses: np.ndarray) -> np.ndarray:
     """Return the losses at the end; NaN for runs that successive halving ends after a quarter or a half."""
     left = np.arange(len(losses))
@@ -98,13 +97,11 @@ def modelled(
     question: Question, *, table: Sequence[tuple[float, ...]] = TABLE, second_seed_from: int = MANY
 ) -> Proposals:
     """Search by the list and the model, without a range test."""
-    trials = question.trials - 1
-    at_once = max(4, question.trials // 8)
     strategy = model_search(
         SPACE,
         DEFAULTS | OWN,
-        trials=trials,
-        at_once=at_once,
+        trials=question.trials - 1,
+        at_once=round_size(question.trials),
         seed=question.seed,
         valid=_is_valid,
         table=table,
@@ -127,10 +124,10 @@ def _followed(strategy: Strategy, seed: int) -> Proposals:
 
 def _is_valid(setting: Setting) -> bool:
     try:
-        OPTIMIZER(**{name: x for name, x in setting.items() if not name.endswith("fraction")})
+        Scheduled(OPTIMIZER, "cosine", 100)(**setting)
     except (TypeError, ValueError):
         return False
-    return 0 <= setting["warmup_fraction"] < 1
+    return True
 
 
 def listed(settings: Sequence[Setting]) -> Callable[[Question], Proposals]:

@@ -7,20 +7,18 @@ settings, of the loss divided by that without a change; the interval holds 95 % 
 with replacement.
 """
 
-import multiprocessing
-import os
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 
 from adamjax.problems import Problem
 from adamjax.tuning._learned import TABLE, learned_settings
 from adamjax.tuning._space import Setting
-from benchmarks._measure import cores
+from benchmarks._held_out import HELD_OUT
+from benchmarks._measure import pool_of_cores
 from benchmarks._report import Table, command, show
 from benchmarks._searches import SPACE
-from benchmarks.bench_tune import SINGLE_THREADED, Runs, ratio_text
+from benchmarks.bench_tune import Runs, ratio_text
 
 STRETCH = 4
 PEAKS = (0.25, 0.5, 1.0, 2.0)
@@ -48,18 +46,13 @@ def logs(problem: Problem, steps: int, settings: int = SETTINGS) -> np.ndarray:
 
 
 def of_problem(name: str, quick: bool) -> np.ndarray:
-    from benchmarks._held_out import HELD_OUT  # makes its data
-
     problem, steps = HELD_OUT[name]
     return logs(problem, 10, 8) if quick else logs(problem, steps)
 
 
 def tables(quick: bool) -> Iterator[Table]:
-    from benchmarks._held_out import HELD_OUT
-
     names = ["iris, raw", "sets"] if quick else list(HELD_OUT)
-    os.environ.update({name: x for name, x in SINGLE_THREADED.items() if name not in os.environ})
-    with ProcessPoolExecutor(cores(), multiprocessing.get_context("spawn")) as pool:
+    with pool_of_cores() as pool:
         asked = [pool.submit(of_problem, name, quick) for name in names]
         found = np.array([job.result() for job in asked])
     texts = [[ratio_text(found[:, i, j, None]) for j in range(len(PEAKS))] for i in range(len(OTHERS))]

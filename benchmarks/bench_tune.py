@@ -21,11 +21,9 @@ that the file holds are not measured again, so the tables can be printed without
 import itertools
 import json
 import math
-import multiprocessing
-import os
 import sys
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,7 +39,8 @@ from adamjax.tuning._population import SeedInputs, advance_member, evaluate_memb
 from adamjax.tuning._space import Setting
 from adamjax.tuning._sweep import make_optimizer
 from benchmarks import _searches
-from benchmarks._measure import cores
+from benchmarks._held_out import HELD_OUT
+from benchmarks._measure import pool_of_cores
 from benchmarks._report import Table, command, show
 from benchmarks._searches import ABLATIONS, BUDGETS, METHODS, OPTIONAL, OURS, RIVALS, Method, Question, Run
 
@@ -50,8 +49,8 @@ APART = 1000  # the distance between seeds of searches, so that none uses the se
 JUDGES = range(100_000, 100_016)
 DIVERGED = 10.0  # times the loss of the defaults
 RESAMPLES = 10_000
-# For a process on each core: more threads would only wait for each other.
-SINGLE_THREADED = {"OMP_NUM_THREADS": "1", "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false"}
+COMPARED = ("tune", "defaults", "random")  # which all tables need
+QUICK = ("Optuna, TPE", "OptList", "constant rate", "halving, twice the trials")
 
 Chosen = tuple[int, Setting, float]  # the number of trials, what was chosen, and its loss in the search
 Job = tuple[str, int, Sequence[int]]  # a method, the seed of its search, and the numbers of trials to choose at
@@ -206,16 +205,13 @@ def budgets_of(method: Method, budgets: Sequence[int]) -> Sequence[int]:
 
 def measure(jobs: Mapping[str, Sequence[Job]], steps: int | None) -> Iterator[list[Result]]:
     """Yield the results of each problem, as soon as they are there; each problem runs on a core of its own."""
-    os.environ.update({name: x for name, x in SINGLE_THREADED.items() if name not in os.environ})
-    with ProcessPoolExecutor(cores(), multiprocessing.get_context("spawn")) as pool:
+    with pool_of_cores() as pool:
         asked = [pool.submit(run_by_name, name, steps, todo) for name, todo in jobs.items()]
         for done in as_completed(asked):
             yield done.result()
 
 
 def run_by_name(name: str, steps: int | None, jobs: Sequence[Job]) -> list[Result]:
-    from benchmarks._held_out import HELD_OUT  # makes its data
-
     problem, usual = HELD_OUT[name]
     return run(name, problem, steps or usual, jobs)
 
@@ -236,9 +232,9 @@ class Losses:
         seeds = itertools.takewhile(lambda seed: (problem, method, seed, trials) in self._logs, itertools.count())
         return np.array([self._logs[problem, method, seed, trials] for seed in seeds])
 
-    def ratios(self, first: str, second: str, trials: int, second_trials: int | None = None) -> np.ndarray:
+    def ratios(self, first: str, second: str, trials: int) -> np.ndarray:
         """float[problems, seeds]: logarithms of the losses of one method over those of another."""
-        pairs = [(self.logs(p, first, trials), self.logs(p, second, second_trials or trials)) for p in self.problems]
+        pairs = [(self.logs(p, first, trials), self.logs(p, second, trials)) for p in self.problems]
         count = min(min(len(a), len(b)) for a, b in pairs)
         return np.array([a[:count] - b[:count] for a, b in pairs])
 
@@ -315,13 +311,8 @@ def ranks(losses: Losses, names: Sequence[str], trials: int) -> dict[str, float]
 
 def tables(quick: bool, raw: Path | None = None, methods: Sequence[str] = (), seeds: int = SEEDS) -> Iterator[Table]:
     """Yield the tables; add what is measured to `raw`."""
-    from benchmarks._held_out import HELD_OUT
-
-    names = (
-        [*COMPARED, *(n for n in methods if n not in COMPARED)]
-        if methods
-        else [n for n in {**OURS, **RIVALS, **ABLATIONS} if not (quick and n not in QUICK)]
-    )
+    usual = QUICK if quick else (*RIVALS, *ABLATIONS)
+    names = list(dict.fromkeys([*COMPARED, *(methods or usual)]))
     problems, seeds, budgets = (["iris, raw", "sets"], 1, (4,)) if quick else (list(HELD_OUT), seeds, BUDGETS)
     results = list[Result]()
     if raw is not None and raw.exists():
@@ -336,9 +327,6 @@ def tables(quick: bool, raw: Path | None = None, methods: Sequence[str] = (), se
             raw.write_text(f'{{"results": [\n{rows}\n]}}\n')
     yield from tables_of(results, budgets)
 
-
-COMPARED = ("tune", "defaults", "random")  # which all tables need
-QUICK = ("tune", "defaults", "random", "Optuna, TPE", "OptList", "constant rate", "halving, twice the trials")
 
 if __name__ == "__main__":
     parser = command(__doc__)

@@ -9,7 +9,7 @@ import adamjax
 from adamjax.tuning import Choice, Linear, Log, Search, Space
 from adamjax.tuning._courses import Scheduled, course_schedule
 from adamjax.tuning._learned import NAMES, TABLE, learned_settings
-from adamjax.tuning._model_search import MANY, SEED_EFFECT, UNKNOWN, _heights, _Process, model_search
+from adamjax.tuning._model_search import MANY, SEED_EFFECT, UNKNOWN, _heights, _Process, model_search, round_size
 from adamjax.tuning._strategy import RANGES, Result
 
 DEFAULTS = {"learning_rate": 1e-3, "b1": 0.9, "b2": 0.999, "weight_decay": 1e-4}
@@ -18,7 +18,7 @@ ADAM = Space.of({name: RANGES[name] for name in DEFAULTS})
 
 def search(score, *, space=ADAM, defaults=DEFAULTS, trials=32, valid=lambda setting: True, seed=0):
     """Every result, and the stage of each, of a search whose trials have the given scores."""
-    at_once = max(4, trials // 8)
+    at_once = round_size(trials)
     strategy = model_search(space, defaults, trials=trials - 1, at_once=at_once, seed=seed, valid=valid)
     done, of = [], []
     try:

@@ -14,7 +14,7 @@ import numpy as np
 from adamjax._core.optional import require
 from adamjax.tuning._learned import TABLE, learned_settings
 from adamjax.tuning._space import Choice, Log, OneMinus, Range, Setting, Space
-from adamjax.tuning._strategy import Result, Round, Stage, Strategy, rounded, with_other_choices
+from adamjax.tuning._strategy import MIN_STAGE_TRIALS, Result, Round, Stage, Strategy, rounded, with_other_choices
 
 # Length scales of Adam's hyperparameters, in decades; of any other argument, in parts of its range.
 DECADES = {"learning_rate": 1.6, "b1": 1.0, "b2": 2.5, "weight_decay": 5.6, "warmup_fraction": 3.0}
@@ -72,6 +72,11 @@ def model_search(
         settings += with_other_choices(space, stage, ranked, [r.setting for r in done] or settings, best)
     if settings:
         yield Round(stage.name or "defaults", settings, space)
+
+
+def round_size(trials: int) -> int:
+    """Return the number of trials to propose at once: an eighth of all, at least four."""
+    return max(MIN_STAGE_TRIALS, trials // 8)
 
 
 def _share_of_choices(trials: int, choices: int, *, has_numbers: bool) -> int:

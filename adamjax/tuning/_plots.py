@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 COLUMNS = 3  # of panels
 MAX_TICK_LENGTH = 20  # characters; longer labels would leave no room for the plot
 BEST, DEFAULTS, OTHERS, INFEASIBLE = "black", "C1", "0.75", "C3"  # colours that the scale of the metric has not
+UNUSED = ("C0", "C2", "C4", "C5", "C6", "C9")  # colours that stand for nothing else
 
 
 class Axis(NamedTuple):
@@ -165,8 +166,7 @@ def progress(data: PlotData) -> "Figure":
     stages = list(dict.fromkeys(t.stage for t in data.trials))
     for i, stage in enumerate(stages):
         chosen = np.asarray([t.stage == stage for t in data.trials])
-        # The colours of the default setting and of what diverged stand for nothing else.
-        colour = DEFAULTS if stage == DEFAULTS_STAGE else f"C{(0, 2, 4, 5, 6, 9)[i % 6]}"
+        colour = DEFAULTS if stage == DEFAULTS_STAGE else UNUSED[i % len(UNUSED)]
         panel.scatter(numbers[chosen & ~beyond], y[chosen & ~beyond], s=26, color=colour, label=stage)
     if beyond.any():
         marker = "^" if data.mode == "min" else "v"
@@ -192,7 +192,7 @@ def schedules(data: PlotData) -> "Figure | None":
         return None
     figure, (panel,) = _panels(1, width=7.0)
     steps = np.unique(np.linspace(0, data.steps, 401).round().astype(int))
-    others = (f"C{i}" for i in itertools.cycle((0, 2, 4, 5, 6, 9)))
+    others = itertools.cycle(UNUSED)
     for name, setting in shown.items():
         colour = _colour_of(setting, data, "")
         label = {BEST: f"{name}, the best", DEFAULTS: "defaults"}.get(colour, name)

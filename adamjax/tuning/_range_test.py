@@ -252,6 +252,11 @@ class LrRange:
         return int(np.flatnonzero(x >= start - 0.1 * (start - x[-1])).max(initial=-1)) + 1
 
 
+def range_test_steps(steps: int) -> int:
+    """Return the number of steps of a range test before runs of so many steps."""
+    return min(max(steps, MIN_POINTS), 200)
+
+
 def lr_range_test(
     problem: Problem | Objective,
     *,

@@ -10,7 +10,7 @@ from adamjax._core import checks
 from adamjax.optimizers import adamw
 from adamjax.tuning._courses import OWN, TYPICAL, Scheduled, is_scheduled, with_course
 from adamjax.tuning._journal import CONFIRM, DEFAULTS, Candidate, Journal, TrialRecord, json_setting
-from adamjax.tuning._model_search import model_search
+from adamjax.tuning._model_search import model_search, round_size
 from adamjax.tuning._optuna import Sampler, Storage, open_study, optuna_search
 from adamjax.tuning._range_test import LrRange
 from adamjax.tuning._report import Report, run_facts
@@ -26,7 +26,6 @@ from adamjax.tuning._spec import (
     search_space,
 )
 from adamjax.tuning._strategy import (
-    MIN_STAGE_TRIALS,
     RANGES,
     Result,
     Round,
@@ -259,7 +258,7 @@ class Search:
         """Return the number of trials of the largest round, besides the defaults, and the number of rounds."""
         trials = self.spec.trials - 1
         if not self.spec.is_staged:
-            largest = max(MIN_STAGE_TRIALS, self.spec.trials // 8)
+            largest = round_size(self.spec.trials)
             return largest, math.ceil(trials / largest)
         stages = plan_stages(self._searched_space(), self.spec.stages, trials)
         return max((s.trials for s in stages), default=0), len(stages)

@@ -19,7 +19,7 @@ from adamjax.tuning._executors import Executor, Workers
 from adamjax.tuning._mesh_runner import MeshRunner, Runner, make_runner
 from adamjax.tuning._objective import Objective, RunTrials, check_first, check_objective, run_here
 from adamjax.tuning._optuna import Sampler, Storage
-from adamjax.tuning._range_test import MIN_POINTS, OBJECTIVE_RATES, LrRange, lr_range_test, objective_range_test
+from adamjax.tuning._range_test import OBJECTIVE_RATES, LrRange, lr_range_test, objective_range_test, range_test_steps
 from adamjax.tuning._report import Report, run_facts
 from adamjax.tuning._scheduler import TrialScheduler
 from adamjax.tuning._search import Search
@@ -237,7 +237,7 @@ def _range_test(search: Search, mesh: Mesh | None) -> LrRange | None:
     except (TypeError, ValueError) as error:
         search.journal.note(f"no range test of the learning rate: {error}")
         return None
-    steps = min(max(spec.steps or 0, MIN_POINTS), 200)
+    steps = range_test_steps(spec.steps or 0)
     return lr_range_test(spec.problem, num_steps=steps, optimizer=make, seed=spec.seed, mesh=mesh)
 
 
