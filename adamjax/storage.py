@@ -10,7 +10,7 @@ Only a running maximum is rounded to nearest: it does not decay, so rounding can
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,42 +19,49 @@ import numpy as np
 from adamjax._core import checks
 from adamjax._core.packing import PackedTree as PackedTree
 from adamjax._core.quantization import QuantizedArray as QuantizedArray
+from adamjax._core.quantization import is_quantized
 from adamjax._core.typing import DTypeLike, GradientTransformation, PyTree
 from adamjax._transforms.base import as_transformation
-from adamjax._transforms.moment_storage import FLOATS
+from adamjax._transforms.moment_storage import FLOATS, decoded, decoded_first
 from adamjax._transforms.moment_storage import MomentFormat as MomentFormat
 from adamjax._transforms.moment_storage import Quantized as Quantized
+from adamjax._transforms.moments import holds_moments
 
 
 def quantized(
     format: str, block_size: int | None = None, *, min_size: int = 4096, keep: Callable[[str], bool] | None = None
 ) -> Quantized:
-    r"""A format for `mu_dtype` and `nu_dtype`: 8 or 4 bits per number, with a scale per block.
+    r"""A format for `mu_dtype` and `nu_dtype`: 8 or 4 bits per number, with a scale of 16 bits per block.
 
-    With s the largest magnitude in a block and :math:`y = |x| / s`, the code is the integer next to
+    A first moment is stored as its ratio to the root of the second, :math:`r = m / \sqrt{v}` (Adamax: to the
+    norm). Its size does not depend on that of the gradients, so blocks may hold parameters with small and
+    with large ones, and no rounding makes a step larger than the largest of its block, whatever the other
+    format is. With s the largest :math:`|r|` of a block and L = 127 or 7, the code q stands for
 
-    .. math::
-        127 \sqrt{y}, \quad 7 \sqrt{y} \quad \text{(first moment, with its sign)}, \qquad
-        255 \sqrt[4]{y}, \quad 16 \sqrt[4]{y} \quad \text{(second moment)}
+    .. math:: r = s\, t\, (2 + |t|) / 3, \qquad t = q / L.
 
-    rounded stochastically: the expected decoded value is the encoded one, and no moment gets stuck. The
-    random numbers depend on leaf and position, and are spread evenly over the steps. No second moment
-    above 0 decodes to 0.
+    A second moment is stored as a float without sign: exponent and as many bits of the mantissa as the
+    range of its block allows, 7 of them where it is that of a factor of 2, and 3 over a factor of
+    :math:`10^9`. In 4 bits, it is a power of 2, from the largest of its block down to
+    :math:`2^{-12}` of it; smaller ones become that. No second moment above 0 decodes to 0.
+
+    Both are rounded stochastically, second moments so that the expected decoded value is the encoded one,
+    first moments with a dither that is narrower where a decay has no need of it. No moment gets stuck. The
+    random numbers depend on leaf and position, and are spread evenly over the steps.
 
     A moment stays in float32 (or as wide as its parameter) if the parameter has fewer than `min_size`
-    elements or no axes, if the codes would not save half of the bytes (a last axis of 1 to 3 elements),
+    elements or no axes, if the codes would not save half of the bytes (a last axis of 1 or 2 elements),
     or if `keep` returns True. So does the first moment of a complex parameter.
 
-    `mu_dtype` and `nu_dtype` may differ. The state of large leaves takes 2.06 bytes per parameter with
-    "int8" for both, 1.59 with "int4" for the first moment, and 1.13 with "int4" for both. Sixteen codes
-    are few for a second moment: its root is off by up to a fifth, and numbers below 1/65536 of the
-    largest of their block, including 0, are stored as that bound. Training can end as well, but takes
+    `mu_dtype` and `nu_dtype` may differ. The state of large leaves takes 2.09 bytes per parameter with
+    "int8" for both, 1.59 with "int4" for the first moment, and 1.09 with "int4" for both. Sixteen codes
+    are few for a second moment: its root is off by up to two fifths. Training can end as well, but takes
     another path.
 
     Args:
       format: "int8" or "int4".
-      block_size: The number of elements along the last axis that share a scale. None: 128 in 8 bits,
-        64 in 4.
+      block_size: The number of elements along the last axis that share a scale. None: 32 for first
+        moments, 64 for second ones.
       min_size: Leaves with fewer elements than this are not quantised.
       keep: A function of a leaf's path, such as "layer_0/kernel", that returns True for further
         leaves that are not to be quantised.
@@ -72,9 +79,36 @@ def quantized(
     >>> int8 = adamjax.quantized("int8")
     >>> opt = adamjax.adam(mu_dtype=int8, nu_dtype=int8)
     >>> opt.init(jnp.zeros((256, 64)))[0].mu
-    QuantizedArray(int8[256,64] in blocks of 128, 17408 bytes)
+    QuantizedArray(int8[256,64] in blocks of 32, 17408 bytes)
     """
     return Quantized(format, block_size, min_size, keep)
+
+
+def decode(state: PyTree) -> PyTree:
+    """Decode the quantised moments of a state, to look at them.
+
+    Args:
+      state: A state, or any tree that holds `AdamState`s.
+
+    Returns:
+      `state` with moments in float32 in place of codes. Moments that are not quantised stay as they are.
+
+    >>> import adamjax, jax.numpy as jnp
+    >>> int8 = adamjax.quantized("int8", min_size=1)
+    >>> opt, p = adamjax.adam(mu_dtype=int8, nu_dtype=int8), jnp.zeros(8)
+    >>> _, state = opt.step(jnp.ones(8), opt.init(p), p)
+    >>> print(adamjax.storage.decode(state)[0].mu.round(3))
+    [0.1 0.1 0.1 0.1 0.1 0.1 0.1 0.1]
+    """
+
+    def of_node(x: Any) -> Any:
+        if not holds_moments(x):
+            return x
+        mu = jax.tree.map(decoded_first, x.mu, x.nu, is_leaf=is_quantized)
+        second = {name: y for name, y in x._asdict().items() if name in ("nu", "nu_max")}
+        return x._replace(mu=mu, **jax.tree.map(decoded, second, is_leaf=is_quantized))
+
+    return jax.tree.map(of_node, state, is_leaf=holds_moments)
 
 
 class Precision(NamedTuple):

@@ -46,9 +46,9 @@ def dither(count: Array, number: int, seed: ArrayLike = 0) -> Dither:
     return Dither(_hash(jnp.uint32(number) ^ jnp.uint32(seed)), count.astype(jnp.uint32) * _WEYL_STEP)
 
 
-def uniform(index: Array, dither: Dither) -> Array:
-    """Return float32 numbers in [0, 1) that depend on the global index only."""
-    return _fraction(_random(index, dither))
+def random(index: Array, dither: Dither) -> Array:
+    """Return uint32 integers whose upper 23 bits are random. They depend on the global index only."""
+    return (_hash(index ^ dither.seed) + dither.phase) << dither.shift
 
 
 def index_of(like: Array) -> Array:
@@ -60,13 +60,9 @@ def index_of(like: Array) -> Array:
     return index
 
 
-def _random(index: Array, dither: Dither) -> Array:
-    """Return uint32 integers whose upper 23 bits are random."""
-    return (_hash(index ^ dither.seed) + dither.phase) << dither.shift
-
-
-def _fraction(random: Array) -> Array:
-    return (random >> 9).astype(jnp.float32) * np.float32(2**-23)
+def fraction(r: Array) -> Array:
+    """Return float32 numbers in [0, 1) from `random` ones."""
+    return (r >> 9).astype(jnp.float32) * np.float32(2**-23)
 
 
 def round_to_nearest(x: Array, dtype: np.dtype) -> Array:
@@ -84,15 +80,15 @@ def round_to_nearest(x: Array, dtype: np.dtype) -> Array:
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
 def stochastic_round(x: Array, dither: Dither, dtype: np.dtype) -> Array:
     """Round the float32 array `x` to one of its two neighbours in a low-precision `dtype`, as float32; unbiased."""
-    info, random = jnp.finfo(dtype), _random(index_of(x), dither)
+    info, r = jnp.finfo(dtype), random(index_of(x), dither)
     # Add a random number to the bits that will be cut off: it carries with the right probability.
     cut = 23 - info.nmant
-    bits = lax.bitcast_convert_type(x, jnp.uint32) + (random >> np.uint32(32 - cut))
+    bits = lax.bitcast_convert_type(x, jnp.uint32) + (r >> np.uint32(32 - cut))
     rounded = lax.bitcast_convert_type(bits & np.uint32(2**32 - 2**cut), jnp.float32)
     if info.tiny > jnp.finfo(jnp.float32).tiny:
         # Below the smallest normal number the spacing no longer shrinks.
         smallest = ulp_at_zero(dtype)
-        subnormal = jnp.floor(x * np.float32(1 / smallest) + _fraction(random)) * np.float32(smallest)
+        subnormal = jnp.floor(x * np.float32(1 / smallest) + fraction(r)) * np.float32(smallest)
         rounded = jnp.where(jnp.abs(x) < np.float32(info.tiny), subnormal, rounded)
     return jnp.where(jnp.isnan(x), x, rounded)
 

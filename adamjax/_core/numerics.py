@@ -10,7 +10,7 @@ import numpy as np
 from jax import Array
 
 from adamjax._core import checks
-from adamjax._core.typing import Scalar
+from adamjax._core.value import low_part
 
 
 class Decay(NamedTuple):
@@ -23,19 +23,29 @@ class Decay(NamedTuple):
     undo: Any  # 1 where b is above a half, 0 else
 
 
-def decay(name: str, b: Scalar, dtype: np.dtype) -> Decay:
-    """Prepare the decay rate `b`, a number or a 0-d array, for arithmetic in `dtype`.
+def decay(opt: Any, name: str, dtype: np.dtype) -> Decay:
+    """Prepare the decay rate in a `precise_field` of `opt`, a number or a 0-d array, for arithmetic in `dtype`.
 
     For a Python number, 1 - b and log(b) are formed in double precision: the float32 next to 0.999 is off by
-    1.3e-5 of its distance to 1.
+    1.3e-5 of its distance to 1. For a leaf that was one, its low part makes up for that. An array that is 1, as 0.999
+    is in bfloat16, counts as the number of its dtype below 1: an average with rate 1 would never begin.
     """
+    b: Any = getattr(opt, name)
     if isinstance(b, float):
         near_one = (1.0, 1.0) if b > 0.5 else (b, 0.0)
         numbers = (b, 1 - b, log(b), *near_one)
         return Decay(*[np.asarray(x, dtype) for x in numbers])
+    own = jnp.result_type(b)
+    below_one = float(jnp.finfo(own).epsneg) if jnp.issubdtype(own, jnp.floating) else float(jnp.finfo(dtype).epsneg)
     b = checks.as_scalar(name, b, dtype)
-    slow = b > 0.5
-    return Decay(b, 1 - b, jnp.log1p(-(1 - b)), jnp.where(slow, 1, b), jnp.where(slow, 1, jnp.zeros_like(b)))
+    one_minus_b = 1 - b
+    if own != jnp.float64:  # float64 leaves nothing out
+        # The derivative by the rate is that by its first leaf alone.
+        one_minus_b = one_minus_b - jax.lax.stop_gradient(checks.as_scalar(name, low_part(opt, name), dtype))
+    is_one = one_minus_b <= 0
+    one_minus_b, b = jnp.where(is_one, below_one, one_minus_b), jnp.where(is_one, 1 - below_one, b)
+    slow, log_b = b > 0.5, jnp.log1p(-one_minus_b)
+    return Decay(b, one_minus_b, log_b, jnp.where(slow, 1, b), jnp.where(slow, 1, jnp.zeros_like(b)))
 
 
 def ema(mean: Array, x: Array, d: Decay) -> Array:
@@ -56,6 +66,18 @@ def bias_correction(t: Array, d: Decay) -> Array:
 def log(b: float) -> float:
     """The natural logarithm; minus infinity at 0."""
     return math.log(b) if b > 0 else -math.inf
+
+
+def largest_square_root(dtype: np.dtype) -> float:
+    """The largest part of a number whose squared magnitude is finite, with room for rounding."""
+    return 0.69 * float(jnp.finfo(dtype).max) ** 0.5
+
+
+def clip_finite(x: Array, largest: float) -> Array:
+    """Limit the parts of finite numbers to [-largest, largest]; infinity and NaN stay, so that they show."""
+    if jnp.iscomplexobj(x):
+        return jax.lax.complex(clip_finite(x.real, largest), clip_finite(x.imag, largest))
+    return jnp.where(jnp.abs(x) < np.inf, jnp.clip(x, -largest, largest), x)
 
 
 def abs_sq(g: Array) -> Array:

@@ -1,15 +1,18 @@
-"""Block-quantised arrays: 8 or 4 bits per number, and a float32 scale per block.
+"""Block-quantised arrays: 8 or 4 bits per number, and a scale of 16 bits per block.
 
-A block is a run of numbers along the last axis. Its scale s is the largest magnitude in it. A magnitude |x| = y s is
-stored as an integer next to L y**(1/p). With p = 2 or 4 the codes lie closer together near 0, where most numbers are.
-Rounding picks one of the two neighbouring codes at random, so that |x| is the expected decoded value.
+Second moments are floats of 8 or 4 bits that share the origin of their exponents: the codes of a block count the
+numbers of a float format from the smallest one in the block, in steps that are as fine as its largest one allows.
+Their grid does not move with the block, so a number that is stored again stays what it is.
+
+First moments are stored as their ratio to the root of the second, as Adam uses them. It has the same size for
+parameters with large and with small gradients, and no rounding of it makes a step larger than the largest of a block.
 """
 
 import json
 import math
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.export
@@ -17,83 +20,156 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
+from jax.typing import ArrayLike
 
 from adamjax._core import low_precision
 from adamjax._core.low_precision import Dither
+from adamjax._core.numerics import sqrt_with_zero_slope
+
+_CONVERT = "begin with init(params), or decode the moments with that version and go on from float32"
+_TINY, _LARGEST, _INFINITY = 0x00800000, 0x7F7FFFFF, 0x7F800000  # bits of float32 numbers
 
 
-class Code(NamedTuple):
-    """The integer codes q of one format, from 0 to `levels`."""
+class Rounding(NamedTuple):
+    """The random numbers with which an array is rounded; without them, to nearest."""
+
+    random: Array  # uint32, its upper 23 bits are random
+    # By this times its code, the dither of a ratio is narrower than from one code to the next; see `RatioCode`.
+    narrowing: Any = 0.0
+
+
+class RatioCode(NamedTuple):
+    """The codes of ratios: integers q from -levels to levels, and the one below for NaN.
+
+    With t = q / levels, a ratio is scale * t (2 + |t|) / 3: close to evenly spaced, twice as fine at 0 as at the scale.
+
+    Rounding picks one of the neighbouring codes at random. A dither of full width makes the expected decoded value the
+    encoded one; one of half the width makes two thirds of its noise, but would freeze a decay by less than a quarter of
+    a spacing a step. So it is as wide as the decay of a moment without gradients needs.
+    """
 
     levels: int
-    power: int
-    least: int = 0  # the smallest code of a number above 0
-    zero: int = 0  # the code of 0
-    offset: int = 0  # added to q before storing
+    offset: int  # added to q before storing
+
+    def maxima(self, x: Array) -> tuple[Array, ...]:
+        """Return integers of each number; their maxima over a block make its scale."""
+        bits = _bits(jnp.abs(x))
+        return (jnp.where(bits < _INFINITY, bits, 0),)
+
+    def scale(self, top: Array) -> Array:
+        """Return the scale of a block, from the maxima: the upper 16 bits of a float32, rounded up."""
+        return jnp.minimum(top + 0xFFFF, _LARGEST) >> 16
+
+    def encode(self, x: Array, scale: Array, rounding: Rounding) -> Array:
+        """Return the codes of numbers, as they are stored, given the scale of each."""
+        s = _number(scale << 16)
+        y = jnp.abs(x) * jnp.where(s == 0, 0.0, self._units / jnp.where(s == 0, 1.0, s))
+        q = self.floor(jnp.sqrt(y + self.levels**2) - self.levels)
+        width = jnp.maximum(0.5, 1 - q * rounding.narrowing)
+        threshold = 0.5 + width * (low_precision.fraction(rounding.random) - 0.5)
+        up = y - self._magnitude(q) > (2 * q + (1 + 2 * self.levels)) * threshold
+        q = jnp.minimum(q + up.astype(jnp.float32), float(self.levels))
+        q = jnp.where(x < 0, -q, q)
+        return jnp.where(jnp.abs(x) < np.inf, q, -float(self.levels + 1)) + self.offset
+
+    def decode(self, stored: Array, scale: Array) -> Array:
+        """Return the numbers of codes."""
+        q = stored.astype(jnp.float32) - self.offset
+        x = q * (jnp.abs(q) + 2 * self.levels) * (_number(scale << 16) * np.float32(1 / self._units))
+        return jnp.where(q < -self.levels, np.float32(np.nan), x)
+
+    def spacing(self, stored: Array, scale: Array) -> Array:
+        """Return the distance between the numbers around a code: the mean of both sides."""
+        q = jnp.abs(stored.astype(jnp.float32) - self.offset)
+        return 2 * (q + self.levels) * (_number(scale << 16) * np.float32(1 / self._units))
+
+    def floor(self, x: Array) -> Array:
+        """Return the largest integer not above x. It may be off by one next to an integer."""
+        return jnp.floor(x)
 
     @property
-    def units(self) -> float:
-        """The magnitude of the largest q, in units. The unit of a block is its scale divided by this."""
-        return float(self.levels**self.power)
+    def _units(self) -> float:
+        return float(3 * self.levels**2)
 
-    def magnitude(self, q: Array) -> Array:
-        """Return the magnitude that q encodes, in units: q ** power."""
-        return q * q if self.power == 2 else (q * q) * (q * q)
-
-    def width(self, q: Array) -> Array:
-        """Return the distance between the magnitudes of q and q + 1, in units."""
-        return 2 * q + 1 if self.power == 2 else ((4 * q + 6) * q + 4) * q + 1
-
-    def below(self, y: Array) -> Array:
-        """Return the largest q of magnitude `y` or less. It may be off by one next to the magnitude of a q."""
-        return jnp.floor(jnp.sqrt(y) if self.power == 2 else jnp.sqrt(jnp.sqrt(y)))
-
-    def value(self, q: Array, unit: Array) -> Array:
-        """Return the number that q encodes, with its sign."""
-        return (q * jnp.abs(q) if self.power == 2 else self.magnitude(q)) * unit
-
-    def scale(self, largest: Array, *, grows: bool) -> Array:
-        """Return the scale of a block from its largest magnitude; a power of two for arrays that only grow."""
-        # A unit below the smallest normal number would be flushed to 0.
-        least = np.float32(jnp.finfo(jnp.float32).tiny * self.units)
-        s = jnp.where(largest > 0, jnp.maximum(largest, least), largest)
-        return jnp.where(jnp.isfinite(s), _power_of_two_above(s), s) if grows else s
-
-    def per_number(self, s: Array) -> Array:
-        """Return the factor from numbers to units, given the scale s; 0 if s is 0, as are all numbers of the block."""
-        return jnp.where(s == 0, 0.0, self.units / jnp.where(s == 0, 1.0, s))
-
-    def rounded(self, x: Array, per_number: Array, threshold: Array | float) -> Array:
-        """Return the signed q of `x`. Round up if `x` lies beyond the fraction `threshold` of the way to the next q."""
-        y = jnp.abs(x) * per_number
-        q = self.below(y)
-        up = y - self.magnitude(q) > self.width(q) * threshold
-        q = jnp.clip(q + up.astype(jnp.float32), float(self.least), float(self.levels))
-        if self.zero != self.least:
-            q = jnp.where(x == 0, float(self.zero), q)
-        return jnp.where(x < 0, -q, q) if self.power == 2 else q
+    def _magnitude(self, q: Array) -> Array:
+        """Return the ratio of code q in units: a third of the scale over levels squared."""
+        return q * (q + 2 * self.levels)
 
 
-# A first moment that decodes to 0 gives a step of 0, but a second moment that does gives a division by 0.
-# The sixteen codes of a 4-bit second moment have none to spare for 0: it becomes s / 65536.
-_CODES = {
-    (8, True): Code(127, 2),
-    (8, False): Code(255, 4, least=1),
-    (4, True): Code(7, 2, offset=8),
-    (4, False): Code(16, 4, least=1, zero=1, offset=-1),
+class FloatCode(NamedTuple):
+    """The codes of numbers that are not negative: 0 for 0, `levels` for numbers above, and the one behind for NaN.
+
+    The numbers above 0 are float32 without its last `shift` bits. A scale has the upper bits of the first of them, and
+    `shift`. What is larger than 0 stays so. Numbers that are too small for a block become its smallest.
+    """
+
+    levels: int
+
+    def maxima(self, x: Array) -> tuple[Array, ...]:
+        """Return integers of each number; their maxima over a block make its scale."""
+        bits = _bits(jnp.abs(x))
+        bits = jnp.where((bits >= _TINY) & (bits < _INFINITY), bits, 0)
+        return bits, jnp.where(bits > 0, _LARGEST - bits, 0)
+
+    def scale(self, top: Array, bottom: Array) -> Array:
+        """Return the scale of a block, from the maxima."""
+        first = jnp.minimum(_LARGEST - bottom, top) & -(1 << 19)
+        length = (_bits((top - first).astype(jnp.float32)) >> 23) - 126  # of the integer, in bits
+        shift = jnp.clip(length - self.levels.bit_length(), 8, 23)
+        # Rounding may add one to the largest.
+        fits = (top >> shift) - (first >> shift) <= self.levels - 2
+        shift = jnp.minimum(jnp.where(fits, shift, shift + 1), 23)
+        first = jnp.maximum(first, ((top >> shift) - (self.levels - 2)) << shift)
+        return (first >> 19) << 4 | (shift - 8)
+
+    def encode(self, x: Array, scale: Array, rounding: Rounding | None) -> Array:
+        """Return the codes of numbers, as they are stored, given the scale of each."""
+        first, shift = self._first(scale)
+        bits = _bits(jnp.abs(x))
+        random = 1 << 22 if rounding is None else (rounding.random >> 9).astype(jnp.int32)
+        rounded = jnp.minimum(bits + (random >> (23 - shift)), _LARGEST) >> shift
+        q = jnp.clip(rounded - first + 1, 1, self.levels)
+        q = jnp.where(bits < _TINY, 0, q)
+        return jnp.where(bits < _INFINITY, q, self.levels + 1)
+
+    def decode(self, stored: Array, scale: Array) -> Array:
+        """Return the numbers of codes."""
+        q = stored.astype(jnp.int32)
+        return jnp.where(q > self.levels, np.float32(np.nan), self._number(q, scale))
+
+    def spacing(self, stored: Array, scale: Array) -> Array:
+        """Return the distance between the numbers around a code."""
+        q = stored.astype(jnp.int32)
+        return self._number(q + 1, scale) - self._number(q, scale)
+
+    def _number(self, q: Array, scale: Array) -> Array:
+        first, shift = self._first(scale)
+        return jnp.where(q == 0, 0.0, _number((first + q - 1) << shift))
+
+    def _first(self, scale: Array) -> tuple[Array, Array]:
+        """Return the first number of a block without its last bits, and their count."""
+        shift = (scale & 15) + 8
+        return ((scale >> 4) << 19) >> shift, shift
+
+
+_CODES: dict[tuple[int, bool], RatioCode | FloatCode] = {
+    (8, True): RatioCode(127, 0),
+    (4, True): RatioCode(7, 8),
+    (8, False): FloatCode(254),
+    (4, False): FloatCode(14),
 }
 
 
 @dataclass(frozen=True, eq=False)
 class QuantizedArray:
-    """A float32 array stored in 8 or 4 bits per number: a pytree of its codes and scales.
+    """A moment stored in 8 or 4 bits per number: a pytree of its codes and scales.
 
     Fields:
       codes: In 8 bits: int8 if signed, else uint8, in the shape of the array. In 4 bits: uint8, two
         numbers per byte along the last axis, the first in the low half, its length rounded up.
-      scales: float32. The last axis is that of the array divided by `block_size`, rounded up.
+      scales: uint16. The last axis is that of the array divided by `block_size`, rounded up.
       bits: 8 or 4.
-      signed: True if the array may hold numbers below 0.
+      power: 0 for a second moment. A first moment is stored as its ratio to this power of the second one.
       block_size: Numbers per scale along the last axis. The last block may be shorter.
       size: The length of the last axis; inside `jax.shard_map`, that of the global array.
     """
@@ -101,9 +177,14 @@ class QuantizedArray:
     codes: Array
     scales: Array
     bits: int
-    signed: bool
+    power: float
     block_size: int
     size: int
+
+    @property
+    def signed(self) -> bool:
+        """True for a first moment, which may be below 0."""
+        return self.power > 0
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -138,39 +219,50 @@ class QuantizedArray:
         *leading, size = self.shape
         for name, x, length, dtype in (
             ("codes", self.codes, -(-size * self.bits // 8), kind),
-            ("scales", self.scales, -(-size // self.block_size), "float32"),
+            ("scales", self.scales, -(-size // self.block_size), "uint16"),
         ):
             shape = (*leading, length)
             if getattr(x, "shape", None) != shape or x.dtype != dtype:
                 found = f"{x.dtype}{list(x.shape)}" if hasattr(x, "shape") else repr(x)
+                cure = "the state comes from init(params) or update"
+                if name == "scales" and getattr(x, "dtype", None) == jnp.float32:
+                    cure = "an earlier version of adamjax wrote them, in a format that is no longer read: " + _CONVERT
                 raise ValueError(
-                    f"the {name} of a quantised moment in the state are {found}, expected {dtype}{list(shape)}: "
-                    "the state comes from init(params) or update"
+                    f"the {name} of a quantised moment in the state are {found}, expected {dtype}{list(shape)}: {cure}"
                 )
 
-    def decode(self) -> Array:
-        """Return the array in float32."""
-        q = self._integers()
-        return self.code.value(q, self._units_like(q))
+    def decode(self, second: Array | None = None) -> Array:
+        """Return the array in float32: of a first moment, given the second one.
 
-    def spacing(self) -> Array:
+        Raises:
+          ValueError: `second` is needed and missing.
+        """
+        if not self.signed:
+            return self._decoded("decode")
+        if second is None:
+            raise ValueError(
+                "a first moment is stored as its ratio to the root of the second one: decode(nu) takes that, in "
+                "float32; adamjax.storage.decode(state) decodes all moments of a state"
+            )
+        return self._decoded("decode") * self.unit(second)
+
+    def spacing(self, second: Array | None = None) -> Array:
         """Return the spacing of the format around each number, in float32: the mean of both sides."""
-        q = jnp.abs(self._integers())
-        below = jnp.maximum(q - 1, 0.0)
-        y = (self.code.magnitude(q + 1) - self.code.magnitude(below)) / (q + 1 - below)
-        return y * self._units_like(y)
+        found = self._decoded("spacing")
+        return found if second is None else found * self.unit(second)
+
+    def unit(self, second: Array) -> Array:
+        """Return the size of a first moment whose ratio is 1, given the second moment."""
+        return sqrt_with_zero_slope(second) if self.power == 0.5 else second
 
     @property
-    def code(self) -> Code:
+    def code(self) -> Any:
         """The format of its codes."""
         return _CODES[self.bits, self.signed]
 
-    def _units_like(self, y: Array) -> Array:
-        return _spread(self.scales / self.code.units, self.block_size, y)
-
-    def _integers(self) -> Array:
+    def _decoded(self, how: str) -> Array:
         stored = _unpack(self.codes, self.shape[-1]) if self.bits == 4 else self.codes
-        return stored.astype(jnp.float32) - self.code.offset
+        return getattr(self.code, how)(stored, _spread(self.scales.astype(jnp.int32), self.block_size, stored))
 
 
 def is_quantized(x: object) -> bool:
@@ -184,7 +276,7 @@ def is_moment(x: object) -> bool:
 
 
 jax.tree_util.register_dataclass(
-    QuantizedArray, data_fields=["codes", "scales"], meta_fields=["bits", "signed", "block_size", "size"]
+    QuantizedArray, data_fields=["codes", "scales"], meta_fields=["bits", "power", "block_size", "size"]
 )
 jax.export.register_pytree_node_serialization(
     QuantizedArray,
@@ -195,24 +287,26 @@ jax.export.register_pytree_node_serialization(
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3))
-def encode(x: Array, bits: int, signed: bool, block_size: int, dither: Dither | None) -> QuantizedArray:
-    """Quantise the float32 array `x`, rounded stochastically.
+def encode(
+    x: Array, bits: int, power: float, block_size: int, dither: Dither | None, narrowing: ArrayLike = 0.0
+) -> QuantizedArray:
+    """Quantise the float32 array `x`: a second moment, or the ratios of a first one to the `power` of it.
 
-    Without a `dither`, round to nearest: for arrays that only grow. Their scales are powers of two, so a
-    decoded number is encoded as itself as long as its scale stays the same. If the scale moved at each
-    step, it would move all numbers of its block, and rounding to nearest would not move them back.
+    Rounded stochastically; without a `dither`, to nearest, for second moments that only grow.
     """
-    code, size = _CODES[bits, signed], x.shape[-1]
+    code: Any = _CODES[bits, power > 0]
     # Reduce in rows of SIMD width: XLA on CPU is ten times slower over a whole block.
     rows = math.gcd(block_size, 32)
-    runs = _runs(x, block_size)
-    tops = largest(largest(runs.reshape(*runs.shape[:-1], -1, rows), -2))
-    scales = code.scale(tops, grows=dither is None)
-    threshold = 0.5 if dither is None else low_precision.uniform(low_precision.index_of(x), dither)
-    per_number = _spread(code.per_number(scales), block_size, x)
-    stored = code.rounded(x, per_number, threshold) + code.offset
-    codes = _pack(stored.astype(jnp.uint8)) if bits == 4 else stored.astype(jnp.int8 if signed else jnp.uint8)
-    return QuantizedArray(codes, scales, bits, signed, block_size, size)
+
+    def maximum(x: Array) -> Array:
+        runs = _runs(x, block_size)
+        return jnp.max(jnp.max(runs.reshape(*runs.shape[:-1], -1, rows), -2), -1)
+
+    scales = code.scale(*map(maximum, code.maxima(x)))
+    rounding = None if dither is None else Rounding(low_precision.random(low_precision.index_of(x), dither), narrowing)
+    stored = code.encode(x, _spread(scales, block_size, x), rounding)
+    codes = _pack(stored.astype(jnp.uint8)) if bits == 4 else stored.astype(jnp.int8 if power > 0 else jnp.uint8)
+    return QuantizedArray(codes, scales.astype(jnp.uint16), bits, power, block_size, x.shape[-1])
 
 
 @encode.defjvp
@@ -223,19 +317,10 @@ def _refuse(*_: object) -> NoReturn:
     )
 
 
-def largest(x: Array, axis: int = -1) -> Array:
-    """Return the largest magnitude along an axis, or NaN if there is one.
-
-    Compare the bits as integers, of which those of NaN are the largest. A maximum of floats may ignore NaN:
-    it would then be stored as a code, and be 0 from the next step on.
-    """
-    bits = jax.lax.bitcast_convert_type(jnp.abs(x), jnp.int32)
-    return jax.lax.bitcast_convert_type(jnp.max(bits, axis=axis), jnp.float32)
-
-
-def abstract(x: jax.ShapeDtypeStruct, bits: int, signed: bool, block_size: int) -> QuantizedArray:
+def abstract(x: jax.ShapeDtypeStruct, bits: int, power: float, block_size: int) -> QuantizedArray:
     """Return the types and shardings of the result of `encode` for an array like `x`."""
-    made = jax.eval_shape(lambda: encode(jnp.zeros(x.shape, x.dtype), bits, signed, block_size, None))
+    dither = Dither(np.uint32(0), np.uint32(0))  # type: ignore[arg-type]
+    made = jax.eval_shape(lambda: encode(jnp.zeros(x.shape, x.dtype), bits, power, block_size, dither))
 
     def placed(part: jax.ShapeDtypeStruct, unit: int) -> jax.ShapeDtypeStruct:
         sharding = x.sharding
@@ -295,8 +380,9 @@ def _unpack(codes: Array, size: int) -> Array:
     return pairs.reshape(*codes.shape[:-1], 2 * codes.shape[-1])[..., :size]
 
 
-def _power_of_two_above(x: Array) -> Array:
-    """Return the smallest power of two not below `x`, or the largest there is. `x` is at least 0; 0 gives 0."""
-    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
-    up = jnp.minimum((bits + np.uint32(0x7FFFFF)) >> 23, np.uint32(254))
-    return jax.lax.bitcast_convert_type(up << 23, jnp.float32)
+def _bits(x: Array) -> Array:
+    return jax.lax.bitcast_convert_type(x, jnp.int32)
+
+
+def _number(bits: Array) -> Array:
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)

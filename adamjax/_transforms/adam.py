@@ -1,16 +1,26 @@
 """The Adam rule of one array, and Adam as a transformation."""
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
 from adamjax._core import checks
-from adamjax._core.numerics import Decay, abs_sq, bias_correction, decay, divide_by_real, ema, sqrt_with_zero_slope
+from adamjax._core.numerics import (
+    Decay,
+    abs_sq,
+    bias_correction,
+    clip_finite,
+    decay,
+    divide_by_real,
+    ema,
+    largest_square_root,
+    sqrt_with_zero_slope,
+)
 from adamjax._core.typing import AMSGrad, Scalar
-from adamjax._core.value import static_field, value
+from adamjax._core.value import precise_field, static_field, value
 from adamjax._transforms.moment_storage import MomentFormat
 from adamjax._transforms.moments import Moments, Parts
 
@@ -34,8 +44,10 @@ class AdamRule:
 
     nesterov: bool = False
     amsgrad: AMSGrad | None = None
+    power: ClassVar[float] = 0.5  # of a second moment, that has the size of a first one
 
     def accumulate(self, g: Array, m: Array, v: Array, s: Any) -> tuple[Array, Array]:
+        g = clip_finite(g, largest_square_root(g.dtype))
         return ema(m, g, s.decay1), ema(v, abs_sq(g), s.decay2)
 
     def maximum(self, v: Array, v_max: Array, s: Any) -> Array:
@@ -65,27 +77,33 @@ class AdamRule:
 
 def adam_scalars(opt: Any, t: Array, amsgrad: AMSGrad | None = None) -> AdamScalars:
     """The scalars of step `t`, in its dtype, for an `opt` that has Adam's hyperparameters and `nesterov`."""
-    decay1, decay2 = decay("b1", opt.b1, t.dtype), decay("b2", opt.b2, t.dtype)
+    decay1, decay2 = decay(opt, "b1", t.dtype), decay(opt, "b2", t.dtype)
     c1, c2 = bias_correction(t, decay1), bias_correction(t, decay2)
     c1_next = bias_correction(t + 1, decay1) if opt.nesterov else None
     if amsgrad == "paper":
         c1 = c1_next = c2 = jnp.ones_like(t)
     eps_root = checks.as_scalar("eps_root", opt.eps_root, t.dtype)
-    return AdamScalars(decay1, decay2, c1, c1_next, c2, epsilon(opt.eps, t.dtype), eps_root)
+    return AdamScalars(decay1, decay2, c1, c1_next, c2, epsilon(opt.eps, decay2), eps_root)
 
 
-def epsilon(eps: Scalar, dtype: np.dtype) -> Any:
-    """The `eps` of a step, at least the root of the smallest number: where gradients have no squares, 0 / 0 is 0."""
-    least, eps = float(jnp.finfo(dtype).tiny) ** 0.5, checks.as_scalar("eps", eps, dtype)
-    return np.maximum(eps, np.asarray(least, dtype)) if isinstance(eps, np.ndarray) else jnp.maximum(eps, least)
+def epsilon(eps: Scalar, decay2: Decay) -> Any:
+    """The `eps` of a step, at least the size of gradients whose squares are too small for the second moment.
+
+    So a gradient that leaves it 0 gives no larger step than another, and 0 / 0 is 0.
+    """
+    a: Any = decay2.one_minus_b
+    least, eps = (jnp.finfo(a.dtype).tiny / a) ** 0.5, checks.as_scalar("eps", eps, a.dtype)
+    return (
+        np.maximum(eps, least) if isinstance(eps, np.ndarray) and isinstance(a, np.ndarray) else jnp.maximum(eps, least)
+    )
 
 
 @value
 class ScaleByAdam(Moments):
     """Adam's direction; see `scale_by_adam`."""
 
-    b1: Scalar
-    b2: Scalar
+    b1: Scalar = precise_field()
+    b2: Scalar = precise_field()
     eps: Scalar
     eps_root: Scalar
     mu_dtype: MomentFormat = static_field(default=None)

@@ -1,13 +1,13 @@
 """Adamax: its difference from Adam."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from jax import Array
 
-from adamjax._core.numerics import bias_correction, decay, divide_by_real, ema
+from adamjax._core.numerics import bias_correction, clip_finite, decay, divide_by_real, ema
 from adamjax._core.typing import Scalar
-from adamjax._core.value import static_field, value
+from adamjax._core.value import precise_field, static_field, value
 from adamjax._transforms.adam import AdamRule, AdamScalars, epsilon
 from adamjax._transforms.moment_storage import MomentFormat
 from adamjax._transforms.moments import Moments
@@ -16,8 +16,11 @@ from adamjax._transforms.moments import Moments
 class AdamaxRule(AdamRule):
     """The step of one array (Kingma & Ba, 2015, Algorithm 2); `v` is the infinity norm."""
 
+    power: ClassVar[float] = 1.0
+
     def accumulate(self, g: Array, m: Array, v: Array, s: Any) -> tuple[Array, Array]:
         """The new first moment, and the decaying maximum of the magnitudes."""
+        g = clip_finite(g, float(jnp.finfo(g.dtype).max) / 4)  # so that differences of gradients are finite
         return ema(m, g, s.decay1), jnp.maximum(s.decay2.b * v, jnp.abs(g) + s.eps)
 
     def direction(self, g: Array, m: Array, v: Array, v_max: Array | None, s: Any) -> Array:
@@ -33,8 +36,8 @@ class AdamaxRule(AdamRule):
 class ScaleByAdamax(Moments):
     """Adamax' direction; see `scale_by_adamax`."""
 
-    b1: Scalar
-    b2: Scalar
+    b1: Scalar = precise_field()
+    b2: Scalar = precise_field()
     eps: Scalar
     mu_dtype: MomentFormat = static_field(default=None)
     nu_dtype: MomentFormat = static_field(default=None)
@@ -49,8 +52,8 @@ class ScaleByAdamax(Moments):
         return AdamaxRule()
 
     def _scalars(self, t: Array) -> AdamScalars:
-        decay1, decay2 = decay("b1", self.b1, t.dtype), decay("b2", self.b2, t.dtype)
-        return AdamScalars(decay1, decay2, bias_correction(t, decay1), None, None, epsilon(self.eps, t.dtype), None)
+        decay1, decay2 = decay(self, "b1", t.dtype), decay(self, "b2", t.dtype)
+        return AdamScalars(decay1, decay2, bias_correction(t, decay1), None, None, epsilon(self.eps, decay2), None)
 
 
 def scale_by_adamax(

@@ -6,6 +6,7 @@
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -22,7 +23,9 @@ from adamjax._core.value import Value, name_of, static_field, value
 
 FLOATS = ("bfloat16", "float16", "float32", "float64")
 _COMPLEX = ("complex64", "complex128")
-_BLOCK_SIZES = {"int8": 128, "int4": 64}
+_BITS = {"int8": 8, "int4": 4}
+# Numbers per scale of a first moment, whose noise grows with the size of a block, and of a second.
+_BLOCK_SIZES = {True: 32, False: 64}
 _FLOAT32 = jnp.dtype(jnp.float32)
 
 
@@ -36,15 +39,15 @@ class Quantized(Value):
     keep: Callable[[str], bool] | None = static_field(default=None)
 
     def __post_init__(self) -> None:
-        checks.choice("format", self.name, tuple(_BLOCK_SIZES))
-        block_size = _BLOCK_SIZES[self.name] if self.block_size is None else self.block_size
-        self._replace_field("block_size", checks.count("block_size", block_size))
+        checks.choice("format", self.name, tuple(_BITS))
+        if self.block_size is not None:
+            self._replace_field("block_size", checks.count("block_size", self.block_size))
         self._replace_field("min_size", checks.count("min_size", self.min_size, least=0))
         if self.keep is not None and not callable(self.keep):
             raise TypeError(f"Invalid keep value: {self.keep!r}; keep must be a function of a path, or None")
 
     def __repr__(self) -> str:
-        block_size = f", block_size={self.block_size}" if self.block_size != _BLOCK_SIZES[self.name] else ""
+        block_size = f", block_size={self.block_size}" if self.block_size is not None else ""
         min_size = f", min_size={self.min_size}" if self.min_size != 4096 else ""
         keep = f", keep={name_of(self.keep)}" if self.keep is not None else ""
         return f"adamjax.quantized({self.name!r}{block_size}{min_size}{keep})"
@@ -52,7 +55,11 @@ class Quantized(Value):
     @property
     def bits(self) -> int:
         """Bits of a code."""
-        return int(self.name.removeprefix("int"))
+        return _BITS[self.name]
+
+    def block(self, *, signed: bool) -> int:
+        """Numbers per scale, of first moments (`signed`) or second."""
+        return _BLOCK_SIZES[signed] if self.block_size is None else self.block_size
 
     def applies_to(self, p: Any, path: str, *, signed: bool) -> bool:
         """Return whether the moment of parameter `p` is quantised, and not kept in float32 or wider."""
@@ -61,8 +68,8 @@ class Quantized(Value):
             return False
         if signed and jnp.iscomplexobj(p):
             return False
-        n, scales = shape[-1], -(-shape[-1] // self.block_size)
-        return -(-n * self.bits // 8) + 4 * scales <= 2 * n
+        n, scales = shape[-1], -(-shape[-1] // self.block(signed=signed))
+        return -(-n * self.bits // 8) + 2 * scales <= 2 * n
 
 
 MomentFormat = DTypeLike | Quantized | None  # the arguments mu_dtype and nu_dtype
@@ -78,16 +85,18 @@ def moment_format(name: str, found: MomentFormat, *, signed: bool) -> np.dtype |
     return checks.dtype(name, found, allowed, expected)
 
 
-def init_moments(params: PyTree, name: str, format: np.dtype | Quantized | None, *, signed: bool) -> PyTree:
+def init_moments(params: PyTree, name: str, format: np.dtype | Quantized | None, *, power: float) -> PyTree:
     """Make the moments of `params` before the first step: zeros of their shapes and shardings.
 
-    Without a `format` they have the parameters' own dtypes, but at least float32; real unless `signed`.
+    Without a `format` they have the parameters' own dtypes, but at least float32. Second moments, whose `power` is 0,
+    are real. Codes of first ones are of their ratio to this power of the second.
     """
+    signed = power > 0
 
     def of_leaf(path: Any, p: Any) -> Any:
         if isinstance(format, Quantized):
             if format.applies_to(p, trees.path_of(path), signed=signed):
-                return _init_codes(p, format, signed)
+                return _init_codes(p, format, power)
         elif format is not None:
             if jax.dtypes.canonicalize_dtype(format) != format:
                 raise ValueError(f"{name}={format.name} needs 64-bit JAX: set jax_enable_x64, or choose {name}=float32")
@@ -98,17 +107,17 @@ def init_moments(params: PyTree, name: str, format: np.dtype | Quantized | None,
     return jax.tree.map_with_path(of_leaf, params)
 
 
-def _init_codes(p: Any, format: Quantized, signed: bool) -> QuantizedArray:
-    zeros = trees.zeros_like(p, _FLOAT32)
-    if trees.is_abstract(p):
-        return quantization.abstract(zeros, format.bits, signed, format.block_size)
-    return _encode(zeros, format.bits, signed, format.block_size, None)
+def _init_codes(p: Any, format: Quantized, power: float) -> QuantizedArray:
+    zeros, kind = trees.zeros_like(p, _FLOAT32), (format.bits, power, format.block(signed=power > 0))
+    return quantization.abstract(zeros, *kind) if trees.is_abstract(p) else _encode_zeros(zeros, *kind)
 
 
-_encode = jax.jit(quantization.encode, static_argnums=(1, 2, 3))
+@partial(jax.jit, static_argnums=(1, 2, 3))
+def _encode_zeros(zeros: Array, bits: int, power: float, block_size: int) -> QuantizedArray:
+    return quantization.encode(zeros, bits, power, block_size, low_precision.dither(jnp.int32(0), 0))
 
 
-def rebuild_quantized(moments: PyTree, updates: Leaves, format: Quantized, *, signed: bool) -> PyTree:
+def rebuild_quantized(moments: PyTree, updates: Leaves, format: Quantized, *, power: float) -> PyTree:
     """Put a `QuantizedArray` back where `moments` holds a mapping of its codes and scales.
 
     flax's nnx.Optimizer makes such mappings: it keeps the state of each parameter in a Variable, and takes
@@ -121,7 +130,7 @@ def rebuild_quantized(moments: PyTree, updates: Leaves, format: Quantized, *, si
     except ValueError:  # the check of the trees says where they differ
         return moments
     rebuilt = [
-        QuantizedArray(x["codes"], x["scales"], format.bits, signed, format.block_size, g.shape[-1])
+        QuantizedArray(x["codes"], x["scales"], format.bits, power, format.block(signed=power > 0), g.shape[-1])
         if isinstance(x, Mapping) and x.keys() == {"codes", "scales"} and g is not None
         else x
         for g, x in zip(updates.leaves, column, strict=True)
@@ -138,6 +147,13 @@ def load(stored: Moment, dtype: np.dtype, like: Array) -> Array:
     """Load a stored moment for arithmetic in `dtype`, sharded as `like`."""
     if isinstance(stored, QuantizedArray):
         return quantization.sharded_like(stored.decode(), like).astype(dtype)
+    return stored.astype(dtype)
+
+
+def load_first(stored: Moment, v: Array, dtype: np.dtype, like: Array) -> Array:
+    """Load a stored first moment likewise, given the loaded second one."""
+    if isinstance(stored, QuantizedArray):
+        return quantization.sharded_like(stored.decode(v.astype(_FLOAT32)), like).astype(dtype)
     return stored.astype(dtype)
 
 
@@ -167,16 +183,56 @@ def round_max(x: Array, like: Moment) -> Array:
 def store(x: Array, like: Moment, dither: Dither | None) -> Moment:
     """Store a rounded moment as `like` is stored; codes are rounded by the `dither`, or to nearest without one."""
     if isinstance(like, QuantizedArray):
-        made = quantization.encode(x.astype(_FLOAT32), like.bits, like.signed, like.block_size, dither)
+        made = quantization.encode(x.astype(_FLOAT32), like.bits, like.power, like.block_size, dither)
         return dataclasses.replace(made, size=like.size)
     return x.astype(like.dtype)
 
 
-def ulp(stored: Moment) -> Array | None:
-    """Return the distance, in float32, of the numbers around a stored moment; None if float32 holds all of them."""
+def store_first(m: Array, v: Array, like: Moment, dither: Dither | None, one_minus_b: Array) -> Moment:
+    """Store a rounded first moment likewise, given the second one and 1 minus its own decay rate."""
+    if not isinstance(like, QuantizedArray):
+        return m.astype(like.dtype)
+    ratio, narrowing = ratio_of(m, v, like, one_minus_b)
+    made = quantization.encode(ratio.astype(_FLOAT32), like.bits, like.power, like.block_size, dither, narrowing)
+    return dataclasses.replace(made, size=like.size)
+
+
+def ratio_of(m: Array, v: Array, like: QuantizedArray, one_minus_b: Array) -> tuple[Array, Array]:
+    """Return the ratio of a first moment to the root of the second, and the narrowing of its dither."""
+    unit = like.unit(v)
+    # Without a second moment there is no first one either, but for gradients whose squares underflow.
+    ratio = m / jnp.where(unit == 0, np.inf, unit)
+    # Without gradients a code falls by about `one_minus_b` of itself a step: the part that may be left to nearest.
+    return ratio, 0.25 * one_minus_b
+
+
+def decoded(v: Moment) -> Array:
+    """Return a second moment as an array: a quantised one in float32, another as it is."""
+    return v.decode() if isinstance(v, QuantizedArray) else v
+
+
+def decoded_first(m: Moment, v: Moment) -> Array:
+    """Return the first moment of a parameter likewise, given the second."""
+    return m.decode(jnp.asarray(decoded(v), _FLOAT32)) if isinstance(m, QuantizedArray) else m
+
+
+def storage_noise(m: Moment, v: Moment, v_loaded: Array) -> tuple[Array | None, Array | None]:
+    """Return the root mean square error, in float32, of storing each moment; None if float32 holds it.
+
+    A ratio keeps the direction that a rounded second moment would change, so that one has none beside it.
+    """
+    if isinstance(m, QuantizedArray):
+        # The dither has half the width of the spacing.
+        return m.spacing(v_loaded.astype(_FLOAT32)) * math.sqrt((1 + 0.25) / 12), None
+    return _noise(m), _noise(v)
+
+
+def _noise(stored: Moment) -> Array | None:
     if isinstance(stored, QuantizedArray):
-        return stored.spacing()
-    return low_precision.ulp(stored.astype(_FLOAT32), stored.dtype) if needs_dither(stored) else None
+        return stored.spacing() * math.sqrt(1 / 6)
+    if not needs_dither(stored):
+        return None
+    return low_precision.ulp(stored.astype(_FLOAT32), stored.dtype) * math.sqrt(1 / 6)
 
 
 def _is_wide(stored: Moment) -> bool:

@@ -44,12 +44,13 @@ class AdamState(NamedTuple):
 jax.export.register_namedtuple_serialization(AdamState, serialized_name="adamjax.AdamState")
 
 
+def holds_moments(x: object) -> bool:
+    """Return whether a node of a state holds moments, ours or optax's."""
+    return {"count", "mu", "nu"} <= set(getattr(x, "_fields", ()))
+
+
 def find_moments(state: PyTree) -> list[tuple[tuple[Any, ...], Any]]:
-    """Find all nodes of a state that hold moments, ours or optax's: each with its path, and unpacked."""
-
-    def holds_moments(x: Any) -> bool:
-        return {"count", "mu", "nu"} <= set(getattr(x, "_fields", ()))
-
+    """Find all nodes of a state that hold moments: each with its path, and unpacked."""
     nodes = jax.tree.leaves_with_path(state, is_leaf=holds_moments)
     return [(path, type(x)(*map(unpacked, x))) for path, x in nodes if holds_moments(x)]
 
@@ -95,9 +96,9 @@ class Moments(Leafwise):
 
     def _init(self, params: PyTree) -> AdamState:
         def second() -> PyTree:
-            return storage.init_moments(params, "nu_dtype", self.nu_dtype, signed=False)
+            return storage.init_moments(params, "nu_dtype", self.nu_dtype, power=0)
 
-        mu = storage.init_moments(params, "mu_dtype", self.mu_dtype, signed=True)
+        mu = storage.init_moments(params, "mu_dtype", self.mu_dtype, power=self.rule.power)
         return AdamState(trees.zero_count(params), mu, second(), second() if self.tracks_max else None)
 
     def _leaf_transforms(self, updates: Leaves, state: PyTree, params: Leaves | None) -> list[LeafTransform]:
@@ -121,7 +122,7 @@ class Moments(Leafwise):
         signed, found = name == "mu", getattr(state, name)
         format = self.mu_dtype if signed else self.nu_dtype
         if isinstance(format, Quantized):
-            found = storage.rebuild_quantized(found, updates, format, signed=signed)
+            found = storage.rebuild_quantized(found, updates, format, power=self.rule.power if signed else 0)
         return checks.moments(updates, found, f"state.{name}", real=not signed)
 
 
@@ -193,7 +194,8 @@ class StepLeaf:
         dtype = trees.compute_dtype(g.dtype, m_stored.dtype, v_stored.dtype)
         real = trees.real_dtype(dtype)
         g = g.astype(dtype)
-        m, v = storage.load(m_stored, dtype, g), storage.load(v_stored, real, g)
+        v = storage.load(v_stored, real, g)
+        m = storage.load_first(m_stored, v, dtype, g)
         v_max = None if max_stored is None else storage.load(max_stored, real, g)
         # Real scalars times complex arrays are meant, even where promotion is strict.
         with jax.numpy_dtype_promotion("standard") if dtype != real else contextlib.nullcontext():
@@ -204,7 +206,7 @@ class StepLeaf:
                 v_max = storage.round_max(self.rule.maximum(v, v_max, scalars), max_stored)
             direction = self.rule.direction(g, m, v, v_max, scalars)
         new = (
-            storage.store(m, m_stored, dither1),
+            storage.store_first(m, v, m_stored, dither1, scalars.decay1.one_minus_b),
             storage.store(v, v_stored, dither2),
             None if v_max is None else storage.store(v_max, max_stored, None),
         )

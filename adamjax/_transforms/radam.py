@@ -9,7 +9,7 @@ from jax import Array
 from adamjax._core import checks
 from adamjax._core.numerics import decay, log
 from adamjax._core.typing import Scalar
-from adamjax._core.value import static_field, value
+from adamjax._core.value import precise_field, static_field, value
 from adamjax._transforms.adam import AdamRule, AdamScalars, adam_scalars
 from adamjax._transforms.moment_storage import MomentFormat
 from adamjax._transforms.moments import Moments
@@ -25,14 +25,15 @@ class RAdamRule(AdamRule):
         return jnp.where(tractable, adaptive, self.m_hat(g, m, s))
 
 
-def sma_lengths(b: Scalar, t: Array) -> tuple[Any, Array]:
-    """Return Liu et al.'s rho, the length of the second moment's average: in the end, and at step t.
+def sma_lengths(opt: Any, t: Array) -> tuple[Any, Array]:
+    """Return Liu et al.'s rho, the length of the average with the `b2` of `opt`: in the end, and at step t.
 
     2 / (1 - b) - 1 - 2 t b**t / (1 - b**t) is a small difference of numbers as large as 2 / (1 - b).
     With x = -t log(b) and phi(x) = 1 - x / (exp(x) - 1) it is bracket - 2 / log(b) * phi(x), where
     bracket = 2 / (1 - b) - 1 + 2 / log(b), and both have power series where they would cancel.
     """
-    _, a, log_b, _, _ = decay("b2", b, t.dtype)
+    _, a, log_b, _, _ = decay(opt, "b2", t.dtype)
+    b = opt.b2
     near = 0.5 if t.dtype == jnp.float32 else 0.1
     x = jnp.minimum(-t * log_b, 80.0)  # phi is 1 there; exp, and log(0), would overflow
     series = x * (1 / 2 - x * (1 / 12 - x**2 * (1 / 720 - x**2 * (1 / 30240 - x**2 / 1209600))))
@@ -51,8 +52,8 @@ def sma_lengths(b: Scalar, t: Array) -> tuple[Any, Array]:
 class ScaleByRAdam(Moments):
     """RAdam's direction; see `scale_by_radam`."""
 
-    b1: Scalar
-    b2: Scalar
+    b1: Scalar = precise_field()
+    b2: Scalar = precise_field()
     eps: Scalar
     eps_root: Scalar
     threshold: Scalar
@@ -72,7 +73,7 @@ class ScaleByRAdam(Moments):
         return RAdamRule(self.nesterov)
 
     def _scalars(self, t: Array) -> AdamScalars:
-        longest, length = sma_lengths(self.b2, t)
+        longest, length = sma_lengths(self, t)
         # Whether the second moment rests on enough gradients to divide by it.
         tractable = length >= jnp.maximum(checks.as_scalar("threshold", self.threshold, t.dtype), 4.0)
         # If it is not, any lengths do, as long as the root below has a slope.

@@ -256,17 +256,16 @@ def _leaf(g: Array, u: Array, p: Array, found: _Moments) -> tuple[Array, Array]:
     v_loaded = moment_storage.load(v, real, g)
     v_max = None if found.v_max is None else moment_storage.load(found.v_max, real, g)
     t = jnp.maximum(found.count, 1).astype(real)
-    parts = found.member.parts(moment_storage.load(m, dtype, g), v_loaded, v_max, t)
+    parts = found.member.parts(moment_storage.load_first(m, v_loaded, dtype, g), v_loaded, v_max, t)
     alive = parts.root > 0
     scale = jnp.where(alive, 1 / jnp.where(alive, parts.root + parts.eps, 1), 0)  # no second moment, no direction
     direction = abs_sq(parts.m_hat) * scale * scale
     error = jnp.zeros_like(scale)
-    if (step := moment_storage.ulp(m)) is not None:
-        # The root mean square error of stochastic rounding is the spacing divided by the root of 6.
-        off = found.member.parts(step.astype(dtype), v_loaded, v_max, t).m_hat
-        error += abs_sq(off) * scale * scale / 6
-    if (step := moment_storage.ulp(v)) is not None:
-        error += direction * (step.astype(real) / jnp.where(v_loaded > 0, v_loaded, 1)) ** 2 / 24
+    m_noise, v_noise = moment_storage.storage_noise(m, v, v_loaded)
+    if m_noise is not None:
+        error += abs_sq(found.member.parts(m_noise.astype(dtype), v_loaded, v_max, t).m_hat) * scale * scale
+    if v_noise is not None:
+        error += direction * (v_noise.astype(real) / jnp.where(v_loaded > 0, v_loaded, 1)) ** 2 / 4
     terms = _Sums(
         size=jnp.ones_like(scale),
         gradient=abs_sq(g),

@@ -14,7 +14,7 @@ from adamjax._core import checks, trees
 from adamjax._core.numerics import bias_correction, decay
 from adamjax._core.trees import Leaves
 from adamjax._core.typing import PyTree, Scalar
-from adamjax._core.value import value
+from adamjax._core.value import precise_field, value
 from adamjax._transforms.adam import AdamRule, AdamScalars, epsilon
 from adamjax._transforms.base import Leafwise
 from adamjax._transforms.leafwise import LeafTransform
@@ -74,19 +74,19 @@ class _NAdamMoments(Moments):
         return TorchNAdamRule()
 
     def _scalars(self, t: Array) -> AdamScalars:
-        decay1, decay2 = decay("b1", self.opt.b1, t.dtype), decay("b2", self.opt.b2, t.dtype)
+        decay1, decay2 = decay(self.opt, "b1", t.dtype), decay(self.opt, "b2", t.dtype)
         product, now, following = self.product.astype(t.dtype), self.opt.rate(t), self.opt.rate(t + 1)
         c1, c2 = bias_correction(t, decay1), bias_correction(t, decay2)
         weights = (1 - now) / (1 - product), following / (1 - product * following)
-        return AdamScalars(decay1, decay2, c1, None, c2, epsilon(self.opt.eps, t.dtype), np.zeros((), t.dtype), weights)
+        return AdamScalars(decay1, decay2, c1, None, c2, epsilon(self.opt.eps, decay2), np.zeros((), t.dtype), weights)
 
 
 @value
 class ScaleByTorchNAdam(Leafwise):
     """NAdam with a schedule of the momentum, as in torch.optim.NAdam."""
 
-    b1: Scalar
-    b2: Scalar
+    b1: Scalar = precise_field()
+    b2: Scalar = precise_field()
     eps: Scalar
     momentum_decay: Scalar
 

@@ -9,6 +9,7 @@ import numpy as np
 from jax import Array
 
 from adamjax._core import trees
+from adamjax._core.numerics import largest_square_root
 from adamjax._core.quantization import QuantizedArray
 from adamjax.kernels import _compile
 from adamjax.kernels._backend import Backend, LeafArrays, LeafSpec, StepScalars, StepVariant, all_but_grad
@@ -59,7 +60,8 @@ def _scalars(variant: StepVariant, scalars: StepScalars) -> tuple[Any, ...]:
     by_c2, max_by_c2 = (one, one / s.c2) if variant.amsgrad == "corrected" else (one / s.c2, one)
     mean = (s.decay1.old_weight, s.decay1.one_minus_b, s.decay1.undo, rate * weight_m, rate * weight_g)
     square = (s.decay2.old_weight, s.decay2.one_minus_b, s.decay2.undo, by_c2, s.eps_root, s.eps)
-    return (*mean, *square, scalars.sign, scalars.coupled, scalars.decay, max_by_c2)
+    largest = jnp.float32(largest_square_root(np.dtype(np.float32)))
+    return (*mean, *square, scalars.sign, scalars.coupled, scalars.decay, max_by_c2, largest)
 
 
 def attributes(variant: StepVariant) -> dict[str, bool]:

@@ -22,7 +22,8 @@ from jax.extend.core import primitives
 from adamjax._core import low_precision, trees
 from adamjax._core.low_precision import Dither
 from adamjax._core.numerics import Decay
-from adamjax._core.quantization import Code, QuantizedArray, largest
+from adamjax._core.quantization import QuantizedArray, RatioCode, Rounding
+from adamjax._transforms import moment_storage
 from adamjax._transforms.adam import AdamRule, AdamScalars
 from adamjax.kernels._backend import OFFSETS, Backend, LeafArrays, LeafSpec, StepScalars, StepVariant
 
@@ -48,8 +49,8 @@ def unsupported_reason(leaf: LeafArrays, g: Array) -> str | None:
         if x is not None and x.dtype != jnp.float32:
             return f"one of its moments is quantised and the other {x.dtype}, and the kernel steps float32 beside codes"
     sizes = sorted({x.block_size for x in moments if isinstance(x, QuantizedArray)})
-    if sizes[0] % 64:
-        return f"its moments are quantised in blocks of {sizes[0]}, and the kernel steps multiples of 64"
+    if sizes[0] % 32:
+        return f"its moments are quantised in blocks of {sizes[0]}, and the kernel steps multiples of 32"
     if sizes[-1] % sizes[0]:
         return f"the blocks of its moments, of {sizes[0]} and of {sizes[-1]} numbers, do not begin together"
     if p.shape[-1] % sizes[-1]:
@@ -192,41 +193,53 @@ def _step_rows(
     if variant.coupled:
         g = g + scalars.coupled * wide
     rule, adam = AdamRule(variant.nesterov, variant.amsgrad), scalars.adam
-    m, v, v_max = [_load(x, g.shape) for x in old]
+    v, v_max = [_load(x, g.shape) for x in old[1:]]
+    m = _load(old[0], g.shape, v)
     # Neither codes nor float32 are rounded before the step goes on with them.
     m, v = rule.accumulate(g, m, v, adam)
     v_max = v_max if v_max is None else rule.maximum(v, v_max, adam)
     update = scalars.rate * rule.direction(g, m, v, v_max, adam) + (scalars.decay * wide if variant.decays else 0)
-    dithers = (dither, dither.second_array(), None)
-    stored = [_store(x, like, d, index) for x, like, d in zip((m, v, v_max), old, dithers, strict=True)]
+    random = low_precision.random(index, dither), low_precision.random(index, dither.second_array())
+    stored = (
+        _store_first(m, v, old[0], Rounding(random[0], adam.decay1.one_minus_b)),
+        _store(v, old[1], Rounding(random[1])),
+        _store(v_max, old[2], None),
+    )
     # The update is rounded to the dtype of the parameter, and then added.
     return (wide + update.astype(p.dtype).astype(jnp.float32)).astype(p.dtype), *stored, None
 
 
-def _load(stored: Any, shape: tuple[int, ...]) -> Any:
+def _load(stored: Any, shape: tuple[int, ...], v: Array | None = None) -> Any:
+    """Decode the numbers of a moment; of a first one, given the second."""
     if not isinstance(stored, QuantizedArray):
         return stored
     q = stored.codes.astype(jnp.int32)
     if stored.bits == 4:
         q = (_spread(q, shape) >> _shift(shape, q.dtype)) & 15
-    q = q.astype(jnp.float32) - stored.code.offset
-    return stored.code.value(q, _spread(stored.scales / stored.code.units, shape))
+    x = stored.code.decode(q, _spread(stored.scales.astype(jnp.int32), shape))
+    return x if v is None else x * stored.unit(v)
 
 
-def _store(x: Any, like: Any, dither: Dither | None, index: Array) -> Any:
+def _store_first(m: Array, v: Array, like: Any, rounding: Rounding) -> Any:
+    if not isinstance(like, QuantizedArray):
+        return m
+    ratio, narrowing = moment_storage.ratio_of(m, v, like, rounding.narrowing)
+    return _store(ratio, like, rounding._replace(narrowing=narrowing))
+
+
+def _store(x: Any, like: Any, rounding: Rounding | None) -> Any:
     if not isinstance(like, QuantizedArray):
         return x
-    code = _Code(*like.code)
-    top = x
+    code: Any = _RatioCode(*like.code) if like.signed else like.code
+    maxima = code.maxima(x)
     for _ in range(x.ndim - like.scales.ndim):
-        top = largest(top)
-    scales = code.scale(top, grows=dither is None)
-    threshold = 0.5 if dither is None else low_precision.uniform(index, dither)
-    q = code.rounded(x, _spread(code.per_number(scales), x.shape), threshold) + code.offset
-    q = lax.bitcast_convert_type(q + _WHOLE, jnp.uint32)
+        maxima = tuple([jnp.max(y, axis=-1) for y in maxima])
+    scales = code.scale(*maxima)
+    q = code.encode(x, _spread(scales, x.shape), rounding)
+    q = lax.bitcast_convert_type(q + _WHOLE if like.signed else q, jnp.uint32)
     if like.bits == 4:
         q = jnp.sum((q & np.uint32(15)) << _shift(x.shape, q.dtype), axis=-1, dtype=jnp.uint32)
-    return replace(like, codes=q.astype(like.codes.dtype), scales=scales)
+    return replace(like, codes=q.astype(like.codes.dtype), scales=scales.astype(like.scales.dtype))
 
 
 # float32 numbers around this one have a spacing of 1, and its low bits are 0. Adding it rounds to an integer, which
@@ -234,13 +247,11 @@ def _store(x: Any, like: Any, dither: Dither | None, index: Array) -> Any:
 _WHOLE = np.float32(3 * 2**22)
 
 
-class _Code(Code):
-    """The codes, by operations that are fast on a GPU."""
+class _RatioCode(RatioCode):
+    """The codes of ratios, by operations that Mosaic has."""
 
-    def below(self, y: Array) -> Array:
-        # log2 and exp2 are precise enough for these roots. For 0, log2 gives -inf, and the root is 0.
-        root = jnp.exp2(jnp.log2(y) * (1 / self.power))
-        below = lax.optimization_barrier(root - 0.5)
+    def floor(self, x: Array) -> Array:
+        below = lax.optimization_barrier(x - 0.5)
         return lax.optimization_barrier(below + _WHOLE) - _WHOLE
 
 
@@ -305,7 +316,7 @@ def _layouts(rows: _Rows, stored: Any) -> list[Any]:
     if rows.pairs:
         vector, tiles = 2, [(_WARPS, *span, 32, 2)]
     else:
-        vector = 4 if rows.unit % 128 == 0 else 2
+        vector = math.gcd(rows.unit, 128) // 32
         tiles = [(_WARPS, *span, 32 * vector), (vector,)]
     whole = plgpu.Layout.TILED(plgpu.Tiling(tuple(tiles)), warp_dims=(-3 - len(span),), lane_dims=(-2,), vector_dim=-1)
     ndim = len(rows.shape)

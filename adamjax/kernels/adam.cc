@@ -1,5 +1,6 @@
-// One Adam step of one array, in one pass over memory. The step is that of ../_adam.py, the formats are those of
-// ../storage.py, ../_stochastic.py, ../_codes.py and ../rounding.py; _leaf.py makes the operands.
+// One Adam step of one array, in one pass over memory. The step is that of ../_transforms/adam.py, the formats are those
+// of ../_transforms/moment_storage.py, ../_core/low_precision.py, ../_core/quantization.py and ../rounding.py;
+// _backend.py makes the operands.
 //
 // Arithmetic is in float32. Tiles of all arrays are converted to float32 in the cache, stepped there, and written back.
 // So each format needs one loop that loads and one that stores, independent of the formats of other arrays.
@@ -31,6 +32,7 @@ constexpr int64_t kTile = 256;   // numbers of each array per tile: whole blocks
 constexpr int64_t kAhead = 512;  // prefetch distance, in numbers
 constexpr int64_t kLeast = 64;   // minimum of tiles that a thread takes at a time
 constexpr int64_t kLine = 64;    // bytes of a cache line
+constexpr float kNarrowing = 0.25f;  // of the dither of ratios, by 1 - b1; see ../_transforms/moment_storage.py
 
 // One row of the first operand.
 struct Scalars {
@@ -41,6 +43,7 @@ struct Scalars {
   float sign, coupled;         // g <- sign g + coupled p
   float decay;                 // p <- p + m / v + decay p
   float kept_by_c2;            // factor of v before the maximum; 1 unless the maximum is of corrected moments
+  float largest;               // the limit of a finite gradient, so that its square is finite
 };
 constexpr int64_t kScalars = sizeof(Scalars) / sizeof(float);
 
@@ -81,7 +84,7 @@ struct Format {
   void (*load)(const Array&, const Span&, float*);
   void (*store_nearest)(const Array&, const Span&, const float*);
   void (*store_random)(const Array&, const Span&, const float*, const uint32_t*);
-  void (*store_mean)(const Array&, const Span&, const float*, const uint32_t*);
+  void (*store_mean)(const Array&, const Span&, const float*, const uint32_t*, float narrowing);
   void (*store_square)(const Array&, const Span&, const float*, const uint32_t*);
   void (*store_maximum)(const Array&, const Span&, const float*);
 };
@@ -92,8 +95,8 @@ struct Array {
   const char* in = nullptr;
   char* out = nullptr;
   int64_t stride = 0;                // bytes of a row
-  const float* scales_in = nullptr;  // of codes, one per block
-  float* scales_out = nullptr;
+  const uint16_t* scales_in = nullptr;  // of codes, one per block
+  uint16_t* scales_out = nullptr;
   int64_t block = 0, blocks = 0;  // numbers per block, and blocks per row
 
   int64_t At(const Span& s) const { return s.row * stride + Bytes(s.column); }
@@ -215,7 +218,7 @@ void StoreRandom(const Array& a, const Span& s, const float* x, const uint32_t* 
 }
 
 template <class T>
-void StoreMean(const Array& a, const Span& s, const float* x, const uint32_t* random) {
+void StoreMean(const Array& a, const Span& s, const float* x, const uint32_t* random, float) {
   Store<T>(a, s, [=](int64_t i) { return T::Cut(T::Saturated(x[i]), random[i]); });
 }
 
@@ -258,6 +261,16 @@ T Max(T x, T y) {
 
 float Root(float x) { return std::sqrt(x); }
 
+// Infinity and NaN stay what they are.
+float Limited(float x, float largest) {
+  return std::fabs(x) > largest && std::fabs(x) < INFINITY ? std::copysign(largest, x) : x;
+}
+Floats Limited(Floats x, float largest) {
+  Words bits = reinterpret_cast<Words>(x), size = bits & 0x7FFFFFFF;
+  Words limited = Bits(largest) | (bits & 0x80000000);
+  return reinterpret_cast<Floats>((size > Bits(largest)) & (size < 0x7F800000) ? limited : bits);
+}
+
 #if defined(__AVX512F__)
 Words Max(Words x, Words y) { return (Words)_mm512_max_epu32((__m512i)x, (__m512i)y); }
 Ints Max(Ints x, Ints y) { return (Ints)_mm512_max_epi32((__m512i)x, (__m512i)y); }
@@ -268,7 +281,11 @@ Floats AboutRoot(Floats x) {
   x = _mm512_max_ps(x, 1e-30f + Floats{});
   return x * _mm512_rsqrt14_ps(x);
 }
-Floats AboutFourthRoot(Floats x) { return _mm512_rsqrt14_ps(_mm512_rsqrt14_ps(x)); }
+// One over the square root, or 0 where there is none: an estimate, and a step of Newton's method.
+Floats InverseRoot(Floats x) {
+  Floats y = _mm512_rsqrt14_ps(x);
+  return x > 0 ? y * (1.5f - 0.5f * x * y * y) : Floats{};
+}
 Ints Widened(const int8_t* from) { return (Ints)_mm512_cvtepi8_epi32(Lanes<__m128i>(from)); }
 Ints Widened(const uint8_t* from) { return (Ints)_mm512_cvtepu8_epi32(Lanes<__m128i>(from)); }
 void PutNarrowed(int8_t* to, Ints x) { Put(to, _mm512_cvtsepi32_epi8((__m512i)x)); }
@@ -283,7 +300,7 @@ Floats Root(Floats x) {
   return Lanes<Floats>(each);
 }
 Floats AboutRoot(Floats x) { return Root(x); }
-Floats AboutFourthRoot(Floats x) { return Root(Root(x)); }
+Floats InverseRoot(Floats x) { return x > 0 ? 1 / Root(x) : Floats{}; }
 uint32_t Largest(Words x) {
   uint32_t largest = 0;
   for (int64_t i = 0; i < kLanes; ++i) largest = std::max(largest, x[i]);
@@ -314,62 +331,122 @@ void PutHalves(uint16_t* to, Words x) {
 }
 #endif
 
-// Random numbers by global index; see ../_stochastic.py.
+// Random numbers by global index; see ../_core/low_precision.py.
 Words Random(uint32_t first, const Dither& d) {
   Words x = (Words{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} + first) ^ d.seed;
   x *= 0x7FEB352Du;
   return (x ^ (x >> 15)) * 0x846CA68Bu + d.turn;
 }
 
-// Codes: see ../_codes.py. An integer q encodes q**power units; a scale is levels**power units.
-template <int kNumberBits, bool kIsSigned>
-struct Code {
+// Codes: see ../_core/quantization.py.
+
+constexpr uint32_t kTiny = 0x00800000, kLargest = 0x7F7FFFFF, kInfinity = 0x7F800000;  // bits of float32 numbers
+
+Words Magnitude(Floats x) { return reinterpret_cast<Words>(x) & 0x7FFFFFFF; }
+Floats NaNs() { return NAN + Floats{}; }
+
+// First moments: ratios to the root of the second one. An integer q encodes q (|q| + 2 levels) units.
+template <int kNumberBits>
+struct Ratios {
   static constexpr int kBits = kNumberBits;
-  static constexpr bool kSigned = kIsSigned;
-  static constexpr bool kSquare = kSigned;  // the power is 2 if true, else 4
-  static constexpr int kLevels = kBits == 8 ? (kSigned ? 127 : 255) : (kSigned ? 7 : 16);
-  static constexpr float kUnits = kSquare ? kLevels * kLevels : float{kLevels} * kLevels * kLevels * kLevels;
-  static constexpr float kLeast = 0x1p-126f * kUnits;  // the unit of a smaller scale would be flushed to 0
-  static constexpr int kZero = kBits == 4 && !kSigned ? 1 : 0;
-  static constexpr int kShift = kBits == 8 ? 0 : (kSigned ? 8 : -1);  // of q in its four bits
+  static constexpr int kLevels = kBits == 8 ? 127 : 7;
+  static constexpr int kShift = kBits == 8 ? 0 : 8;  // of q in its four bits
+  static constexpr float kUnits = 3.0f * kLevels * kLevels;  // of a scale
 
-  using Integer = std::conditional_t<kSigned, int8_t, uint8_t>;
+  using Integer = int8_t;
 
-  static Floats Decode(const Integer* codes, float unit) {
-    Floats q = __builtin_convertvector(Widened(codes), Floats);
-    return (kSquare ? q * Magnitude(q) : (q * q) * (q * q)) * unit;
-  }
+  struct Maxima {
+    Words top{};
 
-  // The absolute value, if numbers may be negative.
-  static Floats Magnitude(Floats x) { return !kSigned ? x : reinterpret_cast<Floats>(reinterpret_cast<Ints>(x) & 0x7FFFFFFF); }
-
-  // The scale of a block, from the bits of its largest magnitude. The bits of NaN are larger than all others.
-  static float Scale(uint32_t largest) {
-    float scale = Number(largest);
-    return scale > 0 ? std::max(scale, kLeast) : scale;
-  }
-
-  static float PerUnit(float scale) { return scale == 0 ? 0 : kUnits / scale; }
-
-  // Round each number to one of the two codes around it: up if its fraction of the way there is above `chance` - 1. The
-  // roots need not be exact. If an error puts a number that is very close to a code on the wrong side of it, the number
-  // always becomes that code, instead of almost always. The sign of the errors changes every 1e-4, so nothing gets stuck.
-  static void Encode(Floats x, float per_unit, Floats chance, Integer* codes) {
-    Floats y = Magnitude(x) * per_unit;
-    Ints q = __builtin_convertvector(kSquare ? AboutRoot(y) : AboutFourthRoot(y), Ints);
-    Floats low = __builtin_convertvector(q, Floats), square = low * low;
-    Floats width = kSquare ? 2 * low + 1 : ((4 * low + 6) * low + 4) * low + 1;
-    q = y - (kSquare ? square : square * square) > chance * width - width ? q + 1 : q;
-    if constexpr (kSigned) {
-      PutNarrowed(codes, reinterpret_cast<Ints>(x) < 0 ? -q : q);
-    } else {  // numbers above 0 stay above 0
-      PutNarrowed(codes, x > 0 ? Max(q, 1 + Ints{}) : kZero + Ints{});
+    void Add(Floats x) {
+      Words bits = Magnitude(x);
+      top = Max(top, bits < kInfinity ? bits : Words{});
     }
+    uint16_t Scale() const { return std::min(Largest(top) + 0xFFFF, kLargest) >> 16; }
+  };
+
+  struct Block {
+    float unit, per_unit;
+
+    explicit Block(uint16_t scale) {
+      float s = Number(uint32_t{scale} << 16);
+      unit = s * (1 / kUnits);
+      per_unit = s == 0 ? 0 : kUnits / s;
+    }
+  };
+
+  static Floats Decode(const Integer* codes, const Block& block) {
+    Floats q = __builtin_convertvector(Widened(codes), Floats);
+    Floats size = reinterpret_cast<Floats>(Magnitude(q));
+    return q < -kLevels ? NaNs() : q * (size + 2 * kLevels) * block.unit;
   }
 
-  // Use the random bits as mantissas of numbers in [1, 2).
-  static Floats Chance(Words random) {
-    return reinterpret_cast<Floats>((kSigned ? random >> 9 : random & 0x7FFFFF) | 0x3F800000);
+  // The root need not be exact. If an error puts a number that is very close to a code on the wrong side of it, the
+  // number always becomes that code, instead of almost always. The sign of the errors changes every 1e-4, so nothing
+  // gets stuck.
+  static void Encode(Floats x, const Block& block, Words random, Floats narrowing, Integer* codes) {
+    constexpr float kSquare = kLevels * kLevels;
+    Words size = Magnitude(x);
+    Floats y = reinterpret_cast<Floats>(size) * block.per_unit;
+    Ints q = __builtin_convertvector(AboutRoot(y + kSquare) - kLevels, Ints);
+    Floats low = __builtin_convertvector(q, Floats);
+    Floats width = Max(0.5f + Floats{}, 1 - low * narrowing);
+    // The random bits are the mantissas of numbers in [1, 2).
+    Floats threshold = 0.5f + width * (reinterpret_cast<Floats>(random >> 9 | 0x3F800000) - 1.5f);
+    q = y - low * (low + 2 * kLevels) > (2 * low + (1 + 2 * kLevels)) * threshold ? q + 1 : q;
+    q = q > kLevels ? kLevels + Ints{} : q;
+    q = reinterpret_cast<Ints>(x) < 0 ? -q : q;
+    PutNarrowed(codes, size < kInfinity ? q : -kLevels - 1 + Ints{});
+  }
+};
+
+// Second moments: float32 numbers without their last bits, counted from the smallest one of a block.
+template <int kNumberBits>
+struct Squares {
+  static constexpr int kBits = kNumberBits;
+  static constexpr int kLevels = kBits == 8 ? 254 : 14;
+  static constexpr int kShift = 0;
+
+  using Integer = uint8_t;
+
+  struct Maxima {
+    Words top{}, bottom{};
+
+    void Add(Floats x) {
+      Words bits = Magnitude(x);
+      bits = (bits >= kTiny) & (bits < kInfinity) ? bits : Words{};
+      top = Max(top, bits);
+      bottom = Max(bottom, bits > 0 ? kLargest - bits : Words{});
+    }
+    uint16_t Scale() const {
+      constexpr int32_t kRange = kLevels - 2;  // rounding may add one to the largest
+      const int32_t largest = Largest(top), from = std::min<int32_t>(kLargest - Largest(bottom), largest) & -(1 << 19);
+      const int32_t length = static_cast<int32_t>(Bits(static_cast<float>(largest - from)) >> 23) - 126;
+      int32_t shift = std::clamp(length - kBits, 8, 23);
+      if ((largest >> shift) - (from >> shift) > kRange) shift = std::min(shift + 1, 23);
+      return (std::max(from, ((largest >> shift) - kRange) * (1 << shift)) >> 19) << 4 | (shift - 8);
+    }
+  };
+
+  struct Block {
+    int32_t first, shift;
+
+    explicit Block(uint16_t scale) : first((scale >> 4 << 19) >> ((scale & 15) + 8)), shift((scale & 15) + 8) {}
+  };
+
+  static Floats Decode(const Integer* codes, const Block& block) {
+    Ints q = Widened(codes);
+    Floats x = reinterpret_cast<Floats>((block.first + q - 1) << block.shift);
+    return q > kLevels ? NaNs() : q == 0 ? Floats{} : x;
+  }
+
+  static void Encode(Floats x, const Block& block, Words random, Integer* codes) {
+    Words bits = Magnitude(x), rounded = bits + (random >> (32 - block.shift));
+    Ints q = reinterpret_cast<Ints>((rounded < kLargest ? rounded : kLargest + Words{}) >> block.shift) - block.first + 1;
+    q = Max(q, 1 + Ints{});
+    q = q > kLevels ? kLevels + Ints{} : q;
+    q = bits < kTiny ? Ints{} : q;
+    PutNarrowed(codes, bits < kInfinity ? q : kLevels + 1 + Ints{});
   }
 };
 
@@ -396,29 +473,29 @@ void LoadCodes(const Array& a, const Span& s, float* to) {
   } else {
     std::memcpy(codes, a.In<uint8_t>(s), s.n);
   }
-  const float* scales = a.scales_in + a.Scale(s);
+  const uint16_t* scales = a.scales_in + a.Scale(s);
   for (int64_t begin = 0; begin < s.n; begin += a.block) {
-    float unit = *scales++ / C::kUnits;
-    for (int64_t i = begin; i < begin + a.block; i += kLanes) Put(to + i, C::Decode(codes + i, unit));
+    const typename C::Block block(*scales++);
+    for (int64_t i = begin; i < begin + a.block; i += kLanes) Put(to + i, C::Decode(codes + i, block));
   }
 }
 
-// Without random numbers, round to nearest, with powers of two as scales.
-template <class C, bool kRandom>
-void StoreCodes(const Array& a, const Span& s, const float* x, const uint32_t* random) {
+// `encode` is called with a vector of numbers, their block, the place of the first, and the place of the codes.
+template <class C, class F>
+void StoreCodes(const Array& a, const Span& s, const float* x, F encode) {
   typename C::Integer codes[kTile + kLanes];
-  float* scales = a.scales_out + a.Scale(s);
+  uint16_t* scales = a.scales_out + a.Scale(s);
   for (int64_t begin = 0; begin < s.n; begin += a.block) {
     int64_t end = std::min(s.n, begin + a.block);
-    uint32_t largest = 0;
-    for (int64_t i = begin; i < end; ++i) largest = std::max(largest, Bits(x[i]) & 0x7FFFFFFF);
-    float scale = C::Scale(largest);
-    if (!kRandom && scale < INFINITY) scale = Number(std::min((Bits(scale) + 0x7FFFFF) >> 23, 254u) << 23);
-    *scales++ = scale;
+    typename C::Maxima maxima;
     for (int64_t i = begin; i < end; i += kLanes) {
-      Floats chance = kRandom ? C::Chance(Lanes<Words>(random + i)) : 1.5f + Floats{};
-      C::Encode(Lanes<Floats>(x + i), C::PerUnit(scale), chance, codes + i);
+      Floats some{};
+      std::memcpy(&some, x + i, 4 * std::min(kLanes, end - i));
+      maxima.Add(some);
     }
+    *scales = maxima.Scale();
+    const typename C::Block block(*scales++);
+    for (int64_t i = begin; i < end; i += kLanes) encode(Lanes<Floats>(x + i), block, i, codes + i);
   }
   if constexpr (C::kBits == 4) {
     Pack<C>(s.n, codes, a.Out<uint8_t>(s));
@@ -427,17 +504,36 @@ void StoreCodes(const Array& a, const Span& s, const float* x, const uint32_t* r
   }
 }
 
-template <class C>
-void StoreMaximumCodes(const Array& a, const Span& s, const float* x) {
-  StoreCodes<C, false>(a, s, x, nullptr);
+template <int kBits>
+void StoreRatios(const Array& a, const Span& s, const float* x, const uint32_t* random, float narrowing) {
+  using C = Ratios<kBits>;
+  StoreCodes<C>(a, s, x, [=](Floats some, const typename C::Block& block, int64_t i, int8_t* codes) {
+    C::Encode(some, block, Lanes<Words>(random + i), narrowing + Floats{}, codes);
+  });
 }
 
 template <int kBits>
-constexpr Format kMeans{LoadCodes<Code<kBits, true>>, nullptr, nullptr, StoreCodes<Code<kBits, true>, true>, nullptr, nullptr};
+void StoreSquares(const Array& a, const Span& s, const float* x, const uint32_t* random) {
+  using C = Squares<kBits>;
+  StoreCodes<C>(a, s, x, [=](Floats some, const typename C::Block& block, int64_t i, uint8_t* codes) {
+    C::Encode(some, block, Lanes<Words>(random + i) << 9, codes);
+  });
+}
+
+// To nearest: half of what is cut off is added.
+template <int kBits>
+void StoreLargest(const Array& a, const Span& s, const float* x) {
+  using C = Squares<kBits>;
+  StoreCodes<C>(a, s, x, [=](Floats some, const typename C::Block& block, int64_t, uint8_t* codes) {
+    C::Encode(some, block, 0x80000000u + Words{}, codes);
+  });
+}
 
 template <int kBits>
-constexpr Format kSquares{LoadCodes<Code<kBits, false>>, nullptr, nullptr, nullptr, StoreCodes<Code<kBits, false>, true>,
-                          StoreMaximumCodes<Code<kBits, false>>};
+constexpr Format kRatios{LoadCodes<Ratios<kBits>>, nullptr, nullptr, StoreRatios<kBits>, nullptr, nullptr};
+
+template <int kBits>
+constexpr Format kSquares{LoadCodes<Squares<kBits>>, nullptr, nullptr, nullptr, StoreSquares<kBits>, StoreLargest<kBits>};
 
 // The prefetches during the step of a tile: for each array, the numbers of a later tile.
 struct Ahead {
@@ -463,7 +559,8 @@ template <bool kApart, bool kNesterov, bool kMaximum, bool kCoupled, bool kDecay
 struct Form {
   template <class T>
   static T Gradient(const Scalars& s, T g, T p) {
-    return kCoupled ? s.sign * g + s.coupled * p : s.sign * g;
+    g = kCoupled ? s.sign * g + s.coupled * p : s.sign * g;
+    return Limited(g, s.largest);
   }
 
   template <class T>
@@ -554,8 +651,7 @@ struct Form {
     }
   }
 
-  // The step of two moments in 8-bit codes with the same blocks, in full vectors. One loop keeps all units of the
-  // processor busy: it encodes one vector while it divides for another.
+  // The step of two moments in 8-bit codes, in full vectors. One loop keeps all units of the processor busy.
   static void StepCodes(const Span& span, const Scalars& scalars, Ahead& ahead_, const Tile& tile_, const Array& m, const Array& v,
                         const Dither& dither, uint32_t first) {
     const Scalars s = scalars;
@@ -563,41 +659,49 @@ struct Form {
     const Tile tile = tile_;
     const Dither d = dither;
     const int64_t n = span.n;
-    using M = Code<8, true>;
-    using V = Code<8, false>;
+    using M = Ratios<8>;
+    using V = Squares<8>;
     const int8_t* m_in = m.In<int8_t>(span);
     const uint8_t* v_in = v.In<uint8_t>(span);
     int8_t* m_out = m.Out<int8_t>(span);
     uint8_t* v_out = v.Out<uint8_t>(span);
-    int64_t block = m.block, scale = m.Scale(span);
-    float m_per_unit[kTile / kLanes], v_per_unit[kTile / kLanes];
-    auto gradient = [=](int64_t i) { return Gradient(s, Lanes<Floats>(tile.g + i), Lanes<Floats>(tile.p + i)); };
-    for (int64_t begin = 0, b = 0; begin < n; begin += block, ++b) {
-      float m_unit = m.scales_in[scale + b] / M::kUnits, v_unit = v.scales_in[scale + b] / V::kUnits;
-      Words m_largest{}, v_largest{};
-      for (int64_t i = begin; i < std::min(n, begin + block); i += kLanes) {
-        ahead.Prefetch();
-        Floats g = gradient(i);
-        Floats mean = Mean(s, M::Decode(m_in + i, m_unit), g), square = Square(s, V::Decode(v_in + i, v_unit), g);
-        m_largest = Max(m_largest, reinterpret_cast<Words>(M::Magnitude(mean)));
-        v_largest = Max(v_largest, reinterpret_cast<Words>(V::Magnitude(square)));
-        Put(tile.m + i, mean);
-        Put(tile.v + i, square);
+    const int64_t m_scale = m.Scale(span), v_scale = v.Scale(span);
+    // Step all numbers of a block of v, which are one or several blocks of m, and keep the new moments for the second
+    // loop, which rounds them.
+    for (int64_t begin = 0, j = v_scale, k = m_scale; begin < n; begin += v.block, ++j) {
+      const int64_t end = std::min(n, begin + v.block);
+      const V::Block v_old(v.scales_in[j]);
+      V::Maxima v_maxima;
+      for (int64_t start = begin; start < end; start += m.block, ++k) {
+        const M::Block m_old(m.scales_in[k]);
+        M::Maxima m_maxima;
+        for (int64_t i = start; i < std::min(end, start + m.block); i += kLanes) {
+          ahead.Prefetch();
+          Floats p = Lanes<Floats>(tile.p + i), g = Gradient(s, Lanes<Floats>(tile.g + i), p);
+          Floats old = V::Decode(v_in + i, v_old);
+          Floats mean = Mean(s, M::Decode(m_in + i, m_old) * (old * InverseRoot(old)), g), square = Square(s, old, g);
+          Floats u = Update(s, g, mean, square, p), ratio = mean * InverseRoot(square);
+          kApart ? Put(tile.update + i, u) : Put(tile.p + i, p + u);
+          m_maxima.Add(ratio);
+          v_maxima.Add(square);
+          Put(tile.m + i, ratio);
+          Put(tile.v + i, square);
+        }
+        m.scales_out[k] = m_maxima.Scale();
       }
-      float m_scale = M::Scale(Largest(m_largest)), v_scale = V::Scale(Largest(v_largest));
-      m_per_unit[b] = M::PerUnit(m_scale);
-      v_per_unit[b] = V::PerUnit(v_scale);
-      m.scales_out[scale + b] = m_scale;
-      v.scales_out[scale + b] = v_scale;
+      v.scales_out[j] = v_maxima.Scale();
     }
-    for (int64_t begin = 0, b = 0; begin < n; begin += block, ++b) {
-      for (int64_t i = begin; i < std::min(n, begin + block); i += kLanes) {
-        Floats mean = Lanes<Floats>(tile.m + i), square = Lanes<Floats>(tile.v + i), p = Lanes<Floats>(tile.p + i);
-        Floats u = Update(s, kNesterov ? gradient(i) : mean, mean, square, p);
-        Words random = Random(first + static_cast<uint32_t>(i), d);
-        M::Encode(mean, m_per_unit[b], M::Chance(random), m_out + i);
-        V::Encode(square, v_per_unit[b], V::Chance(random), v_out + i);
-        kApart ? Put(tile.update + i, u) : Put(tile.p + i, p + u);
+    const Floats narrowing = s.a1 * kNarrowing + Floats{};
+    for (int64_t begin = 0, j = v_scale, k = m_scale; begin < n; begin += v.block, ++j) {
+      const int64_t end = std::min(n, begin + v.block);
+      const V::Block v_new(v.scales_out[j]);
+      for (int64_t start = begin; start < end; start += m.block, ++k) {
+        const M::Block m_new(m.scales_out[k]);
+        for (int64_t i = start; i < std::min(end, start + m.block); i += kLanes) {
+          Words random = Random(first + static_cast<uint32_t>(i), d);
+          M::Encode(Lanes<Floats>(tile.m + i), m_new, random, narrowing, m_out + i);
+          V::Encode(Lanes<Floats>(tile.v + i), v_new, random << 9, v_out + i);
+        }
       }
     }
   }
@@ -705,14 +809,16 @@ struct Job {
     bool apart = landing == Landing::kNone ? p.format != nullptr : landing == Landing::kCompensated;
     steps = Choose<>(apart, nesterov, maximum, coupled, decays);
     if (maximum) return;
-    if (m.block > 0 && m.block == v.block && m.block % kLanes == 0 && m.bits == 8 && v.bits == 8) of_vectors = steps.codes;
+    if (m.block > 0 && v.block > 0 && m.block % kLanes == 0 && v.block % m.block == 0 && m.bits == 8 && v.bits == 8) {
+      of_vectors = steps.codes;
+    }
     if (m.format == &kFloat<BFloat16> && v.format == &kFloat<BFloat16>) of_vectors = steps.bfloat16;
   }
 
   void Run(const Span& span, int64_t first_row, const Scalars& s, const Dithers& dithers) const {
     const Dither& d = dithers.moments;
     constexpr int64_t kBuffer = kTile + kLanes;  // numbers past the end of a span are read, but not used
-    alignas(64) float buffers[6][kBuffer];
+    alignas(64) float buffers[7][kBuffer];
     Ahead ahead{{p.Ahead(span), g.Ahead(span), m.Ahead(span), v.Ahead(span)},
                 {p.Bytes(kLanes), g.Bytes(kLanes), m.Bytes(kLanes), v.Bytes(kLanes)}};
     for (const Array* x : {&m, &v}) {
@@ -729,18 +835,21 @@ struct Job {
     } else {
       tile.m = m.Bring(span, buffers[2]);
       tile.v = v.Bring(span, buffers[3]);
+      if (m.block > 0) {
+        for (int64_t i = 0; i < span.n; ++i) tile.m[i] *= std::sqrt(tile.v[i]);
+      }
       if (maximum) tile.top = top.Bring(span, buffers[4]);
       bool settles = m.IsNarrow() || v.IsNarrow() || top.IsNarrow();
       (settles ? steps.moments : steps.all)(span.n, s, ahead, tile);
       if (rounds) {
         alignas(64) uint32_t random[kBuffer];
         Draw(span, first, d, random);
-        if (m.format != nullptr) m.format->store_mean(m, span, tile.m, random);
         if (v.format != nullptr) v.format->store_square(v, span, tile.v, random);
+        v.Settle(span, tile.v);
+        if (m.format != nullptr) m.format->store_mean(m, span, Stored(span, tile, buffers[6]), random, s.a1 * kNarrowing);
       }
       if (settles) {  // the step goes on with half precision moments as stored; see ../storage.py
         m.Settle(span, tile.m);
-        v.Settle(span, tile.v);
         if (maximum) steps.top(span.n, s, ahead, tile);
       }
       if (maximum && top.format != nullptr) top.format->store_maximum(top, span, tile.top);
@@ -750,6 +859,16 @@ struct Job {
       }
     }
     if (p.format != nullptr) Land(span, tile, first, dithers.parameter);
+  }
+
+  // What is stored of the first moments: codes are of their ratios to the root of the second ones.
+  const float* Stored(const Span& span, const Tile& tile, float* buffer) const {
+    if (m.block == 0) return tile.m;
+    for (int64_t i = 0; i < span.n; ++i) {
+      float root = std::sqrt(tile.v[i]);
+      buffer[i] = tile.m[i] / (root == 0 ? INFINITY : root);
+    }
+    return buffer;
   }
 
   static void Draw(const Span& span, uint32_t first, const Dither& d, uint32_t* random) {
@@ -860,9 +979,9 @@ class Operands {
       array.blocks = (row + block - 1) / block;
       const char* scales_in;
       char* scales_out;
-      if (Next(true, size / row * array.blocks, &scales_in, &scales_out) != ffi::F32) wrong = "adamjax: wrong scales";
-      array.scales_in = reinterpret_cast<const float*>(scales_in);
-      array.scales_out = reinterpret_cast<float*>(scales_out);
+      if (Next(true, size / row * array.blocks, &scales_in, &scales_out) != ffi::U16) wrong = "adamjax: wrong scales";
+      array.scales_in = reinterpret_cast<const uint16_t*>(scales_in);
+      array.scales_out = reinterpret_cast<uint16_t*>(scales_out);
       if (kTile % block != 0) wrong = "adamjax: blocks of this size do not fill a tile";
     }
     return array;
@@ -918,7 +1037,7 @@ ffi::Error Impl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> scalars, ffi::Buffer
   job.p = operands.Take(true, size, job.columns, 0, 0);
   job.g = operands.Take(false, size, job.columns, 0, 0);
   Array* const moments[] = {&job.m, &job.v, &job.top};
-  const Format* const codes[][2] = {{&kMeans<8>, &kMeans<4>}, {&kSquares<8>, &kSquares<4>}, {&kSquares<8>, &kSquares<4>}};
+  const Format* const codes[][2] = {{&kRatios<8>, &kRatios<4>}, {&kSquares<8>, &kSquares<4>}, {&kSquares<8>, &kSquares<4>}};
   for (int i = 0; i < (maximum ? 3 : 2); ++i) {
     *moments[i] = operands.Take(true, size, job.columns, block[i], bits[i]);
     if (block[i] > 0) moments[i]->format = codes[i][bits[i] == 8 ? 0 : 1];
