@@ -351,7 +351,7 @@ struct Ratios {
   static constexpr int kBits = kNumberBits;
   static constexpr int kLevels = kBits == 8 ? 127 : 7;
   static constexpr int kShift = kBits == 8 ? 0 : 8;  // of q in its four bits
-  static constexpr float kUnits = 3.0f * kLevels * kLevels;  // of a scale
+  static constexpr float kTop = kLevels, kTwice = 2 * kLevels, kUnits = 3 * kLevels * kLevels;  // `kUnits` of a scale
 
   using Integer = int8_t;
 
@@ -378,22 +378,21 @@ struct Ratios {
   static Floats Decode(const Integer* codes, const Block& block) {
     Floats q = __builtin_convertvector(Widened(codes), Floats);
     Floats size = reinterpret_cast<Floats>(Magnitude(q));
-    return q < -kLevels ? NaNs() : q * (size + 2 * kLevels) * block.unit;
+    return q < -kTop ? NaNs() : q * (size + kTwice) * block.unit;
   }
 
   // The root need not be exact. If an error puts a number that is very close to a code on the wrong side of it, the
   // number always becomes that code, instead of almost always. The sign of the errors changes every 1e-4, so nothing
   // gets stuck.
   static void Encode(Floats x, const Block& block, Words random, Floats narrowing, Integer* codes) {
-    constexpr float kSquare = kLevels * kLevels;
     Words size = Magnitude(x);
     Floats y = reinterpret_cast<Floats>(size) * block.per_unit;
-    Ints q = __builtin_convertvector(AboutRoot(y + kSquare) - kLevels, Ints);
+    Ints q = __builtin_convertvector(AboutRoot(y + kTop * kTop) - kTop, Ints);
     Floats low = __builtin_convertvector(q, Floats);
     Floats width = Max(0.5f + Floats{}, 1 - low * narrowing);
     // The random bits are the mantissas of numbers in [1, 2).
     Floats threshold = 0.5f + width * (reinterpret_cast<Floats>(random >> 9 | 0x3F800000) - 1.5f);
-    q = y - low * (low + 2 * kLevels) > (2 * low + (1 + 2 * kLevels)) * threshold ? q + 1 : q;
+    q = y - low * (low + kTwice) > (2 * low + (kTwice + 1)) * threshold ? q + 1 : q;
     q = q > kLevels ? kLevels + Ints{} : q;
     q = reinterpret_cast<Ints>(x) < 0 ? -q : q;
     PutNarrowed(codes, size < kInfinity ? q : -kLevels - 1 + Ints{});
