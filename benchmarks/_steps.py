@@ -40,7 +40,7 @@ def adamw(mu: Any = None, nu: Any = None, fused: bool = False) -> Any:
 FORMATS = {
     "": (None, None),
     ", bfloat16 moments": (jnp.bfloat16, jnp.bfloat16),
-    ", float16 moments": (jnp.float16, jnp.float16),
+    ", float16 moments": (jnp.float16, jnp.bfloat16),
     ", int8 moments": (INT8, INT8),
     ", int4 moments": (INT4, INT4),
 }

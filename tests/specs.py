@@ -112,7 +112,7 @@ def _quantized(name):
 # (mu_dtype, nu_dtype)
 FORMATS = {
     "bfloat16": (jnp.bfloat16, jnp.bfloat16),
-    "float16": (jnp.float16, jnp.float16),
+    "float16": (jnp.float16, jnp.bfloat16),
     "nu bfloat16": (None, jnp.bfloat16),
     "int8": (_quantized("int8"), _quantized("int8")),
     "int4": (_quantized("int4"), _quantized("int4")),

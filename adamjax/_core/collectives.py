@@ -9,7 +9,7 @@ import numpy as np
 from jax import Array
 
 from adamjax._core import trees
-from adamjax._core.numerics import abs_sq
+from adamjax._core.numerics import abs_sq, largest_square_root
 from adamjax._core.typing import AxisName
 
 
@@ -24,6 +24,11 @@ def check_axis_name(axis_name: object) -> None:
 def sum_of_squares(x: Array) -> Array:
     """Return the sum of squares of the elements of an array, in float32 or wider."""
     return jnp.sum(abs_sq(x.astype(trees.compute_dtype(x.dtype))))
+
+
+def limit_of_squares(dtype: np.dtype, size: int) -> float:
+    """Return the largest number of which `size`, on each of many devices, have a finite sum of squares in `dtype`."""
+    return largest_square_root(dtype) / (256 * max(size, 1) ** 0.5)
 
 
 def psum_of_scalars(parts: Sequence[Array], axis_name: AxisName, dtype: np.dtype) -> Array:

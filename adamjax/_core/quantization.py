@@ -251,6 +251,11 @@ class QuantizedArray:
         found = self._decoded("spacing")
         return found if second is None else found * self.unit(second)
 
+    def lowest(self) -> Array:
+        """Return the smallest number above 0 that the block of each number of a second moment holds."""
+        scales = _spread(self.scales.astype(jnp.int32), self.block_size, jnp.zeros(self.shape, self.codes.dtype))
+        return self.code.decode(jnp.ones_like(scales), scales)
+
     def unit(self, second: Array) -> Array:
         """Return the size of a first moment whose ratio is 1, given the second moment."""
         return sqrt_with_zero_slope(second) if self.power == 0.5 else second

@@ -46,8 +46,11 @@ class AdamRule:
     amsgrad: AMSGrad | None = None
     power: ClassVar[float] = 0.5  # of a second moment, that has the size of a first one
 
+    def limited(self, g: Array) -> Array:
+        """The gradient with which the step is made: finite ones are limited so that the second moment is finite."""
+        return clip_finite(g, largest_square_root(g.dtype))
+
     def accumulate(self, g: Array, m: Array, v: Array, s: Any) -> tuple[Array, Array]:
-        g = clip_finite(g, largest_square_root(g.dtype))
         return ema(m, g, s.decay1), ema(v, abs_sq(g), s.decay2)
 
     def maximum(self, v: Array, v_max: Array, s: Any) -> Array:

@@ -18,9 +18,12 @@ class AdamaxRule(AdamRule):
 
     power: ClassVar[float] = 1.0
 
+    def limited(self, g: Array) -> Array:
+        """The gradient, limited so that differences of two are finite."""
+        return clip_finite(g, float(jnp.finfo(g.dtype).max) / 4)
+
     def accumulate(self, g: Array, m: Array, v: Array, s: Any) -> tuple[Array, Array]:
         """The new first moment, and the decaying maximum of the magnitudes."""
-        g = clip_finite(g, float(jnp.finfo(g.dtype).max) / 4)  # so that differences of gradients are finite
         return ema(m, g, s.decay1), jnp.maximum(s.decay2.b * v, jnp.abs(g) + s.eps)
 
     def direction(self, g: Array, m: Array, v: Array, v_max: Array | None, s: Any) -> Array:

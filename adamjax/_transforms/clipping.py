@@ -1,12 +1,15 @@
 """Clipping by the global norm."""
 
-from functools import cache
+from functools import cache, partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import Array
 
 from adamjax._core import checks, collectives, trees
-from adamjax._core.numerics import scale, sqrt_with_zero_slope
+from adamjax._core.numerics import clip_finite, scale, sqrt_with_zero_slope
 from adamjax._core.typing import AxisName, Extra, PyTree, Scalar
 from adamjax._core.value import static_field, value
 from adamjax._transforms.base import Transformation
@@ -26,6 +29,10 @@ class ClipByGlobalNorm(Transformation):
     def _update(self, updates: PyTree, state: PyTree, params: PyTree | None, extra: Extra) -> tuple[PyTree, PyTree]:
         leaves = jax.tree.leaves(updates)
         dtype = trees.real_dtype(trees.compute_dtype(*map(trees.dtype_of, leaves)))
+        # One huge element would make the norm infinite, and all updates 0.
+        most = collectives.limit_of_squares(dtype, sum(map(np.size, leaves)))
+        limited = partial(clip_finite, largest=most)
+        leaves = [limited(jnp.asarray(x).astype(trees.compute_dtype(trees.dtype_of(x)))) for x in leaves]
         squares = [collectives.sum_of_squares(x) for x in leaves]
         norm = sqrt_with_zero_slope(collectives.psum_of_scalars(squares, self.axis_name, dtype))
         limit = checks.as_scalar("max_norm", self.max_norm, norm.dtype)
@@ -33,11 +40,19 @@ class ClipByGlobalNorm(Transformation):
         exceeds = ~(norm <= limit)
         shrink = jnp.where(exceeds, limit / jnp.where(exceeds, norm, 1.0), 1.0)
         factor = cache(lambda dtype: shrink.astype(dtype))
-        return trees.map_leaves(lambda u: scale(u, factor(trees.compute_dtype(trees.dtype_of(u)))), updates), state
+
+        def shrunk(u: Any) -> Array:
+            dtype = trees.compute_dtype(trees.dtype_of(u))
+            return scale(limited(jnp.asarray(u).astype(dtype)), factor(dtype))
+
+        return trees.map_leaves(shrunk, updates), state
 
 
 def clip_by_global_norm(max_norm: Scalar, *, axis_name: AxisName = None) -> ClipByGlobalNorm:
     """Scale all updates by one factor, so that their joint norm is at most `max_norm`.
+
+    Numbers whose squares have no finite sum count as the largest that have: 5e16 over the root of the number of
+    elements, in float32.
 
     Args:
       max_norm: At least 0.

@@ -80,8 +80,14 @@ def moment_format(name: str, found: MomentFormat, *, signed: bool) -> np.dtype |
     """Check the argument `mu_dtype` (`signed`: may be complex) or `nu_dtype`; None is kept."""
     if found is None or isinstance(found, Quantized):
         return found
-    allowed = FLOATS + _COMPLEX if signed else FLOATS
+    allowed = FLOATS + _COMPLEX if signed else tuple(x for x in FLOATS if x != "float16")
     expected = f"{name} must be one of {', '.join(allowed)}, or adamjax.quantized('int8') or ('int4')"
+    if not signed and checks.dtype(name, found, (*allowed, "float16"), expected) == jnp.float16:
+        # A constant gradient of 1e-4 would give a twelfth of its step, and one of 1e4 eight times as much.
+        raise ValueError(
+            f"Invalid {name} value: float16, whose range holds squares of gradients from 2.5e-3 to 256 only; take "
+            "bfloat16, of the same size and with the range of float32, or adamjax.quantized('int8')"
+        )
     return checks.dtype(name, found, allowed, expected)
 
 
@@ -164,7 +170,12 @@ def round_first_moment(x: Array, like: Moment, dither: Dither | None) -> Array:
     twice, from old ones that had to be copied. Codes are too coarse for that, so `store` rounds to them afterwards.
     The `dither` is needed where `needs_dither` says so. How the array is sharded does not matter.
     """
-    return _as_stored(_rounded(x, like, dither), x, like)
+    rounded = _rounded(x, like, dither)
+    if like.dtype == jnp.float16:
+        # Its smallest number is no small one: rounded up to it, a moment would make a step of many learning rates.
+        smallest = low_precision.ulp_at_zero(like.dtype)
+        rounded = jnp.where(jnp.abs(x) < smallest / 2, jnp.zeros_like(rounded), rounded)
+    return _as_stored(rounded, x, like)
 
 
 def round_second_moment(x: Array, like: Moment, dither: Dither | None) -> Array:
@@ -188,8 +199,13 @@ def store(x: Array, like: Moment, dither: Dither | None) -> Moment:
     return x.astype(like.dtype)
 
 
+def storable(v: Array, stored: Moment) -> Array:
+    """Return a second moment, but at least the smallest number that its block can store."""
+    return jnp.maximum(v, stored.lowest().astype(v.dtype)) if isinstance(stored, QuantizedArray) else v
+
+
 def store_first(m: Array, v: Array, like: Moment, dither: Dither | None, one_minus_b: Array) -> Moment:
-    """Store a rounded first moment likewise, given the second one and 1 minus its own decay rate."""
+    """Store a rounded first moment likewise, given the `storable` second one and 1 minus its own decay rate."""
     if not isinstance(like, QuantizedArray):
         return m.astype(like.dtype)
     ratio, narrowing = ratio_of(m, v, like, one_minus_b)

@@ -193,7 +193,7 @@ class StepLeaf:
         chex.assert_equal_shape([x for x in (g, *stored) if x is not None])
         dtype = trees.compute_dtype(g.dtype, m_stored.dtype, v_stored.dtype)
         real = trees.real_dtype(dtype)
-        g = g.astype(dtype)
+        g = self.rule.limited(g.astype(dtype))
         v = storage.load(v_stored, real, g)
         m = storage.load_first(m_stored, v, dtype, g)
         v_max = None if max_stored is None else storage.load(max_stored, real, g)
@@ -205,9 +205,10 @@ class StepLeaf:
             if v_max is not None:
                 v_max = storage.round_max(self.rule.maximum(v, v_max, scalars), max_stored)
             direction = self.rule.direction(g, m, v, v_max, scalars)
+        v_new = storage.store(v, v_stored, dither2)
         new = (
-            storage.store_first(m, v, m_stored, dither1, scalars.decay1.one_minus_b),
-            storage.store(v, v_stored, dither2),
+            storage.store_first(m, storage.storable(v, v_new), m_stored, dither1, scalars.decay1.one_minus_b),
+            v_new,
             None if v_max is None else storage.store(v_max, max_stored, None),
         )
         chex.assert_trees_all_equal_shapes_and_dtypes(new, stored)

@@ -193,6 +193,7 @@ def _step_rows(
     if variant.coupled:
         g = g + scalars.coupled * wide
     rule, adam = AdamRule(variant.nesterov, variant.amsgrad), scalars.adam
+    g = rule.limited(g)
     v, v_max = [_load(x, g.shape) for x in old[1:]]
     m = _load(old[0], g.shape, v)
     # Neither codes nor float32 are rounded before the step goes on with them.
@@ -200,9 +201,10 @@ def _step_rows(
     v_max = v_max if v_max is None else rule.maximum(v, v_max, adam)
     update = scalars.rate * rule.direction(g, m, v, v_max, adam) + (scalars.decay * wide if variant.decays else 0)
     random = low_precision.random(index, dither), low_precision.random(index, dither.second_array())
+    v_stored = _store(v, old[1], Rounding(random[1]))
     stored = (
-        _store_first(m, v, old[0], Rounding(random[0], adam.decay1.one_minus_b)),
-        _store(v, old[1], Rounding(random[1])),
+        _store_first(m, _storable(v, v_stored), old[0], Rounding(random[0], adam.decay1.one_minus_b)),
+        v_stored,
         _store(v_max, old[2], None),
     )
     # The update is rounded to the dtype of the parameter, and then added.
@@ -218,6 +220,13 @@ def _load(stored: Any, shape: tuple[int, ...], v: Array | None = None) -> Any:
         q = (_spread(q, shape) >> _shift(shape, q.dtype)) & 15
     x = stored.code.decode(q, _spread(stored.scales.astype(jnp.int32), shape))
     return x if v is None else x * stored.unit(v)
+
+
+def _storable(v: Array, stored: Any) -> Array:
+    if not isinstance(stored, QuantizedArray):
+        return v
+    scales = stored.scales.astype(jnp.int32)
+    return jnp.maximum(v, _spread(stored.code.decode(jnp.ones_like(scales), scales), v.shape))
 
 
 def _store_first(m: Array, v: Array, like: Any, rounding: Rounding) -> Any:

@@ -156,6 +156,7 @@ struct BFloat16 {
   }
   static float Cut(float x, uint32_t random) { return Number(CutBits(x, Bits(x), random)); }
   static float Saturated(float x) { return x; }
+  static float Settled(float, float rounded) { return rounded; }
   static float Positive(float, float rounded) { return rounded; }  // unchanged: subnormals are flushed here
 };
 
@@ -191,6 +192,8 @@ struct Float16 {
   static float Saturated(float x) {
     return std::fabs(x) <= 65504 || !(std::fabs(x) < INFINITY) ? x : std::copysign(65504.0f, x);
   }
+  // Its smallest number is no small first moment.
+  static float Settled(float x, float rounded) { return std::fabs(x) < 0x1p-25f ? 0 : rounded; }
   static float Positive(float x, float rounded) { return x > 0 && rounded < 0x1p-24f ? 0x1p-24f : rounded; }
 };
 #endif
@@ -219,7 +222,7 @@ void StoreRandom(const Array& a, const Span& s, const float* x, const uint32_t* 
 
 template <class T>
 void StoreMean(const Array& a, const Span& s, const float* x, const uint32_t* random, float) {
-  Store<T>(a, s, [=](int64_t i) { return T::Cut(T::Saturated(x[i]), random[i]); });
+  Store<T>(a, s, [=](int64_t i) { return T::Settled(x[i], T::Cut(T::Saturated(x[i]), random[i])); });
 }
 
 template <class T>
@@ -431,6 +434,7 @@ struct Squares {
     int32_t first, shift;
 
     explicit Block(uint16_t scale) : first((scale >> 4 << 19) >> ((scale & 15) + 8)), shift((scale & 15) + 8) {}
+    float Lowest() const { return Number(static_cast<uint32_t>(first) << shift); }
   };
 
   static Floats Decode(const Integer* codes, const Block& block) {
@@ -863,8 +867,10 @@ struct Job {
   // What is stored of the first moments: codes are of their ratios to the root of the second ones.
   const float* Stored(const Span& span, const Tile& tile, float* buffer) const {
     if (m.block == 0) return tile.m;
+    float lowest = 0;  // what the block of v can store
     for (int64_t i = 0; i < span.n; ++i) {
-      float root = std::sqrt(tile.v[i]);
+      if (v.block > 0 && i % v.block == 0) lowest = Squares<8>::Block(v.scales_out[v.Scale(span) + i / v.block]).Lowest();
+      float root = std::sqrt(lowest > tile.v[i] ? lowest : tile.v[i]);
       buffer[i] = tile.m[i] / (root == 0 ? INFINITY : root);
     }
     return buffer;
