@@ -42,8 +42,8 @@ def quantized(
 
     A second moment is stored as a float without sign: exponent and as many bits of the mantissa as the
     range of its block allows, 7 of them where it is that of a factor of 2, and 3 over a factor of
-    :math:`10^9`. In 4 bits, it is a power of 2, from the largest of its block down to
-    :math:`2^{-12}` of it; smaller ones become that. No second moment above 0 decodes to 0.
+    :math:`10^9`. In 4 bits, it is a power of 2 over a factor of :math:`2^{12}`, of 4 over :math:`2^{24}`,
+    of 16 over :math:`2^{48}`; smaller ones become the smallest. No second moment above 0 decodes to 0.
 
     Both are rounded stochastically, second moments so that the expected decoded value is the encoded one,
     first moments with a dither that is narrower where a decay has no need of it. No moment gets stuck. The
@@ -55,7 +55,8 @@ def quantized(
 
     `mu_dtype` and `nu_dtype` may differ. The state of large leaves takes 2.09 bytes per parameter with
     "int8" for both, 1.59 with "int4" for the first moment, and 1.09 with "int4" for both. Sixteen codes
-    are few for a second moment: its root is off by up to two fifths. Training can end as well, but takes
+    are few for a second moment: its root is off by up to two fifths, and up to a factor of 2 or 4 where gradients
+    in a block differ by more than 64 or 4096. Training can end as well, but takes
     another path.
 
     Args:

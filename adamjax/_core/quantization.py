@@ -27,6 +27,7 @@ from adamjax._core.low_precision import Dither
 from adamjax._core.numerics import sqrt_with_zero_slope
 
 _CONVERT = "begin with init(params), or decode the moments with that version and go on from float32"
+_SHIFT = 10  # the least of `FloatCode`
 _TINY, _LARGEST, _INFINITY = 0x00800000, 0x7F7FFFFF, 0x7F800000  # bits of float32 numbers
 
 
@@ -99,8 +100,9 @@ class RatioCode(NamedTuple):
 class FloatCode(NamedTuple):
     """The codes of numbers that are not negative: 0 for 0, `levels` for numbers above, and the one behind for NaN.
 
-    The numbers above 0 are float32 without its last `shift` bits. A scale has the upper bits of the first of them, and
-    `shift`. What is larger than 0 stays so. Numbers that are too small for a block become its smallest.
+    The numbers above 0 are float32 without its last `shift` bits: from 13 bits of the mantissa down to powers of 16,
+    as the range of a block needs. A scale has the upper bits of the first of them, and `shift`. A number above 0 stays
+    so. Numbers that are too small for a block become its smallest.
     """
 
     levels: int
@@ -115,19 +117,20 @@ class FloatCode(NamedTuple):
         """Return the scale of a block, from the maxima."""
         first = jnp.minimum(_LARGEST - bottom, top) & -(1 << 19)
         length = (_bits((top - first).astype(jnp.float32)) >> 23) - 126  # of the integer, in bits
-        shift = jnp.clip(length - self.levels.bit_length(), 8, 23)
+        shift = jnp.clip(length - self.levels.bit_length(), _SHIFT, _SHIFT + 15)
         # Rounding may add one to the largest.
         fits = (top >> shift) - (first >> shift) <= self.levels - 2
-        shift = jnp.minimum(jnp.where(fits, shift, shift + 1), 23)
+        shift = jnp.minimum(jnp.where(fits, shift, shift + 1), _SHIFT + 15)
         first = jnp.maximum(first, ((top >> shift) - (self.levels - 2)) << shift)
-        return (first >> 19) << 4 | (shift - 8)
+        return (first >> 19) << 4 | (shift - _SHIFT)
 
     def encode(self, x: Array, scale: Array, rounding: Rounding | None) -> Array:
         """Return the codes of numbers, as they are stored, given the scale of each."""
         first, shift = self._first(scale)
         bits = _bits(jnp.abs(x))
-        random = 1 << 22 if rounding is None else (rounding.random >> 9).astype(jnp.int32)
-        rounded = jnp.minimum(bits + (random >> (23 - shift)), _LARGEST) >> shift
+        random = jnp.full_like(bits, 1 << 31, jnp.uint32) if rounding is None else rounding.random
+        cut_off = (random >> (32 - shift).astype(jnp.uint32)).astype(jnp.int32)
+        rounded = (bits + jnp.minimum(cut_off, _LARGEST - jnp.minimum(bits, _LARGEST))) >> shift
         q = jnp.clip(rounded - first + 1, 1, self.levels)
         q = jnp.where(bits < _TINY, 0, q)
         return jnp.where(bits < _INFINITY, q, self.levels + 1)
@@ -148,7 +151,7 @@ class FloatCode(NamedTuple):
 
     def _first(self, scale: Array) -> tuple[Array, Array]:
         """Return the first number of a block without its last bits, and their count."""
-        shift = (scale & 15) + 8
+        shift = (scale & 15) + _SHIFT
         return ((scale >> 4) << 19) >> shift, shift
 
 

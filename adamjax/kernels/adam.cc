@@ -411,6 +411,8 @@ struct Squares {
 
   using Integer = uint8_t;
 
+  static constexpr int32_t kLeastShift = 10;
+
   struct Maxima {
     Words top{}, bottom{};
 
@@ -424,16 +426,16 @@ struct Squares {
       constexpr int32_t kRange = kLevels - 2;  // rounding may add one to the largest
       const int32_t largest = Largest(top), from = std::min<int32_t>(kLargest - Largest(bottom), largest) & -(1 << 19);
       const int32_t length = static_cast<int32_t>(Bits(static_cast<float>(largest - from)) >> 23) - 126;
-      int32_t shift = std::clamp(length - kBits, 8, 23);
-      if ((largest >> shift) - (from >> shift) > kRange) shift = std::min(shift + 1, 23);
-      return (std::max(from, ((largest >> shift) - kRange) * (1 << shift)) >> 19) << 4 | (shift - 8);
+      int32_t shift = std::clamp(length - kBits, kLeastShift, kLeastShift + 15);
+      if ((largest >> shift) - (from >> shift) > kRange) shift = std::min(shift + 1, kLeastShift + 15);
+      return (std::max(from, ((largest >> shift) - kRange) * (1 << shift)) >> 19) << 4 | (shift - kLeastShift);
     }
   };
 
   struct Block {
-    int32_t first, shift;
+    int32_t shift, first;
 
-    explicit Block(uint16_t scale) : first((scale >> 4 << 19) >> ((scale & 15) + 8)), shift((scale & 15) + 8) {}
+    explicit Block(uint16_t scale) : shift((scale & 15) + kLeastShift), first((scale >> 4 << 19) >> shift) {}
     float Lowest() const { return Number(static_cast<uint32_t>(first) << shift); }
   };
 
