@@ -28,7 +28,7 @@ from adamjax._core.numerics import sqrt_with_zero_slope
 
 _CONVERT = "begin with init(params), or decode the moments with that version and go on from float32"
 _SHIFT = 10  # the least of `FloatCode`
-_TINY, _LARGEST, _INFINITY = 0x00800000, 0x7F7FFFFF, 0x7F800000  # bits of float32 numbers
+_TINY, _LARGEST, _INFINITY, _NANS = 0x00800000, 0x7F7FFFFF, 0x7F800000, 0x7FFFFFFF  # bits of float32 numbers
 
 
 class Rounding(NamedTuple):
@@ -40,7 +40,7 @@ class Rounding(NamedTuple):
 
 
 class RatioCode(NamedTuple):
-    """The codes of ratios: integers q from -levels to levels, and the one below for NaN.
+    """The codes of ratios: integers q from -levels to levels.
 
     With t = q / levels, a ratio is scale * t (2 + |t|) / 3: close to evenly spaced, twice as fine at 0 as at the scale.
 
@@ -54,12 +54,14 @@ class RatioCode(NamedTuple):
 
     def maxima(self, x: Array) -> tuple[Array, ...]:
         """Return integers of each number; their maxima over a block make its scale."""
-        bits = _bits(jnp.abs(x))
-        return (jnp.where(bits < _INFINITY, bits, 0),)
+        return (_bits(jnp.abs(x)),)
 
     def scale(self, top: Array) -> Array:
-        """Return the scale of a block, from the maxima: the upper 16 bits of a float32, rounded up."""
-        return jnp.minimum(top + 0xFFFF, _LARGEST) >> 16
+        """Return the scale of a block, from the maxima: the upper 16 bits of a float32, rounded up.
+
+        Numbers that are not finite have the largest bits. They make the scale NaN, and so the block.
+        """
+        return jnp.where(top < _INFINITY, jnp.minimum(top + 0xFFFF, _LARGEST) >> 16, 0x7FC0)
 
     def encode(self, x: Array, scale: Array, rounding: Rounding) -> Array:
         """Return the codes of numbers, as they are stored, given the scale of each."""
@@ -70,14 +72,12 @@ class RatioCode(NamedTuple):
         threshold = 0.5 + width * (low_precision.fraction(rounding.random) - 0.5)
         up = y - self._magnitude(q) > (2 * q + (1 + 2 * self.levels)) * threshold
         q = jnp.minimum(q + up.astype(jnp.float32), float(self.levels))
-        q = jnp.where(x < 0, -q, q)
-        return jnp.where(jnp.abs(x) < np.inf, q, -float(self.levels + 1)) + self.offset
+        return jnp.where(x < 0, -q, q) + self.offset
 
     def decode(self, stored: Array, scale: Array) -> Array:
         """Return the numbers of codes."""
         q = stored.astype(jnp.float32) - self.offset
-        x = q * (jnp.abs(q) + 2 * self.levels) * (_number(scale << 16) * np.float32(1 / self._units))
-        return jnp.where(q < -self.levels, np.float32(np.nan), x)
+        return q * (jnp.abs(q) + 2 * self.levels) * (_number(scale << 16) * np.float32(1 / self._units))
 
     def spacing(self, stored: Array, scale: Array) -> Array:
         """Return the distance between the numbers around a code: the mean of both sides."""
@@ -98,7 +98,7 @@ class RatioCode(NamedTuple):
 
 
 class FloatCode(NamedTuple):
-    """The codes of numbers that are not negative: 0 for 0, `levels` for numbers above, and the one behind for NaN.
+    """The codes of numbers that are not negative: 0 for 0, and `levels` for numbers above.
 
     The numbers above 0 are float32 without its last `shift` bits: from 13 bits of the mantissa down to powers of 16,
     as the range of a block needs. A scale has the upper bits of the first of them, and `shift`. A number above 0 stays
@@ -110,19 +110,18 @@ class FloatCode(NamedTuple):
     def maxima(self, x: Array) -> tuple[Array, ...]:
         """Return integers of each number; their maxima over a block make its scale."""
         bits = _bits(jnp.abs(x))
-        bits = jnp.where((bits >= _TINY) & (bits < _INFINITY), bits, 0)
-        return bits, jnp.where(bits > 0, _LARGEST - bits, 0)
+        return bits, jnp.where(bits < _TINY, 0, _NANS - bits)
 
     def scale(self, top: Array, bottom: Array) -> Array:
-        """Return the scale of a block, from the maxima."""
-        first = jnp.minimum(_LARGEST - bottom, top) & -(1 << 19)
+        """Return the scale of a block, from the maxima; if a number is not finite, all above 0 will be NaN."""
+        first = jnp.minimum(_NANS - bottom, top) & -(1 << 19)
         length = (_bits((top - first).astype(jnp.float32)) >> 23) - 126  # of the integer, in bits
         shift = jnp.clip(length - self.levels.bit_length(), _SHIFT, _SHIFT + 15)
         # Rounding may add one to the largest.
         fits = (top >> shift) - (first >> shift) <= self.levels - 2
         shift = jnp.minimum(jnp.where(fits, shift, shift + 1), _SHIFT + 15)
         first = jnp.maximum(first, ((top >> shift) - (self.levels - 2)) << shift)
-        return (first >> 19) << 4 | (shift - _SHIFT)
+        return jnp.where(top < _INFINITY, (first >> 19) << 4 | (shift - _SHIFT), (_NANS >> 19) << 4)
 
     def encode(self, x: Array, scale: Array, rounding: Rounding | None) -> Array:
         """Return the codes of numbers, as they are stored, given the scale of each."""
@@ -131,14 +130,11 @@ class FloatCode(NamedTuple):
         random = jnp.full_like(bits, 1 << 31, jnp.uint32) if rounding is None else rounding.random
         cut_off = (random >> (32 - shift).astype(jnp.uint32)).astype(jnp.int32)
         rounded = (bits + jnp.minimum(cut_off, _LARGEST - jnp.minimum(bits, _LARGEST))) >> shift
-        q = jnp.clip(rounded - first + 1, 1, self.levels)
-        q = jnp.where(bits < _TINY, 0, q)
-        return jnp.where(bits < _INFINITY, q, self.levels + 1)
+        return jnp.where(bits < _TINY, 0, jnp.clip(rounded - first + 1, 1, self.levels))
 
     def decode(self, stored: Array, scale: Array) -> Array:
         """Return the numbers of codes."""
-        q = stored.astype(jnp.int32)
-        return jnp.where(q > self.levels, np.float32(np.nan), self._number(q, scale))
+        return self._number(stored.astype(jnp.int32), scale)
 
     def spacing(self, stored: Array, scale: Array) -> Array:
         """Return the distance between the numbers around a code."""
@@ -158,8 +154,8 @@ class FloatCode(NamedTuple):
 _CODES: dict[tuple[int, bool], RatioCode | FloatCode] = {
     (8, True): RatioCode(127, 0),
     (4, True): RatioCode(7, 8),
-    (8, False): FloatCode(254),
-    (4, False): FloatCode(14),
+    (8, False): FloatCode(255),
+    (4, False): FloatCode(15),
 }
 
 

@@ -262,6 +262,11 @@ T Max(T x, T y) {
   return x > y ? x : y;
 }
 
+template <class T>
+T Min(T x, T y) {
+  return x < y ? x : y;
+}
+
 float Root(float x) { return std::sqrt(x); }
 
 // Infinity and NaN stay what they are.
@@ -277,7 +282,11 @@ Floats Limited(Floats x, float largest) {
 #if defined(__AVX512F__)
 Words Max(Words x, Words y) { return (Words)_mm512_max_epu32((__m512i)x, (__m512i)y); }
 Ints Max(Ints x, Ints y) { return (Ints)_mm512_max_epi32((__m512i)x, (__m512i)y); }
+Words Min(Words x, Words y) { return (Words)_mm512_min_epu32((__m512i)x, (__m512i)y); }
+Ints Min(Ints x, Ints y) { return (Ints)_mm512_min_epi32((__m512i)x, (__m512i)y); }
+Floats Max(Floats x, Floats y) { return _mm512_max_ps(x, y); }
 uint32_t Largest(Words x) { return _mm512_reduce_max_epu32((__m512i)x); }
+uint32_t Smallest(Words x) { return _mm512_reduce_min_epu32((__m512i)x); }
 Floats Root(Floats x) { return _mm512_sqrt_ps(x); }
 // A square root with four digits.
 Floats AboutRoot(Floats x) {
@@ -309,6 +318,7 @@ uint32_t Largest(Words x) {
   for (int64_t i = 0; i < kLanes; ++i) largest = std::max(largest, x[i]);
   return largest;
 }
+uint32_t Smallest(Words x) { return ~Largest(~x); }
 template <class T>
 Ints Widened(const T* from) {
   int32_t each[kLanes];
@@ -343,10 +353,9 @@ Words Random(uint32_t first, const Dither& d) {
 
 // Codes: see ../_core/quantization.py.
 
-constexpr uint32_t kTiny = 0x00800000, kLargest = 0x7F7FFFFF, kInfinity = 0x7F800000;  // bits of float32 numbers
+constexpr uint32_t kLargest = 0x7F7FFFFF, kInfinity = 0x7F800000, kNaNs = 0x7FFFFFFF;  // bits of float32 numbers
 
 Words Magnitude(Floats x) { return reinterpret_cast<Words>(x) & 0x7FFFFFFF; }
-Floats NaNs() { return NAN + Floats{}; }
 
 // First moments: ratios to the root of the second one. An integer q encodes q (|q| + 2 levels) units.
 template <int kNumberBits>
@@ -361,11 +370,11 @@ struct Ratios {
   struct Maxima {
     Words top{};
 
-    void Add(Floats x) {
-      Words bits = Magnitude(x);
-      top = Max(top, bits < kInfinity ? bits : Words{});
+    void Add(Floats x) { top = Max(top, Magnitude(x)); }
+    uint16_t Scale() const {  // NaN for a block with a number that is not finite
+      uint32_t largest = Largest(top);
+      return largest < kInfinity ? std::min(largest + 0xFFFF, kLargest) >> 16 : 0x7FC0;
     }
-    uint16_t Scale() const { return std::min(Largest(top) + 0xFFFF, kLargest) >> 16; }
   };
 
   struct Block {
@@ -381,7 +390,7 @@ struct Ratios {
   static Floats Decode(const Integer* codes, const Block& block) {
     Floats q = __builtin_convertvector(Widened(codes), Floats);
     Floats size = reinterpret_cast<Floats>(Magnitude(q));
-    return q < -kTop ? NaNs() : q * (size + kTwice) * block.unit;
+    return q * (size + kTwice) * block.unit;
   }
 
   // The root need not be exact. If an error puts a number that is very close to a code on the wrong side of it, the
@@ -396,9 +405,8 @@ struct Ratios {
     // The random bits are the mantissas of numbers in [1, 2).
     Floats threshold = 0.5f + width * (reinterpret_cast<Floats>(random >> 9 | 0x3F800000) - 1.5f);
     q = y - low * (low + kTwice) > (2 * low + (kTwice + 1)) * threshold ? q + 1 : q;
-    q = q > kLevels ? kLevels + Ints{} : q;
-    q = reinterpret_cast<Ints>(x) < 0 ? -q : q;
-    PutNarrowed(codes, size < kInfinity ? q : -kLevels - 1 + Ints{});
+    q = Min(q, kLevels + Ints{});
+    PutNarrowed(codes, reinterpret_cast<Ints>(x) < 0 ? -q : q);
   }
 };
 
@@ -406,7 +414,7 @@ struct Ratios {
 template <int kNumberBits>
 struct Squares {
   static constexpr int kBits = kNumberBits;
-  static constexpr int kLevels = kBits == 8 ? 254 : 14;
+  static constexpr int kLevels = kBits == 8 ? 255 : 15;
   static constexpr int kShift = 0;
 
   using Integer = uint8_t;
@@ -414,17 +422,18 @@ struct Squares {
   static constexpr int32_t kLeastShift = 10;
 
   struct Maxima {
-    Words top{}, bottom{};
+    Words top{}, bottom = ~Words{};  // without 1, so that 0 is the largest
 
-    void Add(Floats x) {
+    void Add(Floats x) {  // subnormal numbers are flushed to 0
       Words bits = Magnitude(x);
-      bits = (bits >= kTiny) & (bits < kInfinity) ? bits : Words{};
       top = Max(top, bits);
-      bottom = Max(bottom, bits > 0 ? kLargest - bits : Words{});
+      bottom = Min(bottom, bits - 1);
     }
     uint16_t Scale() const {
       constexpr int32_t kRange = kLevels - 2;  // rounding may add one to the largest
-      const int32_t largest = Largest(top), from = std::min<int32_t>(kLargest - Largest(bottom), largest) & -(1 << 19);
+      if (Largest(top) >= kInfinity) return kNaNs >> 19 << 4;
+      const int32_t largest = Largest(top), smallest = static_cast<int32_t>(std::min<uint32_t>(Smallest(bottom), kNaNs - 1)) + 1;
+      const int32_t from = std::min(smallest, largest) & -(1 << 19);
       const int32_t length = static_cast<int32_t>(Bits(static_cast<float>(largest - from)) >> 23) - 126;
       int32_t shift = std::clamp(length - kBits, kLeastShift, kLeastShift + 15);
       if ((largest >> shift) - (from >> shift) > kRange) shift = std::min(shift + 1, kLeastShift + 15);
@@ -442,16 +451,15 @@ struct Squares {
   static Floats Decode(const Integer* codes, const Block& block) {
     Ints q = Widened(codes);
     Floats x = reinterpret_cast<Floats>((block.first + q - 1) << block.shift);
-    return q > kLevels ? NaNs() : q == 0 ? Floats{} : x;
+    return q == 0 ? Floats{} : x;
   }
 
   static void Encode(Floats x, const Block& block, Words random, Integer* codes) {
     Words bits = Magnitude(x), rounded = bits + (random >> (32 - block.shift));
-    Ints q = reinterpret_cast<Ints>((rounded < kLargest ? rounded : kLargest + Words{}) >> block.shift) - block.first + 1;
+    Ints q = reinterpret_cast<Ints>(Min(rounded, kLargest + Words{}) >> block.shift) - (block.first - 1);
     q = Max(q, 1 + Ints{});
-    q = q > kLevels ? kLevels + Ints{} : q;
-    q = bits < kTiny ? Ints{} : q;
-    PutNarrowed(codes, bits < kInfinity ? q : kLevels + 1 + Ints{});
+    if constexpr (kBits == 4) q = Min(q, kLevels + Ints{});  // larger ones become 255 when they are narrowed
+    PutNarrowed(codes, bits == 0 ? Ints{} : q);
   }
 };
 
