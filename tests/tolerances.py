@@ -6,8 +6,8 @@ from typing import NamedTuple
 # own rounding of each update: half a unit in the last place, 2**-9 and 2**-12.
 ORACLE = {"float32": 3e-6, "float64": 1e-13, "complex64": 3e-6, "bfloat16": 2**-8, "float16": 2**-11}
 
-# One step against long double, relative to the exact update: numbers, and traced leaves (b2 <= 0.999).
-ONE_STEP = {"numbers": 2e-6, "traced": 2e-5}
+# One step against long double, relative to the exact update.
+ONE_STEP = 2e-6
 
 # optax forms 1 - b**t in the precision of the run, which costs up to 1e-5 in float32 for b2 = 0.999.
 OPTAX = {"float32": 3e-5, "complex64": 3e-5, "float64": 1e-12}
