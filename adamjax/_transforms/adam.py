@@ -153,15 +153,18 @@ def scale_by_adam(
 
     Arithmetic is in float32 or wider whatever the dtypes of parameters, gradients and moments.
     Where `b1` and `b2` are Python numbers, :math:`1 - \beta` and :math:`\log\beta` are formed in
-    double precision. For the best accuracy leave them numbers; as traced leaves they are float32.
+    double precision, and as leaves they keep the digits for that. Finite gradients count as at most
+    1.2e19 in float32, so that their squares are finite.
 
     Args:
-      b1: Decay rate of the first moment, in [0, 1): the mean of about 1 / (1 - b1) gradients.
+      b1: Decay rate of the first moment, in [0, 1): the mean of about 1 / (1 - b1) gradients. An array
+        that is 1, as 0.9999 is in float16, counts as the number of its dtype below 1; so for `b2`.
       b2: Decay rate of the second moment, in [0, 1). The nearer to 1, the steadier the scale, and
         the longer it takes to follow a change of it: about 1 / (1 - b2) steps.
       eps: At least 0, added to the root: bounds the direction where gradients are tiny. It is
-        float32 even for half precision parameters, so 1e-8 does its work there too. Below 1e-19,
-        it counts as that: no smaller gradient has a square in float32, and 0 / 0 would be NaN.
+        float32 even for half precision parameters, so 1e-8 does its work there too. It counts
+        as at least 1.1e-19 / sqrt(1 - b2), 3.4e-18 by default: smaller gradients leave the second
+        moment 0 in float32, and would be divided by `eps` alone.
       eps_root: At least 0, added under the root, as for differentiating through the optimizer. The
         slope at a zero gradient is finite without it.
       mu_dtype: The storage of the first moment: bfloat16, float16, float32, float64, complex64 or
