@@ -50,8 +50,8 @@ def quantized(
     random numbers depend on leaf and position, and are spread evenly over the steps.
 
     A moment stays in float32 (or as wide as its parameter) if the parameter has fewer than `min_size`
-    elements or no axes, if the codes would not save half of the bytes (a last axis of 1 or 2 elements),
-    or if `keep` returns True. So does the first moment of a complex parameter.
+    elements or no axes, if its last axis has fewer than 4 elements, if the codes would not save half of the
+    bytes, or if `keep` returns True. So does the first moment of a complex parameter.
 
     `mu_dtype` and `nu_dtype` may differ. The state of large leaves takes 2.09 bytes per parameter with
     "int8" for both, 1.59 with "int4" for the first moment, and 1.09 with "int4" for both. Sixteen codes
@@ -93,6 +93,9 @@ def decode(state: PyTree) -> PyTree:
 
     Returns:
       `state` with moments in float32 in place of codes. Moments that are not quantised stay as they are.
+
+    Raises:
+      ValueError: The trees of first and second moments in a state have different structures.
 
     >>> import adamjax, jax.numpy as jnp
     >>> int8 = adamjax.quantized("int8", min_size=1)

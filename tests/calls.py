@@ -114,6 +114,7 @@ CALLS = {
     "schedules.as_schedule": Call({"x": abs}),
     "schedules.reduce_on_plateau": Call(),
     "storage.Quantized": Call({"name": "int8"}, ("block_size", "keep")),
+    "storage.decode": Call({"state": OPT.init(PARAMS)}),
     "storage.precision": Call({"dtype": "float16"}),
     "storage.state_bytes": Call({"opt": OPT, "params": PARAMS}, ("params",)),
     "sharding.describe": Call(PLAN, ("mesh", "zero_axis")),

@@ -237,22 +237,22 @@ class QuantizedArray:
           ValueError: `second` is needed and missing.
         """
         if not self.signed:
-            return self._decoded("decode")
+            return self.code.decode(*self._stored())
         if second is None:
             raise ValueError(
                 "a first moment is stored as its ratio to the root of the second one: decode(nu) takes that, in "
                 "float32; adamjax.storage.decode(state) decodes all moments of a state"
             )
-        return self._decoded("decode") * self.unit(second)
+        return self.code.decode(*self._stored()) * self.unit(second)
 
     def spacing(self, second: Array | None = None) -> Array:
         """Return the spacing of the format around each number, in float32: the mean of both sides."""
-        found = self._decoded("spacing")
+        found = self.code.spacing(*self._stored())
         return found if second is None else found * self.unit(second)
 
     def lowest(self) -> Array:
         """Return the smallest number above 0 that the block of each number of a second moment holds."""
-        scales = _spread(self.scales.astype(jnp.int32), self.block_size, jnp.zeros(self.shape, self.codes.dtype))
+        _, scales = self._stored()
         return self.code.decode(jnp.ones_like(scales), scales)
 
     def unit(self, second: Array) -> Array:
@@ -264,9 +264,10 @@ class QuantizedArray:
         """The format of its codes."""
         return _CODES[self.bits, self.signed]
 
-    def _decoded(self, how: str) -> Array:
-        stored = _unpack(self.codes, self.shape[-1]) if self.bits == 4 else self.codes
-        return getattr(self.code, how)(stored, _spread(self.scales.astype(jnp.int32), self.block_size, stored))
+    def _stored(self) -> tuple[Array, Array]:
+        """The code and the scale of each number."""
+        codes = _unpack(self.codes, self.shape[-1]) if self.bits == 4 else self.codes
+        return codes, _spread(self.scales.astype(jnp.int32), self.block_size, codes)
 
 
 def is_quantized(x: object) -> bool:

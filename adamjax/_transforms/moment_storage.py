@@ -26,6 +26,7 @@ _COMPLEX = ("complex64", "complex128")
 _BITS = {"int8": 8, "int4": 4}
 # Numbers per scale of a first moment, whose noise grows with the size of a block, and of a second.
 _BLOCK_SIZES = {True: 32, False: 64}
+_MIN_LENGTH = 4  # of the last axis: fewer numbers do not pay for a scale
 _FLOAT32 = jnp.dtype(jnp.float32)
 
 
@@ -69,7 +70,7 @@ class Quantized(Value):
         if signed and jnp.iscomplexobj(p):
             return False
         n, scales = shape[-1], -(-shape[-1] // self.block(signed=signed))
-        return -(-n * self.bits // 8) + 2 * scales <= 2 * n
+        return n >= _MIN_LENGTH and -(-n * self.bits // 8) + 2 * scales <= 2 * n
 
 
 MomentFormat = DTypeLike | Quantized | None  # the arguments mu_dtype and nu_dtype
