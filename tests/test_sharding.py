@@ -399,7 +399,7 @@ def test_what_stays_whole_is_reported():
     lines = sharding.describe(opt, params, zero_axis="data").splitlines()
     rows = {line.split()[0]: line for line in lines}
     assert re.search(r"0/nu/bias +\[3\] +P\(\) +12 +12 +no axis is divisible by 8$", rows["0/nu/bias"])
-    assert re.search(r" 48 +48 +no axis is divisible by 8 in blocks of 16$", rows["0/mu/short/scales"])
+    assert re.search(r" 24 +24 +no axis is divisible by 8 in blocks of 16$", rows["0/mu/short/scales"])
     assert re.search(r" 1048576 +131072$", rows["0/nu/kernel"])
     assert re.search(r" 256 +256$", rows["0/nu/embedding"])
     before, after = map(int, lines[-1].split()[-2:])

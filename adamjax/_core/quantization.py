@@ -364,7 +364,7 @@ def _runs(x: Array, length: int) -> Array:
 def sharded_like(x: Array, like: Array) -> Array:
     """Give `x` the sharding in the type of `like`, if there is one."""
     wanted = jax.typeof(like).sharding
-    return x if jax.typeof(x).sharding == wanted else jax.sharding.reshard(x, wanted)
+    return x if wanted.mesh.empty or jax.typeof(x).sharding == wanted else jax.sharding.reshard(x, wanted)
 
 
 def _spread(scales: Array, block_size: int, like: Array) -> Array:
