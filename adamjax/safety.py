@@ -97,7 +97,7 @@ class SkipNonfinite(MaySkip):
         self, apply: Callable[[Leaves, PyTree], Result], grads: Leaves, state: PyTree, context: StepContext
     ) -> Result:
         """Apply the gradients if they are finite; else deliver results that change nothing."""
-        checks.state(state, SkipState, "skip_nonfinite")
+        state = checks.state(state, SkipState, "skip_nonfinite")
         _check_parts(state)
         bad = _nonfinite(grads.tree, state.nonfinite.paths, self.axis_name)
         ok = ~jnp.any(bad)
@@ -232,7 +232,9 @@ class DynamicLossScale(MaySkip):
 
     def __post_init__(self) -> None:
         if not isinstance(self.inner, SkipNonfinite):
-            raise TypeError(f"Invalid inner value: {self.inner!r}; inner must be what skip_nonfinite returns")
+            raise TypeError(
+                f"Invalid inner value: {checks.shown(self.inner)}; inner must be what skip_nonfinite returns"
+            )
         initial = checks.number("initial", self.initial)
         if not (isinstance(initial, float) and initial in _SCALES):
             raise ValueError(f"Invalid initial value: {self.initial!r}; initial must be a power of two from 1 to 2**24")
@@ -241,13 +243,13 @@ class DynamicLossScale(MaySkip):
 
     def scale(self, loss: Array, state: LossScaleState) -> Array:
         """Return the loss to differentiate: `loss` times the scale of this step, in float32 or wider."""
-        checks.state(state, LossScaleState, "dynamic_loss_scale")
+        state = checks.state(state, LossScaleState, "dynamic_loss_scale")
         dtype = trees.compute_dtype(trees.dtype_of(loss))
         return loss.astype(dtype) * state.scale.astype(dtype)
 
     def unscale(self, grads: PyTree, state: LossScaleState) -> PyTree:
         """Return the gradients of the loss itself, in float32 or wider; None stays."""
-        checks.state(state, LossScaleState, "dynamic_loss_scale")
+        state = checks.state(state, LossScaleState, "dynamic_loss_scale")
         # Exact: a power of two.
         return trees.map_leaves(partial(_times, factor=1 / state.scale), grads)
 
@@ -255,15 +257,15 @@ class DynamicLossScale(MaySkip):
         for path, p in jax.tree.leaves_with_path(params):
             if low_precision.is_low_precision(trees.dtype_of(p)) and _has_foreign(self.inner.inner):
                 raise ValueError(
-                    f"params{jax.tree_util.keystr(path)} is {trees.dtype_of(p)}, and {self.inner.inner!r} would be "
-                    "given its gradient in that dtype, where it is lost once it is unscaled: put "
+                    f"{checks.at('params', path)} is {trees.dtype_of(p)}, and {checks.shown(self.inner.inner)} would "
+                    "be given its gradient in that dtype, where it is lost once it is unscaled: put "
                     "adamjax.master_weights (or kahan) around what is not from adamjax"
                 )
         scale = trees.make_on_mesh_of(lambda: jnp.asarray(self.initial, jnp.float32), params)
         return LossScaleState(scale, trees.zero_count(params), self.inner._init(params))
 
     def _run(self, updates: Leaves, state: PyTree, context: StepContext) -> Result:
-        checks.state(state, LossScaleState, "dynamic_loss_scale")
+        state = checks.state(state, LossScaleState, "dynamic_loss_scale")
 
         def apply(grads: Leaves, inner: PyTree) -> Result:
             return self.inner.inner._run(grads.map(partial(_times, factor=1 / state.scale)), inner, context)
@@ -398,7 +400,7 @@ def _skip_states(state: PyTree) -> list[SkipState]:
 def _exceeded(state: SkipState) -> str:
     counts = np.asarray(state.nonfinite.counts)
     counts = counts.reshape(-1, counts.shape[-1]).max(axis=0)
-    where = ", ".join(
+    where = checks.listed(
         f"{state.nonfinite.paths[i] or 'the parameter'} at {counts[i]}" for i in np.argsort(-counts) if counts[i]
     )
     return (

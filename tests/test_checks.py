@@ -258,7 +258,7 @@ BAD_MASKS = [
         ValueError,
         r"^the flags of the mask lack params\['layer_0'\] .*; a mask has the structure of params",
     ),
-    (lambda p: None, ValueError, r"^the flags of the mask are PyTreeDef\(None\), expected"),
+    (lambda p: None, ValueError, r"^the flags of the mask have None at params, expected a dict"),
     (lambda p: [True], ValueError, r"^the flags of the mask have a list at params, expected a dict"),
     (lambda p: p, TypeError, r"^mask\['layer_0'\]\['bias'\] is float32\[3\], a mask holds True and False only"),
 ]

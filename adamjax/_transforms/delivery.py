@@ -87,9 +87,9 @@ def apply_updates(params: PyTree, updates: PyTree) -> PyTree:
     {'w': Array([1.5, 1.5], dtype=float32)}
     """
     checks.params_given(params, updates, "apply_updates", "apply_updates(params, updates)")
-    given, own = checks.updates(updates, params)
+    given, own = checks.updates(updates, params, integers=True)
     pairs = zip(given.leaves, (own or given).leaves, strict=True)
-    return given.like([p if u is None else _add(p, u) for u, p in pairs]).tree
+    return given.like([_add(p, u) if checks.is_param(u) else p for u, p in pairs]).tree
 
 
 @partial(jax.jit, inline=True)

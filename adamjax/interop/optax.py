@@ -62,7 +62,7 @@ def export_state(opt: GradientTransformation, state: PyTree) -> PyTree:
     """
     optax = require("optax", "optax", "exporting to optax")
     if not isinstance(opt, Chain):
-        raise TypeError(f"{opt!r} is not one of adamjax's optimizers, such as adamjax.adamw")
+        raise TypeError(f"{checks.shown(opt)} is not one of adamjax's optimizers, such as adamjax.adamw")
     checks.member_states(state, len(opt.transforms), "opt")
     exported = []
     for transform, part in zip(opt.transforms, state, strict=True):
@@ -78,7 +78,7 @@ def export_state(opt: GradientTransformation, state: PyTree) -> PyTree:
             scheduled = isinstance(part, ScheduleState)
             exported.append(optax.ScaleByScheduleState(part.count) if scheduled else optax.EmptyState())
         else:
-            raise TypeError(f"optax has nothing like {transform!r}")
+            raise TypeError(f"optax has nothing like {checks.shown(transform)}")
     return tuple(exported)
 
 

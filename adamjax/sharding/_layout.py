@@ -308,7 +308,7 @@ def sharding_of(p: Any) -> Sharding | None:
 
 def on_mesh(path: Path, found: Sharding | None, mesh: MeshLike) -> NamedSharding:
     """Check that the parameter at `path`, with the sharding `found`, is on `mesh`."""
-    where = f"params{jax.tree_util.keystr(path)}"
+    where = checks.at("params", path)
     if not isinstance(found, NamedSharding):
         what = "has no sharding that is known here" if found is None else f"has {found}"
         raise ValueError(f"{where} {what}, expected a NamedSharding: {_PUT}")
