@@ -6,7 +6,8 @@ parameters, moments and count stay as they are, bit for bit, and the step is cou
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,8 +16,10 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.tree_util import GetAttrKey
 
 from adamjax._core import checks, collectives, low_precision, trees
+from adamjax._core.flax_nodes import serialised_by_flax
 from adamjax._core.trees import Leaves
 from adamjax._core.typing import AxisName, GradientTransformation, PyTree
 from adamjax._core.value import Value, static_field, value
@@ -27,7 +30,25 @@ from adamjax._transforms.moments import find_moments
 _SCALES = [2.0**k for k in range(25)]
 
 
-@value
+class PlaceholderPaths:
+    """The paths in a state that `optax.tree_map_params` makes from a placeholder, to lay it over a real one.
+
+    They are those they are compared with, so the result has the structure of the real state.
+    """
+
+    found: tuple[str, ...] | None = None
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, tuple):
+            self.found = other
+        return isinstance(other, tuple | PlaceholderPaths)
+
+    def __hash__(self) -> int:
+        return hash(PlaceholderPaths)
+
+
+@serialised_by_flax
+@dataclass(frozen=True, eq=False, repr=False)
 class LeafCounts(Value):
     """One number for each parameter.
 
@@ -37,9 +58,19 @@ class LeafCounts(Value):
     """
 
     counts: Any
-    paths: tuple[str, ...] = static_field()
+    paths: Any = field(metadata={"static": True, "described": True})
 
 
+def _flatten_counts(x: LeafCounts) -> tuple[tuple[tuple[GetAttrKey, Any]], tuple[Any]]:
+    return ((GetAttrKey("counts"), x.counts),), (x.paths,)
+
+
+def _unflatten_counts(static: tuple[Any], children: Iterable[Any]) -> LeafCounts:
+    (counts,), (paths,) = children, static
+    return LeafCounts(counts, getattr(paths, "found", None) or paths)
+
+
+jax.tree_util.register_pytree_with_keys(LeafCounts, _flatten_counts, _unflatten_counts)
 jax.export.register_pytree_node_serialization(
     LeafCounts,
     serialized_name="adamjax.LeafCounts",
@@ -84,10 +115,11 @@ class SkipNonfinite(MaySkip):
         collectives.check_axis_name(self.axis_name)
 
     def _init(self, params: PyTree) -> SkipState:
-        paths = tuple(trees.path_of(path) for path, _ in jax.tree.leaves_with_path(params))
+        paths: Any = tuple(trees.path_of(path) for path, _ in jax.tree.leaves_with_path(params))
         skipped, consecutive = trees.zero_count(params), trees.zero_count(params)
         exceeded = trees.make_on_mesh_of(lambda: jnp.zeros((), jnp.bool), params)
         counts = trees.make_on_mesh_of(lambda: jnp.zeros(len(paths), jnp.int32), params)
+        paths = PlaceholderPaths() if trees.is_placeholder(params) else paths
         return SkipState(skipped, consecutive, exceeded, LeafCounts(counts, paths), self.inner._init(params))
 
     def _run(self, updates: Leaves, state: PyTree, context: StepContext) -> Result:

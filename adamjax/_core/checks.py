@@ -196,7 +196,8 @@ def state(found: Any, expected: type, who: str) -> Any:
     arrays = {name: _state_scalar(name, x, who) for name, x in fields.items()}
     # NumPy's integers and Python's would overflow with a warning, or not at all.
     changed = {name: x for name, x in arrays.items() if x is not fields[name]}
-    return found._replace(**changed) if changed else found
+    replace: Any = getattr(found, "_replace", None)
+    return replace(**changed) if changed else found
 
 
 def _state_scalar(name: str, x: Any, who: str) -> Any:
@@ -383,10 +384,10 @@ def _first_difference(tree: PyTree, like: PyTree, where: str, none_fits: bool) -
     if (tree is None and none_fits) or not (_is_node(tree) or _is_node(like)):
         return None
     if type(tree) is not type(like):
-        found, expected = describe(tree), describe(like)
-        if found == expected:
-            found, expected = (f"a {type(x).__module__}.{type(x).__qualname__}" for x in (tree, like))
-        return f"have {found} at {_shortened(where)}, expected {expected}"
+        names = describe(tree), describe(like)
+        if names[0] == names[1]:
+            names = _full_name(tree), _full_name(like)
+        return f"have {names[0]} at {_shortened(where)}, expected {names[1]}"
     children, expected = _children(tree), _children(like)
     for key, child in expected.items():
         if key not in children:
@@ -400,6 +401,10 @@ def _first_difference(tree: PyTree, like: PyTree, where: str, none_fits: bool) -
         what = "keys in another order" if isinstance(tree, Mapping) else "static fields other than expected"
         return f"have {describe(tree)} at {_shortened(where)} with {what}"
     return None
+
+
+def _full_name(node: PyTree) -> str:
+    return _article(f"{type(node).__module__}.{type(node).__qualname__}")
 
 
 def _same_node(tree: PyTree, like: PyTree) -> bool:

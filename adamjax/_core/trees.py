@@ -172,11 +172,17 @@ def is_node(x: Any) -> bool:
     return jax.tree_util.is_tree_node(type(x))
 
 
+def is_placeholder(params: PyTree) -> bool:
+    """Return whether `params` is the node without leaves that `optax.tree_map_params` gives to `init`."""
+    return type(params).__name__ == "_ParamsPlaceholder"
+
+
 def as_arrays(state: PyTree) -> PyTree:
     """Return `state` with arrays of JAX in place of NumPy's, and of Python's real and complex numbers.
 
     Integer scalars stay: `checks.state` knows their fields, and what to do about overflow.
     """
+    structure: Any
     leaves, structure = jax.tree.flatten(state)
     if not any(issubclass(kind, _ON_HOST) for kind in set(map(type, leaves))):
         return state

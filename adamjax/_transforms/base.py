@@ -141,7 +141,8 @@ class Transformation(Value):
             found = trees.in_nodes_of(self._init(jax.tree.map(_abstract, params)), state)
         except (TypeError, ValueError):
             return None
-        return None if jax.tree.structure(found) == jax.tree.structure(state) else found
+        structure: Any = jax.tree.structure(found)
+        return None if structure == jax.tree.structure(state) else found
 
     def _run(self, updates: Leaves, state: PyTree, context: StepContext) -> Result:
         """Run one step, the only way through it: `update`, `step` and the wrappers differ by the delivery.

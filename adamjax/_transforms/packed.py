@@ -56,6 +56,8 @@ class Packed(Leafwise):
             return [tuple(jnp.zeros(size, rows[first][j].dtype) for first, size in sizes) for j in columns]
 
         pairs = zip((rest.mu, rest.nu, rest.nu_max), trees.make_on_mesh_of(zeros, params), strict=False)
+        if trees.is_placeholder(params):
+            layout = packing.PlaceholderLayout()
         return AdamState(trees.zero_count(params), *(PackedTree(tree, groups, layout) for tree, groups in pairs))
 
     def _leaf_transforms(self, updates: Leaves, state: PyTree, params: Leaves | None) -> list[LeafTransform]:

@@ -9,6 +9,7 @@ import jax.export
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from adamjax._core import checks, trees
+from adamjax._core.flax_nodes import serialised_by_flax
 from adamjax._core.trees import Leaves
 from adamjax._core.typing import GradientTransformation, PyTree
 from adamjax._core.value import StaticTree, Value, static_field, value
@@ -41,6 +42,7 @@ def _is_spec(x: Any) -> bool:
     return isinstance(x, PartitionSpec)
 
 
+@serialised_by_flax
 @value
 class Zero1State(Value):
     """State of `zero1`.
