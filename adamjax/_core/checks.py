@@ -24,11 +24,13 @@ _WORDING = {
     "eps": "Invalid epsilon value",
 }
 
-# The scalar fields of the states, and the dtypes that they are kept in.
+# The scalar fields of the states, and the dtypes that integers are kept in.
 _SCALARS: dict[str, Any] = dict.fromkeys(
     ("count", "plateau", "cooldown", "skipped", "consecutive", "good"), np.dtype(np.int32)
 )
-_SCALARS |= {"seed": np.dtype(np.uint32)} | dict.fromkeys(("scale", "best", "mean", "mu_product"), np.dtype(np.float32))
+_SCALARS |= {"seed": np.dtype(np.uint32)} | dict.fromkeys(("scale", "best", "mean", "mu_product"))
+
+_ON_HOST = (np.ndarray, np.generic, bool, float, complex)
 
 # The length at which a part of a message is cut: a path, or an argument that is quoted.
 _LONGEST = 160
@@ -193,16 +195,17 @@ def state(found: Any, expected: type, who: str) -> Any:
             f"{who} was given {describe(found)} for its state, expected {expected.__name__}: {_state_remedy(found)}"
         )
     fields = {name: getattr(found, name) for name in getattr(found, "_fields", ()) if name in _SCALARS}
-    arrays = {name: _state_scalar(name, x, who) for name, x in fields.items()}
+    # The numbers of a plateau are as wide as schedules; others are float32 in x64 mode, too.
+    real = jnp.result_type(float) if "best" in fields else np.dtype(np.float32)
+    arrays = {name: _state_scalar(name, x, who, _SCALARS[name] or real) for name, x in fields.items()}
     # NumPy's integers and Python's would overflow with a warning, or not at all.
     changed = {name: x for name, x in arrays.items() if x is not fields[name]}
     replace: Any = getattr(found, "_replace", None)
     return replace(**changed) if changed else found
 
 
-def _state_scalar(name: str, x: Any, who: str) -> Any:
+def _state_scalar(name: str, x: Any, who: str, dtype: np.dtype) -> Any:
     """Check the scalar field `name` of a state; return a number of Python's or NumPy's as an array of JAX."""
-    dtype = _SCALARS[name]
     kind: Any = np.integer if jnp.issubdtype(dtype, np.integer) else np.floating
     if isinstance(x, int | float) and not isinstance(x, bool):
         x = np.asarray(x, None if isinstance(x, int) and kind is np.integer else dtype)
@@ -230,6 +233,23 @@ def _state_remedy(found: Any) -> str:
         "the order is update(grads, state, params), and state comes from init(params), which is also the target to "
         "restore a saved one into"
     )
+
+
+def as_arrays(tree: PyTree) -> PyTree:
+    """Return a state, or another tree, with arrays of JAX in place of NumPy's, and of Python's numbers but integers.
+
+    The scalars of our states stay: `state` knows their dtypes, and what to do about overflow.
+    """
+    if not any(issubclass(kind, _ON_HOST) for kind in set(map(type, jax.tree.leaves(tree)))):
+        return tree
+
+    def convert(path: Path, x: Any) -> Any:
+        scalar = getattr(path[-1], "name", None) in _SCALARS if path else False
+        if scalar or not isinstance(x, _ON_HOST) or (np.ndim(x) == 0 and np.result_type(x).kind in "iu"):
+            return x
+        return jnp.asarray(x, trees.dtype_of(x) if isinstance(x, float | complex) else None)
+
+    return jax.tree.map_with_path(convert, tree)
 
 
 def has_count(found: Any, who: str) -> None:

@@ -177,27 +177,6 @@ def is_placeholder(params: PyTree) -> bool:
     return type(params).__name__ == "_ParamsPlaceholder"
 
 
-def as_arrays(state: PyTree) -> PyTree:
-    """Return `state` with arrays of JAX in place of NumPy's, and of Python's real and complex numbers.
-
-    Integer scalars stay: `checks.state` knows their fields, and what to do about overflow.
-    """
-    structure: Any
-    leaves, structure = jax.tree.flatten(state)
-    if not any(issubclass(kind, _ON_HOST) for kind in set(map(type, leaves))):
-        return state
-
-    def convert(x: Any) -> Any:
-        if not isinstance(x, _ON_HOST) or (np.ndim(x) == 0 and np.result_type(x).kind in "iu"):
-            return x
-        return jnp.asarray(x, dtype_of(x) if isinstance(x, float | complex) else None)
-
-    return structure.unflatten(map(convert, leaves))
-
-
-_ON_HOST = (np.ndarray, np.generic, bool, float, complex)
-
-
 def cast(x: Any, dtype: np.dtype) -> Any:
     return (
         x if getattr(x, "dtype", None) == dtype and not getattr(x, "weak_type", False) else jnp.asarray(x).astype(dtype)

@@ -125,7 +125,7 @@ class Transformation(Value):
 
     def _run_restored(self, updates: Leaves, state: PyTree, context: StepContext) -> tuple[Leaves, PyTree]:
         """Run one step, with a state that may come from a file: of NumPy's arrays, in lists or mappings."""
-        state = trees.as_arrays(state)
+        state = checks.as_arrays(state)
         try:
             found, _, new = self._run(updates, state, context)
         except (TypeError, ValueError):
@@ -281,6 +281,8 @@ class Foreign(Transformation):
     def _update(self, updates: PyTree, state: PyTree, params: PyTree | None, extra: Extra) -> tuple[PyTree, PyTree]:
         accepted = self._accepted
         taken = {name: x for name, x in extra.items() if accepted is None or name in accepted}
+        # Ours take NumPy's arrays; others would compute with them in another way than with JAX's.
+        updates, params = checks.as_arrays(updates), checks.as_arrays(params)
         return self.transform.update(updates, state, params, **taken)
 
     def __repr__(self) -> str:
@@ -318,18 +320,21 @@ def _minus_zeros(p: Any, wide: bool) -> Any:
         if not (hasattr(x, "dtype") and checks.is_number_dtype(x.dtype)):
             return None
         dtype: np.dtype = trees.dtype_of(x)
-        return -trees.zeros_like(x, trees.compute_dtype(dtype) if wide else dtype)
+        return -trees.zeros_like(x, trees.compute_dtype(dtype) if wide and checks.is_param(x) else dtype)
 
     return jax.tree.map(of_leaf, p)
 
 
 def _params_only(grads: Leaves, params: Leaves) -> Leaves:
-    """Return `params` with None in place of all that is no parameter and has no gradient, such as a function."""
+    """Return `params` with None in place of all that has no gradient and is no array that could have one.
+
+    Models hold functions, strings and numbers, too.
+    """
     if all(g is not None for g in grads.leaves):
         return params
 
     def of_leaf(x: Any) -> Any:
-        return x if checks.is_param(x) else None
+        return x if hasattr(x, "dtype") and checks.is_param(x) else None
 
     pairs = zip(grads.leaves, params.leaves, strict=True)
     return params.like([jax.tree.map(of_leaf, p) if g is None else p for g, p in pairs])
