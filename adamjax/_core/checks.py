@@ -223,9 +223,14 @@ def _state_scalar(name: str, x: Any, who: str, dtype: np.dtype) -> Any:
     return jnp.asarray(x)
 
 
+def _is_foreign_state(x: object) -> bool:
+    """Return whether `x` is a named tuple of another library."""
+    return hasattr(x, "_fields") and not type(x).__module__.startswith("adamjax.")
+
+
 def _state_remedy(found: Any) -> str:
     """The cure for a state that is not one of ours, as far as its type tells."""
-    if hasattr(found, "_fields") and not type(found).__module__.startswith("adamjax."):
+    if _is_foreign_state(found):
         return "convert a state of optax by adamjax.interop.optax.import_state(opt, params, state)"
     if isinstance(found, Mapping) and {"state", "param_groups"} <= found.keys():
         return "convert a state of torch by adamjax.interop.torch.import_state(opt, params, state_dict)"
@@ -245,7 +250,9 @@ def as_arrays(tree: PyTree) -> PyTree:
 
     def convert(path: Path, x: Any) -> Any:
         scalar = getattr(path[-1], "name", None) in _SCALARS if path else False
-        if scalar or not isinstance(x, _ON_HOST) or (np.ndim(x) == 0 and np.result_type(x).kind in "iu"):
+        if scalar or not isinstance(x, _ON_HOST):
+            return x
+        if np.result_type(x).kind not in ("biufcV" if np.ndim(x) else "bfcV"):  # V: the dtypes of ml_dtypes
             return x
         return jnp.asarray(x, trees.dtype_of(x) if isinstance(x, float | complex) else None)
 
@@ -262,9 +269,10 @@ def member_states(found: Any, count: int, who: str) -> None:
     """Check that `found` is the state of `who`, which has `count` members."""
     state(found, tuple, who)
     if len(found) != count:
+        remedy = _state_remedy(found) if _is_foreign_state(found) else "call init(params)"
         raise ValueError(
-            f"{who} of {count} transformations was given {len(found)} states: "
-            "this state belongs to another optimizer, call init(params)"
+            f"{who} of {count} transformations was given {len(found)} states: this state belongs to another "
+            f"optimizer, {remedy}"
         )
 
 
