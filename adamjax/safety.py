@@ -226,8 +226,8 @@ def _nonfinite(grads: PyTree, paths: tuple[str, ...], axis_name: AxisName) -> Ar
     sums = dict(zip(paths, found.values(), strict=True)) if len(found) == len(paths) else found
     if unknown := sums.keys() - set(paths):
         raise ValueError(
-            f"there is a gradient for {min(unknown)}, which the state of skip_nonfinite does not know: "
-            "this state belongs to other parameters, call init(params) for these"
+            f"there is a gradient for {checks.shortened(min(unknown))}, which the state of skip_nonfinite does not "
+            "know: this state belongs to other parameters, call init(params) for these"
         )
     if not sums:
         return jnp.zeros(len(paths), jnp.bool)

@@ -141,7 +141,14 @@ def updates(
             if g is not None and not is_param(g):
                 _raise_first_misfit(found, None, name)
         return found, None
-    return found, found.like(_fitting(found, like, name, integers=integers))
+    column = _fitting(found, like, name, integers=integers)
+    if any(g is None and trees.is_node(p) for g, p in zip(found.leaves, column, strict=True)):
+        # States number the leaves of all parameters.
+        whole = Leaves.of(like)
+        frozen = [[None] * len(Leaves.of(p).leaves) for p in column]
+        grads = [rest if g is None else [g] for g, rest in zip(found.leaves, frozen, strict=True)]
+        return whole.like([g for rest in grads for g in rest]), whole
+    return found, found.like(column)
 
 
 def moments(grads: Leaves, found: PyTree, name: str, *, real: bool = False) -> list[Any]:
@@ -326,6 +333,8 @@ def _shape(x: Any) -> tuple[int, ...]:
 @cache
 def _is_foreign_dtype(dtype: Any) -> bool:
     """Return whether JAX cannot interpret `dtype`, such as torch's."""
+    if dtype is None:  # float64 to NumPy
+        return True
     try:
         jnp.issubdtype(dtype, np.inexact)
     except TypeError:
@@ -415,19 +424,19 @@ def _first_difference(tree: PyTree, like: PyTree, where: str, none_fits: bool) -
         names = describe(tree), describe(like)
         if names[0] == names[1]:
             names = _full_name(tree), _full_name(like)
-        return f"have {names[0]} at {_shortened(where)}, expected {names[1]}"
+        return f"have {names[0]} at {shortened(where)}, expected {names[1]}"
     children, expected = _children(tree), _children(like)
     for key, child in expected.items():
         if key not in children:
-            return f"lack {_shortened(where + key)} ({describe(child)})"
+            return f"lack {shortened(where + key)} ({describe(child)})"
     for key, child in children.items():
         if key not in expected:
-            return f"have {describe(child)} at {_shortened(where + key)}, where nothing is expected"
+            return f"have {describe(child)} at {shortened(where + key)}, where nothing is expected"
         if (difference := _first_difference(child, expected[key], where + key, none_fits)) is not None:
             return difference
     if not none_fits and not _same_node(tree, like):
         what = "keys in another order" if isinstance(tree, Mapping) else "static fields other than expected"
-        return f"have {describe(tree)} at {_shortened(where)} with {what}"
+        return f"have {describe(tree)} at {shortened(where)} with {what}"
     return None
 
 
@@ -463,7 +472,7 @@ def _remedy(name: str) -> str:
 
 def at(name: str, path: Path) -> str:
     """Return the place of a leaf of the tree `name`, as users write it; the middle of a long path is left out."""
-    return name + _shortened(jax.tree_util.keystr(path))
+    return name + shortened(jax.tree_util.keystr(path))
 
 
 def _leaf_message(where: str, leaf: object) -> str:
@@ -487,7 +496,7 @@ def _leaf_message(where: str, leaf: object) -> str:
 def describe(x: object) -> str:
     """Return a short name of anything that a tree may hold, without its contents: "float32[3]", "a dict"."""
     if isinstance(x, Callable) and not (hasattr(x, "dtype") or _is_node(x)):  # type: ignore[arg-type]
-        return f"a function ({_shortened(str(getattr(x, '__name__', type(x).__name__)))})"
+        return f"a function ({shortened(str(getattr(x, '__name__', type(x).__name__)))})"
     if hasattr(x, "dtype") and hasattr(x, "shape"):
         try:
             return f"{x.dtype}[{','.join(map(str, x.shape))}]"
@@ -496,19 +505,19 @@ def describe(x: object) -> str:
     if x is None:
         return "None"
     if isinstance(x, bool | int | float | complex | str | bytes | np.dtype | type):
-        return f"{_shortened(repr(x))} ({type(x).__name__})"
+        return f"{shortened(repr(x))} ({type(x).__name__})"
     return _article(type(x).__name__)
 
 
 def shown(x: object) -> str:
     """Return the repr of an argument, for a message: cut where it is long, and without the contents of arrays."""
     text = repr(x)
-    return describe(x) if re.search(r"(rray|ensor)\(\[", text) else _shortened(text)
+    return describe(x) if re.search(r"(rray|ensor)\(\[", text) else shortened(text)
 
 
 def listed(names: Iterable[str]) -> str:
     """Return names in a row, for a message; of many, the first ones."""
-    found = list(map(_shortened, names))
+    found = list(map(shortened, names))
     length = list(accumulate(len(name) + 2 for name in found))
     count = max(sum(end <= _LONGEST for end in length), 1)
     return ", ".join(found[:count]) + (f" and {len(found) - count} more" if len(found) > count else "")
@@ -518,7 +527,7 @@ def _article(name: str) -> str:
     return f"{'an' if name[:1].lower() in 'aeio' else 'a'} {name}"
 
 
-def _shortened(text: str) -> str:
+def shortened(text: str) -> str:
     """Return `text`, or its beginning and its end where it is long."""
     half = _LONGEST // 2 - 2
     return text if len(text) <= _LONGEST else f"{text[:half]}...{text[-half:]}"

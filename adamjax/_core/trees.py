@@ -133,8 +133,8 @@ def in_nodes_of(like: PyTree, tree: PyTree) -> PyTree:
     keys, children, structure = _one_level(like)
     content = [bool(jax.tree.leaves(child)) for child in children]
     if type(tree) is type(like) and not isinstance(tree, Mapping):
-        found, parts, structure = _one_level(tree)
-        if found != keys:
+        _, parts, found = _one_level(tree)
+        if found != structure:
             raise ValueError
     elif isinstance(tree, Mapping):
         named = {str(key): part for key, part in tree.items()}
@@ -161,10 +161,8 @@ def _one_level(node: PyTree) -> tuple[list[Any], list[PyTree], Any]:
 
 
 def _empty(like: PyTree, tree: PyTree) -> PyTree:
-    """Return `like`, which has no leaves, if `tree` has none either."""
-    if jax.tree.leaves(tree):
-        raise ValueError
-    return like
+    """Return `like`, which has no leaves, if `tree` is empty or has such nodes, too."""
+    return like if tree is None or tree in ((), [], {}) else in_nodes_of(like, tree)
 
 
 def is_node(x: Any) -> bool:

@@ -45,10 +45,12 @@ class Groups(Transformation):
             unused -= {self.patterns[i] for i in found}
             if len(found) > 1:
                 both = " and ".join(repr(self.patterns[i]) for i in found)
-                raise ValueError(f"{path} is matched by {both}: each parameter must be in one group")
+                raise ValueError(f"{checks.shortened(path)} is matched by {both}: each parameter must be in one group")
             if not (found or default):
                 patterns = checks.listed(repr(pattern) for _, pattern in named)
-                raise ValueError(f"{path} is matched by none of {patterns}: give a default=, or a pattern for it")
+                raise ValueError(
+                    f"{checks.shortened(path)} is matched by none of {patterns}: give a default=, or a pattern for it"
+                )
             owners.append((path, leaf, (found or default)[0]))
         if unused and owners:
             patterns, paths = checks.listed(map(repr, sorted(unused))), checks.listed(path for path, _, _ in owners)

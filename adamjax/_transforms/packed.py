@@ -64,6 +64,11 @@ class Packed(Leafwise):
         state = checks.state(state, AdamState, "packed")
         columns = self._columns(updates, state)
         layout, count = state.mu.layout, len(updates.leaves)
+        if count != len(Leaves.of(state.mu.like()).leaves):
+            raise ValueError(
+                "a None in the gradients stands for several parameters, which packed cannot tell apart: call update "
+                "with params, or give a None for each"
+            )
         for places in layout:
             _check_varying_alike(updates, [index for index, _ in places])
 
