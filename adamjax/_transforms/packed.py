@@ -3,12 +3,13 @@
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from adamjax._core import checks, collectives, packing, trees
 from adamjax._core.packing import PackedTree
-from adamjax._core.quantization import is_quantized
+from adamjax._core.quantization import is_moment, is_quantized
 from adamjax._core.trees import Leaves
 from adamjax._core.typing import GradientTransformation, PyTree
 from adamjax._core.value import static_field, value
@@ -64,7 +65,7 @@ class Packed(Leafwise):
         state = checks.state(state, AdamState, "packed")
         columns = self._columns(updates, state)
         layout, count = state.mu.layout, len(updates.leaves)
-        if count != len(Leaves.of(state.mu.like()).leaves):
+        if count != len(jax.tree.leaves(state.mu.rest, is_leaf=is_moment)):
             raise ValueError(
                 "a None in the gradients stands for several parameters, which packed cannot tell apart: call update "
                 "with params, or give a None for each"
