@@ -30,7 +30,7 @@ from adamjax._transforms.moments import find_moments
 _SCALES = [2.0**k for k in range(25)]
 
 
-class PlaceholderPaths:
+class _PlaceholderPaths:
     """The paths in a state that `optax.tree_map_params` makes from a placeholder, to lay it over a real one.
 
     They are those they are compared with, so the result has the structure of the real state.
@@ -41,10 +41,10 @@ class PlaceholderPaths:
     def __eq__(self, other: object) -> bool:
         if isinstance(other, tuple):
             self.found = other
-        return isinstance(other, tuple | PlaceholderPaths)
+        return isinstance(other, tuple | _PlaceholderPaths)
 
     def __hash__(self) -> int:
-        return hash(PlaceholderPaths)
+        return hash(_PlaceholderPaths)
 
 
 @serialised_by_flax
@@ -119,7 +119,7 @@ class SkipNonfinite(MaySkip):
         skipped, consecutive = trees.zero_count(params), trees.zero_count(params)
         exceeded = trees.make_on_mesh_of(lambda: jnp.zeros((), jnp.bool), params)
         counts = trees.make_on_mesh_of(lambda: jnp.zeros(len(paths), jnp.int32), params)
-        paths = PlaceholderPaths() if trees.is_placeholder(params) else paths
+        paths = _PlaceholderPaths() if trees.is_placeholder(params) else paths
         return SkipState(skipped, consecutive, exceeded, LeafCounts(counts, paths), self.inner._init(params))
 
     def _run(self, updates: Leaves, state: PyTree, context: StepContext) -> Result:

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import jax
 
+from adamjax._core import checks
 from adamjax._core.packing import PackedTree
 from adamjax._core.quantization import QuantizedArray
 from adamjax._core.trees import path_of
@@ -37,12 +38,13 @@ def _register(module: Any, nodes: Sequence[type]) -> None:
         children, _ = _children(node)
         return {name: module.to_state_dict(child) for name, child in children.items()}
 
-    def from_dict(node: PyTree, found: dict[str, Any]) -> PyTree:
+    def from_dict(node: PyTree, found: Any) -> PyTree:
         children, structure = _children(node)
-        if children.keys() != found.keys():
+        if not isinstance(found, dict) or children.keys() != found.keys():
+            what = checks.listed(map(str, found)) if isinstance(found, dict) else checks.describe(found)
             raise ValueError(
-                f"the saved {type(node).__name__} has {', '.join(map(str, found))}, and the target has "
-                f"{', '.join(children)}, at path {module.current_path()}"
+                f"the target has a {type(node).__name__} of {', '.join(children)} at path {module.current_path()}, "
+                f"where {what} was saved: restore into init(params) of the optimizer that made the state"
             )
         return structure.unflatten(
             [module.from_state_dict(child, found[name], name=name) for name, child in children.items()]
