@@ -206,6 +206,13 @@ def test_updates_of_an_equinox_model_unfiltered(opt):
             assert np.all(x == before)
 
 
+def test_a_dict_of_gradients_for_a_frozen_dict():
+    params = flax.core.freeze({f"layer_{i}": {"kernel": jnp.ones((4, 300))} for i in range(50)})
+    with pytest.raises(ValueError, match=r"^the gradients have a dict at params, expected a FrozenDict;") as caught:
+        adamjax.adam().update(params.unfreeze(), adamjax.adam().init(params), params)
+    assert len(str(caught.value)) < 300
+
+
 def test_a_none_for_a_subtree_freezes_all_of_it():
     params = {"a": {"x": jnp.ones(3), "f": jnp.tanh, "y": jnp.ones(2)}, "b": jnp.ones(4), "c": jnp.ones(5)}
     grads = {"a": None, "b": jnp.ones(4), "c": jnp.full(5, 2.0)}
