@@ -201,12 +201,16 @@ def state(found: Any, expected: type, who: str) -> Any:
         raise TypeError(
             f"{who} was given {describe(found)} for its state, expected {expected.__name__}: {_state_remedy(found)}"
         )
-    fields = {name: getattr(found, name) for name in getattr(found, "_fields", ()) if name in _SCALARS}
+    fields = getattr(found, "_fields", ())
     # The numbers of a plateau are as wide as schedules; others are float32 in x64 mode, too.
     real = jnp.result_type(float) if "best" in fields else np.dtype(np.float32)
-    arrays = {name: _state_scalar(name, x, who, _SCALARS[name] or real) for name, x in fields.items()}
-    # NumPy's integers and Python's would overflow with a warning, or not at all.
-    changed = {name: x for name, x in arrays.items() if x is not fields[name]}
+    changed = {}
+    for name in fields:
+        if name in _SCALARS:
+            x = getattr(found, name)
+            # NumPy's integers and Python's would overflow with a warning, or not at all.
+            if (array := _state_scalar(name, x, who, _SCALARS[name] or real)) is not x:
+                changed[name] = array
     replace: Any = getattr(found, "_replace", None)
     return replace(**changed) if changed else found
 
