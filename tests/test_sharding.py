@@ -598,7 +598,7 @@ PLAIN = {"w": jnp.ones((8, 8))}
             ValueError,
             "all in Auto or all in Explicit mode",
         ),
-        (lambda: sharding.init_sharded(ADAM, on(MESH), {"w": 0}), ValueError, "make it with state_sharding"),
+        (lambda: sharding.init_sharded(ADAM, on(MESH), {"w": 0}), ValueError, "make them with state_sharding"),
         (lambda: sharding.zero1(ADAM, axis=None), TypeError, "Invalid axis value: None"),  # type: ignore[arg-type]
         (lambda: sharding.zero1(ADAM, axis="data", specs={"w": "x"}), TypeError, "Invalid specs value"),
         (

@@ -163,7 +163,7 @@ def nodes_at(grads: Leaves, tree: PyTree, name: str = "state") -> list[Any]:
     try:
         return grads.column(tree)
     except ValueError:
-        raise ValueError(f"the gradients {_difference(grads.tree, tree, name)}; {_remedy(name)}") from None
+        raise ValueError(f"the gradients {difference(grads.tree, tree, name)}; {_remedy(name)}") from None
 
 
 def _fitting(grads: Leaves, like: PyTree, name: str, real: bool = False, integers: bool = False) -> list[Any]:
@@ -171,7 +171,7 @@ def _fitting(grads: Leaves, like: PyTree, name: str, real: bool = False, integer
     try:
         column = grads.column(like)
     except ValueError:
-        raise ValueError(f"the gradients {_difference(grads.tree, like, name)}; {_remedy(name)}") from None
+        raise ValueError(f"the gradients {difference(grads.tree, like, name)}; {_remedy(name)}") from None
     for g, x in zip(grads.leaves, column, strict=True):
         if g is not None and not (_fits(g, x, real) or (integers and _are_integers(g, x))):
             _raise_first_misfit(grads, column, name, real)
@@ -192,7 +192,7 @@ def prefix(tree: PyTree, params: PyTree) -> None:
         structure.flatten_up_to(params)
     except ValueError:
         remedy = "a mask has the structure of params, or of a prefix of it"
-        raise ValueError(f"the flags of the mask {_difference(tree, params, 'params')}; {remedy}") from None
+        raise ValueError(f"the flags of the mask {difference(tree, params, 'params')}; {remedy}") from None
 
 
 def state(found: Any, expected: type, who: str) -> Any:
@@ -294,7 +294,7 @@ def same_structure(found: PyTree, expected: PyTree, name: str) -> None:
         return
     structure: Any = jax.tree.structure(found)
     if structure != jax.tree.structure(expected):
-        raise ValueError(f"the arrays of the state {_difference(found, expected, name)}; {_remedy(name)}")
+        raise ValueError(f"the arrays of the state {difference(found, expected, name)}; {_remedy(name)}")
     for (path, like), x in zip(rows, jax.tree.leaves(found), strict=True):
         if (_shape(x), getattr(x, "dtype", None)) != (like.shape, like.dtype):
             raise ValueError(f"{at(name, path)} is {describe(x)}, expected {describe(like)}; {_remedy(name)}")
@@ -394,7 +394,7 @@ def _raise_first_misfit(grads: Leaves, like: list[Any] | None, name: str, real: 
             raise ValueError(f"{where} is None, but its gradient is {describe(g)}: make both None, or neither")
         if _is_node(p):
             whole = grads.like(like or []).tree
-            raise ValueError(f"the gradients {_difference(grads.tree, whole, name)}; {_remedy(name)}")
+            raise ValueError(f"the gradients {difference(grads.tree, whole, name)}; {_remedy(name)}")
         if not is_param(p):
             raise TypeError(_leaf_message(where, p))
         if _shape(g) != _shape(p):
@@ -413,8 +413,11 @@ def _raise_first_misfit(grads: Leaves, like: list[Any] | None, name: str, real: 
         )
 
 
-def _difference(tree: PyTree, like: PyTree, name: str) -> str:
-    """The first difference between `tree` and `like`, in words. A None in `tree` is one only if there is no other."""
+def difference(tree: PyTree, like: PyTree, name: str) -> str:
+    """Return the first difference between `tree` and `like`, in words: "have a dict at params, expected a list".
+
+    A None in `tree` is one only if there is no other.
+    """
     for none_fits in (True, False):
         if (found := _first_difference(tree, like, name, none_fits)) is not None:
             return found
@@ -436,8 +439,8 @@ def _first_difference(tree: PyTree, like: PyTree, where: str, none_fits: bool) -
     for key, child in children.items():
         if key not in expected:
             return f"have {describe(child)} at {shortened(where + key)}, where nothing is expected"
-        if (difference := _first_difference(child, expected[key], where + key, none_fits)) is not None:
-            return difference
+        if (found := _first_difference(child, expected[key], where + key, none_fits)) is not None:
+            return found
     if not none_fits and not _same_node(tree, like):
         what = "keys in another order" if isinstance(tree, Mapping) else "static fields other than expected"
         return f"have {describe(tree)} at {shortened(where)} with {what}"

@@ -62,7 +62,7 @@ def export_state(opt: GradientTransformation, state: PyTree) -> PyTree:
     """
     optax = require("optax", "optax", "exporting to optax")
     if not isinstance(opt, Chain):
-        raise TypeError(f"{checks.shown(opt)} is not one of adamjax's optimizers, such as adamjax.adamw")
+        raise TypeError(f"{opt!r} is not one of adamjax's optimizers, such as adamjax.adamw")
     checks.member_states(state, len(opt.transforms), "opt")
     exported = []
     for transform, part in zip(opt.transforms, state, strict=True):
@@ -117,10 +117,10 @@ def _filled(template: PyTree, theirs: PyTree, where: str) -> PyTree:
         # Keep the hyperparameters that optax does not have.
         theirs = template | theirs
     expected: Any = jax.tree.structure(template)
-    if expected != (found := jax.tree.structure(theirs)):
+    if expected != jax.tree.structure(theirs):
         if not jax.tree.leaves(template):
             return template
-        raise ValueError(f"{where} is {found}, expected {expected}")
+        raise ValueError(f"the parts of {where} {checks.difference(theirs, template, where)}")
     return jax.tree.map(lambda like, x: jnp.asarray(x).astype(like.dtype), template, theirs)
 
 
@@ -144,9 +144,10 @@ def _adam(template: AdamState, theirs: PyTree, where: str) -> AdamState:
 
 def _like(template: PyTree, x: PyTree, where: str) -> PyTree:
     expected: Any = jax.tree.structure(template)
-    if expected != (found := jax.tree.structure(x)):
+    if expected != jax.tree.structure(x):
         raise ValueError(
-            f"{where} is {found}, expected {expected}: of other parameters, or opt stores moments in another format"
+            f"the arrays of {where} {checks.difference(x, template, where)}: of other parameters, or opt stores "
+            "moments in another format"
         )
     for (path, like), leaf in zip(jax.tree.leaves_with_path(template), jax.tree.leaves(x), strict=True):
         name = where + jax.tree_util.keystr(path)

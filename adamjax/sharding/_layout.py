@@ -383,11 +383,8 @@ def _named(mesh: MeshLike, taken: list[Names], memory_kind: str | None = None) -
 
 
 def _check_sharding(sharding: PyTree, state: PyTree) -> None:
-    expected: Any = jax.tree.structure(state)
-    found: Any = jax.tree.structure(sharding)
-    if found != expected or not all(isinstance(s, NamedSharding) for s in jax.tree.leaves(sharding)):
-        what = found if found != expected else "something else"
-        raise ValueError(
-            f"Invalid sharding value: a tree of {what}, expected NamedShardings in {expected}: "
-            "make it with state_sharding(opt, params)"
-        )
+    structure: Any = jax.tree.structure(sharding)
+    fits = structure == jax.tree.structure(state)
+    if not fits or not all(isinstance(s, NamedSharding) for s in jax.tree.leaves(sharding)):
+        what = "must be NamedShardings" if fits else checks.difference(sharding, state, "state")
+        raise ValueError(f"Invalid sharding value: the shardings {what}; make them with state_sharding(opt, params)")
