@@ -341,10 +341,14 @@ def test_states_in_foreign_containers(name):
         assert_equal((params, found), expected)
 
 
-def test_a_compiled_step_takes_a_dict():
-    opt = STATES["skip"]
-    state = flax.serialization.to_state_dict(opt.init(PARAMS))
+@pytest.mark.parametrize("name", ["skip", "loss scale"])
+def test_a_compiled_step_takes_a_dict(name):
+    opt = STATES[name]
+    state = flax.serialization.to_state_dict(jax.tree.map(np.asarray, opt.init(PARAMS)))
     _, found = jax.jit(opt.step)(PARAMS, state, PARAMS)
+    assert jax.tree.structure(found) == jax.tree.structure(opt.init(PARAMS))
+    step = adamjax.training.step_fn(lambda params, batch: jnp.sum(params["b"][0] * batch), opt)
+    _, found, _ = step(jax.tree.map(jnp.copy, PARAMS), state, jnp.ones(8))
     assert jax.tree.structure(found) == jax.tree.structure(opt.init(PARAMS))
 
 

@@ -142,7 +142,7 @@ def updates(
                 _raise_first_misfit(found, None, name)
         return found, None
     column = _fitting(found, like, name, integers=integers)
-    if any(g is None and trees.is_node(p) for g, p in zip(found.leaves, column, strict=True)):
+    if found.has_none and any(g is None and trees.is_node(p) for g, p in zip(found.leaves, column, strict=True)):
         # States number the leaves of all parameters.
         whole = Leaves.of(like)
         frozen = [[None] * len(Leaves.of(p).leaves) for p in column]
@@ -220,7 +220,7 @@ def _state_scalar(name: str, x: Any, who: str, dtype: np.dtype) -> Any:
     kind: Any = np.integer if jnp.issubdtype(dtype, np.integer) else np.floating
     if isinstance(x, int | float) and not isinstance(x, bool):
         x = np.asarray(x, None if isinstance(x, int) and kind is np.integer else dtype)
-    if _shape(x) != () or not jnp.issubdtype(getattr(x, "dtype", np.void), kind):
+    if getattr(x, "shape", ()) != () or not jnp.issubdtype(getattr(x, "dtype", np.void), kind):
         what = "an integer" if kind is np.integer else "a floating point"
         raise TypeError(
             f"state.{name} of {who} is {describe(x)}, expected {what} array of shape (): "
@@ -256,7 +256,7 @@ def as_arrays(tree: PyTree) -> PyTree:
 
     The scalars of our states stay: `state` knows their dtypes, and what to do about overflow.
     """
-    if not any(issubclass(kind, _ON_HOST) for kind in set(map(type, jax.tree.leaves(tree)))):
+    if not any(map(_is_on_host, set(map(type, jax.tree.leaves(tree))))):
         return tree
 
     def convert(path: Path, x: Any) -> Any:
@@ -268,6 +268,11 @@ def as_arrays(tree: PyTree) -> PyTree:
         return jnp.asarray(x, trees.dtype_of(x) if isinstance(x, float | complex) else None)
 
     return jax.tree.map_with_path(convert, tree)
+
+
+@cache
+def _is_on_host(kind: type) -> bool:
+    return issubclass(kind, _ON_HOST)
 
 
 def has_count(found: Any, who: str) -> None:

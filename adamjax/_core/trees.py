@@ -39,6 +39,11 @@ class Leaves:
         """The tree, put together again."""
         return self.structure.unflatten(self.leaves)
 
+    @property
+    def has_none(self) -> bool:
+        """Whether a leaf is None."""
+        return type(None) in map(type, self.leaves)
+
     def like(self, leaves: list[Any]) -> "Leaves":
         """Other leaves in the same structure."""
         return Leaves(leaves, self.structure)

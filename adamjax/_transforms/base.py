@@ -129,20 +129,19 @@ class Transformation(Value):
         try:
             found, _, new = self._run(updates, state, context)
         except (TypeError, ValueError):
-            restored = self._restored(state, (context.params or updates).tree)
-            if restored is None:
+            restored = self._in_own_nodes(state, (context.params or updates).tree)
+            structure: Any = jax.tree.structure(restored)
+            if structure == jax.tree.structure(state):
                 raise
             found, _, new = self._run(updates, restored, context)
         return found, new
 
-    def _restored(self, state: PyTree, params: PyTree) -> PyTree | None:
-        """Return `state` in the nodes that `init` makes; None if it is in those, or does not fit them."""
+    def _in_own_nodes(self, state: PyTree, params: PyTree) -> PyTree:
+        """Return `state` in the nodes that `init` makes; as it is if it does not fit them."""
         try:
-            found = trees.in_nodes_of(self._init(jax.tree.map(_abstract, params)), state)
+            return trees.in_nodes_of(self._init(jax.tree.map(_abstract, params)), state)
         except (TypeError, ValueError):
-            return None
-        structure: Any = jax.tree.structure(found)
-        return None if structure == jax.tree.structure(state) else found
+            return state
 
     def _run(self, updates: Leaves, state: PyTree, context: StepContext) -> Result:
         """Run one step, the only way through it: `update`, `step` and the wrappers differ by the delivery.
@@ -330,7 +329,7 @@ def _params_only(grads: Leaves, params: Leaves) -> Leaves:
 
     Models hold functions, strings and numbers, too.
     """
-    if all(g is not None for g in grads.leaves):
+    if not grads.has_none:
         return params
 
     def of_leaf(x: Any) -> Any:
