@@ -6,7 +6,8 @@ parameters, moments and count stay as they are, bit for bit, and the step is cou
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,8 +16,10 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.tree_util import GetAttrKey
 
 from adamjax._core import checks, collectives, low_precision, trees
+from adamjax._core.flax_nodes import serialised_by_flax
 from adamjax._core.trees import Leaves
 from adamjax._core.typing import AxisName, GradientTransformation, PyTree
 from adamjax._core.value import Value, static_field, value
@@ -27,7 +30,25 @@ from adamjax._transforms.moments import find_moments
 _SCALES = [2.0**k for k in range(25)]
 
 
-@value
+class _PlaceholderPaths:
+    """The paths in a state that `optax.tree_map_params` makes from a placeholder, to lay it over a real one.
+
+    They are those they are compared with, so the result has the structure of the real state.
+    """
+
+    found: tuple[str, ...] | None = None
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, tuple):
+            self.found = other
+        return isinstance(other, tuple | _PlaceholderPaths)
+
+    def __hash__(self) -> int:
+        return hash(_PlaceholderPaths)
+
+
+@serialised_by_flax
+@dataclass(frozen=True, eq=False, repr=False)
 class LeafCounts(Value):
     """One number for each parameter.
 
@@ -37,9 +58,19 @@ class LeafCounts(Value):
     """
 
     counts: Any
-    paths: tuple[str, ...] = static_field()
+    paths: Any = field(metadata={"static": True, "described": True})
 
 
+def _flatten_counts(x: LeafCounts) -> tuple[tuple[tuple[GetAttrKey, Any]], tuple[Any]]:
+    return ((GetAttrKey("counts"), x.counts),), (x.paths,)
+
+
+def _unflatten_counts(static: tuple[Any], children: Iterable[Any]) -> LeafCounts:
+    (counts,), (paths,) = children, static
+    return LeafCounts(counts, getattr(paths, "found", None) or paths)
+
+
+jax.tree_util.register_pytree_with_keys(LeafCounts, _flatten_counts, _unflatten_counts)
 jax.export.register_pytree_node_serialization(
     LeafCounts,
     serialized_name="adamjax.LeafCounts",
@@ -84,10 +115,11 @@ class SkipNonfinite(MaySkip):
         collectives.check_axis_name(self.axis_name)
 
     def _init(self, params: PyTree) -> SkipState:
-        paths = tuple(trees.path_of(path) for path, _ in jax.tree.leaves_with_path(params))
+        paths: Any = tuple(trees.path_of(path) for path, _ in jax.tree.leaves_with_path(params))
         skipped, consecutive = trees.zero_count(params), trees.zero_count(params)
         exceeded = trees.make_on_mesh_of(lambda: jnp.zeros((), jnp.bool), params)
         counts = trees.make_on_mesh_of(lambda: jnp.zeros(len(paths), jnp.int32), params)
+        paths = _PlaceholderPaths() if trees.is_placeholder(params) else paths
         return SkipState(skipped, consecutive, exceeded, LeafCounts(counts, paths), self.inner._init(params))
 
     def _run(self, updates: Leaves, state: PyTree, context: StepContext) -> Result:
@@ -97,7 +129,7 @@ class SkipNonfinite(MaySkip):
         self, apply: Callable[[Leaves, PyTree], Result], grads: Leaves, state: PyTree, context: StepContext
     ) -> Result:
         """Apply the gradients if they are finite; else deliver results that change nothing."""
-        checks.state(state, SkipState, "skip_nonfinite")
+        state = checks.state(state, SkipState, "skip_nonfinite")
         _check_parts(state)
         bad = _nonfinite(grads.tree, state.nonfinite.paths, self.axis_name)
         ok = ~jnp.any(bad)
@@ -194,8 +226,8 @@ def _nonfinite(grads: PyTree, paths: tuple[str, ...], axis_name: AxisName) -> Ar
     sums = dict(zip(paths, found.values(), strict=True)) if len(found) == len(paths) else found
     if unknown := sums.keys() - set(paths):
         raise ValueError(
-            f"there is a gradient for {min(unknown)}, which the state of skip_nonfinite does not know: "
-            "this state belongs to other parameters, call init(params) for these"
+            f"there is a gradient for {checks.shortened(min(unknown))}, which the state of skip_nonfinite does not "
+            "know: this state belongs to other parameters, call init(params) for these"
         )
     if not sums:
         return jnp.zeros(len(paths), jnp.bool)
@@ -232,7 +264,9 @@ class DynamicLossScale(MaySkip):
 
     def __post_init__(self) -> None:
         if not isinstance(self.inner, SkipNonfinite):
-            raise TypeError(f"Invalid inner value: {self.inner!r}; inner must be what skip_nonfinite returns")
+            raise TypeError(
+                f"Invalid inner value: {checks.shown(self.inner)}; inner must be what skip_nonfinite returns"
+            )
         initial = checks.number("initial", self.initial)
         if not (isinstance(initial, float) and initial in _SCALES):
             raise ValueError(f"Invalid initial value: {self.initial!r}; initial must be a power of two from 1 to 2**24")
@@ -241,13 +275,13 @@ class DynamicLossScale(MaySkip):
 
     def scale(self, loss: Array, state: LossScaleState) -> Array:
         """Return the loss to differentiate: `loss` times the scale of this step, in float32 or wider."""
-        checks.state(state, LossScaleState, "dynamic_loss_scale")
+        state = checks.state(state, LossScaleState, "dynamic_loss_scale")
         dtype = trees.compute_dtype(trees.dtype_of(loss))
         return loss.astype(dtype) * state.scale.astype(dtype)
 
     def unscale(self, grads: PyTree, state: LossScaleState) -> PyTree:
         """Return the gradients of the loss itself, in float32 or wider; None stays."""
-        checks.state(state, LossScaleState, "dynamic_loss_scale")
+        state = checks.state(state, LossScaleState, "dynamic_loss_scale")
         # Exact: a power of two.
         return trees.map_leaves(partial(_times, factor=1 / state.scale), grads)
 
@@ -255,15 +289,15 @@ class DynamicLossScale(MaySkip):
         for path, p in jax.tree.leaves_with_path(params):
             if low_precision.is_low_precision(trees.dtype_of(p)) and _has_foreign(self.inner.inner):
                 raise ValueError(
-                    f"params{jax.tree_util.keystr(path)} is {trees.dtype_of(p)}, and {self.inner.inner!r} would be "
-                    "given its gradient in that dtype, where it is lost once it is unscaled: put "
+                    f"{checks.at('params', path)} is {trees.dtype_of(p)}, and {checks.shown(self.inner.inner)} would "
+                    "be given its gradient in that dtype, where it is lost once it is unscaled: put "
                     "adamjax.master_weights (or kahan) around what is not from adamjax"
                 )
         scale = trees.make_on_mesh_of(lambda: jnp.asarray(self.initial, jnp.float32), params)
         return LossScaleState(scale, trees.zero_count(params), self.inner._init(params))
 
     def _run(self, updates: Leaves, state: PyTree, context: StepContext) -> Result:
-        checks.state(state, LossScaleState, "dynamic_loss_scale")
+        state = checks.state(state, LossScaleState, "dynamic_loss_scale")
 
         def apply(grads: Leaves, inner: PyTree) -> Result:
             return self.inner.inner._run(grads.map(partial(_times, factor=1 / state.scale)), inner, context)
@@ -398,7 +432,7 @@ def _skip_states(state: PyTree) -> list[SkipState]:
 def _exceeded(state: SkipState) -> str:
     counts = np.asarray(state.nonfinite.counts)
     counts = counts.reshape(-1, counts.shape[-1]).max(axis=0)
-    where = ", ".join(
+    where = checks.listed(
         f"{state.nonfinite.paths[i] or 'the parameter'} at {counts[i]}" for i in np.argsort(-counts) if counts[i]
     )
     return (

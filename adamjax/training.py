@@ -80,7 +80,7 @@ def step_fn(
         params, state = optimizer.step(grads, state, params, value=loss)
         return (params, state, loss, aux) if has_aux else (params, state, loss)
 
-    return TrainStep(train_step, 2 if has_aux else 1)
+    return TrainStep(train_step, 2 if has_aux else 1, optimizer)
 
 
 class TrainStep:
@@ -89,16 +89,23 @@ class TrainStep:
     New parameters and state take the memory of the old ones, and their shardings over a mesh.
     """
 
-    def __init__(self, step: Callable[..., tuple[Any, ...]], results: int) -> None:
+    def __init__(
+        self, step: Callable[..., tuple[Any, ...]], results: int, optimizer: Transformation | None = None
+    ) -> None:
         self._step = step
+        self._optimizer = optimizer  # where the state may come from a file, in other nodes than the optimizer's
         self._results = results  # how many `step` returns after parameters and state
         self._jitted: jax.stages.Wrapped | None = None
 
     def __call__(self, params: PyTree, state: PyTree, batch: PyTree) -> tuple[Any, ...]:
+        if self._jitted is None and self._optimizer is not None:
+            state = self._optimizer._in_own_nodes(state, params)
         return (self._jitted or self._jit(params, state))(params, state, batch)
 
     def lower(self, params: PyTree, state: PyTree, batch: PyTree) -> jax.stages.Lowered:
         """Lower the step for these arguments, like the method of a jitted function."""
+        if self._optimizer is not None:
+            state = self._optimizer._in_own_nodes(state, params)
         return (self._jitted or self._jit(params, state)).lower(params, state, batch)
 
     def _jit(self, params: PyTree, state: PyTree) -> jax.stages.Wrapped:

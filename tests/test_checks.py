@@ -1,6 +1,10 @@
 """Bad input: what is refused, when, and what the message says."""
 
+import re
+from collections import OrderedDict
+from functools import partial
 from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -258,7 +262,7 @@ BAD_MASKS = [
         ValueError,
         r"^the flags of the mask lack params\['layer_0'\] .*; a mask has the structure of params",
     ),
-    (lambda p: None, ValueError, r"^the flags of the mask are PyTreeDef\(None\), expected"),
+    (lambda p: None, ValueError, r"^the flags of the mask have None at params, expected a dict"),
     (lambda p: [True], ValueError, r"^the flags of the mask have a list at params, expected a dict"),
     (lambda p: p, TypeError, r"^mask\['layer_0'\]\['bias'\] is float32\[3\], a mask holds True and False only"),
 ]
@@ -278,3 +282,147 @@ def test_a_population_is_not_stepped_as_one_optimizer():
         population.update(PARAMS, population.init(PARAMS), PARAMS)
     with pytest.raises(ValueError, match=r"^learning_rate has shape \(3,\)"):
         adamjax.adam(lambda t: jnp.ones(3)).step(PARAMS, adamjax.adam(lambda t: 0.1).init(PARAMS), PARAMS)
+
+
+class Pair(NamedTuple):
+    """A node with the fields of another."""
+
+    kernel: Any
+    bias: Any
+
+
+class Node:
+    """A node with something static, which may be an array."""
+
+    def __init__(self, x, static):
+        self.x, self.static = x, static
+
+
+jax.tree_util.register_pytree_node(Node, lambda n: ((n.x,), n.static), lambda static, x: Node(*x, static))
+
+
+class Opaque:
+    """An object whose repr is an array's."""
+
+    def __repr__(self):
+        return repr(np.arange(900.0))
+
+
+WIDE = jnp.arange(600.0).reshape(30, 20)
+MANY = {f"layer_{i}": {"kernel": WIDE, "bias": ones(3)} for i in range(12)}
+
+
+def nested(depth, leaf):
+    return leaf if depth == 0 else {f"level_{depth}": nested(depth - 1, leaf)}
+
+
+# Trees as they should be, and as they should not; each is wrong where another is right.
+TREES = {
+    "many": MANY,
+    "half": dict(list(MANY.items())[::2]),
+    "renamed": {name.upper(): x for name, x in MANY.items()},
+    "ordered dict": OrderedDict(MANY),
+    "reversed": OrderedDict(reversed(MANY.items())),
+    "dict": {"kernel": WIDE, "bias": WIDE},
+    "named tuple": Pair(WIDE, WIDE),
+    "list": [WIDE, WIDE],
+    "tuple": (WIDE, WIDE),
+    "node": Node(WIDE, "static"),
+    "other node": Node(WIDE, "other"),
+    "array in a node": Node(WIDE, np.arange(900.0)),
+    "long names": {"k" * 700: WIDE, "l" * 700: WIDE},
+    "deep": nested(60, WIDE),
+    "other leaf": nested(60, ones(5)),
+    "array": WIDE,
+    "integers": np.arange(900),
+    "objects": np.array([None, Opaque()]),
+    "opaque": {"kernel": Opaque(), "bias": "s" * 900},
+    "complex": {"kernel": WIDE.astype(jnp.complex64), "bias": WIDE},
+    "turned": {"kernel": WIDE.T, "bias": WIDE},
+    "no array": SimpleNamespace(shape=None, dtype=None),
+    "state": adamjax.adam().init(MANY),
+    "optimizer": adamjax.adamw(mask=jax.tree.map(lambda x: True, MANY)),
+    "function": {"kernel": jnp.tanh, "bias": WIDE},
+    "set": {1, 2},
+    "none": None,
+}
+OPTIMIZERS = [
+    adamjax.adamw(mask={"kernel": True, "bias": False}, weight_decay=0.1),
+    adamjax.skip_nonfinite(adamjax.packed(adamjax.adam())),
+    adamjax.kahan(adamjax.adam()),
+    pytest.param(adamjax.adam(mu_dtype=adamjax.quantized("int8", min_size=1)), marks=pytest.mark.slow),
+    adamjax.groups({"kernel|bias": adamjax.adam()}, default=adamjax.adam()),
+    adamjax.interop.torch.nadam(),
+]
+
+
+def messages(*calls):
+    for call in calls:
+        try:
+            jax.eval_shape(call)
+        except (TypeError, ValueError) as error:
+            yield str(error)
+
+
+@pytest.mark.parametrize("opt", OPTIMIZERS)
+def test_messages_are_short_and_print_no_arrays(opt):
+    found = list(messages(*(partial(opt.init, tree) for tree in TREES.values())))
+    for right in ("many", "dict", "node", "long names", "deep"):
+        params = TREES[right]
+        try:
+            state = opt.init(params)
+            jax.eval_shape(partial(opt.step, params, state, params))
+        except ValueError:  # of the mask, or of the groups
+            continue
+        for tree in TREES.values():
+            if tree is not params:
+                found += messages(
+                    partial(opt.update, tree, state, params),
+                    partial(opt.update, tree, state),
+                    partial(opt.step, params, state, tree),
+                    partial(opt.step, params, tree, params),
+                    partial(adamjax.apply_updates, params, tree),
+                )
+    assert len(found) > 50
+    for message in found:
+        assert 0 < len(message) < 600
+        assert not re.search(r"rray\(\[|\[\[|PyTreeDef|<object|\.\d+, ", message), message
+
+
+@pytest.mark.parametrize(
+    ("found", "expected", "message"),
+    [
+        ("many", "ordered dict", r"have a dict at params, expected an OrderedDict"),
+        ("ordered dict", "many", r"have an OrderedDict at params, expected a dict"),
+        ("dict", "named tuple", r"have a dict at params, expected a Pair"),
+        ("list", "tuple", r"have a list at params, expected a tuple"),
+        ("reversed", "ordered dict", r"have an OrderedDict at params with keys in another order"),
+        ("other node", "node", r"have a Node at params with static fields other than expected"),
+        ("array in a node", "node", r"have a Node at params with static fields other than expected"),
+        ("half", "many", r"lack params\['layer_1'\] \(a dict\)"),
+        ("other leaf", "deep", r"params\['level_60'\].*\.\.\..*\['level_1'\] has shape \(5,\), expected \(30, 20\)"),
+    ],
+)
+def test_messages_name_the_first_difference(found, expected, message):
+    opt = adamjax.adam()
+    params = TREES[expected]
+    with pytest.raises(ValueError, match=message) as caught:
+        opt.update(TREES[found], opt.init(params), params)
+    assert len(str(caught.value)) < 350
+
+
+def test_arguments_are_quoted_without_arrays():
+    for call in (
+        lambda: adamjax.adam(WIDE.astype(int) > 0),
+        lambda: adamjax.adam([WIDE]),
+        lambda: adamjax.adam(b1=np.full(2000, -1.0)),
+        lambda: adamjax.adam(amsgrad=WIDE),
+        lambda: adamjax.chain({"opt": WIDE}),
+        lambda: adamjax.groups(WIDE),
+        lambda: adamjax.stochastic_rounding(adamjax.kahan(TREES["optimizer"])),
+        lambda: adamjax.packed(adamjax.packed(TREES["optimizer"])),
+        lambda: adamjax.adam(nu_dtype="x" * 5000),
+    ):
+        (message,) = messages(call)
+        assert len(message) < 600
+        assert not re.search(r"rray\(\[", message), message

@@ -1,8 +1,15 @@
 """The frameworks people train with take our optimizers as they take optax's."""
 
+import copy
+import importlib.util
+import io
 import pickle
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
+import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -15,6 +22,9 @@ from helpers import assert_close, assert_equal
 from tolerances import OPTAX, RECOMPILED
 
 import adamjax
+from adamjax._core import flax_nodes
+from adamjax._transforms.chain import Chain
+from adamjax._transforms.moments import find_moments
 from adamjax.interop import torch as torch_forms
 
 X = jnp.asarray(np.random.default_rng(0).normal(size=(32, 4)), jnp.float32)
@@ -133,6 +143,324 @@ def test_an_equinox_model_unfiltered_is_refused_by_name():
     model = eqx.nn.MLP(4, 1, 16, 1, key=jax.random.key(0))
     with pytest.raises(TypeError, match=r"params\.activation is a function .*equinox\.filter"):
         adamjax.adam().init(model)
+
+
+@jax.custom_vjp
+def identity(x):
+    return x
+
+
+identity.defvjp(lambda x: (x, None), lambda _, g: (g,))
+
+
+class Unfiltered(eqx.Module):
+    """A model with leaves of every kind that is no parameter."""
+
+    layer: eqx.nn.Linear
+    before: Callable = identity
+    drop: eqx.nn.Dropout = eqx.nn.Dropout(0.3)  # holds its rate as a number
+    name: Any = "unfiltered"
+    steps: Any = 3
+    shift: Any = 1j
+    is_deep: Any = False
+    unit: str = eqx.field(static=True, default="m")
+    calls: Any = eqx.field(default_factory=lambda: jnp.full((), 2**24 + 1))
+    mask: Any = eqx.field(default_factory=lambda: jnp.array([True]))
+    key: Any = eqx.field(default_factory=lambda: jax.random.key(1))
+
+    def __call__(self, x):
+        return jnp.sum(self.layer(self.before(x)))
+
+
+OF_UNFILTERED = [
+    adamjax.adam(0.1),
+    adamjax.adamw(0.1, mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params)),
+    adamjax.groups({"weight": adamjax.radam(0.1), "bias": adamjax.adamax(0.1)}),
+    adamjax.dynamic_loss_scale(adamjax.packed(adamjax.adam(0.1, mu_dtype=INT8), below=4)),
+    adamjax.kahan(adamjax.chain(adamjax.clip_by_global_norm(1.0), optax.adam(0.1))),
+    torch_forms.nadam(0.1),
+]
+
+
+@pytest.mark.parametrize("opt", OF_UNFILTERED)
+def test_updates_of_an_equinox_model_unfiltered(opt):
+    """Leaves that have no gradient and cannot have one are no parameters, as in optax."""
+    model = Unfiltered(eqx.nn.Linear(4, 2, key=jax.random.key(0)))
+    params = eqx.filter(model, eqx.is_inexact_array)
+    grads = eqx.filter_grad(lambda m: m(jnp.ones(4)))(model)
+    state = opt.init(params)
+    expected, expected_state = opt.update(grads, state, params)
+    updates, new = opt.update(grads, state, model)
+    assert_equal(new, expected_state)
+    added = eqx.apply_updates(params, expected)
+    for after, right in (
+        (eqx.apply_updates(model, updates), added),
+        (adamjax.apply_updates(model, updates), added),
+        (opt.step(grads, state, model)[0], opt.step(grads, state, params)[0]),
+    ):
+        assert_equal(eqx.filter(after, eqx.is_inexact_array), right)
+        assert jax.tree.structure(after) == jax.tree.structure(model)
+        for path, x in jax.tree.leaves_with_path(eqx.filter(after, eqx.is_inexact_array, inverse=True)):
+            before = dict(jax.tree.leaves_with_path(model))[path]
+            assert type(x) is type(before)
+            assert np.all(x == before)
+
+
+def test_a_dict_of_gradients_for_a_frozen_dict():
+    params = flax.core.freeze({f"layer_{i}": {"kernel": jnp.ones((4, 300))} for i in range(50)})
+    with pytest.raises(ValueError, match=r"^the gradients have a dict at params, expected a FrozenDict;") as caught:
+        adamjax.adam().update(params.unfreeze(), adamjax.adam().init(params), params)
+    assert len(str(caught.value)) < 300
+
+
+def test_a_none_for_a_subtree_freezes_all_of_it():
+    params = {"a": {"x": jnp.ones(3), "f": jnp.tanh, "y": jnp.ones(2)}, "b": jnp.ones(4), "c": jnp.ones(5)}
+    grads = {"a": None, "b": jnp.ones(4), "c": jnp.full(5, 2.0)}
+    for opt in (adamjax.skip_nonfinite(adamjax.adamw(0.1)), adamjax.kahan(adamjax.packed(adamjax.adam(0.1)))):
+        state = opt.init({**params, "a": {**params["a"], "f": None}})
+        each = {**grads, "a": {"x": None, "f": None, "y": None}}
+        assert_equal(opt.step(grads, state, params)[1], opt.step(each, state, params)[1])
+        assert opt.step(grads, state, params)[0]["a"] == params["a"]
+    with pytest.raises(ValueError, match="a None in the gradients stands for several parameters"):
+        adamjax.packed(adamjax.adam()).update(grads, state.inner)
+
+
+# The nodes that states are made of, all of them.
+PARAMS = {"w": jnp.full((8, 32), 0.5, jnp.bfloat16), "b": [jnp.ones(8), jnp.ones((4, 16))]}
+STATES = {
+    "adam": adamjax.adam(0.1),
+    "quantised": adamjax.amsgrad(0.1, mu_dtype=INT8, nu_dtype=adamjax.quantized("int4", min_size=1)),
+    "skip": adamjax.skip_nonfinite(adamjax.adamw(0.1)),
+    "loss scale": adamjax.dynamic_loss_scale(adamjax.master_weights(adamjax.adam(0.1))),
+    "packed": adamjax.kahan(adamjax.packed(adamjax.adamw(0.1, mu_dtype=adamjax.quantized("int8", min_size=100)))),
+    "groups": adamjax.groups({"b": adamjax.adamax(0.1)}, default=adamjax.adam(0.1, nu_dtype=jnp.bfloat16)),
+    "stochastic": adamjax.stochastic_rounding(adamjax.adam(adamjax.schedules.cosine(0.1, 10)), seed=3),
+    "plateau": adamjax.chain(optax.adam(0.1), adamjax.schedules.reduce_on_plateau()),
+    "torch": torch_forms.nadam(0.1),
+}
+
+
+def stepped(opt, state, steps=1):
+    params, value = PARAMS, {"value": 1.0} if isinstance(opt, Chain) and len(opt.transforms) > 1 else {}
+    for _ in range(steps):
+        grads = jax.tree.map(lambda p: (jnp.arange(p.size) % 7 - 3.0).reshape(p.shape).astype(p.dtype), params)
+        params, state = opt.step(grads, state, params, **value)
+    return params, state
+
+
+def flax_fresh():
+    """Flax's module of serialisation as it is when somebody imports it after adamjax."""
+    spec = flax_nodes._Finder().find_spec("flax.serialization", flax.__path__)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert not isinstance(module.__loader__, flax_nodes._Loader)
+    return module
+
+
+@pytest.mark.parametrize("name", STATES)
+@pytest.mark.parametrize("late", [False, True])
+def test_flax_serialises_states(name, late):
+    serialization = flax_fresh() if late else flax.serialization
+    opt = STATES[name]
+    _, state = stepped(opt, opt.init(PARAMS))
+    saved = serialization.to_bytes(state)
+    found = serialization.from_bytes(opt.init(PARAMS), saved)
+    assert jax.tree.structure(found) == jax.tree.structure(state)
+    assert_equal(found, state)
+    assert_equal(stepped(opt, found), stepped(opt, state))
+    assert_equal(serialization.from_state_dict(state, serialization.to_state_dict(state)), state)
+    # Without a target there are only dicts of arrays: a step finds the nodes again.
+    assert_equal(stepped(opt, serialization.msgpack_restore(saved)), stepped(opt, state))
+
+
+def test_flax_says_where_a_target_does_not_fit():
+    plain, quantised = adamjax.adam(), adamjax.adam(mu_dtype=INT8)
+    saved = flax.serialization.to_bytes(plain.init(PARAMS))
+    with pytest.raises(ValueError, match=r"QuantizedArray of codes, scales at path .*mu/.*where .*\[.* was saved"):
+        flax.serialization.from_bytes(quantised.init(PARAMS), saved)
+
+
+def by_path(state):
+    return {jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree.leaves_with_path(state)}
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_states_are_copied_pickled_and_written(name):
+    opt = STATES[name]
+    _, state = stepped(opt, opt.init(PARAMS))
+    assert_equal(pickle.loads(pickle.dumps(state)), state)
+    assert_equal(copy.deepcopy(state), state)
+    file = io.BytesIO()
+    eqx.tree_serialise_leaves(file, state)
+    file.seek(0)
+    assert_equal(eqx.tree_deserialise_leaves(file, opt.init(PARAMS)), state)
+    file = io.BytesIO()
+    np.savez(file, **by_path(state))
+    file.seek(0)
+    arrays = np.load(file)
+    found = jax.tree.map_with_path(lambda path, x: arrays[jax.tree_util.keystr(path)].view(x.dtype), state)
+    assert_equal(stepped(opt, found), stepped(opt, state))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Sharding info not provided")
+@pytest.mark.parametrize("name", STATES)
+def test_orbax_restores_states(name, tmp_path):
+    orbax = pytest.importorskip("orbax.checkpoint")
+    opt = STATES[name]
+    _, state = stepped(opt, opt.init(PARAMS))
+    for make in (orbax.StandardCheckpointer, orbax.PyTreeCheckpointer):
+        with make() as checkpointer:
+            checkpointer.save(tmp_path / make.__name__, state)
+        with make() as checkpointer:
+            assert_equal(checkpointer.restore(tmp_path / make.__name__, opt.init(PARAMS)), state)
+            assert_equal(stepped(opt, checkpointer.restore(tmp_path / make.__name__)), stepped(opt, state))
+
+
+def as_lists(x):
+    return list(map(as_lists, x)) if isinstance(x, tuple) else x
+
+
+CONTAINERS = {
+    "lists": as_lists,
+    "plain tuple": tuple,
+    "frozen dict": lambda state: flax.core.freeze(flax.serialization.to_state_dict(state)),
+    "any order": lambda state: OrderedDict(reversed(flax.serialization.to_state_dict(state).items())),
+    "without empty ones": lambda state: jax.tree.map(lambda x: x, flax.serialization.to_state_dict(state)),
+}
+
+
+@pytest.mark.parametrize("name", ["adam", "quantised", "loss scale", "packed", "groups", "stochastic", "torch"])
+def test_states_in_foreign_containers(name):
+    opt = STATES[name]
+    _, state = stepped(opt, opt.init(PARAMS))
+    expected = stepped(opt, state)
+    for change in CONTAINERS.values():
+        params, found = stepped(opt, change(state))
+        assert jax.tree.structure(found) == jax.tree.structure(state)
+        assert_equal((params, found), expected)
+
+
+@pytest.mark.parametrize("name", ["skip", "loss scale"])
+def test_a_compiled_step_takes_a_dict(name):
+    opt = STATES[name]
+    state = flax.serialization.to_state_dict(jax.tree.map(np.asarray, opt.init(PARAMS)))
+    _, found = jax.jit(opt.step)(PARAMS, state, PARAMS)
+    assert jax.tree.structure(found) == jax.tree.structure(opt.init(PARAMS))
+    step = adamjax.training.step_fn(lambda params, batch: jnp.sum(params["b"][0] * batch), opt)
+    _, found, _ = step(jax.tree.map(jnp.copy, PARAMS), state, jnp.ones(8))
+    assert jax.tree.structure(found) == jax.tree.structure(opt.init(PARAMS))
+
+
+ADAM = adamjax.adam(0.1)
+(MOMENTS, _) = ADAM.init(PARAMS)
+IMPORT = r"adamjax\.interop\.optax\.import_state\(opt, params, state\)"
+TARGET = r"init\(params\), which is also the target to restore a saved one into"
+
+
+@pytest.mark.parametrize(
+    ("opt", "state", "message"),
+    [
+        (ADAM, optax.adam(0.1).init(PARAMS), IMPORT),
+        (adamjax.amsgrad(0.1), optax.amsgrad(0.1).init(PARAMS), IMPORT),
+        (ADAM, optax.MultiSteps(optax.adam(0.1), 2).init(PARAMS), IMPORT),
+        (ADAM, {"state": {}, "param_groups": []}, r"adamjax\.interop\.torch\.import_state"),
+        (ADAM, jax.tree.leaves(ADAM.init(PARAMS)), TARGET),
+        (ADAM, ({"count": MOMENTS.count, "mu": MOMENTS.mu}, ()), TARGET),
+        (ADAM, ([*MOMENTS, 1], ()), TARGET),
+        (ADAM, flax.serialization.to_state_dict(ADAM.init({"other": jnp.ones(2)})), TARGET),
+        (ADAM, flax.serialization.to_state_dict(adamjax.amsgrad(0.1).init(PARAMS)), TARGET),
+        (ADAM, "state", TARGET),
+        (adamjax.kahan(ADAM), ADAM.init(PARAMS), TARGET),
+        (ADAM, PARAMS, r"the order is update\(grads, state, params\)"),
+    ],
+)
+def test_states_that_do_not_fit_say_the_cure(opt, state, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        opt.step(PARAMS, state, PARAMS)
+
+
+def on_host(x):
+    x = np.array(x)
+    x.setflags(write=False)
+    return x
+
+
+NUMBERS = {
+    "arrays": on_host,
+    "scalars": lambda x: np.asarray(x)[()],
+    "numbers": lambda x: np.asarray(x).item() if x.ndim == 0 else np.asarray(x),
+    "wide": lambda x: np.asarray(x, {"float32": np.float64, "int32": np.int64}.get(x.dtype.name)),
+}
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", STATES)
+@pytest.mark.parametrize("x64", [False, True])
+def test_states_of_numpy(name, x64):
+    with jax.enable_x64(x64):
+        opt = STATES[name]
+        _, state = stepped(opt, opt.init(PARAMS))
+        expected = stepped(opt, state, 2)
+        for kind, change in NUMBERS.items():
+            if (kind == "wide" and x64) or (kind == "numbers" and name == "plateau"):  # float64; optax's count
+                continue
+            found = stepped(opt, jax.tree.map(change, state), 2)
+            assert_equal(found, expected)
+            assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(found))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("count", [np.int32(2**31 - 1), np.int64(3 * 10**9), np.uint64(2**63), 2**40, np.int8(3)])
+def test_counts_of_numpy_stay_at_their_largest(count):
+    opt = STATES["stochastic"]
+    state = jax.tree.map_with_path(
+        lambda path, x: count if getattr(path[-1], "name", None) == "count" else x, opt.init(PARAMS)
+    )
+    _, state = stepped(opt, state, 2)
+    assert {int(state.count), int(state.inner[0].count), int(state.inner[1].count)} == {min(int(count) + 2, 2**31 - 1)}
+
+
+SPECS = jax.tree.map(lambda p: jax.sharding.PartitionSpec("data", *[None] * (p.ndim - 1)), PARAMS)
+
+
+def mapped(opt, state, **keywords):
+    whole = jax.sharding.PartitionSpec()
+    return optax.tree_utils.tree_map_params(
+        opt, lambda _, spec: spec, state, SPECS, transform_non_params=lambda _: whole, **keywords
+    )
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_optax_maps_the_parameters_of_states(name):
+    opt = STATES[name]
+    state = opt.init(PARAMS)
+    if name == "packed":  # many parameters share an array
+        opt = opt.inner
+        with pytest.raises(TypeError, match=r"packed moments.* take adamjax\.sharding\.state_sharding\(opt, params\)"):
+            mapped(opt, state.inner)
+        return
+    doubled = optax.tree_utils.tree_map_params(opt, lambda x: x + x, state)
+    assert jax.tree.structure(doubled) == jax.tree.structure(state)
+    if name == "torch":  # the whole state of a parameter is at its place
+        return
+    # A parameter without an array in some tree of the state, or with several, is one leaf.
+    specs = mapped(opt, state, is_leaf=lambda x: x is None or isinstance(x, adamjax.storage.QuantizedArray))
+    moments = next(node for _, node in find_moments(specs) if node.mu["w"] is not None)
+    assert moments.mu["w"] == SPECS["w"]
+    if name in ("skip", "adam"):
+        assert jax.tree.structure(mapped(opt, state)) == jax.tree.structure(state)
+        assert mapped(opt, state) == specs
+
+
+def test_flax_boxes_around_moments():
+    boxed = {"w": nn.Partitioned(jnp.ones((8, 256)), ("data", "model"))}
+    for opt in (ADAM, adamjax.skip_nonfinite(adamjax.adam(0.1, mu_dtype=INT8, nu_dtype=INT8))):
+        state = opt.init(boxed)
+        specs = nn.get_partition_spec(state)
+        assert find_moments(specs)[0][1].mu["w"] == jax.sharding.PartitionSpec("data", "model")
+        params, new = opt.step(boxed, state, boxed)
+        assert jax.tree.structure((params, new)) == jax.tree.structure((boxed, state))
 
 
 @pytest.mark.slow

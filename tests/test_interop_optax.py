@@ -98,7 +98,7 @@ BAD = {
     "another tree": (
         adamjax.adam(),
         ADAM.init({"a": PARAMS["a"]}),
-        r"^state\[0\]\.mu is PyTreeDef.*of other parameters",
+        r"^the arrays of state\[0\]\.mu lack state\[0\]\.mu\['b'\] .*of other parameters",
     ),
     "shape": (
         adamjax.adam(),

@@ -414,7 +414,7 @@ SMALL = {"a": jnp.ones((4, 2)), "b": jnp.ones(4)}
             TypeError,
             r"state\.mu of packed is dict, expected PackedTree: call init.*state\.mu\.pack\(moments\)",
         ),
-        (lambda: adamjax.adam().update(SMALL, GOOD.init(SMALL)), ValueError, r"state\.mu, expected PackedTree"),
+        (lambda: adamjax.adam().update(SMALL, GOOD.init(SMALL)), ValueError, r"state\.mu, expected a PackedTree"),
         (
             lambda: GOOD.update(SMALL | {"a": jnp.ones(2)}, GOOD.init(SMALL)),
             ValueError,

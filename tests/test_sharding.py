@@ -159,6 +159,20 @@ def test_all_buffers_are_used_again(kind):
     assert memory.alias_size_in_bytes == bytes_of_a_device((params, state))
 
 
+def test_a_state_comes_back_from_flax():
+    """With a target it is what it was; without one, it is spread again by the first step."""
+    serialization = pytest.importorskip("flax.serialization")
+    mesh, opt = make_mesh(AxisType.Auto), sharding.zero1(adamjax.adamw(LR), axis="data")
+    params = some_params(mesh)
+    _, state = opt.step(params, opt.init(params), params)
+    found = serialization.from_bytes(opt.init(params), serialization.to_bytes(state))
+    assert jax.tree.structure(found) == jax.tree.structure(state)
+    for x in (found, serialization.to_state_dict(state), serialization.msgpack_restore(serialization.to_bytes(state))):
+        new = opt.step(params, x, params)
+        assert_equal(new, opt.step(params, state, params))
+        assert specs_of(new[1].inner[0].mu) == SPLIT
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "kind"), [("int8", AxisType.Auto), ("int4", AxisType.Explicit)])
 def test_quantised_moments_keep_their_blocks_together(name, kind):
@@ -598,7 +612,7 @@ PLAIN = {"w": jnp.ones((8, 8))}
             ValueError,
             "all in Auto or all in Explicit mode",
         ),
-        (lambda: sharding.init_sharded(ADAM, on(MESH), {"w": 0}), ValueError, "make it with state_sharding"),
+        (lambda: sharding.init_sharded(ADAM, on(MESH), {"w": 0}), ValueError, "make them with state_sharding"),
         (lambda: sharding.zero1(ADAM, axis=None), TypeError, "Invalid axis value: None"),  # type: ignore[arg-type]
         (lambda: sharding.zero1(ADAM, axis="data", specs={"w": "x"}), TypeError, "Invalid specs value"),
         (

@@ -2,8 +2,10 @@
 
 import math
 import numbers
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
+from itertools import accumulate
 from typing import Any
 
 import jax
@@ -22,11 +24,16 @@ _WORDING = {
     "eps": "Invalid epsilon value",
 }
 
-# The scalar fields of the states, and their kinds of dtype.
-_SCALARS: dict[str, type] = dict.fromkeys(
-    ("count", "seed", "plateau", "cooldown", "skipped", "consecutive", "good"), np.integer
+# The scalar fields of the states, and the dtypes that integers are kept in.
+_SCALARS: dict[str, Any] = dict.fromkeys(
+    ("count", "plateau", "cooldown", "skipped", "consecutive", "good"), np.dtype(np.int32)
 )
-_SCALARS |= dict.fromkeys(("scale", "best", "mean", "mu_product"), np.floating)
+_SCALARS |= {"seed": np.dtype(np.uint32)} | dict.fromkeys(("scale", "best", "mean", "mu_product"))
+
+_ON_HOST = (np.ndarray, np.generic, bool, float, complex)
+
+# The length at which a part of a message is cut: a path, or an argument that is quoted.
+_LONGEST = 160
 
 
 def number(name: str, x: object, *, low: float = 0.0, below: float = math.inf) -> Any:
@@ -38,7 +45,7 @@ def number(name: str, x: object, *, low: float = 0.0, below: float = math.inf) -
     """
     if isinstance(x, (np.ndarray, np.generic)) and x.ndim == 0:
         x = x.item()
-    invalid = f"{_WORDING.get(name, f'Invalid {name} value')}: {x!r}"
+    invalid = f"{_WORDING.get(name, f'Invalid {name} value')}: {shown(x)}"
     if isinstance(x, numbers.Real) and not isinstance(x, bool):
         if not (low <= float(x) < below and math.isfinite(x)):
             raise ValueError(f"{invalid}; {name} must be {_interval(low, below)}")
@@ -52,9 +59,9 @@ def number(name: str, x: object, *, low: float = 0.0, below: float = math.inf) -
 
 def count(name: str, x: object, least: int = 1) -> int:
     if isinstance(x, bool) or not isinstance(x, (int, np.integer)):
-        raise TypeError(f"Invalid {name} value: {x!r}; {name} must be an int")
+        raise TypeError(f"Invalid {name} value: {shown(x)}; {name} must be an int")
     if x < least:
-        raise ValueError(f"Invalid {name} value: {x!r}; {name} must be at least {least}")
+        raise ValueError(f"Invalid {name} value: {shown(x)}; {name} must be at least {least}")
     return int(x)
 
 
@@ -62,22 +69,22 @@ def integer(name: str, x: object) -> Any:
     """Check an int that fits into 64 bits, or an array or tracer of ints."""
     whole = isinstance(x, int) or jnp.issubdtype(getattr(x, "dtype", np.void), np.integer)
     if isinstance(x, bool) or not whole:
-        raise TypeError(f"Invalid {name} value: {x!r}; {name} must be an int, or an array of them")
+        raise TypeError(f"Invalid {name} value: {shown(x)}; {name} must be an int, or an array of them")
     if isinstance(x, int) and not -(2**63) <= x < 2**63:
-        raise ValueError(f"Invalid {name} value: {x!r}; {name} must fit into 64 bits")
+        raise ValueError(f"Invalid {name} value: {shown(x)}; {name} must fit into 64 bits")
     return x
 
 
 def function(name: str, x: Any) -> Any:
     if not callable(x):
-        raise TypeError(f"Invalid {name} value: {x!r}; {name} must be a function")
+        raise TypeError(f"Invalid {name} value: {shown(x)}; {name} must be a function")
     return x
 
 
 def choice(name: str, x: Any, allowed: tuple[object, ...]) -> Any:
     """Check that `x` is one of `allowed` (1 is not True here)."""
     if not any(x is a or (isinstance(x, str) and x == a) for a in allowed):
-        raise ValueError(f"Invalid {name} value: {x!r}; {name} must be one of {', '.join(map(repr, allowed))}")
+        raise ValueError(f"Invalid {name} value: {shown(x)}; {name} must be one of {', '.join(map(repr, allowed))}")
     return x
 
 
@@ -86,7 +93,7 @@ def dtype(name: str, x: Any, allowed: tuple[str, ...], expected: str) -> np.dtyp
     try:
         found = jnp.dtype("None" if x is None else x)  # None would be float64 to NumPy
     except TypeError:
-        raise TypeError(f"Invalid {name} value: {x!r}; {expected}") from None
+        raise TypeError(f"Invalid {name} value: {shown(x)}; {expected}") from None
     if found.name not in allowed:
         raise ValueError(f"Invalid {name} value: {found.name}; {expected}")
     return found
@@ -95,7 +102,7 @@ def dtype(name: str, x: Any, allowed: tuple[str, ...], expected: str) -> np.dtyp
 def steps(x: Any) -> Any:
     """Check the argument of a schedule, a step count: a real number, or an array of them."""
     if not (isinstance(x, (int, float)) or _is_real(x)):
-        raise TypeError(f"the count is {_describe(x)}: a schedule is called with an int, or an integer array")
+        raise TypeError(f"the count is {describe(x)}: a schedule is called with an int, or an integer array")
     return x
 
 
@@ -104,7 +111,7 @@ def as_scalar(name: str, x: Any, dtype: np.dtype) -> Any:
     if isinstance(x, (float, int)):
         return np.asarray(x, dtype)
     if not _is_real(x):
-        raise TypeError(f"{name} is {_describe(x)}, a step takes one real number")
+        raise TypeError(f"{name} is {describe(x)}, a step takes one real number")
     if jnp.shape(x) != ():
         raise ValueError(
             f"{name} has shape {jnp.shape(x)}, a step takes one number. An optimizer whose hyperparameters "
@@ -115,23 +122,33 @@ def as_scalar(name: str, x: Any, dtype: np.dtype) -> Any:
 
 def parameters(params: PyTree) -> None:
     """Check that every leaf of `params` is a floating point or complex array."""
-    if not all(map(_is_inexact, jax.tree.leaves(params))):
-        path, leaf = next(x for x in jax.tree.leaves_with_path(params) if not _is_inexact(x[1]))
-        raise TypeError(_leaf_message(_at("params", path), leaf))
+    if not all(map(is_param, jax.tree.leaves(params))):
+        path, leaf = next(x for x in jax.tree.leaves_with_path(params) if not is_param(x[1]))
+        raise TypeError(_leaf_message(at("params", path), leaf))
 
 
-def updates(grads: PyTree, like: PyTree, name: str = "params") -> tuple[Leaves, Leaves | None]:
+def updates(
+    grads: PyTree, like: PyTree, name: str = "params", *, integers: bool = False
+) -> tuple[Leaves, Leaves | None]:
     """Check that `grads` has the structure, shapes and kinds of dtype of the tree `like`; return both, flattened.
 
-    A None in `grads` may stand for any subtree. `like` is None if only `grads` is known.
+    A None in `grads` may stand for any subtree. `like` is None if only `grads` is known. With `integers`, those may
+    stand for each other, as in the updates of parameters that have no gradient.
     """
     found = Leaves.of(grads)
     if like is None:
         for g in found.leaves:
-            if g is not None and not _is_inexact(g):
+            if g is not None and not is_param(g):
                 _raise_first_misfit(found, None, name)
         return found, None
-    return found, found.like(_fitting(found, like, name))
+    column = _fitting(found, like, name, integers=integers)
+    if found.has_none and any(g is None and trees.is_node(p) for g, p in zip(found.leaves, column, strict=True)):
+        # States number the leaves of all parameters.
+        whole = Leaves.of(like)
+        frozen = [[None] * len(Leaves.of(p).leaves) for p in column]
+        grads = [rest if g is None else [g] for g, rest in zip(found.leaves, frozen, strict=True)]
+        return whole.like([g for rest in grads for g in rest]), whole
+    return found, found.like(column)
 
 
 def moments(grads: Leaves, found: PyTree, name: str, *, real: bool = False) -> list[Any]:
@@ -146,17 +163,17 @@ def nodes_at(grads: Leaves, tree: PyTree, name: str = "state") -> list[Any]:
     try:
         return grads.column(tree)
     except ValueError:
-        raise ValueError(f"the gradients {_difference(grads.tree, tree, name)}; {_remedy(name)}") from None
+        raise ValueError(f"the gradients {difference(grads.tree, tree, name)}; {_remedy(name)}") from None
 
 
-def _fitting(grads: Leaves, like: PyTree, name: str, real: bool = False) -> list[Any]:
+def _fitting(grads: Leaves, like: PyTree, name: str, real: bool = False, integers: bool = False) -> list[Any]:
     """Return the nodes of `like` at the places of the gradients, if they fit them."""
     try:
         column = grads.column(like)
     except ValueError:
-        raise ValueError(f"the gradients {_difference(grads.tree, like, name)}; {_remedy(name)}") from None
+        raise ValueError(f"the gradients {difference(grads.tree, like, name)}; {_remedy(name)}") from None
     for g, x in zip(grads.leaves, column, strict=True):
-        if g is not None and not _fits(g, x, real):
+        if g is not None and not (_fits(g, x, real) or (integers and _are_integers(g, x))):
             _raise_first_misfit(grads, column, name, real)
     return column
 
@@ -165,7 +182,7 @@ def mask(tree: PyTree) -> None:
     for path, leaf in jax.tree.leaves_with_path(tree):
         if not isinstance(leaf, (bool, np.bool_)):
             hint = "; give the mask as one function of params, or as one tree" if callable(leaf) else ""
-            raise TypeError(f"{_at('mask', path)} is {_describe(leaf)}, a mask holds True and False only{hint}")
+            raise TypeError(f"{at('mask', path)} is {describe(leaf)}, a mask holds True and False only{hint}")
 
 
 def prefix(tree: PyTree, params: PyTree) -> None:
@@ -175,27 +192,90 @@ def prefix(tree: PyTree, params: PyTree) -> None:
         structure.flatten_up_to(params)
     except ValueError:
         remedy = "a mask has the structure of params, or of a prefix of it"
-        raise ValueError(f"the flags of the mask {_difference(tree, params, 'params')}; {remedy}") from None
+        raise ValueError(f"the flags of the mask {difference(tree, params, 'params')}; {remedy}") from None
 
 
-def state(found: object, expected: type, who: str) -> None:
-    """Check that `found` is the state of the transformation `who`."""
+def state(found: Any, expected: type, who: str) -> Any:
+    """Check that `found` is the state of the transformation `who`; return it with its scalars as arrays of JAX."""
     if not isinstance(found, expected):
         raise TypeError(
-            f"{who} was given {_describe(found)} for its state, expected {expected.__name__}: "
-            "the order is update(grads, state, params), and state comes from init(params)"
+            f"{who} was given {describe(found)} for its state, expected {expected.__name__}: {_state_remedy(found)}"
         )
-    for name in getattr(found, "_fields", ()):
-        x, kind = getattr(found, name), _SCALARS.get(name)
-        if kind is not None and not (_shape(x) == () and jnp.issubdtype(getattr(x, "dtype", np.void), kind)):
-            what = "an integer" if kind is np.integer else "a floating point"
-            raise TypeError(
-                f"state.{name} of {who} is {_describe(x)}, expected {what} array of shape (): "
-                "the state comes from init(params) or update"
-            )
+    fields = getattr(found, "_fields", ())
+    # The numbers of a plateau are as wide as schedules; others are float32 in x64 mode, too.
+    real = jnp.result_type(float) if "best" in fields else np.dtype(np.float32)
+    changed = {}
+    for name in fields:
+        if name in _SCALARS:
+            x = getattr(found, name)
+            # NumPy's integers and Python's would overflow with a warning, or not at all.
+            if (array := _state_scalar(name, x, who, _SCALARS[name] or real)) is not x:
+                changed[name] = array
+    replace: Any = getattr(found, "_replace", None)
+    return replace(**changed) if changed else found
 
 
-def has_count(found: object, who: str) -> None:
+def _state_scalar(name: str, x: Any, who: str, dtype: np.dtype) -> Any:
+    """Check the scalar field `name` of a state; return a number of Python's or NumPy's as an array of JAX."""
+    kind: Any = np.integer if jnp.issubdtype(dtype, np.integer) else np.floating
+    if isinstance(x, int | float) and not isinstance(x, bool):
+        x = np.asarray(x, None if isinstance(x, int) and kind is np.integer else dtype)
+    if getattr(x, "shape", ()) != () or not jnp.issubdtype(getattr(x, "dtype", np.void), kind):
+        what = "an integer" if kind is np.integer else "a floating point"
+        raise TypeError(
+            f"state.{name} of {who} is {describe(x)}, expected {what} array of shape (): "
+            "the state comes from init(params) or update"
+        )
+    if not isinstance(x, np.ndarray | np.generic):
+        return x
+    if kind is np.integer:
+        limits = np.iinfo(dtype)
+        x = np.asarray(min(max(int(x), limits.min), limits.max), dtype)
+    return jnp.asarray(x)
+
+
+def _is_foreign_state(x: object) -> bool:
+    """Return whether `x` is a named tuple of another library."""
+    return hasattr(x, "_fields") and not type(x).__module__.startswith("adamjax.")
+
+
+def _state_remedy(found: Any) -> str:
+    """The cure for a state that is not one of ours, as far as its type tells."""
+    if _is_foreign_state(found):
+        return "convert a state of optax by adamjax.interop.optax.import_state(opt, params, state)"
+    if isinstance(found, Mapping) and {"state", "param_groups"} <= found.keys():
+        return "convert a state of torch by adamjax.interop.torch.import_state(opt, params, state_dict)"
+    return (
+        "the order is update(grads, state, params), and state comes from init(params), which is also the target to "
+        "restore a saved one into"
+    )
+
+
+def as_arrays(tree: PyTree) -> PyTree:
+    """Return a state, or another tree, with arrays of JAX in place of NumPy's, and of Python's numbers but integers.
+
+    The scalars of our states stay: `state` knows their dtypes, and what to do about overflow.
+    """
+    if not any(map(_is_on_host, set(map(type, jax.tree.leaves(tree))))):
+        return tree
+
+    def convert(path: Path, x: Any) -> Any:
+        scalar = getattr(path[-1], "name", None) in _SCALARS if path else False
+        if scalar or not isinstance(x, _ON_HOST):
+            return x
+        if np.result_type(x).kind not in ("biufcV" if np.ndim(x) else "bfcV"):  # V: the dtypes of ml_dtypes
+            return x
+        return jnp.asarray(x, trees.dtype_of(x) if isinstance(x, float | complex) else None)
+
+    return jax.tree.map_with_path(convert, tree)
+
+
+@cache
+def _is_on_host(kind: type) -> bool:
+    return issubclass(kind, _ON_HOST)
+
+
+def has_count(found: Any, who: str) -> None:
     state(found, tuple, who)
     if "count" not in getattr(found, "_fields", ()):
         raise TypeError(f"{who} was given a state without a count: this state belongs to another optimizer")
@@ -205,9 +285,10 @@ def member_states(found: Any, count: int, who: str) -> None:
     """Check that `found` is the state of `who`, which has `count` members."""
     state(found, tuple, who)
     if len(found) != count:
+        remedy = _state_remedy(found) if _is_foreign_state(found) else "call init(params)"
         raise ValueError(
-            f"{who} of {count} transformations was given {len(found)} states: "
-            "this state belongs to another optimizer, call init(params)"
+            f"{who} of {count} transformations was given {len(found)} states: this state belongs to another "
+            f"optimizer, {remedy}"
         )
 
 
@@ -218,20 +299,20 @@ def same_structure(found: PyTree, expected: PyTree, name: str) -> None:
         return
     structure: Any = jax.tree.structure(found)
     if structure != jax.tree.structure(expected):
-        raise ValueError(f"{name} is {structure}, expected {jax.tree.structure(expected)}; {_remedy(name)}")
+        raise ValueError(f"the arrays of the state {difference(found, expected, name)}; {_remedy(name)}")
     for (path, like), x in zip(rows, jax.tree.leaves(found), strict=True):
         if (_shape(x), getattr(x, "dtype", None)) != (like.shape, like.dtype):
-            raise ValueError(f"{_at(name, path)} is {_describe(x)}, expected {_describe(like)}; {_remedy(name)}")
+            raise ValueError(f"{at(name, path)} is {describe(x)}, expected {describe(like)}; {_remedy(name)}")
 
 
 def groups(found: object, sizes: list[int], name: str) -> None:
     """Check that the groups of the field `name` of a state are arrays of these sizes."""
     if not isinstance(found, tuple) or len(found) != len(sizes):
-        raise TypeError(f"{name}.groups is {_describe(found)}, expected {len(sizes)} arrays; {_remedy(name)}")
+        raise TypeError(f"{name}.groups is {describe(found)}, expected {len(sizes)} arrays; {_remedy(name)}")
     for k, (x, size) in enumerate(zip(found, sizes, strict=True)):
-        if not (_is_inexact(x) and _shape(x) == (size,)):
+        if not (is_param(x) and _shape(x) == (size,)):
             raise TypeError(
-                f"{name}.groups[{k}] is {_describe(x)}, expected a float array of shape {(size,)}; {_remedy(name)}"
+                f"{name}.groups[{k}] is {describe(x)}, expected a float array of shape {(size,)}; {_remedy(name)}"
             )
 
 
@@ -239,7 +320,7 @@ def arrays(found: PyTree, name: str) -> None:
     """Check that the leaves of the field `name` of a state are arrays or numbers."""
     for path, x in jax.tree.leaves_with_path(found):
         if not (hasattr(x, "dtype") or isinstance(x, numbers.Number)):
-            raise TypeError(f"{_at(name, path)} is {_describe(x)}, expected an array; {_remedy(name)}")
+            raise TypeError(f"{at(name, path)} is {describe(x)}, expected an array; {_remedy(name)}")
 
 
 def params_given(params: PyTree, grads: PyTree, who: str, call: str = "update(grads, state, params)") -> None:
@@ -261,6 +342,8 @@ def _shape(x: Any) -> tuple[int, ...]:
 @cache
 def _is_foreign_dtype(dtype: Any) -> bool:
     """Return whether JAX cannot interpret `dtype`, such as torch's."""
+    if dtype is None:  # float64 to NumPy
+        return True
     try:
         jnp.issubdtype(dtype, np.inexact)
     except TypeError:
@@ -273,7 +356,14 @@ def _is_inexact_dtype(dtype: Any) -> bool:
     return not _is_foreign_dtype(dtype) and bool(jnp.issubdtype(dtype, np.inexact))
 
 
-def _is_inexact(x: Any) -> bool:
+@cache
+def is_number_dtype(dtype: Any) -> bool:
+    """Return whether `dtype` is one of numbers, and not of bools, keys or another library."""
+    return not _is_foreign_dtype(dtype) and bool(jnp.issubdtype(dtype, np.number))
+
+
+def is_param(x: Any) -> bool:
+    """Return whether `x` may be a parameter: a floating point or complex array, or such a number of Python's."""
     return isinstance(x, (float, complex)) or (
         hasattr(x, "dtype") and hasattr(x, "shape") and _is_inexact_dtype(x.dtype)
     )
@@ -290,23 +380,27 @@ def _fits(g: Any, p: Any, real: bool = False) -> bool:
     try:
         return g.shape == p.shape and _dtype_fits(g.dtype, p.dtype, real)
     except AttributeError:  # Python's numbers
-        known = _is_inexact(g) and _is_inexact(p)
+        known = is_param(g) and is_param(p)
         return known and _shape(g) == _shape(p) and _dtype_fits(trees.dtype_of(g), trees.dtype_of(p), real)
+
+
+def _are_integers(g: Any, p: Any) -> bool:
+    return _shape(g) == _shape(p) and all(jnp.issubdtype(getattr(x, "dtype", np.void), np.integer) for x in (g, p))
 
 
 def _raise_first_misfit(grads: Leaves, like: list[Any] | None, name: str, real: bool = False) -> None:
     for path, g, p in zip(grads.paths(), grads.leaves, like or grads.leaves, strict=True):
-        where = _at(name, path)
-        if g is None or (_is_inexact(g) if like is None else _fits(g, p, real)):
+        where = at(name, path)
+        if g is None or (is_param(g) if like is None else _fits(g, p, real)):
             continue
-        if not _is_inexact(g):
+        if not is_param(g):
             raise TypeError(_leaf_message(f"the gradient for {where}", g))
         if p is None:
-            raise ValueError(f"{where} is None, but its gradient is {_describe(g)}: make both None, or neither")
+            raise ValueError(f"{where} is None, but its gradient is {describe(g)}: make both None, or neither")
         if _is_node(p):
             whole = grads.like(like or []).tree
-            raise ValueError(f"the gradients {_difference(grads.tree, whole, name)}; {_remedy(name)}")
-        if not _is_inexact(p):
+            raise ValueError(f"the gradients {difference(grads.tree, whole, name)}; {_remedy(name)}")
+        if not is_param(p):
             raise TypeError(_leaf_message(where, p))
         if _shape(g) != _shape(p):
             raise ValueError(
@@ -324,32 +418,57 @@ def _raise_first_misfit(grads: Leaves, like: list[Any] | None, name: str, real: 
         )
 
 
-def _difference(tree: PyTree, like: PyTree, name: str) -> str:
-    """The first difference between `tree` and `like`, in words."""
-    found = _first_difference(tree, like, name)
-    return found or f"are {jax.tree.structure(tree)}, expected {jax.tree.structure(like)}"
+def difference(tree: PyTree, like: PyTree, name: str) -> str:
+    """Return the first difference between `tree` and `like`, in words: "have a dict at params, expected a list".
+
+    A None in `tree` is one only if there is no other.
+    """
+    for none_fits in (True, False):
+        if (found := _first_difference(tree, like, name, none_fits)) is not None:
+            return found
+    return f"have another structure than {name}"
 
 
-def _first_difference(tree: PyTree, like: PyTree, where: str) -> str | None:
-    if tree is None or not (_is_node(tree) or _is_node(like)):
+def _first_difference(tree: PyTree, like: PyTree, where: str, none_fits: bool) -> str | None:
+    if (tree is None and none_fits) or not (_is_node(tree) or _is_node(like)):
         return None
     if type(tree) is not type(like):
-        return f"have {_describe(tree)} at {where}, expected {_describe(like)}"
+        names = describe(tree), describe(like)
+        if names[0] == names[1]:
+            names = _full_name(tree), _full_name(like)
+        return f"have {names[0]} at {shortened(where)}, expected {names[1]}"
     children, expected = _children(tree), _children(like)
     for key, child in expected.items():
         if key not in children:
-            return f"lack {where}{key} ({_describe(child)})"
+            return f"lack {shortened(where + key)} ({describe(child)})"
     for key, child in children.items():
         if key not in expected:
-            return f"have {_describe(child)} at {where}{key}, where nothing is expected"
-        if (difference := _first_difference(child, expected[key], where + key)) is not None:
-            return difference
+            return f"have {describe(child)} at {shortened(where + key)}, where nothing is expected"
+        if (found := _first_difference(child, expected[key], where + key, none_fits)) is not None:
+            return found
+    if not none_fits and not _same_node(tree, like):
+        what = "keys in another order" if isinstance(tree, Mapping) else "static fields other than expected"
+        return f"have {describe(tree)} at {shortened(where)} with {what}"
     return None
+
+
+def _full_name(node: PyTree) -> str:
+    return _article(f"{type(node).__module__}.{type(node).__qualname__}")
+
+
+def _same_node(tree: PyTree, like: PyTree) -> bool:
+    """Return whether two nodes with the same children are the same otherwise; their static fields may be anything."""
+    a: Any = jax.tree.structure(tree, is_leaf=lambda x: x is not tree)
+    b: Any = jax.tree.structure(like, is_leaf=lambda x: x is not like)
+    try:
+        return bool(a == b)
+    except ValueError:  # arrays
+        return False
 
 
 def _is_node(x: Any) -> bool:
     """Return whether `x` has leaves below it. A moment made of several arrays counts as one leaf."""
-    return jax.tree_util.is_tree_node(type(x)) and not hasattr(x, "dtype")
+    return trees.is_node(x) and not hasattr(x, "dtype")
 
 
 def _children(node: PyTree) -> dict[str, PyTree]:
@@ -363,14 +482,15 @@ def _remedy(name: str) -> str:
     return "this state belongs to other parameters: call init(params) for these"
 
 
-def _at(name: str, path: Path) -> str:
-    return name + jax.tree_util.keystr(path)
+def at(name: str, path: Path) -> str:
+    """Return the place of a leaf of the tree `name`, as users write it; the middle of a long path is left out."""
+    return name + shortened(jax.tree_util.keystr(path))
 
 
 def _leaf_message(where: str, leaf: object) -> str:
     expected = "expected a floating point or complex array"
     remedy = "keep it outside the parameters, or put None at its place in parameters and gradients"
-    found = _describe(leaf)
+    found = describe(leaf)
     if hasattr(leaf, "dtype"):
         if _is_foreign_dtype(leaf.dtype):
             found, expected = f"{found} of type {type(leaf).__name__}", f"{expected} of JAX or NumPy"
@@ -385,16 +505,44 @@ def _leaf_message(where: str, leaf: object) -> str:
     return f"{where} is {found}, {expected}: {remedy}"
 
 
-def _describe(x: object) -> str:
-    if isinstance(x, Callable) and not hasattr(x, "dtype"):  # type: ignore[arg-type]
-        return f"a function ({getattr(x, '__name__', type(x).__name__)})"
+def describe(x: object) -> str:
+    """Return a short name of anything that a tree may hold, without its contents: "float32[3]", "a dict"."""
+    if isinstance(x, Callable) and not (hasattr(x, "dtype") or _is_node(x)):  # type: ignore[arg-type]
+        return f"a function ({shortened(str(getattr(x, '__name__', type(x).__name__)))})"
     if hasattr(x, "dtype") and hasattr(x, "shape"):
-        return f"{x.dtype}[{','.join(map(str, x.shape))}]"
-    if isinstance(x, (dict, list, tuple)):
-        return f"a {type(x).__name__}"
+        try:
+            return f"{x.dtype}[{','.join(map(str, x.shape))}]"
+        except TypeError:  # `x` is a type, or pretends to be an array
+            return f"{_article(type(x).__name__)}"
     if x is None:
         return "None"
-    return f"{x!r} ({type(x).__name__})"
+    if isinstance(x, bool | int | float | complex | str | bytes | np.dtype | type):
+        return f"{shortened(repr(x))} ({type(x).__name__})"
+    return _article(type(x).__name__)
+
+
+def shown(x: object) -> str:
+    """Return the repr of an argument, for a message: cut where it is long, and without the contents of arrays."""
+    text = repr(x)
+    return describe(x) if re.search(r"(rray|ensor)\(\[", text) else shortened(text)
+
+
+def listed(names: Iterable[str]) -> str:
+    """Return names in a row, for a message; of many, the first ones."""
+    found = list(map(shortened, names))
+    length = list(accumulate(len(name) + 2 for name in found))
+    count = max(sum(end <= _LONGEST for end in length), 1)
+    return ", ".join(found[:count]) + (f" and {len(found) - count} more" if len(found) > count else "")
+
+
+def _article(name: str) -> str:
+    return f"{'an' if name[:1].lower() in 'aeio' else 'a'} {name}"
+
+
+def shortened(text: str) -> str:
+    """Return `text`, or its beginning and its end where it is long."""
+    half = _LONGEST // 2 - 2
+    return text if len(text) <= _LONGEST else f"{text[:half]}...{text[-half:]}"
 
 
 def _interval(low: float, below: float) -> str:

@@ -23,6 +23,28 @@ T = TypeVar("T")
 # For each group, the (index, shape) of its leaves. Absent leaves of the tree count in the index.
 Layout = tuple[tuple[tuple[int, tuple[int, ...]], ...], ...]
 
+
+class PlaceholderLayout(tuple[Any, ...]):
+    """The layout of the state that `optax.tree_map_params` makes, to lay it over a real one: refuses one with groups.
+
+    An array that several parameters share cannot be mapped along with the arrays of one of them.
+    """
+
+    def __eq__(self, other: object) -> bool:
+        if other:
+            raise TypeError(
+                "optax.tree_map_params cannot map packed moments, of which many parameters share one array: take "
+                "adamjax.sharding.state_sharding(opt, params) for the shardings of a state, or jax.tree.map for all "
+                "of its arrays"
+            )
+        return isinstance(other, tuple)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    __hash__ = tuple.__hash__
+
+
 # Leaves per group. More leaves per group means fewer arrays, but equal groups share one compiled function,
 # so smaller groups are reused more.
 _GROUP = 16

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from adamjax._core.checks import shortened
 from adamjax._core.typing import PyTree
 from adamjax._core.value import Value
 
@@ -37,7 +38,8 @@ def first_difference(there: Schema, here: Schema, *, numbers: bool = True) -> st
     for path in here | there:
         a, b = there.get(path, "nothing"), here.get(path, "nothing")
         if a != b and (numbers or isinstance(a, str) or isinstance(b, str)):
-            return f"{path} is {a} there and {b} here"
+            path, there_, here_ = map(shortened, (path, str(a), str(b)))
+            return f"{path} is {there_} there and {here_} here"
     return None
 
 

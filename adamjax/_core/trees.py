@@ -4,7 +4,7 @@
 gradients alone it freezes the leaf, or the subtree, at its place in the other trees.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, reduce
 from typing import Any
@@ -38,6 +38,11 @@ class Leaves:
     def tree(self) -> PyTree:
         """The tree, put together again."""
         return self.structure.unflatten(self.leaves)
+
+    @property
+    def has_none(self) -> bool:
+        """Whether a leaf is None."""
+        return type(None) in map(type, self.leaves)
 
     def like(self, leaves: list[Any]) -> "Leaves":
         """Other leaves in the same structure."""
@@ -115,6 +120,64 @@ def unflatten_by_path(tree: PyTree, like: PyTree) -> PyTree | None:
         return None
     structure: Any = jax.tree.structure(like)
     return structure.unflatten([leaves[path] for path in paths])
+
+
+def in_nodes_of(like: PyTree, tree: PyTree) -> PyTree:
+    """Return `tree` with the nodes of `like`: states come back from files as lists, plain tuples and mappings.
+
+    Mappings are matched by the names of keys and fields, sequences by position. Children of `like` without leaves
+    may be missing.
+
+    Raises:
+      ValueError: They do not match.
+    """
+    if not is_node(like):
+        if tree is None or is_node(tree):
+            raise ValueError
+        return tree
+    keys, children, structure = _one_level(like)
+    content = [bool(jax.tree.leaves(child)) for child in children]
+    if type(tree) is type(like) and not isinstance(tree, Mapping):
+        _, parts, found = _one_level(tree)
+        if found != structure:
+            raise ValueError
+    elif isinstance(tree, Mapping):
+        named = {str(key): part for key, part in tree.items()}
+        parts = [named.pop(path_of((key,)), None) for key in keys]
+        if jax.tree.leaves(named):
+            raise ValueError
+    elif type(tree) in (list, tuple) and not isinstance(like, Mapping) and len(tree) in (len(keys), sum(content)):
+        given = iter(tree)
+        parts = [next(given) if some or len(tree) == len(keys) else None for some in content]
+    elif tree is None and not any(content):
+        return like
+    else:
+        raise ValueError
+    pairs = zip(children, parts, content, strict=True)
+    return structure.unflatten(
+        [in_nodes_of(child, part) if some else _empty(child, part) for child, part, some in pairs]
+    )
+
+
+def _one_level(node: PyTree) -> tuple[list[Any], list[PyTree], Any]:
+    """The keys and children of a node, and the structure to put it together again."""
+    pairs, structure = jax.tree.flatten_with_path(node, is_leaf=lambda x: x is not node)
+    return [path[0] for path, _ in pairs], [child for _, child in pairs], structure
+
+
+def _empty(like: PyTree, tree: PyTree) -> PyTree:
+    """Return `like`, which has no leaves, if `tree` is empty or has such nodes, too."""
+    return like if tree is None or tree in ((), [], {}) else in_nodes_of(like, tree)
+
+
+def is_node(x: Any) -> bool:
+    """Return whether `x` is a node of a tree, and not a leaf."""
+    return jax.tree_util.is_tree_node(type(x))
+
+
+def is_placeholder(params: PyTree) -> bool:
+    """Return whether `params` is the node without leaves that `optax.tree_map_params` gives to `init`."""
+    return type(params).__name__ == "_ParamsPlaceholder"
 
 
 def cast(x: Any, dtype: np.dtype) -> Any:

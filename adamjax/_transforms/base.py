@@ -79,12 +79,13 @@ class Transformation(Value):
         Raises:
           TypeError, ValueError: The trees do not fit each other; the message names the path.
         """
-        grads, leaves = checks.updates(updates, params)
+        grads, given = checks.updates(updates, params)
+        leaves = None if given is None else _params_only(grads, given)
         delivery = AsUpdate((grads if leaves is None else leaves).leaves)
-        found, _, state = self._run(grads, state, StepContext(leaves, extra, delivery))
-        if leaves is not None and any(u is None for u in found.leaves):
+        found, state = self._run_restored(grads, state, StepContext(leaves, extra, delivery))
+        if given is not None and any(u is None for u in found.leaves):
             # Zeros instead of None: optax.apply_updates and others do not accept None.
-            wide, pairs = rounds_params(self), zip(found.leaves, leaves.leaves, strict=True)
+            wide, pairs = rounds_params(self), zip(found.leaves, given.leaves, strict=True)
             found = found.like([_minus_zeros(p, wide) if u is None else u for u, p in pairs])
         return found.tree, state
 
@@ -111,15 +112,36 @@ class Transformation(Value):
           TypeError, ValueError: The trees do not fit each other; the message names the path.
         """
         checks.params_given(params, grads, "step", "step(grads, state, params)")
-        updates, leaves = checks.updates(grads, params)
-        leaves = leaves or updates  # without parameters, there are no gradients
-        found, _, state = self._run(updates, state, StepContext(leaves, extra, AddToParam()))
-        pairs = zip(found.leaves, leaves.leaves, strict=True)
+        updates, given = checks.updates(grads, params)
+        given = given or updates  # without parameters, there are no gradients
+        context = StepContext(_params_only(updates, given), extra, AddToParam())
+        found, state = self._run_restored(updates, state, context)
+        pairs = zip(found.leaves, given.leaves, strict=True)
         return found.like([p if new is None else new for new, p in pairs]).tree, state
 
     def _init(self, params: PyTree) -> PyTree:
         """Make the state; `params` are checked."""
         return ()
+
+    def _run_restored(self, updates: Leaves, state: PyTree, context: StepContext) -> tuple[Leaves, PyTree]:
+        """Run one step, with a state that may come from a file: of NumPy's arrays, in lists or mappings."""
+        state = checks.as_arrays(state)
+        try:
+            found, _, new = self._run(updates, state, context)
+        except (TypeError, ValueError):
+            restored = self._in_own_nodes(state, (context.params or updates).tree)
+            structure: Any = jax.tree.structure(restored)
+            if structure == jax.tree.structure(state):
+                raise
+            found, _, new = self._run(updates, restored, context)
+        return found, new
+
+    def _in_own_nodes(self, state: PyTree, params: PyTree) -> PyTree:
+        """Return `state` in the nodes that `init` makes; as it is if it does not fit them."""
+        try:
+            return trees.in_nodes_of(self._init(jax.tree.map(_abstract, params)), state)
+        except (TypeError, ValueError):
+            return state
 
     def _run(self, updates: Leaves, state: PyTree, context: StepContext) -> Result:
         """Run one step, the only way through it: `update`, `step` and the wrappers differ by the delivery.
@@ -258,6 +280,8 @@ class Foreign(Transformation):
     def _update(self, updates: PyTree, state: PyTree, params: PyTree | None, extra: Extra) -> tuple[PyTree, PyTree]:
         accepted = self._accepted
         taken = {name: x for name, x in extra.items() if accepted is None or name in accepted}
+        # Ours take NumPy's arrays; others would compute with them in another way than with JAX's.
+        updates, params = checks.as_arrays(updates), checks.as_arrays(params)
         return self.transform.update(updates, state, params, **taken)
 
     def __repr__(self) -> str:
@@ -270,7 +294,7 @@ def as_transformation(x: object, where: str) -> Transformation:
         return x
     if isinstance(x, type) or not (callable(getattr(x, "init", None)) and callable(getattr(x, "update", None))):
         hint = f": call it, {name_of(x)}(...)" if callable(x) else ""
-        raise TypeError(f"{where} is {x!r}, expected a transformation with init and update{hint}")
+        raise TypeError(f"{where} is {checks.shown(x)}, expected a transformation with init and update{hint}")
     return Foreign(x)  # type: ignore[arg-type]
 
 
@@ -278,16 +302,44 @@ def check_not_fused(opt: Transformation, where: str) -> None:
     """Raise if `fused=True` cannot be honoured at `where`; warn if `fused="auto"` cannot."""
     modes = [t._kernel_mode() for t in delivering(opt)]
     if True in modes:
-        raise ValueError(f"{opt!r} cannot step in one pass {where}: take fused=False, or 'auto'")
+        raise ValueError(f"{checks.shown(opt)} cannot step in one pass {where}: take fused=False, or 'auto'")
     if "auto" in modes:
         warnings.warn(f"fused='auto' leaves the step to XLA {where}", stacklevel=2)
 
 
 def _minus_zeros(p: Any, wide: bool) -> Any:
-    """The update of a frozen parameter. Adding 0 would turn a parameter that is -0 into 0; adding -0 does not."""
+    """The update of a frozen parameter. Adding 0 would turn a parameter that is -0 into 0; adding -0 does not.
 
-    def of_array(x: Any) -> jax.Array:
+    A Python number stays one. Functions, strings and others that are no numbers have no update.
+    """
+
+    def of_leaf(x: Any) -> Any:
+        if isinstance(x, float | complex) and not isinstance(x, np.generic):
+            return -0.0 if isinstance(x, float) else complex(-0.0, -0.0)
+        if not (hasattr(x, "dtype") and checks.is_number_dtype(x.dtype)):
+            return None
         dtype: np.dtype = trees.dtype_of(x)
-        return -trees.zeros_like(x, trees.compute_dtype(dtype) if wide else dtype)
+        return -trees.zeros_like(x, trees.compute_dtype(dtype) if wide and checks.is_param(x) else dtype)
 
-    return jax.tree.map(of_array, p)
+    return jax.tree.map(of_leaf, p)
+
+
+def _params_only(grads: Leaves, params: Leaves) -> Leaves:
+    """Return `params` with None in place of all that has no gradient and is no array that could have one.
+
+    Models hold functions, strings and numbers, too.
+    """
+    if not grads.has_none:
+        return params
+
+    def of_leaf(x: Any) -> Any:
+        return x if hasattr(x, "dtype") and checks.is_param(x) else None
+
+    pairs = zip(grads.leaves, params.leaves, strict=True)
+    return params.like([jax.tree.map(of_leaf, p) if g is None else p for g, p in pairs])
+
+
+def _abstract(p: Any) -> jax.ShapeDtypeStruct:
+    """Return the type of a parameter, with its sharding as far as it is known."""
+    sharding = None if isinstance(p, jax.core.Tracer) else getattr(p, "sharding", None)
+    return jax.ShapeDtypeStruct(np.shape(p), trees.dtype_of(p), sharding=sharding)

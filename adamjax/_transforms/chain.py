@@ -31,8 +31,8 @@ class Chain(Transformation):
         for transform in self.transforms[:-1]:
             if rounds_params(transform):
                 raise ValueError(
-                    f"{transform!r} must be the last of a chain: a later transformation would change the values that "
-                    "it rounds parameters to"
+                    f"{checks.shown(transform)} must be the last of a chain: a later transformation would change "
+                    "the values that it rounds parameters to"
                 )
             check_not_fused(transform, "anywhere but at the end of a chain")
 

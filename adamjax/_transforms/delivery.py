@@ -87,9 +87,14 @@ def apply_updates(params: PyTree, updates: PyTree) -> PyTree:
     {'w': Array([1.5, 1.5], dtype=float32)}
     """
     checks.params_given(params, updates, "apply_updates", "apply_updates(params, updates)")
-    given, own = checks.updates(updates, params)
+    given, own = checks.updates(updates, params, integers=True)
     pairs = zip(given.leaves, (own or given).leaves, strict=True)
-    return given.like([p if u is None else _add(p, u) for u, p in pairs]).tree
+    return given.like([_add(p, u) if _changes(u) else p for u, p in pairs]).tree
+
+
+def _changes(u: Any) -> bool:
+    """Return whether adding `u` may change a parameter; zeros for what has no gradient would make it an array."""
+    return checks.is_param(u) and not (isinstance(u, float | complex) and u == 0)
 
 
 @partial(jax.jit, inline=True)

@@ -45,14 +45,16 @@ class Groups(Transformation):
             unused -= {self.patterns[i] for i in found}
             if len(found) > 1:
                 both = " and ".join(repr(self.patterns[i]) for i in found)
-                raise ValueError(f"{path} is matched by {both}: each parameter must be in one group")
+                raise ValueError(f"{checks.shortened(path)} is matched by {both}: each parameter must be in one group")
             if not (found or default):
-                patterns = ", ".join(repr(pattern) for _, pattern in named)
-                raise ValueError(f"{path} is matched by none of {patterns}: give a default=, or a pattern for it")
+                patterns = checks.listed(repr(pattern) for _, pattern in named)
+                raise ValueError(
+                    f"{checks.shortened(path)} is matched by none of {patterns}: give a default=, or a pattern for it"
+                )
             owners.append((path, leaf, (found or default)[0]))
         if unused and owners:
-            paths = ", ".join(path for path, _, _ in owners)
-            raise ValueError(f"{', '.join(map(repr, sorted(unused)))} matches no parameter; those are {paths}")
+            patterns, paths = checks.listed(map(repr, sorted(unused))), checks.listed(path for path, _, _ in owners)
+            raise ValueError(f"{patterns} matches no parameter; those are {paths}")
         return owners
 
     def split_params(self, params: PyTree) -> list[PyTree]:
@@ -116,7 +118,7 @@ def groups(members: Mapping[str, Any], *, default: Any = None) -> Groups:
     dense/kernel  [4,2]  default     C
     """
     if not isinstance(members, Mapping):
-        raise TypeError(f"Invalid members value: {members!r}; members must be a dict of optimizers by path")
+        raise TypeError(f"Invalid members value: {checks.shown(members)}; members must be a dict of optimizers by path")
     given: list[tuple[str | None, Transformation]] = []
     for pattern, member in members.items():
         try:
@@ -135,7 +137,7 @@ def groups(members: Mapping[str, Any], *, default: Any = None) -> Groups:
     for name, transform in given:
         if rounds_params(transform):
             raise ValueError(
-                f"the group {name!r} rounds parameters ({transform!r}): put that around groups(...) instead"
+                f"the group {name!r} rounds parameters ({checks.shown(transform)}): put that around groups(...) instead"
             )
     return Groups(tuple(transform for _, transform in given), tuple(name for name, _ in given))
 
@@ -146,7 +148,9 @@ def _overridden(opt: Transformation, pattern: str, overrides: Mapping[str, Any])
         opt, places = _replaced(opt, name, x)
         if not places:
             names = ", ".join(sorted(_names(opt)))
-            raise ValueError(f"the group {pattern!r} overrides {name}, which {opt!r} does not have; it has {names}")
+            raise ValueError(
+                f"the group {pattern!r} overrides {name}, which {checks.shown(opt)} does not have; it has {names}"
+            )
     return opt
 
 

@@ -102,12 +102,12 @@ class Moments(Leafwise):
         return AdamState(trees.zero_count(params), mu, second(), second() if self.tracks_max else None)
 
     def _leaf_transforms(self, updates: Leaves, state: PyTree, params: Leaves | None) -> list[LeafTransform]:
+        state = checks.state(state, AdamState, type(self).__name__)
         columns = self._columns(updates, state)
         return [StepMoments.of(self, state.count, columns, lambda column: updates.like(column).tree)]
 
     def _columns(self, updates: Leaves, state: PyTree) -> list[list[Any]]:
         """The moments in the order of the updates, if `state` fits those."""
-        checks.state(state, AdamState, type(self).__name__)
         columns = [self._column(updates, state, "mu"), self._column(updates, state, "nu")]
         if self.tracks_max:
             return [*columns, self._column(updates, state, "nu_max")]

@@ -9,7 +9,7 @@ import numpy as np
 
 from adamjax._core import checks, collectives, packing, trees
 from adamjax._core.packing import PackedTree
-from adamjax._core.quantization import is_quantized
+from adamjax._core.quantization import is_moment, is_quantized
 from adamjax._core.trees import Leaves
 from adamjax._core.typing import GradientTransformation, PyTree
 from adamjax._core.value import static_field, value
@@ -32,7 +32,9 @@ class Packed(Leafwise):
 
     def __post_init__(self) -> None:
         if not isinstance(self.inner, Moments):
-            raise TypeError(f"Invalid inner value: {self.inner!r}; inner must keep moments, as scale_by_adam does")
+            raise TypeError(
+                f"Invalid inner value: {checks.shown(self.inner)}; inner must keep moments, as scale_by_adam does"
+            )
         self._replace_field("below", checks.count("below", self.below))
 
     def _init(self, params: PyTree) -> AdamState:
@@ -55,11 +57,19 @@ class Packed(Leafwise):
             return [tuple(jnp.zeros(size, rows[first][j].dtype) for first, size in sizes) for j in columns]
 
         pairs = zip((rest.mu, rest.nu, rest.nu_max), trees.make_on_mesh_of(zeros, params), strict=False)
+        if trees.is_placeholder(params):
+            layout = packing.PlaceholderLayout()
         return AdamState(trees.zero_count(params), *(PackedTree(tree, groups, layout) for tree, groups in pairs))
 
     def _leaf_transforms(self, updates: Leaves, state: PyTree, params: Leaves | None) -> list[LeafTransform]:
+        state = checks.state(state, AdamState, "packed")
         columns = self._columns(updates, state)
         layout, count = state.mu.layout, len(updates.leaves)
+        if count != len(jax.tree.leaves(state.mu.rest, is_leaf=is_moment)):
+            raise ValueError(
+                "a None in the gradients stands for several parameters, which packed cannot tell apart: call update "
+                "with params, or give a None for each"
+            )
         for places in layout:
             _check_varying_alike(updates, [index for index, _ in places])
 
@@ -70,7 +80,6 @@ class Packed(Leafwise):
 
     def _columns(self, updates: Leaves, state: PyTree) -> list[list[Any]]:
         """The moments of each leaf (None in a group) and then of each group, if `state` fits the updates."""
-        checks.state(state, AdamState, "packed")
         columns = []
         for name in ("mu", "nu", "nu_max") if self.inner.tracks_max else ("mu", "nu"):
             tree = getattr(state, name)
@@ -94,8 +103,7 @@ def _check_varying_alike(updates: Leaves, indices: list[int]) -> None:
         paths = updates.paths()
         first = {found: next(i for i, x in axes.items() if x == found) for found in known}
         said = " and ".join(
-            f"that for params{jax.tree_util.keystr(paths[first[found]])} "
-            f"over {', '.join(map(repr, sorted(found))) or 'none'}"
+            f"that for {checks.at('params', paths[first[found]])} over {', '.join(map(repr, sorted(found))) or 'none'}"
             for found in sorted(known, key=sorted)
         )
         raise ValueError(
@@ -146,8 +154,8 @@ def packed(opt: GradientTransformation, below: int = _MAX_PACKED_SIZE) -> Transf
     found, places = _packed(as_transformation(opt, "argument opt of packed"), checks.count("below", below))
     if not places:
         raise TypeError(
-            f"packed found nothing to pack in {opt!r}: it packs the moments of adamjax's optimizers. Those of "
-            "adamjax.interop.torch are kept for each parameter by itself, and what optax's keep is not known"
+            f"packed found nothing to pack in {checks.shown(opt)}: it packs the moments of adamjax's optimizers. Those "
+            "of adamjax.interop.torch are kept for each parameter by itself, and what optax's keep is not known"
         )
     return found
 
@@ -156,7 +164,7 @@ def _packed(opt: Any, below: int) -> tuple[Any, int]:
     """`opt` with its moments packed, and in how many places it keeps some."""
     replace: Any = dataclasses.replace  # type checkers do not see that values are dataclasses
     if isinstance(opt, Packed):
-        raise ValueError(f"{opt!r} is packed already")
+        raise ValueError(f"{checks.shown(opt)} is packed already")
     if isinstance(opt, Moments):
         return Packed(opt, below), 1
     if isinstance(opt, Chain | Groups):

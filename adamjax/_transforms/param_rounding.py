@@ -105,13 +105,16 @@ class Rounding(RoundsParams):
     def _wrap(self, name: str) -> None:
         super()._wrap(name)
         if rounds_params(self.inner):
-            raise ValueError(f"{name} around {self.inner!r}, which rounds the parameters already: take one of the two")
+            raise ValueError(
+                f"{name} around {checks.shown(self.inner)}, which rounds the parameters already: take one of the two"
+            )
         for t in delivering(self.inner):
             if isinstance(t, StepsParts):
                 check_not_fused(t, f"inside of {name}")
         if may_skip(self.inner):
             raise ValueError(
-                f"{name} around {self.inner!r} would count the steps that are skipped, and round: put it inside of that"
+                f"{name} around {checks.shown(self.inner)} would count the steps that are skipped, and round: "
+                "put it inside of that"
             )
 
     def _seed(self) -> Any:
@@ -137,7 +140,7 @@ class Rounding(RoundsParams):
         return RoundingState(trees.zero_count(params), seed, self._init_residuals(params), inner)
 
     def _run(self, updates: Leaves, state: PyTree, context: StepContext) -> Result:
-        checks.state(state, RoundingState, type(self).__name__)
+        state = checks.state(state, RoundingState, type(self).__name__)
         checks.params_given(context.params, updates, type(self).__name__)
         params = context.params or updates  # without parameters, there are no gradients
         residuals = self._checked_residuals(updates, params, state.kept)
@@ -176,7 +179,7 @@ class Rounding(RoundsParams):
         for path, p in jax.tree.leaves_with_path(params):
             if path in kept_at and not is_low_precision(p):
                 raise ValueError(
-                    f"params{jax.tree_util.keystr(path)} is {trees.dtype_of(p)}, and was half precision at init: add "
+                    f"{checks.at('params', path)} is {trees.dtype_of(p)}, and was half precision at init: add "
                     "the float32 updates with adamjax.apply_updates or optax's, which keep the dtype"
                 )
         checks.same_structure(kept, self._init_residuals(trees.abstract_like(params)), "state.kept")

@@ -74,7 +74,7 @@ class ReduceOnPlateau(Transformation):
     def _update(
         self, updates: PyTree, state: PyTree, params: PyTree | None, extra: Extra
     ) -> tuple[PyTree, PlateauState]:
-        checks.state(state, PlateauState, type(self).__name__)
+        state = checks.state(state, PlateauState, type(self).__name__)
         if "value" not in extra:
             raise ValueError(
                 "ReduceOnPlateau needs the value that it watches: call update(grads, state, params, value=loss)"

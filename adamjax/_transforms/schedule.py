@@ -122,5 +122,5 @@ class Scheduled(Leafwise):
         x = self._schedule
         if not callable(x):
             return x, state
-        checks.state(state, ScheduleState, type(self).__name__)
+        state = checks.state(state, ScheduleState, type(self).__name__)
         return x(state.count), ScheduleState(trees.increment(state.count))

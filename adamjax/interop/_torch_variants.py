@@ -107,7 +107,7 @@ class ScaleByTorchNAdam(Leafwise):
         return NAdamState(count, mu, nu, trees.make_on_mesh_of(lambda: jnp.ones((), jnp.float32), params))
 
     def _leaf_transforms(self, updates: Leaves, state: PyTree, params: Leaves | None) -> list[LeafTransform]:
-        checks.state(state, NAdamState, "torch's NAdam")
+        state = checks.state(state, NAdamState, "torch's NAdam")
         t = trees.increment(state.count).astype(jnp.result_type(float))
         product = state.mu_product * self.rate(t).astype(state.mu_product.dtype)
         moments = _NAdamMoments(self, product)

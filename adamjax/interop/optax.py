@@ -78,7 +78,7 @@ def export_state(opt: GradientTransformation, state: PyTree) -> PyTree:
             scheduled = isinstance(part, ScheduleState)
             exported.append(optax.ScaleByScheduleState(part.count) if scheduled else optax.EmptyState())
         else:
-            raise TypeError(f"optax has nothing like {transform!r}")
+            raise TypeError(f"optax has nothing like {checks.shown(transform)}")
     return tuple(exported)
 
 
@@ -117,10 +117,10 @@ def _filled(template: PyTree, theirs: PyTree, where: str) -> PyTree:
         # Keep the hyperparameters that optax does not have.
         theirs = template | theirs
     expected: Any = jax.tree.structure(template)
-    if expected != (found := jax.tree.structure(theirs)):
+    if expected != jax.tree.structure(theirs):
         if not jax.tree.leaves(template):
             return template
-        raise ValueError(f"{where} is {found}, expected {expected}")
+        raise ValueError(f"the parts of {where} {checks.difference(theirs, template, where)}")
     return jax.tree.map(lambda like, x: jnp.asarray(x).astype(like.dtype), template, theirs)
 
 
@@ -144,9 +144,10 @@ def _adam(template: AdamState, theirs: PyTree, where: str) -> AdamState:
 
 def _like(template: PyTree, x: PyTree, where: str) -> PyTree:
     expected: Any = jax.tree.structure(template)
-    if expected != (found := jax.tree.structure(x)):
+    if expected != jax.tree.structure(x):
         raise ValueError(
-            f"{where} is {found}, expected {expected}: of other parameters, or opt stores moments in another format"
+            f"the arrays of {where} {checks.difference(x, template, where)}: of other parameters, or opt stores "
+            "moments in another format"
         )
     for (path, like), leaf in zip(jax.tree.leaves_with_path(template), jax.tree.leaves(x), strict=True):
         name = where + jax.tree_util.keystr(path)

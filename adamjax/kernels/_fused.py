@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from adamjax._core import trees
+from adamjax._core import checks, trees
 from adamjax._core.typing import FusedMode, Path
 from adamjax._core.value import static_field, value
 from adamjax._transforms.chain import Chain
@@ -125,7 +125,7 @@ class KernelExecutor(Executor):
         """Return whether there is no reason against the kernel. Raise if there is, and `mode` is True."""
         if why is None:
             return True
-        where = f"params{jax.tree_util.keystr(self.paths()[index])}"
+        where = checks.at("params", self.paths()[index])
         if self.mode is True:
             raise ValueError(
                 f"fused=True cannot step {where}: {why}. Take fused=False, or "

@@ -308,7 +308,7 @@ def sharding_of(p: Any) -> Sharding | None:
 
 def on_mesh(path: Path, found: Sharding | None, mesh: MeshLike) -> NamedSharding:
     """Check that the parameter at `path`, with the sharding `found`, is on `mesh`."""
-    where = f"params{jax.tree_util.keystr(path)}"
+    where = checks.at("params", path)
     if not isinstance(found, NamedSharding):
         what = "has no sharding that is known here" if found is None else f"has {found}"
         raise ValueError(f"{where} {what}, expected a NamedSharding: {_PUT}")
@@ -383,11 +383,8 @@ def _named(mesh: MeshLike, taken: list[Names], memory_kind: str | None = None) -
 
 
 def _check_sharding(sharding: PyTree, state: PyTree) -> None:
-    expected: Any = jax.tree.structure(state)
-    found: Any = jax.tree.structure(sharding)
-    if found != expected or not all(isinstance(s, NamedSharding) for s in jax.tree.leaves(sharding)):
-        what = found if found != expected else "something else"
-        raise ValueError(
-            f"Invalid sharding value: a tree of {what}, expected NamedShardings in {expected}: "
-            "make it with state_sharding(opt, params)"
-        )
+    structure: Any = jax.tree.structure(sharding)
+    fits = structure == jax.tree.structure(state)
+    if not fits or not all(isinstance(s, NamedSharding) for s in jax.tree.leaves(sharding)):
+        what = "must be NamedShardings" if fits else checks.difference(sharding, state, "state")
+        raise ValueError(f"Invalid sharding value: the shardings {what}; make them with state_sharding(opt, params)")

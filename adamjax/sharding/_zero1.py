@@ -9,6 +9,7 @@ import jax.export
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from adamjax._core import checks, trees
+from adamjax._core.flax_nodes import serialised_by_flax
 from adamjax._core.trees import Leaves
 from adamjax._core.typing import GradientTransformation, PyTree
 from adamjax._core.value import StaticTree, Value, static_field, value
@@ -23,20 +24,25 @@ class Specs(StaticTree):
     def __init__(self, tree: PyTree) -> None:
         super().__init__(tree, is_leaf=_is_spec)
         if not all(map(_is_spec, self.leaves)):
-            raise TypeError(f"Invalid specs value: {tree!r}; specs must be a tree of jax.sharding.PartitionSpec")
+            raise TypeError(
+                f"Invalid specs value: {checks.shown(tree)}; specs must be a tree of jax.sharding.PartitionSpec"
+            )
 
     def of(self, params: PyTree) -> list[PartitionSpec]:
         """Return the spec of each leaf of `params`."""
         try:
             return jax.tree.leaves(jax.tree.broadcast(self.tree, params, is_leaf=_is_spec), is_leaf=_is_spec)
         except ValueError:
-            raise ValueError(f"specs is {self!r}, which is no tree like params, and no prefix of it") from None
+            raise ValueError(
+                f"specs is {checks.shown(self)}, which is no tree like params, and no prefix of it"
+            ) from None
 
 
 def _is_spec(x: Any) -> bool:
     return isinstance(x, PartitionSpec)
 
 
+@serialised_by_flax
 @value
 class Zero1State(Value):
     """State of `zero1`.
@@ -130,7 +136,7 @@ def _mesh_of(leaves: list[tuple[Any, Any]], given: Any) -> Any:
     if not leaves:
         raise ValueError("zero1 needs the parameters to know their mesh, and there are none")
     path, p = leaves[0]
-    traced, where = isinstance(p, jax.core.Tracer), f"params{jax.tree_util.keystr(path)}"
+    traced, where = isinstance(p, jax.core.Tracer), checks.at("params", path)
     mesh = getattr(jax.typeof(p).sharding if traced else _layout.sharding_of(p), "mesh", None)
     if mesh is None or mesh.empty:
         if traced and given is not None:
@@ -154,7 +160,7 @@ def _whole(path: Any, p: Any, mesh: Any, spec: PartitionSpec | None, said: str) 
     expected = found if spec is None else NamedSharding(mesh, spec)
     if _layout.mesh_axes_by_dim(found, p.ndim) != _layout.mesh_axes_by_dim(expected, p.ndim):
         raise ValueError(
-            f"params{jax.tree_util.keystr(path)} is sharded by {found.spec}, and {said} {spec}: "
+            f"{checks.at('params', path)} is sharded by {found.spec}, and {said} {spec}: "
             "shard it so, or call init(params) for these parameters"
         )
     return found
