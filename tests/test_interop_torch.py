@@ -163,6 +163,28 @@ def test_a_file_of_torch(tmp_path):
 
 
 @needs_torch
+def test_tensors_are_hyperparameters():
+    """As torch takes them; the number is that of the tensor now."""
+    import torch
+
+    rate = torch.tensor(0.1, dtype=torch.float64)
+    one = torch.tensor([0.1], dtype=torch.float64)
+    decay = torch.nn.Parameter(rate.clone())
+    assert optim.adamw(rate, (rate, one), weight_decay=decay) == optim.adamw(0.1, (0.1, 0.1), weight_decay=0.1)
+    schedule = adamjax.schedules.cosine(rate, torch.tensor(10))
+    assert adamjax.adam(schedule, b2=one) == adamjax.adam(adamjax.schedules.cosine(0.1, 10), b2=0.1)
+    assert adamjax.adam(torch.tensor(0.1)).transforms[1].learning_rate == np.float32(0.1)
+    rate.mul_(0.5)
+    assert float(schedule(0)) == pytest.approx(0.1)
+    for x, message in (
+        (torch.ones(2), r"^Invalid learning rate: a torch\.Tensor of shape \(2,\); .*jnp\.asarray"),
+        (-rate, r"^Invalid learning rate: -0\.05; learning_rate must be at least 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            adamjax.adam(x)
+
+
+@needs_torch
 @pytest.mark.parametrize("adamw", [optim.adamw, adamjax.adamw], ids=["interop", "core"])
 def test_param_groups(adamw):
     """The usual two groups: weight decay for kernels, none for the rest."""
