@@ -25,6 +25,7 @@ from adamjax._transforms.packed import packed as packed
 from adamjax._transforms.radam import scale_by_radam as scale_by_radam
 from adamjax._transforms.schedule import ScheduleState as ScheduleState
 from adamjax._transforms.weight_decay import add_decayed_weights as add_decayed_weights
+from adamjax._version import __version__ as __version__
 from adamjax.optimizers import adam as adam
 from adamjax.optimizers import adamax as adamax
 from adamjax.optimizers import adamaxw as adamaxw
