@@ -19,6 +19,7 @@ from adamjax._transforms.chain import chain as chain
 from adamjax._transforms.clipping import clip_by_global_norm as clip_by_global_norm
 from adamjax._transforms.delivery import apply_updates as apply_updates
 from adamjax._transforms.groups import groups as groups
+from adamjax._transforms.groups import scale as scale
 from adamjax._transforms.learning_rate import scale_by_learning_rate as scale_by_learning_rate
 from adamjax._transforms.moments import AdamState as AdamState
 from adamjax._transforms.packed import packed as packed
