@@ -212,6 +212,20 @@ def test_param_groups(adamw):
         np.testing.assert_allclose(p.detach().numpy(), x, rtol=1e-6)
 
 
+@needs_torch
+@pytest.mark.parametrize("adamw", [optim.adamw, adamjax.adamw], ids=["interop", "core"])
+def test_param_groups_of_overlapping_patterns(adamw):
+    """Each combination is a group of torch, with its rate and its decay."""
+    patterns = {"layer_0": {"learning_rate": adamjax.scale(0.5)}, "kernel|scale": {"weight_decay": 0.1}}
+    opt = adamjax.groups(patterns, default=adamw(1e-2, weight_decay=0.0))
+    params = jax.tree.map(lambda x: x + 1, MODEL | {"head": jnp.zeros(2)})
+    params, state = opt.step(params, opt.init(params), params)
+    exported = optim.export_state(opt, params, state)
+    groups = [(g["params"], round(g["lr"], 9), g["weight_decay"]) for g in exported["param_groups"]]
+    assert groups == [([0], 5e-3, 0.0), ([1], 1e-2, 0.1), ([2], 1e-2, 0.0), ([3], 5e-3, 0.1)]
+    assert_equal(optim.import_state(opt, params, exported), state)
+
+
 def test_a_safetensors_file(tmp_path):
     save_file = pytest.importorskip("safetensors.numpy").save_file
     opt, (state_dict, p) = make("adamw"), half_way("adamw")
