@@ -41,8 +41,8 @@ class Transformation(Value):
     `GradientTransformationExtraArgs`.
     """
 
-    @property
-    def __class__(self) -> type:  # type: ignore[override]
+    @property  # type: ignore[misc]
+    def __class__(self) -> type[Any]:
         """The class that `isinstance` asks for, after the type itself."""
         return presented_class(type(self))
 
