@@ -30,13 +30,16 @@ def presented_class(ours: type) -> type:
 
 @cache
 def _joint_class(ours: type, theirs: type) -> type:
-    class Joint(type):
+    class Joint(type(ours)):  # type: ignore[misc]
         def mro(cls) -> list[type]:
-            # Their class is a tuple, and ours is not: code that looks for tuples must not find one.
-            return [cls, *ours.__mro__[:-1], *[base for base in theirs.__mro__ if base is not tuple]]
+            # Their class is a tuple, and ours is not: code that takes tuples apart must not find one.
+            return [base for base in super().mro() if base is not tuple]
 
     def new(cls: type, *args: Any, **kwargs: Any) -> Any:
         return ours(*args, **kwargs)  # `dataclasses.replace` calls the class of a value
 
     names = {name: getattr(ours, name) for name in ("__module__", "__qualname__", "__doc__")}
-    return Joint(ours.__name__, (theirs,), names | {"__new__": new})
+    try:
+        return Joint(ours.__name__, (ours, theirs), names | {"__new__": new})
+    except TypeError:
+        return ours  # because of `__slots__`, for instance, which no tuple can have
