@@ -146,6 +146,16 @@ def test_describe():
     assert "AddDecayedWeights(weight_decay=0.1)" in rows[0]
 
 
+def test_a_gradient_of_none_freezes_a_subtree_of_several_groups():
+    opt = overlapping()
+    grads = GRADS | {"layers": [None, GRADS["layers"][1]]}
+    found, state = jax.jit(opt.step)(grads, opt.init(PARAMS), PARAMS)
+    expected, _ = jax.jit(opt.step)(GRADS, opt.init(PARAMS), PARAMS)
+    assert_equal(found["layers"][0], PARAMS["layers"][0])
+    assert_equal([found["embedding"], found["layers"][1]], [expected["embedding"], expected["layers"][1]])
+    assert_same_types(state, opt.init(PARAMS))
+
+
 def test_none_gradients_and_rounding_around():
     opt = adamjax.kahan(adamjax.groups({"bias": adamjax.adam(1e-5)}, default=DEFAULT))
     params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), PARAMS)

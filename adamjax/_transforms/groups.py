@@ -3,6 +3,7 @@
 import dataclasses
 import re
 from collections.abc import Callable, Iterable, Mapping
+from itertools import islice
 from typing import Any
 
 import jax
@@ -134,14 +135,20 @@ class Groups(Transformation):
         return opt
 
     def _assign(self, leaves: Leaves) -> tuple[list[Transformation], list[int]]:
-        """The members for these parameters, and the number of each leaf's (for absent leaves, any will do)."""
+        """The members for these parameters, and the number of each leaf's.
+
+        Any will do for an absent leaf, and for a subtree that stands where the gradient is None.
+        """
         owners = [owner for _, _, owner in self._owners(leaves.tree)]
         combined = sorted({owner for owner in owners if len(owner) > 1})
         singles = [(i,) for i in range(len(self.members))]
         numbers = {owner: k for k, owner in enumerate([*singles, *combined])}
         members = [*self.members, *map(self._member, combined)]
-        present = iter(owners)
-        return members, [0 if x is None else numbers[next(present)] for x in leaves.leaves]
+        below, found = iter(owners), []
+        for x in leaves.leaves:
+            inside = list(islice(below, len(jax.tree.leaves(x))))
+            found.append(numbers[inside[0]] if inside else 0)
+        return members, found
 
     def __repr__(self) -> str:
         return f"Groups(members={self.members!r}, patterns={self.patterns!r})"
