@@ -37,8 +37,8 @@ class Transformation(Value):
     Its fields are its hyperparameters and the leaves of a pytree: it can be passed to a jitted
     function (changing a hyperparameter then compiles nothing), stacked by `jax.vmap`,
     differentiated, compared, hashed and pickled. It unpacks into `init, update` and goes wherever
-    optax takes a transformation: where optax is imported, it is an instance of its
-    `GradientTransformationExtraArgs`.
+    optax takes a transformation: where optax is imported, it is an instance of
+    `optax.GradientTransformationExtraArgs`.
     """
 
     @property  # type: ignore[misc]

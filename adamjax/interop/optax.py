@@ -84,8 +84,8 @@ def export_state(opt: GradientTransformation, state: PyTree) -> PyTree:
 def wrap(opt: GradientTransformation, *, optax_state: bool = False) -> Any:
     """Convert `opt` to an `optax.GradientTransformationExtraArgs`, a named tuple of two functions.
 
-    Most code needs no conversion: where optax is imported, `isinstance` says that `opt` is one. Convert it for code
-    that takes an optimizer apart as a tuple, or that looks into its state for `optax.ScaleByAdamState`.
+    Most code needs no conversion: where optax is imported, `opt` is an instance of that class. Convert it for code that
+    takes an optimizer apart as a tuple, or that looks into its state for `optax.ScaleByAdamState`.
 
     Args:
       opt: A transformation.
