@@ -119,8 +119,8 @@ class Groups(Transformation):
                 first = setters.setdefault(name, i)
                 if dict(self.changes[first] or ())[name] != source:
                     raise ValueError(
-                        f"{path} is matched by {self.patterns[first]!r} and {self.patterns[i]!r}, which set "
-                        f"{name} to different values: let one pattern exclude the other's parameters"
+                        f"{path} is matched by {self.patterns[first]!r} and {self.patterns[i]!r}, which do not "
+                        f"set {name} to one number or object: let one pattern exclude the other's parameters"
                     )
 
     def _member(self, owner: tuple[int, ...]) -> Transformation:
