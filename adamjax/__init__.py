@@ -12,6 +12,7 @@ from adamjax import sharding as sharding
 from adamjax import storage as storage
 from adamjax import training as training
 from adamjax import tuning as tuning
+from adamjax._core.version import __version__ as __version__
 from adamjax._transforms.adam import scale_by_adam as scale_by_adam
 from adamjax._transforms.adamax import scale_by_adamax as scale_by_adamax
 from adamjax._transforms.base import Transformation as Transformation
@@ -26,7 +27,6 @@ from adamjax._transforms.packed import packed as packed
 from adamjax._transforms.radam import scale_by_radam as scale_by_radam
 from adamjax._transforms.schedule import ScheduleState as ScheduleState
 from adamjax._transforms.weight_decay import add_decayed_weights as add_decayed_weights
-from adamjax._version import __version__ as __version__
 from adamjax.optimizers import adam as adam
 from adamjax.optimizers import adamax as adamax
 from adamjax.optimizers import adamaxw as adamaxw

@@ -16,8 +16,8 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from adamjax._core import checks, schema, trees
 from adamjax._core.optional import require
 from adamjax._core.typing import GradientTransformation, PyTree
+from adamjax._core.version import __version__
 from adamjax._transforms.base import as_transformation
-from adamjax._version import __version__
 
 # Version of the on-disk format. Bump it when old checkpoints no longer load.
 FORMAT = 1

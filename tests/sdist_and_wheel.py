@@ -21,7 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-VERSION = runpy.run_path(str(ROOT / "adamjax" / "_version.py"))["__version__"]
+VERSION = runpy.run_path(str(ROOT / "adamjax/_core/version.py"))["__version__"]
 STEM = f"adamjax-{VERSION}"
 # What the wheel is to have beside Python; without them, no fused step, and no types for those who import it.
 DATA = {"adamjax/kernels/adam.cc", "adamjax/py.typed"}
@@ -94,7 +94,7 @@ def check_wheel(path):
 
 
 def check_readme():
-    """The version stands in adamjax/_version.py; what quotes it follows."""
+    """The version stands in adamjax/_core/version.py; what quotes it follows."""
     newest = r"\n## (\d\S*)", ".github/CHANGELOG.md", "newest version of the changelog"
     cited = r"\n  version = \{(\S+)\}", "README.md", "cited version"
     for pattern, file, place in (newest, cited):

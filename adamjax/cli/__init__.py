@@ -4,7 +4,7 @@ import argparse
 import json
 from collections.abc import Sequence
 
-from adamjax._version import __version__
+from adamjax._core.version import __version__
 from adamjax.cli import _kernels, _train, _tune
 from adamjax.cli._distributed import DISTRIBUTED_FLAGS
 from adamjax.cli._flags import HYPERPARAMETERS as HYPERPARAMETERS

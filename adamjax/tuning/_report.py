@@ -20,8 +20,8 @@ from adamjax import optimizers
 from adamjax._core import checks
 from adamjax._core.optional import require
 from adamjax._core.typing import GradientTransformation
+from adamjax._core.version import __version__
 from adamjax._transforms.schedule import Schedule
-from adamjax._version import __version__
 from adamjax.tuning import _journal, _plots
 from adamjax.tuning._confirmed import Confirmed
 from adamjax.tuning._courses import Scheduled, is_scheduled
