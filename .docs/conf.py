@@ -3,15 +3,16 @@
 import importlib.util
 import shutil
 import sys
-from importlib.metadata import version as version_of
 from pathlib import Path
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 sys.path[:0] = [str(HERE), str(ROOT)]
 
+from adamjax import __version__  # noqa: E402
+
 project = "adamjax"
-release = version = version_of("adamjax")
+release = version = __version__
 copyright = "The adamjax authors, Apache-2.0"
 
 extensions = [

@@ -12,6 +12,7 @@ from adamjax import sharding as sharding
 from adamjax import storage as storage
 from adamjax import training as training
 from adamjax import tuning as tuning
+from adamjax._core.version import __version__ as __version__
 from adamjax._transforms.adam import scale_by_adam as scale_by_adam
 from adamjax._transforms.adamax import scale_by_adamax as scale_by_adamax
 from adamjax._transforms.base import Transformation as Transformation
@@ -19,6 +20,7 @@ from adamjax._transforms.chain import chain as chain
 from adamjax._transforms.clipping import clip_by_global_norm as clip_by_global_norm
 from adamjax._transforms.delivery import apply_updates as apply_updates
 from adamjax._transforms.groups import groups as groups
+from adamjax._transforms.groups import scale as scale
 from adamjax._transforms.learning_rate import scale_by_learning_rate as scale_by_learning_rate
 from adamjax._transforms.moments import AdamState as AdamState
 from adamjax._transforms.packed import packed as packed

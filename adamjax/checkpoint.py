@@ -5,7 +5,6 @@ path, shape and dtype of every array. `restore` compares these first and raises 
 """
 
 import os
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -17,6 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from adamjax._core import checks, schema, trees
 from adamjax._core.optional import require
 from adamjax._core.typing import GradientTransformation, PyTree
+from adamjax._core.version import __version__
 from adamjax._transforms.base import as_transformation
 
 # Version of the on-disk format. Bump it when old checkpoints no longer load.
@@ -90,7 +90,7 @@ def save(
     if keep is not None:
         checks.count("keep", keep)
     params, state, model_state = _as_arrays(params), _as_arrays(state), _as_arrays(model_state)
-    versions = {"adamjax": version("adamjax"), "jax": jax.__version__}
+    versions = {"adamjax": __version__, "jax": jax.__version__}
     header = {"format": FORMAT, "versions": versions, "key": _key_to_json(key)}
     description = header | _schemas(optimizer, params, state, model_state)
     there = steps(directory)

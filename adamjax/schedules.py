@@ -18,6 +18,7 @@ from adamjax._core.value import static_field, value
 from adamjax._transforms.plateau import PlateauState as PlateauState
 from adamjax._transforms.plateau import reduce_on_plateau as reduce_on_plateau
 from adamjax._transforms.schedule import FromFunction as FromFunction
+from adamjax._transforms.schedule import Scaled as Scaled
 from adamjax._transforms.schedule import Schedule as Schedule
 from adamjax._transforms.schedule import as_schedule as as_schedule
 from adamjax._transforms.schedule import to_float, to_steps
@@ -364,3 +365,4 @@ warmup_cosine = WarmupCosine
 warmup_stable_decay = WarmupStableDecay
 inverse_sqrt = InverseSqrt
 one_cycle = OneCycle
+scaled = Scaled

@@ -9,6 +9,7 @@ import argparse
 import email
 import os
 import re
+import runpy
 import subprocess
 import sys
 import tarfile
@@ -20,7 +21,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-STEM = f"adamjax-{PROJECT['version']}"
+VERSION = runpy.run_path(str(ROOT / "adamjax/_core/version.py"))["__version__"]
+STEM = f"adamjax-{VERSION}"
 # What the wheel is to have beside Python; without them, no fused step, and no types for those who import it.
 DATA = {"adamjax/kernels/adam.cc", "adamjax/py.typed"}
 # Of each folder of the sdist, a file that it would be useless without.
@@ -78,7 +80,7 @@ def check_wheel(path):
     equal("files of the wheel", {name for name in names if ".dist-info/" not in name}, modules | DATA)
     expected = {
         "Name": "adamjax",
-        "Version": PROJECT["version"],
+        "Version": VERSION,
         "Summary": PROJECT["description"],
         "License-Expression": "Apache-2.0",
         "Requires-Python": PROJECT["requires-python"],
@@ -92,11 +94,11 @@ def check_wheel(path):
 
 
 def check_readme():
-    """The version stands in pyproject.toml; what quotes it follows."""
+    """The version stands in adamjax/_core/version.py; what quotes it follows."""
     newest = r"\n## (\d\S*)", ".github/CHANGELOG.md", "newest version of the changelog"
     cited = r"\n  version = \{(\S+)\}", "README.md", "cited version"
     for pattern, file, place in (newest, cited):
-        equal(place, re.search(pattern, (ROOT / file).read_text())[1], PROJECT["version"])
+        equal(place, re.search(pattern, (ROOT / file).read_text())[1], VERSION)
 
 
 def check_installed(wheel, folder):
@@ -107,7 +109,7 @@ def check_installed(wheel, folder):
     python, command = environment / "bin" / "python", environment / "bin" / "adamjax"
     lowest = [requirement.replace(">=", "==") for requirement in PROJECT["dependencies"]]
     run(python, "-m", "pip", "install", "--quiet", wheel, *lowest)
-    equal("adamjax --version", run(command, "--version", cwd=elsewhere), f"adamjax {PROJECT['version']}\n")
+    equal("adamjax --version", run(command, "--version", cwd=elsewhere), f"adamjax {VERSION}\n")
     print(run(python, "-I", "-W", "error", "-c", TRAIN, cwd=elsewhere), end="")
     # It looks at what `python` imports, whatever --pythonpath says; it fails if a name has no type.
     here = os.environ | {"PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}"}

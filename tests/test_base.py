@@ -1,5 +1,13 @@
 """Chains, foreign members, and applying updates."""
 
+import copy
+import dataclasses
+import pickle
+import sys
+from collections.abc import Sequence
+from functools import singledispatch
+from types import ModuleType
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -97,6 +105,69 @@ def test_ours_inside_optax(around):
         return params
 
     assert_close(run_with(adamjax.adamw(0.1)), run_with(optax.adamw(0.1)), OPTAX["float32"])
+
+
+OF_ALL_KINDS = [
+    adamjax.adamw(0.1),
+    adamjax.adam(jnp.float32(0.1), fused="auto"),
+    adamjax.scale_by_learning_rate(0.1),
+    adamjax.skip_nonfinite(adamjax.kahan(adamjax.adam())),
+    adamjax.groups({"w": {"learning_rate": 0.2}}, default=adamjax.interop.torch.adam()),
+    adamjax.schedules.reduce_on_plateau(),
+]
+
+
+@pytest.mark.parametrize("opt", OF_ALL_KINDS, ids=lambda opt: type(opt).__name__)
+def test_it_is_an_instance_of_the_class_of_optax(opt):
+    """As `optax.adam()` is, without being a tuple, and with all that asks for its class in another way."""
+    assert isinstance(opt, optax.GradientTransformation)
+    assert isinstance(opt, optax.GradientTransformationExtraArgs)
+    assert isinstance(opt, (type(opt), adamjax.Transformation))
+    assert not isinstance(opt, (tuple, Sequence))
+    assert issubclass(opt.__class__, (type(opt), optax.GradientTransformation))
+    assert opt.__class__.__name__ == type(opt).__name__
+    assert optax.with_extra_args_support(opt) is opt
+
+    @singledispatch
+    def kind(x):
+        return "another"
+
+    kind.register(optax.GradientTransformation, lambda x: "theirs")
+    assert kind(opt) == "theirs"
+    kind.register(adamjax.Transformation, lambda x: "ours")
+    assert kind(opt) == "ours"
+    copies = [pickle.loads(pickle.dumps(opt, n)) for n in range(pickle.HIGHEST_PROTOCOL + 1)]
+    copies = [dataclasses.replace(opt), copy.copy(opt), copy.deepcopy(opt), *copies]
+    for x in copies:
+        assert type(x) is type(opt)
+        assert repr(x) == repr(opt)
+        assert jax.tree.structure(x) == jax.tree.structure(opt)
+    assert copies[0] == opt
+
+
+def test_without_optax_its_class_is_its_type(monkeypatch):
+    opt = adamjax.adam()
+    monkeypatch.delitem(sys.modules, "optax")
+    assert opt.__class__ is type(opt)
+    monkeypatch.setitem(sys.modules, "optax", ModuleType("optax"))  # as while it is being imported
+    assert opt.__class__ is type(opt)
+
+
+def test_a_class_from_outside_is_an_instance_where_it_can_be():
+    class Mine(adamjax.Transformation):
+        def __init__(self, rate):
+            super().__init__()
+            self.rate = rate
+
+    class WithSlots(Mine):
+        __slots__ = ("more",)
+
+    opt = Mine(0.1)
+    assert isinstance(opt, optax.GradientTransformation)
+    assert type(copy.copy(opt)) is Mine
+    assert copy.copy(opt).rate == 0.1
+    assert not isinstance(WithSlots(0.1), optax.GradientTransformation)  # no tuple has slots
+    assert isinstance(WithSlots(0.1), Mine)
 
 
 @pytest.mark.usefixtures("lenient")

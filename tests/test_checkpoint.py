@@ -78,6 +78,10 @@ CASES = {
     "dynamic_loss_scale": (adamjax.dynamic_loss_scale(adamjax.kahan(adamjax.adamw(1e-3))), REAL),
     "master_weights": (adamjax.master_weights(optax.adam(1e-3), low_bits=True), {"w": REAL["wide"]}),
     "groups": (adamjax.groups({"wide": {"learning_rate": 0.1}}, default=adamjax.adamw(1e-3)), PARAMS),
+    "groups that overlap": (
+        adamjax.groups({"wide": {"learning_rate": adamjax.scale(0.1)}, ".": {"b2": 0.9}}, default=adamjax.adamw(1e-3)),
+        PARAMS,
+    ),
     "packed": (adamjax.packed(adamjax.adamw(1e-3), below=20), PARAMS),
     "optax": (optax.chain(optax.scale_by_adam(), optax.trace(0.9)), PARAMS),
     "inject_hyperparams": (optax.inject_hyperparams(optax.adamw)(1e-3), {"w": jnp.ones(3)}),

@@ -253,6 +253,9 @@ WRAPPED = {
     "optax": lambda: optax.adamw(1e-3),
     "in a chain": lambda: adamjax.chain(adamjax.clip_by_global_norm(1e9), adamjax.adamw(1e-3)),
     "groups": lambda: adamjax.groups({"b/": {"b2": 0.9, "eps": 1e-3}}, default=adamjax.adam()),
+    "groups that overlap": lambda: adamjax.skip_nonfinite(
+        adamjax.groups({"b/": {"eps": 1e-3}, "b/|x": {"b2": 0.9}}, default=adamjax.adam())
+    ),
     "skip_nonfinite": lambda: adamjax.skip_nonfinite(adamjax.adam()),
     "interop.torch": lambda: adamjax.interop.torch.adam(),
     **{name: STORED[name].make for name in ("torch's nadam", "amsgrad int8", *ROUNDED)},
@@ -262,13 +265,13 @@ WRAPPED = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", WRAPPED)
 def test_moments_are_found_wherever_they_are(name, lenient):
-    opt, params = WRAPPED[name](), PARAMS if name == "groups" else {"a": PARAMS["a"]}
+    opt, params = WRAPPED[name](), PARAMS if name.startswith("groups") else {"a": PARAMS["a"]}
     params = jax.tree.map(lambda p: jnp.asarray(p, "bfloat16" if name in ROUNDED else "float32"), params)
     stats, *_ = measured(opt, params, steps=1, opt=opt)
     # At the first step, the moments are the gradient and its square.
     np.testing.assert_allclose(stats.leaves.signal_to_noise, 1.0, rtol=0.05 if "int8" in name else 1e-2)
     assert int(stats.count) == 1
-    if name == "groups":
+    if name.startswith("groups"):
         assert_close(np.asarray(stats.leaves.b2), np.float32([0.999, 0.9, 0.9]), RECOMPILED)
 
 

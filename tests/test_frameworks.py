@@ -19,12 +19,14 @@ import pytest
 from flax import nnx
 from flax.training.train_state import TrainState
 from helpers import assert_close, assert_equal
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from tolerances import OPTAX, RECOMPILED
 
 import adamjax
 from adamjax._core import flax_nodes
 from adamjax._transforms.chain import Chain
 from adamjax._transforms.moments import find_moments
+from adamjax.interop import optax as optax_interop
 from adamjax.interop import torch as torch_forms
 
 X = jnp.asarray(np.random.default_rng(0).normal(size=(32, 4)), jnp.float32)
@@ -124,6 +126,40 @@ def test_training(train, tx):
     assert losses[-1] < losses[0]
     if tx is OURS[0]:
         assert_close(losses, train(optax.adamw(1e-2)), STEPS * OPTAX["float32"])
+
+
+def params_sharding_of(train_state):
+    """MaxText's `maybe_update_params_sharding_with_opt`, by which its ZeRO-1 finds the shardings of the moments."""
+    state = train_state.opt_state
+    if isinstance(state, optax.ScaleByAdamState):
+        return state.mu
+    if isinstance(state, tuple) and isinstance(state[0], optax.ScaleByAdamState):
+        return state[0].mu
+    raise NotImplementedError(f"Could not find optimizer state shardings from {type(state)}")
+
+
+def test_maxtext_finds_the_moments():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    params = {"params": {"kernel": jnp.ones((8, 4)), "bias": jnp.ones(8)}}
+
+    def shardings(tx):
+        def init():
+            return TrainState.create(apply_fn=None, params=params, tx=tx)
+
+        def of_array(x):
+            return NamedSharding(mesh, PartitionSpec("data") if x.shape else PartitionSpec())
+
+        return jax.tree.map(of_array, jax.eval_shape(init))
+
+    ours = adamjax.adamw(adamjax.schedules.cosine(1e-2, 100), fused="auto")
+    with pytest.raises(NotImplementedError):
+        params_sharding_of(shardings(ours))
+    wrapped = optax_interop.wrap(ours, optax_state=True)
+    found = params_sharding_of(shardings(wrapped))
+    assert jax.tree.leaves(found) == [NamedSharding(mesh, PartitionSpec("data"))] * 2
+    assert jax.tree.structure(found) == jax.tree.structure(params)
+    losses = train_linen(wrapped)
+    assert_close(losses, train_linen(ours), STEPS * OPTAX["float32"])
 
 
 def test_equal_optimizers_share_a_compiled_train_state():

@@ -251,7 +251,8 @@ def in_a_chain(opt):
 
 
 def grouped(opt):
-    return adamjax.groups({"short|cube": {"weight_decay": 0.0}}, default=opt)
+    combined = {"short|cube": {"weight_decay": 0.0}, "cube|matrix": {"learning_rate": adamjax.scale(0.5)}}
+    return adamjax.groups(combined, default=opt)
 
 
 def in_groups(opt):

@@ -172,6 +172,11 @@ AROUND = {
     "a chain": lambda opt: adamjax.kahan(clipped(opt)),
     "chained": lambda opt: clipped(adamjax.kahan(opt)),
     "groups": lambda opt: adamjax.kahan(adamjax.groups({"short|wide": {"weight_decay": 0.0}}, default=opt)),
+    "groups that overlap": lambda opt: adamjax.kahan(
+        adamjax.groups(
+            {"short|wide": {"weight_decay": 0.0}, "wide": {"learning_rate": adamjax.scale(0.5)}}, default=opt
+        )
+    ),
     "a group": lambda opt: adamjax.kahan(adamjax.groups({"short": adamjax.adam(LR)}, default=opt)),
     "packed": lambda opt: adamjax.kahan(adamjax.packed(opt)),
     "guarded": lambda opt: adamjax.dynamic_loss_scale(adamjax.skip_nonfinite(adamjax.kahan(opt))),

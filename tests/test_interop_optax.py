@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import assert_same_types, gradients
+from helpers import assert_equal, assert_same_types, gradients
 from tolerances import OPTAX
 
 import adamjax
@@ -149,15 +149,74 @@ def test_what_optax_has_not(opt, message):
         interop.export_state(opt, opt.init({"w": jnp.ones((8, 8))}))
 
 
-def test_wrapped_it_gets_extra_arguments_in_a_chain_of_optax():
-    watching = adamjax.chain(adamjax.scale_by_learning_rate(1.0), adamjax.schedules.reduce_on_plateau(0.5, patience=1))
-    opt = optax.chain(optax.identity(), interop.wrap(watching))
-    g = jnp.ones(2)
+def watching(learning_rate=1.0):
+    plateau = adamjax.schedules.reduce_on_plateau(0.5, patience=1)
+    return adamjax.chain(adamjax.scale_by_learning_rate(learning_rate), plateau)
+
+
+COMBINATORS = {
+    "chain": lambda opt: optax.chain(optax.identity(), opt),
+    "wrapped in a chain": lambda opt: optax.chain(optax.identity(), interop.wrap(opt)),
+    "named_chain": lambda opt: optax.named_chain(("first", optax.identity()), ("last", opt)),
+    "masked": lambda opt: optax.masked(opt, True),
+    "partition": lambda opt: optax.partition({0: opt}, 0),
+    "MultiSteps": lambda opt: optax.MultiSteps(opt, 1),
+    "apply_if_finite": lambda opt: optax.apply_if_finite(opt, 2),
+    "flatten": optax.flatten,
+    "inject_hyperparams": lambda opt: optax.inject_hyperparams(watching)(learning_rate=1.0),
+    "ours around": lambda opt: adamjax.skip_nonfinite(optax.chain(optax.identity(), opt)),
+}
+
+
+@pytest.mark.parametrize("name", COMBINATORS)
+def test_extra_arguments_reach_ours_inside_optax(name):
+    opt, g = COMBINATORS[name](watching()), jnp.ones(2)
     state, sizes = opt.init(g), []
     for _ in range(4):
         updates, state = opt.update(g, state, g, value=jnp.float32(1.0))
         sizes.append(float(-updates[0]))
     assert sizes[0] == 1
     assert sizes[-1] < 1
+    with pytest.raises(ValueError, match=r"needs the value that it watches: call update\(.*, value=loss\).*pass it on"):
+        opt.update(g, state, g)
+
+
+def test_wrapped_it_is_a_tuple():
+    init, update = pair = interop.wrap(adamjax.adam())
+    assert isinstance(pair, tuple)
+    assert pair[0] is init
+    assert pair._replace(update=None) == (init, None)
+    assert update is pair.update
     with pytest.raises(TypeError, match=r"^argument opt of wrap is 3, expected a transformation"):
         interop.wrap(3)
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_with_the_state_of_optax(name):
+    ours, theirs = PAIRS[name]
+    wrapped = interop.wrap(ours, optax_state=True)
+    start = wrapped.init(PARAMS)
+    assert jax.tree.structure(start) == jax.tree.structure(theirs.init(PARAMS))
+    params, state = run(wrapped, PARAMS, start, GRADS[:10])
+    assert_same_types(state, start)
+    plain, plain_state = run(ours, PARAMS, ours.init(PARAMS), GRADS[:10])
+    assert_equal((params, state), (plain, interop.export_state(ours, plain_state)))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: interop.wrap(adamjax.kahan(adamjax.adam()), optax_state=True), r"is not one of adamjax's optimizers"),
+        (
+            lambda: interop.wrap(adamjax.packed(adamjax.adam()), optax_state=True),
+            r"packs its moments, .*without packed",
+        ),
+        (
+            lambda: interop.wrap(adamjax.amsgrad(), optax_state=True).init(PARAMS),
+            r"^optax has nothing like ScaleByAdam",
+        ),
+    ],
+)
+def test_without_a_state_of_optax(make, message):
+    with pytest.raises(TypeError, match=message):
+        make()

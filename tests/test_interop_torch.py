@@ -163,6 +163,28 @@ def test_a_file_of_torch(tmp_path):
 
 
 @needs_torch
+def test_tensors_are_hyperparameters():
+    """As torch takes them; the number is that of the tensor now."""
+    import torch
+
+    rate = torch.tensor(0.1, dtype=torch.float64)
+    one = torch.tensor([0.1], dtype=torch.float64)
+    decay = torch.nn.Parameter(rate.clone())
+    assert optim.adamw(rate, (rate, one), weight_decay=decay) == optim.adamw(0.1, (0.1, 0.1), weight_decay=0.1)
+    schedule = adamjax.schedules.cosine(rate, torch.tensor(10))
+    assert adamjax.adam(schedule, b2=one) == adamjax.adam(adamjax.schedules.cosine(0.1, 10), b2=0.1)
+    assert adamjax.adam(torch.tensor(0.1)).transforms[1].learning_rate == np.float32(0.1)
+    rate.mul_(0.5)
+    assert float(schedule(0)) == pytest.approx(0.1)
+    for x, message in (
+        (torch.ones(2), r"^Invalid learning rate: a torch\.Tensor of shape \(2,\); .*jnp\.asarray"),
+        (-rate, r"^Invalid learning rate: -0\.05; learning_rate must be at least 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            adamjax.adam(x)
+
+
+@needs_torch
 @pytest.mark.parametrize("adamw", [optim.adamw, adamjax.adamw], ids=["interop", "core"])
 def test_param_groups(adamw):
     """The usual two groups: weight decay for kernels, none for the rest."""
@@ -188,6 +210,20 @@ def test_param_groups(adamw):
     params, _ = opt.step(jax.tree.map(lambda x: x / 4, params), state, params)
     for p, x in zip(tensors, [params["layer_0"]["kernel"], params["layer_0"]["bias"], params["scale"]], strict=True):
         np.testing.assert_allclose(p.detach().numpy(), x, rtol=1e-6)
+
+
+@needs_torch
+@pytest.mark.parametrize("adamw", [optim.adamw, adamjax.adamw], ids=["interop", "core"])
+def test_param_groups_of_overlapping_patterns(adamw):
+    """Each combination is a group of torch, with its rate and its decay."""
+    patterns = {"layer_0": {"learning_rate": adamjax.scale(0.5)}, "kernel|scale": {"weight_decay": 0.1}}
+    opt = adamjax.groups(patterns, default=adamw(1e-2, weight_decay=0.0))
+    params = jax.tree.map(lambda x: x + 1, MODEL | {"head": jnp.zeros(2)})
+    params, state = opt.step(params, opt.init(params), params)
+    exported = optim.export_state(opt, params, state)
+    groups = [(g["params"], round(g["lr"], 9), g["weight_decay"]) for g in exported["param_groups"]]
+    assert groups == [([0], 5e-3, 0.0), ([1], 1e-2, 0.1), ([2], 1e-2, 0.0), ([3], 5e-3, 0.1)]
+    assert_equal(optim.import_state(opt, params, exported), state)
 
 
 def test_a_safetensors_file(tmp_path):

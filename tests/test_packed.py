@@ -174,6 +174,10 @@ OPTIMIZERS = {
     "mask": adamjax.adamw(LR, weight_decay=0.1, mask=kernels_only),
     "coupled mask": adamjax.adam(LR, weight_decay=schedules.linear(0.1, 0.0, 9), mask=kernels_only, maximize=True),
     "groups": adamjax.groups({"biases": {"weight_decay": 0.0}}, default=adamjax.adamw(LR, weight_decay=0.1)),
+    "groups that overlap": adamjax.groups(
+        {"biases": {"weight_decay": 0.0}, "0": {"learning_rate": adamjax.scale(0.1)}},
+        default=adamjax.adamw(LR, weight_decay=0.1),
+    ),
     "clipped": adamjax.chain(adamjax.clip_by_global_norm(0.1), adamjax.adamw(LR)),
     "optax around": adamjax.chain(optax.clip(0.1), adamjax.scale_by_adam(), optax.scale_by_learning_rate(LR)),
     "two in a chain": adamjax.chain(adamjax.radam(LR), adamjax.scale_by_adam(), adamjax.scale_by_learning_rate(LR)),

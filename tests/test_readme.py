@@ -5,6 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
+import adamjax
+
 README = Path(__file__).parent.parent / "README.md"
 
 
@@ -14,3 +16,7 @@ def test_first_example():
     exec(example, namespace)
     np.testing.assert_allclose(namespace["params"]["w"], [1, -2, 3], atol=0.01)
     np.testing.assert_allclose(namespace["params"]["b"], 0.5, atol=0.01)
+
+
+def test_the_citation_has_the_version():
+    assert f"version = {{{adamjax.__version__}}}" in README.read_text()

@@ -318,10 +318,16 @@ def params_of(name):
 
 KINDS = {name: spec.make for name, spec in (SPECS | STORED).items()} | {
     "groups": lambda: adamjax.groups({"a": adamjax.adam(LR), "b": adamjax.adamw(LR)}),
+    "groups that overlap": lambda: adamjax.groups(
+        {"a": {"learning_rate": adamjax.scale(0.5)}, "a|b": {"weight_decay": 0.0}}, default=adamjax.adamw(LR)
+    ),
     "plateau": lambda: adamjax.chain(adamjax.adam(LR), schedules.reduce_on_plateau()),
 }
 # Where states are read in another way, or have other parts.
-KINDS_OF_STATE = ("adam coupled schedule", "adamw schedules", "amsgrad torch", "adamaxw", *STORED, "groups", "plateau")
+KINDS_OF_STATE = (
+    *("adam coupled schedule", "adamw schedules", "amsgrad torch", "adamaxw", *STORED),
+    *("groups", "groups that overlap", "plateau"),
+)
 
 
 def states_that_do_not_fit(name, state):

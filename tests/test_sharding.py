@@ -102,6 +102,9 @@ EXACT = {
     "adamw": lambda: adamjax.adamw(LR),
     "amsgrad": amsgrad,
     "groups": lambda: adamjax.groups({"kernel|bias": adamjax.nadam(LR)}, default=adamjax.adamw(LR)),
+    "groups that overlap": lambda: adamjax.groups(
+        {"kernel|bias": {"learning_rate": adamjax.scale(0.1)}, "bias": {"weight_decay": 0.0}}, default=adamjax.adamw(LR)
+    ),
     "optax": lambda: optax.adamw(LR),
     "master": lambda: adamjax.skip_nonfinite(adamjax.master_weights(adamjax.adamw(LR)), max_consecutive=3),
     "stochastic": lambda: adamjax.stochastic_rounding(adamjax.adam(LR)),
@@ -370,6 +373,8 @@ def test_every_state_finds_its_parameters():
     assert first[0].mu["a"]["a"].spec == P("data")
     assert rest[0].mu["b"][1].spec == rest[0].mu["a"]["b"].spec == P(None, "data")
     assert rest[0].mu["c"]["a"]["a"].spec == P("data")
+    combined = {"^a": {"learning_rate": adamjax.scale(0.1)}, "a$": {"b1": 0.5}}
+    assert moments(adamjax.groups(combined, default=adam))[3][0].mu["a"]["a"].spec == P("data")
     torch = moments(interop.torch.adam())[0]
     assert torch["b"][1].mu.spec == P(None, "data")
     assert torch["complex"].mu.spec == torch["complex"].nu.spec == P("data")

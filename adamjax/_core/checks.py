@@ -3,6 +3,7 @@
 import math
 import numbers
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from itertools import accumulate
@@ -39,12 +40,14 @@ _LONGEST = 160
 def number(name: str, x: object, *, low: float = 0.0, below: float = math.inf) -> Any:
     """Check a hyperparameter: a number in [low, below), or an array whose dtype could hold one.
 
-    Return Python and NumPy numbers as Python floats, so that an int and a float of the same value are
-    equal leaves of one type and compile once. Return arrays and tracers unchanged, and do not read the
-    values of JAX arrays: that would wait for the device, or is impossible.
+    Return Python and NumPy numbers, and a tensor of torch that holds one, as Python floats, so that an int and a
+    float of the same value are equal leaves of one type and compile once. Return arrays and tracers unchanged, and
+    do not read the values of JAX arrays: that would wait for the device, or is impossible.
     """
     if isinstance(x, (np.ndarray, np.generic)) and x.ndim == 0:
         x = x.item()
+    elif _is_torch_tensor(x):
+        x = _number_of_tensor(name, x)
     invalid = f"{_WORDING.get(name, f'Invalid {name} value')}: {shown(x)}"
     if isinstance(x, numbers.Real) and not isinstance(x, bool):
         if not (low <= float(x) < below and math.isfinite(x)):
@@ -333,6 +336,20 @@ def _is_real(x: Any) -> bool:
     dtype = getattr(x, "dtype", np.void)
     known = not _is_foreign_dtype(dtype)
     return known and bool(jnp.issubdtype(dtype, np.floating) or jnp.issubdtype(dtype, np.integer))
+
+
+def _is_torch_tensor(x: object) -> bool:
+    """Return whether `x` is a tensor of torch; without importing torch, which made it if it is one."""
+    return isinstance(x, getattr(sys.modules.get("torch"), "Tensor", ()))
+
+
+def _number_of_tensor(name: str, x: Any) -> Any:
+    if x.numel() != 1:
+        raise ValueError(
+            f"{_WORDING.get(name, f'Invalid {name} value')}: a torch.Tensor of shape {tuple(x.shape)}; {name} must be "
+            "one number. The hyperparameters of a population are arrays of JAX: jnp.asarray(tensor.detach().numpy())"
+        )
+    return x.item()
 
 
 def _shape(x: Any) -> tuple[int, ...]:

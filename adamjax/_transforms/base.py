@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from adamjax._core import checks, trees
+from adamjax._core.optional import presented_class
 from adamjax._core.ownership import with_param_shardings
 from adamjax._core.trees import Leaves
 from adamjax._core.typing import Extra, FusedMode, GradientTransformation, PyTree
@@ -36,8 +37,18 @@ class Transformation(Value):
     Its fields are its hyperparameters and the leaves of a pytree: it can be passed to a jitted
     function (changing a hyperparameter then compiles nothing), stacked by `jax.vmap`,
     differentiated, compared, hashed and pickled. It unpacks into `init, update` and goes wherever
-    optax takes a transformation.
+    optax takes a transformation: where optax is imported, it is an instance of
+    `optax.GradientTransformationExtraArgs`.
     """
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type[Any]:
+        """The class that `isinstance` asks for, after the type itself."""
+        return presented_class(type(self))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # pickle's own way compares the type with `__class__`.
+        return _empty, (type(self),), self.__getstate__()
 
     def __iter__(self) -> Iterator[Callable[..., Any]]:
         return iter((self.init, self.update))
@@ -166,6 +177,11 @@ class Transformation(Value):
     def _kernel_mode(self) -> FusedMode:
         """True or "auto" if `step` is to run by a kernel, in one pass over memory; see `kernels.Fused`."""
         return False
+
+
+def _empty(cls: type[Transformation]) -> Transformation:
+    """Make a transformation without fields, which unpickling fills."""
+    return cls.__new__(cls)
 
 
 class Leafwise(Transformation):

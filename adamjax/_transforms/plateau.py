@@ -77,7 +77,8 @@ class ReduceOnPlateau(Transformation):
         state = checks.state(state, PlateauState, type(self).__name__)
         if "value" not in extra:
             raise ValueError(
-                "ReduceOnPlateau needs the value that it watches: call update(grads, state, params, value=loss)"
+                "ReduceOnPlateau needs the value that it watches: call update(grads, state, params, value=loss). "
+                "Any transformation or training loop around it has to pass it on"
             )
         state = self._judge(state, checks.as_scalar("value", extra["value"], state.mean.dtype))
         factor = cache(lambda dtype: state.scale.astype(dtype))

@@ -11,7 +11,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from adamjax._core import checks, trees
-from adamjax._core.typing import PyTree, ScalarOrSchedule, ScheduleLike
+from adamjax._core.typing import PyTree, Scalar, ScalarOrSchedule, ScheduleLike
 from adamjax._core.value import Value, is_static_callable, static_field, value
 from adamjax._transforms.base import Leafwise
 
@@ -54,6 +54,38 @@ class FromFunction(Schedule):
 
     def __call__(self, count: ArrayLike) -> Array:
         return self.function(count)
+
+
+@value
+class Scaled(Schedule):
+    """A number or another schedule times a factor.
+
+    Args:
+      factor: At least 0.
+      schedule: A number, or any callable of the step count.
+
+    >>> import adamjax
+    >>> schedule = adamjax.schedules.scaled(0.5, adamjax.schedules.linear(1.0, 0.0, total_steps=100))
+    >>> [float(schedule(t)) for t in (0, 50, 100)]
+    [0.5, 0.25, 0.0]
+    """
+
+    factor: Scalar
+    schedule: ScalarOrSchedule
+
+    def __post_init__(self) -> None:
+        self._check_numbers("factor")
+        self._replace_field("schedule", number_or_schedule("schedule", self.schedule))
+
+    @property
+    def peak(self) -> Scalar:
+        """The largest value."""
+        base: Any = self.schedule
+        return self.factor * (base.peak if callable(base) else base)
+
+    def __call__(self, count: ArrayLike) -> Array:
+        base = self.schedule(jnp.asarray(count)) if callable(self.schedule) else self.schedule
+        return jnp.broadcast_to(to_float(self.factor) * to_float(base), to_steps(count).shape)
 
 
 def as_schedule(x: ScheduleLike) -> Any:

@@ -3,8 +3,8 @@
 import argparse
 import json
 from collections.abc import Sequence
-from importlib.metadata import version
 
+from adamjax._core.version import __version__
 from adamjax.cli import _kernels, _train, _tune
 from adamjax.cli._distributed import DISTRIBUTED_FLAGS
 from adamjax.cli._flags import HYPERPARAMETERS as HYPERPARAMETERS
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parse(arguments: Sequence[str] | None) -> Options:
     """Return the values of the flags by name; flags without a value are absent."""
     parser = argparse.ArgumentParser("adamjax", description="Adam for JAX.")
-    parser.add_argument("--version", action="version", version=f"adamjax {version('adamjax')}")
+    parser.add_argument("--version", action="version", version=f"adamjax {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     train = _train.add_parser(commands)
     _tune.add_parsers(commands)

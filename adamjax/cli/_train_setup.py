@@ -1,7 +1,5 @@
 """The optimizer and the configuration of `adamjax train`, for problems and objectives alike."""
 
-from importlib.metadata import version
-
 import jax
 from jax.sharding import Mesh
 
@@ -41,5 +39,5 @@ def make_optimizer(schedule: ScheduleLike, options: Options, mesh: Mesh | None =
 
 def write_config(folder: RunFolder, options: Options, optimizer: adamjax.Transformation) -> None:
     flags = {name: x for name, x in options.items() if name not in _NOT_IN_CONFIG}
-    versions = {"adamjax": version("adamjax"), "jax": jax.__version__}
+    versions = {"adamjax": adamjax.__version__, "jax": jax.__version__}
     folder.write_config({"flags": flags, "optimizer": repr(optimizer), "versions": versions})

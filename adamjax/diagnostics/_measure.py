@@ -17,6 +17,7 @@ from adamjax._core.typing import AxisName, GradientTransformation, Path, PyTree
 from adamjax._core.value import Value, static_field, value
 from adamjax._transforms import moment_storage
 from adamjax._transforms.adam import scale_by_adam
+from adamjax._transforms.groups import Groups
 from adamjax._transforms.moment_storage import Moment
 from adamjax._transforms.moments import find_moments
 
@@ -195,7 +196,7 @@ def _moments_by_path(
     if not nodes:
         raise ValueError("there are no moments in the state: measure takes what init or update of Adam returned")
     found: dict[Path, _Moments] = {}
-    for (where, node), member in zip(nodes, _members(opt, nodes), strict=True):
+    for (where, node), member in zip(nodes, _members(opt, params, nodes), strict=True):
         maxima = getattr(node, "nu_max", None)
         structure: Any
         with_paths, structure = jax.tree.flatten_with_path(node.mu, is_leaf=is_moment)
@@ -221,13 +222,24 @@ def _moments_by_path(
     return found
 
 
-def _members(opt: GradientTransformation | None, nodes: list[tuple[Path, Any]]) -> list[Any]:
+def _expanded(opt: PyTree, params: PyTree) -> PyTree:
+    """Return `opt` with the members that `params` need in place of each `Groups`, in the order of its state."""
+
+    def members(x: Any) -> Any:
+        if not isinstance(x, Groups):
+            return x
+        return [_expanded(*pair) for pair in zip(x.members_for(params), x.split_params(params), strict=True)]
+
+    return jax.tree.map(members, opt, is_leaf=lambda x: isinstance(x, Groups))
+
+
+def _members(opt: GradientTransformation | None, params: PyTree, nodes: list[tuple[Path, Any]]) -> list[Any]:
     """Return the part of `opt` that each node of the state belongs to."""
 
     def has_betas(x: object) -> bool:
         return all(hasattr(x, name) for name in ("b1", "b2", "eps"))
 
-    members = [x for x in jax.tree.leaves(opt, is_leaf=has_betas) if has_betas(x)]
+    members = [x for x in jax.tree.leaves(_expanded(opt, params), is_leaf=has_betas) if has_betas(x)]
     if not members:
         return [scale_by_adam(amsgrad=getattr(node, "nu_max", None) is not None) for _, node in nodes]
     if len(members) == 1:

@@ -97,7 +97,7 @@ def _imported(
     opt: Any, params: PyTree, start: PyTree, entries: Entries, groups: ParamGroups, convert: Convert
 ) -> PyTree:
     if isinstance(opt, Groups):
-        rows = zip(opt.members, opt.split_params(params), start, strict=True)
+        rows = zip(opt.members_for(params), opt.split_params(params), start, strict=True)
         return tuple(_imported(*row, entries, groups, convert) for row in rows)
     parts = _parts(opt)
     states = _split(parts, params, start[0])
@@ -156,7 +156,7 @@ def _members(opt: Any, params: PyTree, state: PyTree) -> list[tuple[Any, PyTree,
     """Return the optimizers in `opt`, with their parameters and states."""
     if not isinstance(opt, Groups):
         return [(opt, params, state)]
-    rows = zip(opt.members, opt.split_params(params), state, strict=True)
+    rows = zip(opt.members_for(params), opt.split_params(params), state, strict=True)
     return [found for row in rows for found in _members(*row)]
 
 

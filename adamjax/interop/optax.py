@@ -61,11 +61,10 @@ def export_state(opt: GradientTransformation, state: PyTree) -> PyTree:
       ImportError: optax is not installed.
     """
     optax = require("optax", "optax", "exporting to optax")
-    if not isinstance(opt, Chain):
-        raise TypeError(f"{opt!r} is not one of adamjax's optimizers, such as adamjax.adamw")
-    checks.member_states(state, len(opt.transforms), "opt")
+    transforms = _transforms(opt)
+    checks.member_states(state, len(transforms), "opt")
     exported = []
-    for transform, part in zip(opt.transforms, state, strict=True):
+    for transform, part in zip(transforms, state, strict=True):
         transform = transform.inner if isinstance(transform, Packed) else transform
         if isinstance(transform, Moments) and getattr(transform, "amsgrad", None) != "torch":
             checks.state(part, AdamState, type(transform).__name__)
@@ -82,23 +81,62 @@ def export_state(opt: GradientTransformation, state: PyTree) -> PyTree:
     return tuple(exported)
 
 
-def wrap(opt: GradientTransformation) -> Any:
-    """Convert `opt` to an `optax.GradientTransformationExtraArgs`.
+def wrap(opt: GradientTransformation, *, optax_state: bool = False) -> Any:
+    """Convert `opt` to an `optax.GradientTransformationExtraArgs`, a named tuple of two functions.
 
-    optax's `chain` passes extra arguments of `update`, such as `value=`, only to members of that type.
+    Most code needs no conversion: where optax is imported, `opt` is an instance of that class. Convert it for code that
+    takes an optimizer apart as a tuple, or that looks into its state for `optax.ScaleByAdamState`.
 
     Args:
       opt: A transformation.
+      optax_state: Keep the state of optax's optimizer of the same name, as `export_state` makes it. `opt` must be one
+        that `export_state` takes, and not packed.
 
     Returns:
       The pair of its `init` and `update`; its hyperparameters are closed over.
 
     Raises:
-      TypeError: `opt` is not a transformation.
+      TypeError: `opt` is not a transformation; or optax has no such optimizer (raised here or by `init`).
       ImportError: optax is not installed.
+
+    >>> import adamjax, jax.numpy as jnp
+    >>> state = wrap(adamjax.adamw(1e-3), optax_state=True).init(jnp.zeros(3))
+    >>> [type(part).__name__ for part in state]
+    ['ScaleByAdamState', 'EmptyState', 'EmptyState']
     """
     found = as_transformation(opt, "argument opt of wrap")
-    return require("optax", "optax", "wrapping for optax").GradientTransformationExtraArgs(found.init, found.update)
+    optax = require("optax", "optax", "wrapping for optax")
+    checks.choice("optax_state", optax_state, (False, True))
+    if not optax_state:
+        return optax.GradientTransformationExtraArgs(found.init, found.update)
+    transforms = _transforms(found)
+    if any(isinstance(t, Packed) for t in transforms):
+        raise TypeError(f"{found!r} packs its moments, which optax's state cannot hold: wrap it without packed")
+
+    def init(params: PyTree) -> PyTree:
+        return export_state(found, found.init(params))
+
+    def update(updates: PyTree, state: PyTree, params: PyTree = None, **extra: Any) -> tuple[PyTree, PyTree]:
+        checks.member_states(state, len(transforms), "wrap")
+        updates, new = found.update(updates, tuple(map(_to_ours, state)), params, **extra)
+        return updates, export_state(found, new)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _transforms(opt: object) -> tuple[GradientTransformation, ...]:
+    if not isinstance(opt, Chain):
+        raise TypeError(f"{opt!r} is not one of adamjax's optimizers, such as adamjax.adamw")
+    return opt.transforms
+
+
+def _to_ours(part: PyTree) -> PyTree:
+    """Convert the state of one member of optax's chain; undoes `export_state`."""
+    if not part:
+        return ()
+    if not hasattr(part, "mu"):
+        return ScheduleState(part.count)
+    return AdamState(part.count, part.mu, part.nu, getattr(part, "nu_max", None))
 
 
 def _filled(template: PyTree, theirs: PyTree, where: str) -> PyTree:

@@ -9,7 +9,6 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import cached_property
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +20,7 @@ from adamjax import optimizers
 from adamjax._core import checks
 from adamjax._core.optional import require
 from adamjax._core.typing import GradientTransformation
+from adamjax._core.version import __version__
 from adamjax._transforms.schedule import Schedule
 from adamjax.tuning import _journal, _plots
 from adamjax.tuning._confirmed import Confirmed
@@ -520,7 +520,7 @@ def run_facts() -> dict[str, str]:
     device, count = jax.devices()[0], jax.device_count()
     kind = f"CPU, {os.cpu_count()} cores, {platform.machine()}" if device.platform == "cpu" else device.device_kind
     return {
-        "adamjax": version("adamjax"),
+        "adamjax": __version__,
         "jax": jax.__version__,
         "jaxlib": jaxlib.__version__,
         "Python": platform.python_version(),
