@@ -98,7 +98,7 @@ def check_moments(
                 x, ~np.isfinite(x), name + where, "the run had diverged, or was saved in float16: take an earlier one"
             )
         if x is not m and np.any(x < 0):
-            _refuse(x, x < 0, name + where, "a mean of squares is at least 0, so the arrays may have been mixed up")
+            _refuse(x, x < 0, name + where, ", and means of squares are at least 0: the arrays may have been mixed up")
     if betas is None:
         return
     allowed = _largest_first_moment(v, betas, is_norm)
@@ -106,13 +106,13 @@ def check_moments(
         return
     if np.any(lost := too_large & (v == 0)):
         reason = (
-            f"where {names[0]} is not, which no gradients give: it was probably saved in half precision, where small "
+            f" where {names[0]} is not, which no gradients give: it was probably saved in half precision, where small "
             "squares are 0. Save the moments in float32, or start with opt.init(params)"
         )
         _refuse(v, lost, names[1] + where, reason)
     m_there = m[tuple(np.argwhere(too_large)[0])]
     reason = (
-        f"where {names[0]} is {m_there:.3g}, more than any gradients give: the arrays may have been scaled or mixed up"
+        f" where {names[0]} is {m_there:.3g}, more than any gradients give: the arrays may have been scaled or mixed up"
     )
     _refuse(v, too_large, names[1] + where, reason)
 
@@ -136,7 +136,7 @@ def _refuse(x: np.ndarray, bad: np.ndarray, name: str, reason: str) -> None:
     first = tuple(int(i) for i in np.argwhere(bad)[0])
     at = f" at {list(first)}" if first else ""
     more = f" and {np.count_nonzero(bad) - 1} other places" if np.count_nonzero(bad) > 1 else ""
-    raise ValueError(f"{name} is {x[first]:.3g}{at}{more}, {reason}")
+    raise ValueError(f"{name} is {x[first]:.3g}{at}{more}{reason}")
 
 
 def _shown(x: Any) -> str:

@@ -99,7 +99,7 @@ def _refuse_count(found: TorchState, paths: list[str]) -> NoReturn:
     message = f"the state_dict has {count} parameters, too {kind} for the {len(paths)} of params: {shortened(paths)}"
     if found.names:
         message += f"; it has {shortened(found.names)}"
-    if kind == "few" and any("flat_param" in (p.name or "") or _is_flat(p) for p in found.params):
+    if kind == "few" and found.params and all("flat_param" in (p.name or "") or _is_flat(p) for p in found.params):
         message += (
             ". Its arrays are flat, each of many parameters: gather them by name, as "
             "torch.distributed.checkpoint.state_dict.get_optimizer_state_dict does with full_state_dict=True"

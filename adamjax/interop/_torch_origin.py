@@ -9,23 +9,26 @@ import numpy as np
 from adamjax.interop._torch_files import FileParam, shortened
 from adamjax.interop._torch_parts import Parts, is_constant
 
-# Fields of a parameter's state that only one optimizer has, and that optimizer.
+# Optimizers by a field of a parameter's state that only they have.
 _BY_FIELD = {
     "exp_inf": "torch.optim.Adamax",
     "mu_product": "torch.optim.NAdam",
-    "acc_delta": "torch.optim.Adadelta",
     "square_avg": "torch.optim.RMSprop",
-    "sum": "torch.optim.Adagrad",
-    "row_var": "torch.optim.Adafactor",
-    "momentum_buffer": "torch.optim.SGD or Muon",
     "exp_avg_sq_row": "Adafactor",
     "exp_avg_diff": "Adan",
     "exp_avg_var": "AdaBelief",
     "z": "a schedule-free optimizer",
 }
-# The same for the hyperparameters of a group.
+# The same by a hyperparameter of a group.
 _BY_GROUP = {
     "momentum_decay": "torch.optim.NAdam",
+    "dampening": "torch.optim.SGD",
+    "ns_steps": "torch.optim.Muon",
+    "lr_decay": "torch.optim.Adagrad",
+    "rho": "torch.optim.Adadelta",
+    "beta2_decay": "torch.optim.Adafactor",
+    "lambd": "torch.optim.ASGD",
+    "etas": "torch.optim.Rprop",
     "grad_averaging": "LAMB",
     "rank": "GaLore",
     "d_coef": "Prodigy",
@@ -130,7 +133,7 @@ def _differences(ours: Mapping[str, Any], p: FileParam) -> list[str]:
     if "correct_bias" in p.group:
         said.append("eps added to the uncorrected root, by transformers' AdamW, where opt corrects first")
     if "master_param" in p.entry:
-        said.append("master_param, which are the parameters in float32 and are not part of a state here")
+        said.append("master_param, the parameters in float32, which are no part of a state here")
     return said
 
 
