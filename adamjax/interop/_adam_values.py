@@ -56,6 +56,13 @@ def plain_array(x: Any, where: str) -> np.ndarray:
     return found.astype(np.float32) if is_narrow else found
 
 
+def fits(x: np.ndarray, dtype: np.dtype, *, is_divisor: bool) -> bool:
+    """Return whether a moment can be stored in `dtype`: no number becomes infinite, nor, in a divisor, 0."""
+    with np.errstate(over="ignore", under="ignore"):
+        stored = x.astype(dtype)
+    return not np.any(np.isinf(stored) & np.isfinite(x)) and not (is_divisor and np.any((stored == 0) & (x != 0)))
+
+
 def step_count(x: Any, where: str) -> int:
     """Check a count of steps."""
     if x is None or isinstance(x, (str, bytes)):
@@ -67,6 +74,15 @@ def step_count(x: Any, where: str) -> int:
     if not (0 <= count <= np.iinfo(np.int32).max and count == int(count)):
         raise ValueError(f"{where} is {found}, expected a whole number of steps from 0 to 2147483647")
     return int(count)
+
+
+def known_betas(betas: Any) -> tuple[float, float] | None:
+    """Return decay rates as Python numbers; None if they are schedules, traced or those of a population."""
+    try:
+        b1, b2 = (float(np.asarray(b).reshape(())) for b in betas if not isinstance(b, jax.core.Tracer))
+    except (TypeError, ValueError):
+        return None
+    return b1, b2
 
 
 def check_moments(
@@ -94,9 +110,7 @@ def check_moments(
         if x is None:
             continue
         if not np.all(np.isfinite(x)):
-            _refuse(
-                x, ~np.isfinite(x), name + where, "the run had diverged, or was saved in float16: take an earlier one"
-            )
+            _refuse(x, ~np.isfinite(x), name + where, ": the run had diverged, or was saved in float16")
         if x is not m and np.any(x < 0):
             _refuse(x, x < 0, name + where, ", and means of squares are at least 0: the arrays may have been mixed up")
     if betas is None:

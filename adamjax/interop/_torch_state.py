@@ -18,7 +18,7 @@ from adamjax.interop import _adam_values
 from adamjax.interop._torch_files import FileParam, StateDict, read, shortened
 from adamjax.interop._torch_names import match
 from adamjax.interop._torch_origin import check_origin, warn_of_differences
-from adamjax.interop._torch_parts import ParamState, Parts, is_constant, leaves_by_path, members, merge, parts_of, split
+from adamjax.interop._torch_parts import ParamState, Parts, leaves_by_path, members, merge, parts_of, split
 from adamjax.rounding import MasterWeights
 
 _MOMENTS = ("mu", "nu", "nu_max")
@@ -110,28 +110,17 @@ def _filled(parts: Parts, path: str, start: ParamState, p: FileParam, convert: C
     }
     names = parts.names["mu"], parts.names["nu"], "max_exp_avg_sq"
     is_norm = names[1] == "exp_inf"
-    _adam_values.check_moments(
-        found["mu"], found["nu"], found.get("nu_max"), names, where, _betas(parts, p), is_norm=is_norm
-    )
+    betas = _adam_values.known_betas(p.group.get("betas", (parts.moments.b1, parts.moments.b2)))
+    _adam_values.check_moments(found["mu"], found["nu"], found.get("nu_max"), names, where, betas, is_norm=is_norm)
     if count == 0 and any(np.any(x) for x in found.values()):
         raise ValueError(
-            f"step{where} is 0, but its moments are not: the count has been lost, and the next step would be far too "
-            "large; set it to the number of steps done"
+            f"step{where} is 0, but its moments are not: the count has been lost, and with it the bias corrections; "
+            "set it to the number of steps done"
         )
     moments = {ours: _placed(x, getattr(start, ours)) for ours, x in found.items()}
     if "mu_product" in parts.names:
         moments["mu_product"] = _mu_product(p.entry["mu_product"], "mu_product" + where, count)
     return start._replace(count=jnp.int32(count), **moments)
-
-
-def _betas(parts: Parts, p: FileParam) -> tuple[float, float] | None:
-    """The decay rates of the run, if the file or the optimizer tells."""
-    found = p.group.get("betas", (parts.moments.b1, parts.moments.b2))
-    try:
-        b1, b2 = (float(np.asarray(b).reshape(())) for b in found if is_constant(b))
-    except (TypeError, ValueError):
-        return None
-    return b1, b2
 
 
 def _moment(path: str, name: str, where: str, x: Any, like: Any, convert: Convert) -> np.ndarray:
@@ -157,6 +146,8 @@ def _moment(path: str, name: str, where: str, x: Any, like: Any, convert: Conver
             f"{name}{where} is {x.dtype}, and opt keeps {like.dtype}: convert=lambda path, x: "
             f"x.astype({like.dtype.name!r}) if that is meant"
         )
+    if not _adam_values.fits(x, like.dtype, is_divisor=name != "exp_avg"):
+        raise ValueError(f"{name}{where} has numbers that {like.dtype} cannot hold: import into moments in float32")
     return x
 
 
