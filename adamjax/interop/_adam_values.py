@@ -149,7 +149,7 @@ def _largest_first_moment(v: np.ndarray, betas: tuple[float, float], is_norm: bo
 def _refuse(x: np.ndarray, bad: np.ndarray, name: str, reason: str) -> None:
     first = tuple(int(i) for i in np.argwhere(bad)[0])
     at = f" at {list(first)}" if first else ""
-    more = f" and {np.count_nonzero(bad) - 1} other places" if np.count_nonzero(bad) > 1 else ""
+    more = f" and at {np.count_nonzero(bad) - 1} more" if np.count_nonzero(bad) > 1 else ""
     raise ValueError(f"{name} is {x[first]:.3g}{at}{more}{reason}")
 
 

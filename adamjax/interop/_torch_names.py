@@ -99,7 +99,7 @@ def _refuse_count(found: TorchState, paths: list[str]) -> NoReturn:
     message = f"the state_dict has {count} parameters, too {kind} for the {len(paths)} of params: {shortened(paths)}"
     if found.names:
         message += f"; it has {shortened(found.names)}"
-    if kind == "few" and found.params and all("flat_param" in (p.name or "") or _is_flat(p) for p in found.params):
+    if kind == "few" and any(map(_is_flat, found.params)):
         message += (
             ". Its arrays are flat, each of many parameters: gather them by name, as "
             "torch.distributed.checkpoint.state_dict.get_optimizer_state_dict does with full_state_dict=True"
@@ -108,8 +108,9 @@ def _refuse_count(found: TorchState, paths: list[str]) -> NoReturn:
 
 
 def _is_flat(p: FileParam) -> bool:
+    """Return whether an entry seems to hold many parameters, as those of FSDP and DeepSpeed do."""
     shape: tuple[int, ...] = getattr(p.entry.get("exp_avg"), "shape", ())
-    return len(shape) == 1 and shape[0] > 1
+    return "flat_param" in p.name if p.name is not None else len(shape) == 1 and shape[0] > 1
 
 
 def _refuse_names(found: TorchState, paths: list[str]) -> NoReturn:
