@@ -430,24 +430,24 @@ def test_every_format_and_wrapper_goes_on_in_torch(name):
     grads = [jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), jnp.float32), params) for _ in range(4)]
     for g in grads[:3]:
         params, state = step(g, state, params)
-    order = list(params)
+    order = ["b", "a"] if name == "groups" else ["a", "b"]  # group after group
     exported = optim.export_state(opt, params, state, order=order)
     if not name.startswith("int"):
         back = optim.import_state(opt, params, exported, order=order)
         assert jax.tree.structure(back) == jax.tree.structure(state)
         assert_equal(optim.export_state(opt, params, back, order=order), exported)
-    tensors = [torch.nn.Parameter(torch.tensor(np.array(p))) for p in params.values()]
+    tensors = [torch.nn.Parameter(torch.tensor(np.array(params[path]))) for path in order]
     groups = [{"params": [tensors[i] for i in group["params"]]} for group in exported["param_groups"]]
     other = torch.optim.AdamW(groups, lr=5.0)
     other.load_state_dict(exported)
-    for p, g in zip(tensors, grads[3].values(), strict=True):
-        p.grad = torch.tensor(np.array(g))
+    for p, path in zip(tensors, order, strict=True):
+        p.grad = torch.tensor(np.array(grads[3][path]))
     other.step()
     params, _ = step(grads[3], state, params)
     # A moment in half precision is rounded before its step.
     tolerance = 2**-6 * 1e-2 if "float16" in name else TORCH_COURSE["float32"]
-    for p, x in zip(tensors, params.values(), strict=True):
-        np.testing.assert_allclose(p.detach().numpy(), x, rtol=0, atol=tolerance)
+    for p, path in zip(tensors, order, strict=True):
+        np.testing.assert_allclose(p.detach().numpy(), params[path], rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("name", ["Adam", "AdamW", "NAdam", "RAdam", "Adamax"])
