@@ -56,11 +56,10 @@ def plain_array(x: Any, where: str) -> np.ndarray:
     return found.astype(np.float32) if is_narrow else found
 
 
-def fits(x: np.ndarray, dtype: np.dtype, *, is_divisor: bool) -> bool:
-    """Return whether a moment can be stored in `dtype`: no number becomes infinite, nor, in a divisor, 0."""
+def overflows(x: np.ndarray, dtype: np.dtype) -> bool:
+    """Return whether a finite number of a moment is infinite in `dtype`."""
     with np.errstate(over="ignore", under="ignore"):
-        stored = x.astype(dtype)
-    return not np.any(np.isinf(stored) & np.isfinite(x)) and not (is_divisor and np.any((stored == 0) & (x != 0)))
+        return bool(np.any(np.isinf(x.astype(dtype)) & np.isfinite(x)))
 
 
 def step_count(x: Any, where: str) -> int:

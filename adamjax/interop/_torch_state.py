@@ -146,7 +146,7 @@ def _moment(path: str, name: str, where: str, x: Any, like: Any, convert: Conver
             f"{name}{where} is {x.dtype}, and opt keeps {like.dtype}: convert=lambda path, x: "
             f"x.astype({like.dtype.name!r}) if that is meant"
         )
-    if not _adam_values.fits(x, like.dtype, is_divisor=name != "exp_avg"):
+    if _adam_values.overflows(x, like.dtype):
         raise ValueError(f"{name}{where} has numbers that {like.dtype} cannot hold: import into moments in float32")
     return x
 
