@@ -101,13 +101,15 @@ def test_states_of_torch_distributed():
 
     torch.manual_seed(0)
     net = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
-    other = torch.optim.AdamW(net.parameters())
+    other = torch.optim.AdamW(net.named_parameters())
     net(torch.randn(3, 2)).square().sum().backward()
     other.step()
     params = [{name: jnp.asarray(p.detach().numpy()) for name, p in layer.named_parameters()} for layer in net]
     order = ["0/weight", "0/bias", "1/weight", "1/bias"]
     expected = optim.import_state(optim.adamw(), params, other.state_dict(), order=order)
     for flat in (False, True):
+        # With param_names of their own, which a wrapper has changed.
+        other.param_groups[0]["param_names"] = [f"module.{name}" for name, _ in net.named_parameters()]
         found = get_optimizer_state_dict(net, other, options=StateDictOptions(flatten_optimizer_state_dict=flat))
         assert_equal(optim.import_state(optim.adamw(), params, found), expected)
 
@@ -156,7 +158,11 @@ GROUP = TWO["param_groups"][0]
         (numbered(["a"], "flat state"), r"too few for the 2 of params: a, b; it has a$"),
         (numbered(["_flat_param"], "keys"), r"Its arrays are flat, .*full_state_dict=True"),
         ({"a.weight": np.ones(2)}, r"has 'a.weight', and no moments: it looks like the parameters of a model"),
-        ({"optimizer": TWO}, r"has 'optimizer', and no \"state\": .* here \['optimizer'\]"),
+        ({"optimizer": TWO}, r"has 'optimizer', and no \"state\": .* here \['optimizer'\]$"),
+        (
+            {"epoch": 1, "optimizer_states": [TWO]},
+            r"has 'epoch', 'optimizer_states', .* here \['optimizer_states'\]\[0\]$",
+        ),
         ({"optimizer_state_dict": {"base_optimizer_state": {}}}, r"DeepSpeed's ZeRO.*ds_to_universal.py"),
     ],
 )
@@ -391,6 +397,38 @@ def test_safetensors_files(tmp_path):
         path.write_bytes(data)
         with pytest.raises(ValueError, match=r"^\S+ is damaged, or not a safetensors file"):
             optim.import_state(optim.adam(), params, path)
+
+
+def test_square_kernels_of_flax():
+    names, square = ["fc.weight", "fc.bias"], np.arange(4, dtype=np.float32).reshape(2, 2)
+    state_dict = numbered(names, "param_names")
+    state_dict["state"][0] |= {"exp_avg": square, "exp_avg_sq": square + 1}
+    params = {"fc": {"kernel": jnp.zeros((2, 2)), "bias": jnp.zeros(2)}}
+    with pytest.warns(
+        UserWarning, match=r"^fc/kernel is square, and torch's weights are .* transposed: .* give convert="
+    ):
+        optim.import_state(optim.adam(), params, state_dict)
+    transposed = optim.import_state(
+        optim.adam(), params, state_dict, convert=lambda path, x: x.T if path.endswith("kernel") else x
+    )
+    np.testing.assert_array_equal(transposed[0]["fc"]["kernel"].mu, square.T)
+
+
+def test_messages_are_short():
+    """Even about large models with long names, and many groups that differ."""
+    names = [f"model.decoder.layers.{i}.self_attention.query_projection.weight" for i in range(60)]
+    params, state_dict = dict.fromkeys(names, jnp.zeros(2)), numbered(names, "param_names")
+    groups = [
+        ADAM | {"lr": 1.0 + i, "weight_decay": 0.1 + i, "params": [i], "param_names": [name]}
+        for i, name in enumerate(names)
+    ]
+    with pytest.warns(UserWarning, match="and 116 more") as caught:
+        optim.import_state(optim.adam(), params, state_dict | {"param_groups": groups})
+    assert len(str(caught[0].message)) < 600
+    for other in (names[1:], [name + "s" for name in names]):
+        with pytest.raises(ValueError, match="the state_dict has") as error:
+            optim.import_state(optim.adam(), params, numbered(other, "keys"))
+        assert len(str(error.value)) < 600
 
 
 def test_an_imported_state_is_a_copy():

@@ -47,7 +47,7 @@ class TorchState(NamedTuple):
         return names if len(names) == len(self.params) else []
 
 
-def shortened(names: Iterable[Any], limit: int = 5) -> str:
+def shortened(names: Iterable[Any], limit: int = 3) -> str:
     """List names in words, the first of many."""
     names = [str(name) for name in names]
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
@@ -116,10 +116,8 @@ def _keys_and_names(group: Any, i: int) -> tuple[list[Any], list[str | None]]:
         return keys, [key if isinstance(key, str) else None for key in keys]
     if len(names) != len(keys):
         raise ValueError(f"param_groups[{i}] of the state_dict has {len(keys)} params, but {len(names)} param_names")
-    for key, name in zip(keys, names, strict=True):
-        if isinstance(key, str) and key != str(name):
-            raise ValueError(f"param_groups[{i}] of the state_dict calls the same parameter {key!r} and {name!r}")
-    return keys, [str(name) for name in names]
+    # Keys that are names are those of the model; param_names may be those of a wrapper around it.
+    return keys, [key if isinstance(key, str) else str(name) for key, name in zip(keys, names, strict=True)]
 
 
 def _with_step(entry: Mapping[str, Any], group: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -156,7 +154,8 @@ def _nested(flat: Mapping[Any, Any]) -> dict[str, Any]:
             f"the state_dict has {shortened(map(repr, keys), 3)}, and no moments: it looks like the parameters of a "
             "model; give what optimizer.state_dict() returned"
         )
-    groups = [{"params": [name], **group} for name, group in sections["param_groups"].items()]
+    # torch.distributed.checkpoint writes the param_names of a whole group for each parameter.
+    groups = [{**group, "params": [name], "param_names": None} for name, group in sections["param_groups"].items()]
     return {"state": sections["state"], "param_groups": groups}
 
 
@@ -170,10 +169,12 @@ def _refuse_other_contents(found: Mapping[Any, Any]) -> None:
             'each parameter, and give those as {"state": {name: {"step": ..., "exp_avg": ..., "exp_avg_sq": ...}}}'
         )
     if stray := [key for key in found if "." not in str(key)]:
-        inside = [key for key, x in found.items() if isinstance(x, Mapping) and "state" in x]
+        firsts = [(f"[{key!r}]", x) for key, x in found.items()]
+        firsts += [(f"{key}[0]", x[0]) for key, x in firsts if isinstance(x, list) and x]
+        inside = [key for key, x in firsts if isinstance(x, Mapping) and "state" in x]
         raise ValueError(
             f'the state_dict has {shortened(map(repr, stray))}, and no "state": give the part of it that '
-            f"optimizer.state_dict() returned{f', here [{inside[0]!r}]' if inside else ''}"
+            f"optimizer.state_dict() returned{f', here {inside[0]}' if inside else ''}"
         )
 
 

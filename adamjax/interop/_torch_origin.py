@@ -110,10 +110,11 @@ def warn_of_differences(members: Iterable[tuple[Parts, Mapping[str, FileParam]]]
                 where.setdefault(said, []).append(path)
     if not where:
         return
-    places = [said + (f" ({shortened(paths, 2)})" if len(paths) < total else "") for said, paths in where.items()]
-    more = f"; and {len(places) - 5} more" if len(places) > 5 else ""
+    places = [said + (f" ({shortened(paths, 1)})" if len(paths) < total else "") for said, paths in where.items()]
+    shown = [place for i, place in enumerate(places) if sum(map(len, places[: i + 1])) < 450]
+    more = f"; and {len(places) - len(shown)} more" if len(shown) < len(places) else ""
     warnings.warn(
-        f"the state_dict was made with {'; '.join(places[:5])}{more}. The run goes on with those of opt",
+        f"the state_dict was made with {'; '.join(shown)}{more}. The run goes on with those of opt",
         stacklevel=stacklevel,
     )
 

@@ -133,7 +133,9 @@ def parts_of(opt: Any) -> Parts:
                 raise TypeError(f"torch has nothing like {decay[0]!r}")
             found["decoupled"] = decay[0].weight_decay
     except TypeError as error:
-        raise TypeError(f"{opt!r} has no counterpart in torch.optim: {error}") from None
+        raise TypeError(
+            f"{opt!r} has no counterpart in torch.optim: {error}. Convert the part that torch has"
+        ) from None
     return Parts(moments, rate.learning_rate, **found)
 
 

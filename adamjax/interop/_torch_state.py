@@ -1,6 +1,8 @@
 """Convert states of torch.optim's Adam family to adamjax and back."""
 
 import dataclasses
+import re
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -60,7 +62,8 @@ def import_state(
       ImportError: A file is given, and torch or safetensors is not installed.
 
     Warns:
-      UserWarning: Hyperparameters of the file differ from those of `opt`, with which the run goes on.
+      UserWarning: Hyperparameters of the file differ from those of `opt`, with which the run goes on; or a kernel of flax
+        is square, so that its layout may be wrong.
     """
     found = read(state_dict)
     as_transformation(opt, "argument opt of import_state")
@@ -75,7 +78,20 @@ def import_state(
         check_origin(one, file_params)
     state = _imported(opt, params, start, matched, convert)
     warn_of_differences(own, stacklevel=3)
+    if convert is None and (square := [path for path, p in matched.items() if _may_be_transposed(path, p)]):
+        warnings.warn(
+            f"{shortened(square)} is square, and torch's weights are the kernels of flax transposed: if params are of "
+            "flax, give convert=lambda path, x: x.T if path.endswith('kernel') else x",
+            stacklevel=2,
+        )
     return state
+
+
+def _may_be_transposed(path: str, p: FileParam) -> bool:
+    """Return whether a parameter is named as flax's here and as torch's there, and its shape does not tell."""
+    shape: tuple[int, ...] = getattr(p.entry.get("exp_avg"), "shape", ())
+    named = bool(re.search(r"(^|/)kernel(/|$)", path)) and (p.name or "").endswith("weight")
+    return named and len(shape) == 2 and shape[0] == shape[1] > 1
 
 
 def _imported(opt: Any, params: PyTree, start: PyTree, found: Mapping[str, FileParam], convert: Convert) -> PyTree:
