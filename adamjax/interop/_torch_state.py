@@ -62,8 +62,8 @@ def import_state(
       ImportError: A file is given, and torch or safetensors is not installed.
 
     Warns:
-      UserWarning: Hyperparameters of the file differ from those of `opt`, with which the run goes on; or a kernel of flax
-        is square, so that its layout may be wrong.
+      UserWarning: Hyperparameters of the file differ from those of `opt`, with which the run goes on; or a kernel of
+        flax is square, so that its layout may be wrong.
     """
     found = read(state_dict)
     as_transformation(opt, "argument opt of import_state")
