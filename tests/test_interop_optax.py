@@ -135,7 +135,7 @@ BAD = {
             {"nu": 0.0},
             r"^state\[0\]\.nu\['a'\] is 0 at \[0, 0\] and at 5 more where state\[0\]\.mu is not, .*half precision",
         ),
-        ({"nu": -1.0}, r"^state\[0\]\.nu\['a'\] is -\S+ at .*means of squares are at least 0"),
+        ({"nu": -1.0}, r"^state\[0\]\.nu\['a'\] is -\S+ at .*none can be below 0"),
         ({"mu": np.nan}, r"^state\[0\]\.mu\['a'\] is nan at .*the run had diverged"),
         ({"count": -3}, r"^state\[0\]\.count is -3, expected a whole number of steps"),
         ({"count": 7.5}, r"^state\[0\]\.count is 7\.5"),

@@ -535,4 +535,5 @@ def test_nothing_is_said_where_nothing_differs():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         optim.import_state(optim.adam(), ONE, of_one())
-        optim.import_state(optim.adam(), ONE, of_one({"betas": None, "amsgrad": False}))
+        for part in ({"betas": None, "amsgrad": False}, {"lr": 1e-3}, {"betas": (0.9, 0.999)}):
+            optim.import_state(optim.adam(), ONE, of_one(part))

@@ -111,7 +111,7 @@ def check_moments(
         if not np.all(np.isfinite(x)):
             _refuse(x, ~np.isfinite(x), name + where, ": the run had diverged, or was saved in float16")
         if x is not m and np.any(x < 0):
-            _refuse(x, x < 0, name + where, ", and means of squares are at least 0: the arrays may have been mixed up")
+            _refuse(x, x < 0, name + where, ", and none can be below 0: the arrays may have been mixed up")
     if betas is None:
         return
     allowed = _largest_first_moment(v, betas, is_norm)

@@ -151,7 +151,7 @@ def _nested(flat: Mapping[Any, Any]) -> dict[str, Any]:
         {"step", "exp_avg", "momentum_buffer"} & set(x) for x in sections["state"].values()
     ):
         raise ValueError(
-            f"the state_dict has {shortened(map(repr, keys), 3)}, and no moments: it looks like the parameters of a "
+            f"the state_dict has {shortened(map(repr, keys))}, and no moments: it looks like the parameters of a "
             "model; give what optimizer.state_dict() returned"
         )
     # torch.distributed.checkpoint writes the param_names of a whole group for each parameter.

@@ -1,7 +1,7 @@
 """Find the parameters of a state_dict among ours: by their names if it has any, else by position."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NoReturn
 
 from adamjax.interop._torch_files import FileParam, TorchState, shortened
@@ -114,16 +114,14 @@ def _is_flat(p: FileParam) -> bool:
 
 
 def _refuse_names(found: TorchState, paths: list[str]) -> NoReturn:
-    form: Callable[[str], Parts] = _aliased
-    ours, theirs = set(map(form, paths)), set(map(form, found.names))
-    unknown = [name for name in found.names if form(name) not in ours] or found.names
-    unnamed = [path for path in paths if form(path) not in theirs] or paths
+    ours, theirs = set(map(_aliased, paths)), set(map(_aliased, found.names))
+    unknown = [name for name in found.names if _aliased(name) not in ours] or found.names
+    unnamed = [path for path in paths if _aliased(path) not in theirs] or paths
     cure = (
         "order= gives the paths in torch's order"
         if found.is_ordered
         else 'rename the keys of its "state" to the paths, since it has no order'
     )
     raise ValueError(
-        f"the state_dict has parameters named {shortened(unknown, 3)}, and params has {shortened(unnamed, 3)} instead: "
-        f"{cure}"
+        f"the state_dict has parameters named {shortened(unknown)}, and params has {shortened(unnamed)} instead: {cure}"
     )

@@ -46,17 +46,15 @@ _COMPARED = ("lr", "betas", "eps", "weight_decay", "maximize", "momentum_decay",
 def check_origin(parts: Parts, params: Mapping[str, FileParam]) -> None:
     """Check that the state is of the same algorithm, and has the same fields."""
     for path, p in params.items():
-        theirs = _origin(p)
         if any(str(key).startswith(("state1", "qmap", "absmax")) for key in p.entry):
             raise ValueError(
                 "the state_dict is of bitsandbytes, which stores moments in codes of its own: decode state1 and state2 "
                 "(by bitsandbytes.functional.dequantize_blockwise where they have an absmax1), and name them exp_avg "
                 "and exp_avg_sq"
             )
-        if theirs not in (None, parts.torch_name, *(_SAME_AS_ADAM if parts.torch_name == "torch.optim.Adam" else ())):
-            hint = (
-                ", which leaves moments alone where a sparse gradient has no entry" if "Sparse" in str(theirs) else ""
-            )
+        theirs, accepted = _origin(p), _SAME_AS_ADAM if parts.torch_name == "torch.optim.Adam" else {parts.torch_name}
+        if theirs is not None and theirs not in accepted:
+            hint = ", which skips moments where a sparse gradient has no entry" if "Sparse" in theirs else ""
             raise ValueError(
                 f"the state_dict is of {theirs}{hint}, but opt is like {parts.torch_name}: take an optimizer of the "
                 "same algorithm, or start with opt.init(params)"
@@ -79,11 +77,11 @@ def _origin(p: FileParam) -> str | None:
                 return optimizer
     if p.entry and not {"exp_avg", "exp_avg_sq"} <= set(p.entry):
         return f"an optimizer with the state {shortened(p.entry)}"
-    if "betas" not in p.group:
-        return "an optimizer without betas" if "lr" in p.group else None
-    if "lr" in p.group and "weight_decay" not in p.group:
-        return "torch.optim.SparseAdam"
-    return "torch.optim.RAdam"
+    if not p.entry and "lr" in p.group and "betas" not in p.group:
+        return "an optimizer without betas"
+    if not {"lr", "betas", "eps"} <= set(p.group):  # a file may have a part of them only
+        return None
+    return "torch.optim.RAdam" if "weight_decay" in p.group else "torch.optim.SparseAdam"
 
 
 def _check_fields(parts: Parts, path: str, p: FileParam, theirs: str | None) -> None:
