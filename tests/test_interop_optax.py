@@ -128,6 +128,35 @@ BAD = {
 }
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"nu": 0.0},
+            r"^state\[0\]\.nu\['a'\] is 0 at \[0, 0\] and at 5 more where state\[0\]\.mu is not, .*half precision",
+        ),
+        ({"nu": -1.0}, r"^state\[0\]\.nu\['a'\] is -\S+ at .*none can be below 0"),
+        ({"mu": np.nan}, r"^state\[0\]\.mu\['a'\] is nan at .*the run had diverged"),
+        ({"count": -3}, r"^state\[0\]\.count is -3, expected a whole number of steps"),
+        ({"count": 7.5}, r"^state\[0\]\.count is 7\.5"),
+        ({"count": "3"}, r"^state\[0\]\.count is '3'"),
+        ({"count": np.ones(1, np.int32)}, r"^state\[0\]\.count is int32 of shape \(1,\)"),
+        ({"mu": np.int32(1)}, r"^state\[0\]\.mu\['a'\] is int32, and moments are floats"),
+    ],
+)
+@pytest.mark.parametrize("opt", [adamjax.adam(LR), adamjax.packed(adamjax.adam(LR))], ids=["adam", "packed"])
+def test_numbers_that_no_run_leaves(opt, changes, message):
+    _, (adam, *rest) = ADAM.update(PARAMS, ADAM.init(PARAMS), PARAMS)
+    (field, factor), *_ = changes.items()
+
+    def changed(x):
+        return (x * factor).astype(factor.dtype if isinstance(factor, np.int32) else x.dtype)
+
+    found = factor if field == "count" else jax.tree.map(changed, getattr(adam, field))
+    with pytest.raises((ValueError, TypeError), match=message):
+        interop.import_state(opt, PARAMS, (adam._replace(**{field: found}), *rest))
+
+
 @pytest.mark.parametrize("name", BAD)
 def test_what_does_not_fit_is_named(name):
     opt, state, message = BAD[name]

@@ -396,7 +396,7 @@ def test_what_does_not_fit_is_named(name):
         (adamjax.adam(weight_decay=0.1, mask={"w": True}), "its weight decay has a mask"),
         (adamjax.chain(adamjax.scale_by_adam(), adamjax.scale_by_adam()), "it is another chain than moments"),
         (adamjax.scale_by_adam(), "it is not one of adamjax.interop.torch"),
-        (adamjax.kahan(optim.adam()), "it is not one of adamjax.interop.torch"),
+        (adamjax.kahan(adamjax.scale_by_adam()), "it is not one of adamjax.interop.torch"),
     ],
 )
 def test_optimizers_that_torch_has_not(opt, message):

@@ -110,17 +110,17 @@ def steps(x: Any) -> Any:
 
 
 def as_scalar(name: str, x: Any, dtype: np.dtype) -> Any:
-    """Return the hyperparameter `x`, a number or a 0-d array, as a 0-d array of `dtype`."""
+    """Return the hyperparameter `x`, a number or an array of one element, as a 0-d array of `dtype`."""
     if isinstance(x, (float, int)):
         return np.asarray(x, dtype)
     if not _is_real(x):
         raise TypeError(f"{name} is {describe(x)}, a step takes one real number")
-    if jnp.shape(x) != ():
+    if jnp.size(x) != 1:
         raise ValueError(
             f"{name} has shape {jnp.shape(x)}, a step takes one number. An optimizer whose hyperparameters "
             "are stacked is a population: step it under jax.vmap"
         )
-    return jnp.asarray(x).astype(dtype)
+    return jnp.asarray(x).reshape(()).astype(dtype)
 
 
 def parameters(params: PyTree) -> None:

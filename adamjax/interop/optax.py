@@ -11,13 +11,15 @@ from adamjax._core.packing import packed_like, unpacked
 from adamjax._core.quantization import is_quantized
 from adamjax._core.typing import GradientTransformation, PyTree
 from adamjax._transforms.adam import ScaleByAdam
+from adamjax._transforms.adamax import ScaleByAdamax
 from adamjax._transforms.base import as_transformation
 from adamjax._transforms.chain import Chain
 from adamjax._transforms.learning_rate import ScaleByLearningRate
-from adamjax._transforms.moments import AdamState, Moments
+from adamjax._transforms.moments import AdamState, Moments, find_moments
 from adamjax._transforms.packed import Packed
 from adamjax._transforms.schedule import ScheduleState
 from adamjax._transforms.weight_decay import AddDecayedWeights
+from adamjax.interop import _adam_values
 
 
 def import_state(opt: GradientTransformation, params: PyTree, state: PyTree) -> PyTree:
@@ -34,7 +36,8 @@ def import_state(opt: GradientTransformation, params: PyTree, state: PyTree) -> 
 
     Raises:
       ValueError, TypeError: The two do not fit (the message names the place): `state` has no state of Adam, or several;
-        only one has `nu_max`; trees or shapes differ; `optax.MultiSteps` has gradients, which `opt` cannot hold.
+        only one has `nu_max`; trees or shapes differ; it has numbers that no run of Adam leaves; `optax.MultiSteps` has
+        gradients, which `opt` cannot hold.
     """
     as_transformation(opt, "argument opt of import_state")
     parts = jax.tree.leaves(opt, is_leaf=lambda x: isinstance(x, ScaleByAdam))
@@ -43,7 +46,9 @@ def import_state(opt: GradientTransformation, params: PyTree, state: PyTree) -> 
             "opt keeps the maximum of uncorrected moments, like torch, but optax keeps that of corrected ones: "
             "use variant='corrected'"
         )
-    return _filled(opt.init(trees.concrete(params)), state, "state")
+    filled = _filled(opt.init(trees.concrete(params)), state, "state")
+    _check_values(opt, filled)
+    return filled
 
 
 def export_state(opt: GradientTransformation, state: PyTree) -> PyTree:
@@ -177,7 +182,33 @@ def _adam(template: AdamState, theirs: PyTree, where: str) -> AdamState:
         like = getattr(template, name)
         return packed_like(like, _like(unpacked(like), getattr(found, name, None), f"{where}{path}.{name}"))
 
-    return AdamState(jnp.asarray(found.count), *map(moment, ("mu", "nu", "nu_max")))
+    count = found.count
+    if not isinstance(count, jax.Array) or _is_known(count):
+        count = _adam_values.step_count(count, f"{where}{path}.count")
+    return AdamState(jnp.asarray(count, jnp.int32), *map(moment, ("mu", "nu", "nu_max")))
+
+
+def _check_values(opt: Any, state: PyTree) -> None:
+    """Check that a run of Adam can have left the moments of `state`, as far as they are known."""
+    members = [x for x in jax.tree.leaves(opt, is_leaf=lambda x: isinstance(x, Moments)) if isinstance(x, Moments)]
+    member = members[0] if len(members) == 1 else None
+    betas = None if member is None else _adam_values.known_betas((member.b1, member.b2))  # type: ignore[attr-defined]
+    for path, found in find_moments(state):
+        where = "state" + jax.tree_util.keystr(path)
+        names = f"{where}.mu", f"{where}.nu", f"{where}.nu_max"
+        maxima = [None] * len(jax.tree.leaves(found.nu)) if found.nu_max is None else jax.tree.leaves(found.nu_max)
+        rows = zip(jax.tree.leaves_with_path(found.mu), jax.tree.leaves(found.nu), maxima, strict=True)
+        for (key, m), v, v_max in rows:
+            if all(x is None or _is_known(x) for x in (m, v, v_max)):
+                last = None if v_max is None else _adam_values.plain_array(v_max, names[2])
+                arrays = _adam_values.plain_array(m, names[0]), _adam_values.plain_array(v, names[1]), last
+                place, is_norm = jax.tree_util.keystr(key), isinstance(member, ScaleByAdamax)
+                _adam_values.check_moments(*arrays, names, place, betas, is_norm=is_norm)
+
+
+def _is_known(x: Any) -> bool:
+    """Return whether the numbers of an array can be read here: it is not traced, and all of it is on this machine."""
+    return isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer) and x.is_fully_addressable
 
 
 def _like(template: PyTree, x: PyTree, where: str) -> PyTree:
@@ -191,6 +222,8 @@ def _like(template: PyTree, x: PyTree, where: str) -> PyTree:
         name = where + jax.tree_util.keystr(path)
         if like.shape != jnp.shape(leaf):
             raise ValueError(f"{name} has shape {jnp.shape(leaf)}, expected {like.shape}")
+        if not jnp.issubdtype(trees.dtype_of(leaf), jnp.inexact):
+            raise ValueError(f"{name} is {trees.dtype_of(leaf)}, and moments are floats: decode them first")
         if trees.compute_dtype(trees.dtype_of(leaf)) != trees.compute_dtype(like.dtype):
             raise ValueError(f"{name} is {leaf.dtype}, and opt keeps {like.dtype}")
     return jax.tree.map(lambda like, leaf: jnp.asarray(leaf).astype(like.dtype), template, x)
