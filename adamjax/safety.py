@@ -400,7 +400,7 @@ def check(state: PyTree) -> None:
     check_skipped(state)
     for path, node in find_moments(state):
         for below, x in jax.tree.leaves_with_path(node):
-            if jnp.issubdtype(x.dtype, jnp.inexact) and not jnp.all(jnp.isfinite(x)):
+            if jnp.issubdtype(jnp.result_type(x), jnp.inexact) and not jnp.all(jnp.isfinite(x)):
                 raise FloatingPointError(
                     f"the state is not finite at {trees.path_of((*path, *below))}, and never will be again: a "
                     "gradient was not. Start from an earlier state, with adamjax.skip_nonfinite around the optimizer"
