@@ -1,5 +1,6 @@
 """Different optimizers for different parameters, by path."""
 
+import copy
 import dataclasses
 import re
 from collections.abc import Callable, Mapping
@@ -133,8 +134,7 @@ class Groups(Transformation):
         rows = [(name, source, i) for i in owner for name, source in self.changes[i] or ()]
         opt = self.members[-1]  # the default
         for name, source, i in sorted(rows, key=lambda row: row[1] is None):  # first set, then scale
-            content = _contents(self.members[i])[name]
-            opt, _ = _changed(opt, name, _scaled_by(content.factor) if source is None else _set_to(content))
+            opt = _merged(opt, self.members[i], name, scales=source is None)
         return opt
 
     def _assign(self, leaves: Leaves) -> tuple[list[Transformation], list[int]]:
@@ -302,6 +302,27 @@ def _changed(opt: Any, name: str, change: Callable[[Any], Any]) -> tuple[Any, in
             changes[field.name], n = _changed(content, name, change)
             count += n
     return dataclasses.replace(opt, **changes) if changes else opt, count
+
+
+def _merged(opt: Any, other: Any, name: str, *, scales: bool) -> Any:
+    """`opt` with the fields `name` that `other` has, or scaled as they are there; both are changes of one default."""
+    if isinstance(opt, Chain):
+        pairs = zip(opt.transforms, other.transforms, strict=True)
+        changes: dict[str, Any] = {"transforms": tuple([_merged(*pair, name, scales=scales) for pair in pairs])}
+    else:
+        inner = {key: x for key, x in vars(opt).items() if isinstance(x, Transformation)}
+        changes = {key: _merged(x, getattr(other, key), name, scales=scales) for key, x in inner.items()}
+    merged = copy.copy(opt)
+    if not scales:
+        # A traced decay rate has its low part beside it, which `dataclasses.replace` would lose.
+        for key in (name, f"{name}_low_part"):
+            vars(merged).pop(key, None)
+            if key in vars(other):
+                changes[key] = vars(other)[key]
+    elif name in vars(opt):
+        changes[name] = Scaled(getattr(other, name).factor, getattr(opt, name))
+    vars(merged).update(changes)
+    return merged
 
 
 def _contents(opt: Any) -> dict[str, Any]:
