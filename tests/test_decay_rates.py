@@ -114,3 +114,12 @@ def test_steps_of_leaves_are_steps_of_the_rate():
     half = jax.jit(lambda opt: jax.tree.map(lambda x: x / 2, opt))(opt)
     nu = half.update(G, half.init(P), P)[1].nu
     np.testing.assert_allclose(nu, (1 - 0.9999 / 2) * G**2, rtol=RECOMPILED)
+
+
+def test_groups_made_of_leaves_keep_the_digits():
+    def second_moment(opt):
+        opt = adamjax.groups({".*": {"eps": 1e-6}}, default=opt)
+        return opt.update({"a": G}, opt.init({"a": P}), {"a": P})[1][0][0].nu["a"]
+
+    opt = adamjax.adam(b2=0.99999)
+    assert_close(jax.jit(second_moment)(opt), second_moment(opt), RECOMPILED)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar, dataclass_transform
 
 import jax
@@ -78,6 +78,14 @@ def low_part(x: object, name: str) -> Any:
     if isinstance(number, float):
         return number - float(np.float32(number))
     return x.__dict__.get(_LOW_PART.format(name), 0.0)
+
+
+def replaced(x: T, changes: Mapping[str, Any]) -> T:
+    """Return a value with some fields changed; unlike `dataclasses.replace`, with the low parts of the others."""
+    new = dataclasses.replace(x, **changes)  # type: ignore[type-var]
+    kept = {key: part for key, part in vars(x).items() if key.endswith(_LOW_PART.format(""))}
+    vars(new).update({key: part for key, part in kept.items() if key.removesuffix(_LOW_PART.format("")) not in changes})
+    return new
 
 
 class Value:

@@ -12,7 +12,7 @@ import jax
 from adamjax._core import checks, trees
 from adamjax._core.trees import Leaves
 from adamjax._core.typing import PyTree, Scalar
-from adamjax._core.value import static_field, value
+from adamjax._core.value import replaced, static_field, value
 from adamjax._transforms.base import Result, StepContext, Transformation, as_transformation, rounds_params
 from adamjax._transforms.chain import Chain
 from adamjax._transforms.schedule import Scaled
@@ -291,7 +291,7 @@ def _changed(opt: Any, name: str, change: Callable[[Any], Any]) -> tuple[Any, in
     """`opt` with its fields `name`, and those of its members, changed; and how many there were."""
     if isinstance(opt, Chain):
         pairs = [_changed(t, name, change) for t in opt.transforms]
-        return dataclasses.replace(opt, transforms=tuple(t for t, _ in pairs)), sum(n for _, n in pairs)
+        return replaced(opt, {"transforms": tuple(t for t, _ in pairs)}), sum(n for _, n in pairs)
     changes: dict[str, Any] = {}
     count = 0
     for field in dataclasses.fields(opt):
@@ -301,7 +301,7 @@ def _changed(opt: Any, name: str, change: Callable[[Any], Any]) -> tuple[Any, in
         elif isinstance(content, Transformation):
             changes[field.name], n = _changed(content, name, change)
             count += n
-    return dataclasses.replace(opt, **changes) if changes else opt, count
+    return replaced(opt, changes) if changes else opt, count
 
 
 def _merged(opt: Any, other: Any, name: str, *, scales: bool) -> Any:

@@ -81,7 +81,10 @@ def _origin(p: FileParam) -> str | None:
         return "an optimizer without betas"
     if not {"lr", "betas", "eps"} <= set(p.group):  # a file may have a part of them only
         return None
-    return "torch.optim.RAdam" if "weight_decay" in p.group else "torch.optim.SparseAdam"
+    if "weight_decay" not in p.group:
+        return "torch.optim.SparseAdam"
+    # Without a state of a parameter, older RAdam and Adamax look alike.
+    return "torch.optim.RAdam" if p.entry or "decoupled_weight_decay" in p.group else None
 
 
 def _check_fields(parts: Parts, path: str, p: FileParam, theirs: str | None) -> None:
