@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import adamjax
+from adamjax import storage
 
 
 def aval(x):
@@ -36,6 +37,11 @@ def assert_equal(actual, expected):
     assert_same_types(actual, expected)
     for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(e))
+
+
+def decoded(adam):
+    """An `AdamState` whose moments are NumPy arrays in float64."""
+    return jax.tree.map(lambda x: np.asarray(x, np.float64), storage.decode(adam))
 
 
 def by_step(opt):

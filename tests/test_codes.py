@@ -10,146 +10,208 @@ import adamjax
 from adamjax import problems
 from adamjax._core import quantization
 from adamjax._core.low_precision import Dither
+from adamjax._transforms import moment_storage
 from adamjax.training import keys_of, train_step
 
 pytestmark = pytest.mark.numbers
 
-# (bits, signed): levels, power, and the magnitudes that a number greater than 0 can become
-KINDS = {(8, True): (127, 2, 0), (8, False): (255, 4, 1), (4, True): (7, 2, 0), (4, False): (16, 4, 1)}
-kinds = pytest.mark.parametrize(("bits", "signed"), KINDS)
+RATIO, SECOND = 0.5, 0  # the powers of a first moment, which is stored as a ratio, and of a second one
+LEVELS = {(8, RATIO): 127, (4, RATIO): 7, (8, SECOND): 255, (4, SECOND): 15}
+kinds = pytest.mark.parametrize(("bits", "power"), LEVELS)
+both_bits = pytest.mark.parametrize("bits", [8, 4])
+TINY, LARGEST = np.finfo(np.float32).tiny, np.finfo(np.float32).max
+BLOCK = 32
 
 
 # Eager, each of its operations would be compiled alone.
 encode = jax.jit(quantization.encode, static_argnums=(1, 2, 3))
 
 
-def draw(shape, signed, seed=0):
+def of(code):
+    """The numbers of codes; of ratios, those themselves."""
+    return code.decode(jnp.ones(code.shape)) if code.signed else code.decode()
+
+
+def draw(shape, power, seed=0, decades=6):
+    """Numbers spread evenly over some decades; ratios of either sign, with zeros."""
     rng = np.random.default_rng(seed)
-    x = 10.0 ** rng.uniform(-4, 2, shape) * (rng.choice([-1, 1], shape) if signed else 1)
-    return x.astype(np.float32)
+    x = 10.0 ** (2 - rng.uniform(0, decades, shape)) * (rng.choice([-1, 0, 1], shape, p=[0.45, 0.1, 0.45]))
+    return (x if power else np.abs(x)).astype(np.float32)
 
 
-def decoded(x, bits, signed, block_size=32, growing=False, seeds=1):
-    """What is decoded after encoding with many seeds, in double: [seeds, *x.shape]."""
+def decoded(x, bits, power, nearest=False, seeds=1):
+    """The numbers after encoding with many seeds, in double: [seeds, *x.shape]."""
 
     def trip(seed):
-        dither = None if growing else Dither(seed, jnp.uint32(0))
-        return encode(jnp.asarray(x), bits, signed, block_size, dither).decode()
+        return of(encode(jnp.asarray(x), bits, power, BLOCK, None if nearest else Dither(seed, jnp.uint32(0))))
 
     return np.asarray(jax.jit(jax.vmap(trip))(jnp.arange(seeds, dtype=jnp.uint32)), np.float64)
 
 
-def scales_of(x, block_size):
-    blocks = [np.abs(x[..., i : i + block_size]).max(axis=-1) for i in range(0, x.shape[-1], block_size)]
-    return np.repeat(np.stack(blocks, axis=-1), block_size, axis=-1)[..., : x.shape[-1]].astype(np.float64)
+def magnitudes(block, bits, power):
+    """All magnitudes that the codes of a block stand for, in float64, from small to large."""
+    levels, size = LEVELS[bits, power], np.abs(block)
+    if power == RATIO:
+        upper_half = size.max().view(np.uint32) + np.uint32(0xFFFF) & np.uint32(0xFFFF0000)
+        t = np.arange(levels + 1) / levels
+        return float(upper_half.view(np.float32)) * t * (2 + t) / 3
+    if not np.any(size):
+        return np.zeros(1)
+    # Floats from the smallest number, without its last mantissa bits, in the finest steps that reach the largest.
+    first, last = (int(x.view(np.uint32)) for x in (size[size > 0].min(), size.max()))
+    first = first >> 19 << 19
+    step = next((1 << k for k in range(10, 25) if (last >> k) - (first >> k) <= levels - 2), 1 << 25)
+    first = max(first // step, last // step - (levels - 2), 1)
+    numbers = np.array([min((first + i) * step, 0x7F800000) for i in range(levels)], np.uint32)
+    return np.concatenate([[0.0], numbers.view(np.float32).astype(np.float64)])
 
 
-def neighbours(x, bits, signed, block_size=32):
-    """The two magnitudes around each |x| that the format has."""
-    levels, power, least = KINDS[bits, signed]
-    s = scales_of(x, block_size)
-    magnitudes = (np.arange(levels + 1) / levels) ** power
-    below = np.clip(np.searchsorted(magnitudes, np.abs(x) / s, side="right") - 1, 0, levels - 1)
-    low, high = magnitudes[np.maximum(below, least)], magnitudes[below + 1]
-    return low * s, high * s
+def neighbours(x, bits, power):
+    """The two magnitudes around each |x|; both are the smallest above 0 for numbers below that."""
+    low, high = np.zeros(x.shape), np.zeros(x.shape)
+    for *row, start in np.ndindex(*x.shape[:-1], -(-x.shape[-1] // BLOCK)):
+        at = (*row, slice(start * BLOCK, (start + 1) * BLOCK))
+        size, every = np.abs(x[at]), magnitudes(x[at], bits, power)
+        if power == SECOND:
+            size = np.where(size > 0, np.maximum(size, every[min(1, len(every) - 1)]), 0)
+        above = np.minimum(np.searchsorted(every, size, side="right"), len(every) - 1)
+        below = np.maximum(above - 1, 0)
+        low[at] = np.where(every[above] <= size, every[above], every[below])
+        high[at] = np.where((power == SECOND) & (size == 0), 0, every[above])
+    return low, high
 
 
 @kinds
 @pytest.mark.parametrize("shape", [(3, 64), (2, 3, 33), (70,), (1, 1), (5, 7)])
-def test_decodes_to_one_of_the_neighbours(bits, signed, shape):
-    x = draw(shape, signed)
-    found = decoded(x, bits, signed, seeds=30)
-    low, high = neighbours(x, bits, signed)
-    size = np.abs(found)
-    near = np.minimum(np.abs(size - low), np.abs(size - high))
-    assert np.all(near <= 1e-5 * scales_of(x, 32) * np.maximum(size / scales_of(x, 32), 1e-9))
+def test_decodes_to_one_of_the_neighbours(bits, power, shape):
+    x = draw(shape, power)
+    found = decoded(x, bits, power, seeds=30)
+    low, high = neighbours(x, bits, power)
+    near = np.minimum(np.abs(np.abs(found) - low), np.abs(np.abs(found) - high))
+    assert np.all(near <= (2e-6 * np.abs(x).max() if power else 0))
     assert np.all(found * x >= 0)
 
 
 @kinds
-def test_right_on_average(bits, signed):
-    x = draw((4, 32), signed, seed=1)
-    x = np.where(np.abs(x) < scales_of(x, 32) / 60000, 0, x).astype(np.float32)  # nothing below the smallest code
-    found = decoded(x, bits, signed, seeds=4000)
-    low, high = neighbours(x, bits, signed)
-    error = np.abs(found.mean(axis=0) - x)[x != 0]
-    assert np.all(error <= (5 / 2 / np.sqrt(4000) * (high - low) + 1e-6 * np.abs(x))[x != 0])
+def test_right_on_average(bits, power):
+    """A second moment in powers of 2 or finer steps: coarser ones are rounded by their exponents."""
+    x = draw((4, 32), power, seed=1, decades=3.5)
+    found = decoded(x, bits, power, seeds=4000)
+    low, high = neighbours(x, bits, power)
+    error = np.abs(found.mean(axis=0) - x)
+    assert np.all(error <= 5 / 2 / np.sqrt(4000) * (high - low) + 2e-6 * np.abs(x))
 
 
 @kinds
-@pytest.mark.parametrize("growing", [False, True])
-def test_what_was_decoded_is_encoded_as_itself(bits, signed, growing):
-    x = decoded(draw((8, 64), signed), bits, signed, growing=growing)[0]
-    again = decoded(x, bits, signed, growing=growing, seeds=20)
-    assert np.mean(np.abs(again - x) <= 1e-6 * np.abs(x)) > 0.999
+def test_what_was_decoded_is_encoded_as_itself(bits, power):
+    x = draw((8, 64), power)
+    x[:, ::BLOCK] = 200
+    x = decoded(x, bits, power)[0].astype(np.float32)
+    x[:, ::BLOCK] = 200  # the scale of ratios follows their largest one
+    again = decoded(x, bits, power, seeds=20)
+    if power == SECOND:
+        np.testing.assert_array_equal(again, np.broadcast_to(x, again.shape))
+    else:  # but for the last digit
+        assert np.mean(np.abs(again - x) <= 1e-6 * np.abs(x)) > 0.999
 
 
-@pytest.mark.parametrize("bits", [8, 4])
-def test_a_growing_array_is_rounded_to_nearest(bits):
-    x = draw((8, 64), False)
-    found = decoded(x, bits, False, growing=True, seeds=3)
+@both_bits
+def test_without_a_dither_second_moments_are_rounded_to_nearest(bits):
+    x = draw((8, 64), SECOND, decades=3.5)
+    found = decoded(x, bits, SECOND, nearest=True, seeds=3)
     assert np.all(found == found[0])
-    s = 2.0 ** np.ceil(np.log2(scales_of(x, 32)))
-    levels = KINDS[bits, False][0]
-    every = (np.arange(1, levels + 1) / levels) ** 4
-    nearest = every[np.argmin(np.abs(x[..., None] / s[..., None] - every), axis=-1)] * s
-    assert np.mean(np.abs(found[0] - nearest) <= 1e-5 * nearest) > 0.99
+    low, high = neighbours(x, bits, SECOND)
+    np.testing.assert_array_equal(np.abs(found[0] - x), np.minimum(x - low, high - x))
+    np.testing.assert_array_equal(decoded(found[0].astype(np.float32), bits, SECOND, nearest=True)[0], found[0])
 
 
-@pytest.mark.parametrize("bits", [8, 4])
-def test_a_growing_array_does_not_follow_its_scale(bits):
+@both_bits
+def test_a_second_moment_does_not_follow_its_scale(bits):
     """While the largest number of a block grows a thousandfold in small steps, the others stay."""
     x = jnp.asarray(np.geomspace(0.02, 1, 32), jnp.float32)
 
     def body(stored, largest):
-        now = stored.decode().at[-1].set(largest)
-        return encode(now, bits, False, 32, None), None
+        return encode(stored.decode().at[-1].set(largest), bits, SECOND, 32, None), None
 
-    first = encode(x, bits, False, 32, None)
-    last, _ = jax.lax.scan(body, first, jnp.geomspace(1, 1000 if bits == 8 else 8, 2000))
+    first = encode(x, bits, SECOND, 32, None)
+    last, _ = jax.lax.scan(body, first, jnp.geomspace(1, 1000 if bits == 8 else 60, 2000))
     ratio = np.asarray(last.decode() / x)[:-1]
-    assert np.all((ratio > 0.5) & (ratio < 2)) if bits == 8 else np.all((ratio > 0.2) & (ratio < 5))
+    worst = 1.05 if bits == 8 else 1.65  # of 1.25, rounded to halves first, then to powers of 2
+    assert np.all((ratio > 1 / worst) & (ratio < worst))
 
 
 @kinds
-def test_zeros(bits, signed):
-    assert np.all(decoded(np.zeros((2, 40), np.float32), bits, signed) == 0)
+def test_zeros_are_exact(bits, power):
+    assert np.all(decoded(np.zeros((2, 40), np.float32), bits, power) == 0)
     x = np.zeros((1, 32), np.float32)
     x[0, 3] = 5
-    found = decoded(x, bits, signed)[0, 0]
-    np.testing.assert_array_max_ulp(np.float32(found[3]), np.float32(5), 1)  # 255**4 units are
-    # Sixteen codes of a second moment have none to spare for 0.
-    assert np.all(np.delete(found, 3) == (5 / 65536 if (bits, signed) == (4, False) else 0))
+    found = decoded(x, bits, power)[0, 0]
+    np.testing.assert_allclose(found[3], 5, rtol=1e-6)
+    assert np.all(np.delete(found, 3) == 0)
 
 
-@pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize("largest", [1.0, 1e30, 1e-25, 1e-30, 3e-38])
-def test_a_positive_second_moment_never_becomes_zero(bits, largest):
-    x = (np.geomspace(1e-12, 1, 32) * largest).astype(np.float32)
-    x = np.maximum(x, np.finfo(np.float32).tiny)
-    for growing in (False, True):
-        found = decoded(x, bits, False, growing=growing, seeds=50)
+@both_bits
+@pytest.mark.parametrize("largest", [LARGEST, 1e20, 1.0, 1e-10, 1e-19, 1e-25, 1e-30, 3e-38])
+@pytest.mark.parametrize("decades", [80, 30, 18, 8, 2])
+def test_a_positive_second_moment_never_becomes_zero(bits, largest, decades):
+    x = np.maximum(np.geomspace(10.0**-decades, 1, 32) * largest, TINY).astype(np.float32)
+    for nearest in (False, True):
+        found = decoded(x, bits, SECOND, nearest, seeds=50)
         assert np.all(found > 0)
         assert np.all(np.isfinite(found))
 
 
+def test_eight_bits_hold_all_second_moments_at_once():
+    x = np.geomspace(TINY, LARGEST, 32).astype(np.float32)
+    ratio = decoded(x, 8, SECOND, seeds=200) / x
+    assert np.all((ratio >= 0.5) & (ratio <= 2))
+
+
+@pytest.mark.parametrize(("step", "decades"), [(2, 3.6), (4, 7.2), (16, 14.4)])
+def test_second_moments_in_four_bits_are_powers(step, decades):
+    x = np.geomspace(10.0**-decades, 1, 32).astype(np.float32)
+    found = decoded(x, 4, SECOND, seeds=50)
+    np.testing.assert_array_equal(np.log2(found), np.round(np.log2(found)))
+    ratio = found / x
+    assert np.all((ratio > 1 / step) & (ratio < step))
+
+
+def test_in_four_bits_what_is_too_small_becomes_the_smallest_of_its_block():
+    x = np.geomspace(1e-30, 1, 32).astype(np.float32)
+    found = decoded(x, 4, SECOND, seeds=50)
+    smallest = 2.0**-55  # 13 powers of 16 below 2**-3, the largest that a float of these bits has up to 1
+    assert found.min() == smallest
+    assert np.all(found[:, x < smallest] == smallest)
+    assert np.all((found / np.maximum(x, smallest) > 1 / 16) & (found / np.maximum(x, smallest) < 16))
+
+
 @kinds
-def test_what_is_not_finite_shows(bits, signed):
-    for bad in (np.nan, np.inf):
-        x = np.ones((1, 64), np.float32)
-        x[0, 3] = bad
-        found = decoded(x, bits, signed)[0]
-        assert not np.any(np.isfinite(found[0, 3]))
-        assert np.all(found[0, 32:] == 1)
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_number_that_is_not_finite_poisons_its_block(bits, power, bad):
+    """And no other, whatever is compiled with it."""
+    x = np.ones((1, 64), np.float32)
+    x[0, 3] = bad
+    update = jax.jit(lambda x: encode(0.5 * x + 0.5, bits, power, 32, Dither(jnp.uint32(0), jnp.uint32(0))))
+    for code in (update(x), encode(x, bits, power, 32, Dither(jnp.uint32(0), jnp.uint32(0)))):
+        assert not np.any(np.isfinite(of(code)[0, :32]))
+        assert np.all(of(code)[0, 32:] == 1)
+        again = encode(of(code), bits, power, 32, Dither(jnp.uint32(1), jnp.uint32(0)))
+        assert not np.any(np.isfinite(of(again)[0, :32]))
 
 
-def test_shapes_of_codes():
-    for n, bytes_of_4_bits in ((1, 1), (2, 1), (7, 4), (64, 32)):
-        found = encode(jnp.ones((3, n)), 4, True, 16, None)
-        assert found.codes.shape == (3, bytes_of_4_bits)
-        assert found.scales.shape == (3, -(-n // 16))
-        assert found.shape == (3, n)
-        assert found.nbytes == 3 * bytes_of_4_bits + 12 * -(-n // 16)
+@kinds
+@pytest.mark.parametrize("n", [1, 2, 7, 64, 65])
+def test_shapes_of_codes(bits, power, n):
+    found = encode(jnp.ones((3, n)), bits, power, 16, Dither(jnp.uint32(0), jnp.uint32(0)))
+    blocks = -(-n // 16)
+    assert found.codes.shape == (3, -(-n * bits // 8))
+    assert found.codes.dtype == ("int8" if (bits, power) == (8, RATIO) else "uint8")
+    assert found.scales.shape == (3, blocks)
+    assert found.scales.dtype == "uint16"
+    assert found.shape == (3, n)
+    assert found.nbytes == 3 * (-(-n * bits // 8) + 2 * blocks)
+    np.testing.assert_allclose(of(found), 1, rtol=1e-6)
+    found.check()
 
 
 @pytest.fixture(scope="module")
@@ -170,6 +232,19 @@ def captured():
     return matrices
 
 
+def loaded(m, v, mu_bits, nu_bits, number):
+    """Both moments of a parameter as a step stores and the next one loads them."""
+    likes = [
+        moment_storage.init_moments(m, name, adamjax.quantized(f"int{bits}", min_size=1), power=power)
+        for name, bits, power in (("mu", mu_bits, RATIO), ("nu", nu_bits, SECOND))
+    ]
+    dither = Dither(jnp.uint32(number), jnp.uint32(0))
+    stored = moment_storage.store(v, likes[1], dither.second_array())
+    kept = moment_storage.storable(v, stored)
+    first = moment_storage.store_first(m, kept, likes[0], dither, jnp.float32(0.1))
+    return first.decode(stored.decode()), stored.decode()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", DIRECTION)
 def test_directions_from_real_moments(captured, name):
@@ -179,13 +254,7 @@ def test_directions_from_real_moments(captured, name):
 
     @jax.jit
     def stored(moments):
-        found = []
-        for i, (m, v) in enumerate(moments):
-            dithers = [Dither(jnp.uint32(2 * i + j), jnp.uint32(0)) for j in range(2)]
-            m = encode(m, mu_bits, True, 128 if mu_bits == 8 else 64, dithers[0]).decode()
-            v = encode(v, nu_bits, False, 128 if nu_bits == 8 else 64, dithers[1]).decode()
-            found.append((m, v))
-        return found
+        return [loaded(m, v, mu_bits, nu_bits, i) for i, (m, v) in enumerate(moments)]
 
     def directions(moments):
         return np.concatenate([np.ravel(correction * np.asarray(m, np.float64) / np.sqrt(v)) for m, v in moments])
@@ -193,20 +262,7 @@ def test_directions_from_real_moments(captured, name):
     exact, found = directions(captured), directions(stored(captured))
     error = np.abs(found - exact)
     assert np.median(error / np.abs(exact)) <= bounds.median
-    assert np.quantile(error / np.abs(exact), 0.99) <= bounds.p99
+    assert np.quantile(error, 0.99) <= bounds.p99 * np.sqrt(np.mean(exact**2))
     assert np.linalg.norm(error) / np.linalg.norm(exact) <= bounds.norm
     assert not np.any((np.abs(found) > 3 * np.abs(exact)) & (np.abs(found) > bounds.outlier))
     assert abs(found @ exact / (exact @ exact) - 1) <= bounds.bias
-
-
-@kinds
-@pytest.mark.parametrize("others", [0.0, 1.0, np.inf])
-def test_what_is_no_number_is_in_the_scale(bits, signed, others):
-    """Of its block alone; whatever else is compiled with it."""
-    x = np.full((1, 64), 1.0, np.float32)
-    x[0, :32] = others
-    x[0, 3] = np.nan
-    update = jax.jit(lambda x: encode(0.5 * x + 0.5, bits, signed, 32, Dither(jnp.uint32(0), jnp.uint32(0))))
-    scales = update(x).scales
-    assert np.isnan(scales[0, 0])
-    assert scales[0, 1] == 1

@@ -239,9 +239,8 @@ def test_the_storage_error_is_what_storing_does(formats):
         directions = []
         for opt in (adamjax.scale_by_adam(), stored):
             _, state = opt.update(grads, opt.init(grads), grads)
-            moments = (state.mu, state.nu)
-            m, v = (x.decode() if hasattr(x, "decode") else x.astype(jnp.float32) for x in moments)
-            directions.append(m / jnp.sqrt(v))
+            moments = adamjax.storage.decode(state)
+            directions.append(moments.mu.astype(jnp.float32) / jnp.sqrt(moments.nu.astype(jnp.float32)))
         actual = jnp.linalg.norm(directions[1] - directions[0]) / jnp.linalg.norm(directions[0])
         return actual, measure(grads, grads, state, grads, opt=stored).overall.storage_error
 

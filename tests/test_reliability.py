@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from calls import CALLS, METHODS
-from helpers import assert_equal, assert_same_types
+from helpers import assert_equal, assert_same_types, decoded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.signal import lfilter
@@ -407,8 +407,8 @@ def test_a_million_steps(name, long_run):
     last, (params, state) = jax.jit(lambda *a: jax.lax.scan(to_the_next_point, *a))(start, by_point)
     assert_same_types(last, start)
     adam = next(filter(is_adam, jax.tree.leaves(state, is_leaf=is_adam)))
-    mu, nu = (np.asarray(x.decode() if hasattr(x, "decode") else x, np.float64) for x in (adam.mu, adam.nu))
-    errors = {"mu": (mu - m) / np.sqrt(v), "nu": nu / v - 1, "params": np.asarray(params, np.float64) - p}
+    adam = decoded(adam)
+    errors = {"mu": (adam.mu - m) / np.sqrt(v), "nu": adam.nu / v - 1, "params": np.asarray(params, np.float64) - p}
     for part, error in errors.items():
         tolerance = LONG_RUN[name][part]
         assert np.max(np.abs(error)) <= tolerance.worst

@@ -120,7 +120,7 @@ class FloatCode(NamedTuple):
         # Rounding may add one to the largest.
         fits = (top >> shift) - (first >> shift) <= self.levels - 2
         shift = jnp.minimum(jnp.where(fits, shift, shift + 1), _SHIFT + 15)
-        first = jnp.maximum(first, ((top >> shift) - (self.levels - 2)) << shift)
+        first = jnp.maximum(first, jnp.maximum((top >> shift) - (self.levels - 2), 1) << shift)  # not 0
         return jnp.where(top < _INFINITY, (first >> 19) << 4 | (shift - _SHIFT), (_NANS >> 19) << 4)
 
     def encode(self, x: Array, scale: Array, rounding: Rounding | None) -> Array:

@@ -437,7 +437,8 @@ struct Squares {
       const int32_t length = static_cast<int32_t>(Bits(static_cast<float>(largest - from)) >> 23) - 126;
       int32_t shift = std::clamp(length - kBits, kLeastShift, kLeastShift + 15);
       if ((largest >> shift) - (from >> shift) > kRange) shift = std::min(shift + 1, kLeastShift + 15);
-      return (std::max(from, ((largest >> shift) - kRange) * (1 << shift)) >> 19) << 4 | (shift - kLeastShift);
+      const int32_t least = std::max((largest >> shift) - kRange, 1) << shift;  // not 0
+      return (std::max(from, least) >> 19) << 4 | (shift - kLeastShift);
     }
   };
 
