@@ -4,7 +4,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import numpy as np
@@ -38,6 +38,8 @@ class Transformation(Value):
     differentiated, compared, hashed and pickled. It unpacks into `init, update` and goes wherever
     optax takes a transformation.
     """
+
+    unscales_gradients: ClassVar[bool] = False  # whether it expects the gradients of a scaled loss
 
     def __iter__(self) -> Iterator[Callable[..., Any]]:
         return iter((self.init, self.update))

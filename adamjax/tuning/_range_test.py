@@ -478,7 +478,7 @@ def _constant_rates(problem: Problem, optimizer: OptimizerFactory, steps: int, s
             capacity = max(last - x for x, last in parts[min(first, 1) :])
             for chunk, point, results in runner.run(opts[first:last], seeds, eval_steps, capacity=capacity):
                 curves.record(first + chunk, point, results)
-            diverged = curves.diverged_at(slice(first, last), len(eval_steps) - 1)[:, 0] > 0
+            diverged = curves.diverged_at(slice(first, last))[:, 0] > 0
             yield np.where(diverged, np.nan, curves.losses[first:last, 0, -1])
 
     return measure
