@@ -6,10 +6,11 @@ parameters, moments and count stay as they are, bit for bit, and the step is cou
 """
 
 import json
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.export
@@ -23,11 +24,13 @@ from adamjax._core.flax_nodes import serialised_by_flax
 from adamjax._core.trees import Leaves
 from adamjax._core.typing import AxisName, GradientTransformation, PyTree
 from adamjax._core.value import Value, static_field, value
-from adamjax._transforms.base import Foreign, MaySkip, Result, StepContext, Transformation
+from adamjax._transforms.base import Foreign, MaySkip, Result, StepContext, Transformation, may_skip
 from adamjax._transforms.chain import Chain
 from adamjax._transforms.moments import find_moments
 
 _SCALES = [2.0**k for k in range(25)]
+# Skipped steps in a row that the scale of the loss cannot explain: after one fewer, it is 1 from wherever it began.
+MAX_OF_SCALE = len(_SCALES)
 
 
 class _PlaceholderPaths:
@@ -110,6 +113,12 @@ class SkipNonfinite(MaySkip):
 
     def __post_init__(self) -> None:
         self._wrap("skip_nonfinite")
+        if may_skip(self.inner) and _has_loss_scale(self.inner):
+            warnings.warn(
+                "skip_nonfinite around dynamic_loss_scale skips the steps at which the scale would be halved: it stays "
+                "too large: leave skip_nonfinite out, for dynamic_loss_scale skips such steps itself",
+                stacklevel=4,
+            )
         if self.max_consecutive is not None:
             self._replace_field("max_consecutive", checks.count("max_consecutive", self.max_consecutive))
         collectives.check_axis_name(self.axis_name)
@@ -180,7 +189,7 @@ def skip_nonfinite(
     Args:
       opt: A transformation, ours or optax's.
       max_consecutive: At least 1: after so many steps skipped in a row, the state says so from then
-        on, and `check` raises. Steps go on being skipped. None: as many as there are.
+        on, and `check` raises. Steps go on being skipped. None: as many as there are; `check` warns of many.
       axis_name: Where `update` runs inside `jax.shard_map` or `jax.pmap`, and devices have different
         gradients or shards of them: the mapped axis (or axes) over which they agree to skip.
         Sharded arrays under `jax.jit` need no axis.
@@ -258,6 +267,8 @@ jax.export.register_namedtuple_serialization(LossScaleState, serialized_name="ad
 class DynamicLossScale(MaySkip):
     """See `dynamic_loss_scale`."""
 
+    unscales_gradients: ClassVar[bool] = True
+
     inner: SkipNonfinite
     initial: float = static_field(default=2.0**15)
     growth_interval: int = static_field(default=2000)
@@ -319,7 +330,7 @@ def dynamic_loss_scale(
     *,
     initial: float = 2.0**15,
     growth_interval: int = 2000,
-    max_consecutive: int | None = None,
+    max_consecutive: int | None = MAX_OF_SCALE,
     axis_name: AxisName = None,
 ) -> DynamicLossScale:
     """Scale the loss for float16, in which gradients below 6e-8 are 0.
@@ -333,7 +344,9 @@ def dynamic_loss_scale(
       opt: A transformation. For float16 parameters, one of optax's must be inside `master_weights` or `kahan`.
       initial: The scale to begin with: a power of two from 1 to 2**24.
       growth_interval: At least 1.
-      max_consecutive, axis_name: See `skip_nonfinite`.
+      max_consecutive: See `skip_nonfinite`. By default 25, before which the scale has come down to 1: then it is not
+        the scale that makes the gradients infinite or NaN.
+      axis_name: See `skip_nonfinite`.
 
     Returns:
       A transformation with state `LossScaleState`, and the methods `scale(loss, state)`, and
@@ -367,6 +380,10 @@ def _times(g: Array, factor: Array) -> Array:
     return g.astype(dtype) * factor.astype(trees.real_dtype(dtype)).astype(dtype)
 
 
+def _has_loss_scale(opt: Transformation) -> bool:
+    return isinstance(opt, DynamicLossScale) or any(map(_has_loss_scale, opt._delivered_by()))
+
+
 def _has_foreign(opt: Transformation) -> bool:
     """Return whether a transformation from elsewhere would be given gradients in the dtype of the parameters."""
     return isinstance(opt, Foreign) or (isinstance(opt, Chain) and any(map(_has_foreign, opt.transforms)))
@@ -384,6 +401,9 @@ def check(state: PyTree) -> None:
     Raises:
       FloatingPointError: `max_consecutive` steps in a row were skipped (the message has the counts,
         and the parameters whose gradients were not finite), or a moment is NaN or infinite (its path).
+
+    Warns:
+      UserWarning: No `max_consecutive` was given, and 25 steps in a row or more were skipped just now.
 
     >>> import adamjax, jax.numpy as jnp
     >>> opt = adamjax.skip_nonfinite(adamjax.adam(), max_consecutive=2)
@@ -411,7 +431,9 @@ def check_skipped(state: PyTree) -> None:
     """Raise if too many steps were skipped: the part of `check` that costs nothing."""
     for found in _skip_states(state):
         if np.any(found.exceeded):
-            raise FloatingPointError(_exceeded(found))
+            raise FloatingPointError(_exceeded(found, "at least max_consecutive of them"))
+        if np.max(found.consecutive) >= MAX_OF_SCALE:
+            warnings.warn(_exceeded(found, "many"), stacklevel=3)
 
 
 def was_skipped(state: PyTree) -> Array:
@@ -429,14 +451,14 @@ def _skip_states(state: PyTree) -> list[SkipState]:
     return [x for x in nodes if isinstance(x, SkipState)]
 
 
-def _exceeded(state: SkipState) -> str:
+def _exceeded(state: SkipState, many: str) -> str:
     counts = np.asarray(state.nonfinite.counts)
     counts = counts.reshape(-1, counts.shape[-1]).max(axis=0)
     where = checks.listed(
         f"{state.nonfinite.paths[i] or 'the parameter'} at {counts[i]}" for i in np.argsort(-counts) if counts[i]
     )
     return (
-        f"{np.max(state.skipped)} steps were skipped, at least max_consecutive of them in a row "
+        f"{np.max(state.skipped)} steps were skipped, {many} in a row "
         f"({np.max(state.consecutive)} just now): the gradients are not finite of {where}. Lower the learning "
         "rate, clip, or look for a division by 0 or the logarithm of one in the loss"
     )

@@ -430,3 +430,71 @@ def test_a_run_that_is_measured_is_the_same_run(tmp_path, capsys):
     assert logs
     assert main(["train", *flags, "--tensorboard"]) == 2  # the folder holds a run already, which gets no other log
     assert list((tmp_path / "tensorboard").iterdir()) == logs
+
+
+def normalized(h):
+    return (h - h.mean(0)) / jnp.sqrt(h.var(0) + 1e-5)
+
+
+def findings_of(loss, params, steps=20):
+    opt = adamjax.adam(1e-3)
+    state, history = opt.init(params), adamjax.diagnostics.History()
+
+    @jax.jit
+    def step(params, state, x):
+        grads = jax.grad(loss)(params, x)
+        updates, state = opt.update(grads, state, params)
+        return adamjax.apply_updates(params, updates), state, measure(grads, updates, state, params, opt=opt)
+
+    for i in range(steps):
+        params, state, stats = step(params, state, jax.random.normal(jax.random.key(i), (64, 16)))
+        history.append(stats)
+    return [(finding.rule, finding.path) for finding in history.explain()]
+
+
+@pytest.mark.usefixtures("lenient")
+@pytest.mark.parametrize("scale", [1.0, 1e-8])
+def test_a_bias_before_a_normalization(scale):
+    """Its gradient is 0 but for rounding: eps is no remedy. Where all gradients are small, it is."""
+
+    def loss(params, x):
+        first, norm, last = (params[name] for name in ("first", "norm", "last"))
+        hidden = jax.nn.relu(normalized(x @ first["kernel"] + first["bias"]) * norm["scale"] + norm["bias"])
+        return scale * jnp.mean((hidden @ last["kernel"] + last["bias"] - jnp.sin(x[:, :2])) ** 2)
+
+    params = {
+        "first": {"kernel": jax.random.normal(jax.random.key(0), (16, 32)) / 4, "bias": jnp.zeros(32)},
+        "norm": {"scale": jnp.ones(32), "bias": jnp.zeros(32)},
+        "last": {"kernel": jax.random.normal(jax.random.key(1), (32, 2)) / 6, "bias": jnp.zeros(2)},
+    }
+    found = findings_of(loss, params)
+    others = {("eps", "first/kernel"), ("eps", "last/kernel")} if scale < 1 else set()
+    assert ("zero_but_for_rounding", "first/bias") in found
+    assert others <= set(found)
+    assert scale < 1 or len(found) == 1
+
+
+@pytest.mark.usefixtures("lenient")
+def test_the_bias_of_the_keys():
+    def loss(params, x):
+        x = x.reshape(8, 8, 16)
+        q, k, v = (x @ params[name]["kernel"] + params[name]["bias"] for name in "qkv")
+        return jnp.mean((jax.nn.softmax(jnp.einsum("bid,bjd->bij", q, k) / 4) @ v - jnp.sin(x)) ** 2)
+
+    keys = jax.random.split(jax.random.key(0), 3)
+    kernels = [jax.random.normal(key, (16, 16)) / 4 for key in keys]
+    params = {n: {"kernel": kernel, "bias": jnp.ones(16)} for n, kernel in zip("qkv", kernels, strict=True)}
+    assert findings_of(loss, params) == [("zero_but_for_rounding", "k/bias")]
+
+
+def test_eps_is_not_blamed_for_parameters_that_died():
+    opt = adamjax.adam(1e-3, b2=0.5)
+    params = {"w": jnp.ones((4, 4))}
+    state = opt.init(params)
+    _, state = opt.update({"w": jnp.ones((4, 4))}, state, params)
+    history = []
+    for _ in range(80):
+        grads = {"w": jnp.zeros((4, 4))}
+        updates, state = opt.update(grads, state, params)
+        history.append(measure(grads, updates, state, params, opt=opt))
+    assert "eps" not in {finding.rule for finding in explain(history[60:])}

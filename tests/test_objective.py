@@ -134,6 +134,7 @@ def test_exceptions_and_nan_are_failed_trials_and_the_search_goes_on(tmp_path):
         if trial.number == 4:
             trial.report(0, 1.0)
             trial.report(7, math.nan)
+            return math.nan
         if trial.number == 5:
             return math.inf
         if trial.number == 6:
@@ -147,8 +148,7 @@ def test_exceptions_and_nan_are_failed_trials_and_the_search_goes_on(tmp_path):
     assert [t.status for t in found.searched] == ["complete"] + ["failed"] * 7 + ["complete"] * 4
     errors = [t.error for t in found.searched[1:8]]
     assert errors[:5] == [
-        "MemoryError: out of memory", "ArithmeticError", "ArithmeticError", "the metric is NaN at step 7",
-        "the metric is inf",
+        "MemoryError: out of memory", "ArithmeticError", "ArithmeticError", "the metric is NaN", "the metric is inf",
     ]  # fmt: skip
     assert errors[5].startswith("ValueError: the value that the objective returned has accuracy, but not 'loss'")
     assert errors[6].startswith("TypeError: the value that the objective returned has 'good' for 'loss'")
@@ -159,12 +159,23 @@ def test_exceptions_and_nan_are_failed_trials_and_the_search_goes_on(tmp_path):
     assert "ArithmeticError" in (tmp_path / "report.html").read_text()
 
 
+def test_a_metric_that_is_undefined_at_first_is_judged_at_the_end():
+    def objective(optimizer, trial):
+        for step in range(1, 11):
+            trial.report(step, math.nan if step < 3 else distance(trial))
+        return distance(trial)
+
+    found = small(objective, range_test="auto")
+    assert {t.status for t in found.searched} <= {"complete", "pruned"}
+    assert found.range_test is not None
+    assert np.isfinite(found.range_test.losses).any()
+
+
 @pytest.mark.parametrize(
     ("ends", "error", "message"),
     [
         (lambda trial: 1 / 0, ZeroDivisionError, "division by zero"),
         (lambda trial: math.nan, ValueError, "first trial.*failed: the metric is NaN. Give defaults that train"),
-        (lambda trial: trial.report(3, math.nan), ValueError, "failed: the metric is NaN at step 3"),
         (lambda trial: None, TypeError, "the value that the objective returned has None for 'loss'"),
         (lambda trial: trial.report(-1, 0.0), ValueError, "Invalid step value: -1"),
         (lambda trial: (trial.report(1, 0.0), trial.report(1, 0.0)), ValueError, "above that of the last report, 1"),

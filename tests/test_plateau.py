@@ -1,4 +1,4 @@
-"""reduce_on_plateau: what optax's does on positive values, and the same on negative ones."""
+"""reduce_on_plateau: what optax's does on positive values, and the same on negative ones; or what torch's does."""
 
 import jax
 import jax.numpy as jnp
@@ -74,6 +74,47 @@ def test_negative_losses_where_optax_fails(lenient):
     np.testing.assert_array_equal(scales(reduce_on_plateau(**options), -1 - 0.1 * np.arange(9)), np.ones(9))
 
 
+TORCH_OPTIONS = [
+    {},
+    {"factor": 0.5, "patience": 0},
+    {"factor": 0.5, "patience": 1, "min_lr": 0.05},
+    {"factor": 0.3, "patience": 2, "threshold": 0.05, "cooldown": 3},
+    {"factor": 0.5, "patience": 3, "threshold": 0.01, "threshold_mode": "abs"},
+    {"factor": 0.5, "patience": 0, "cooldown": 1, "mode": "max"},
+    {"factor": 0.5, "patience": 1, "threshold": 0.05, "mode": "max", "threshold_mode": "abs"},
+    {"factor": 0.5, "patience": 2, "threshold": 0.05, "mode": "max"},
+]
+
+
+@pytest.mark.parametrize("options", TORCH_OPTIONS)
+@pytest.mark.parametrize("shift", [0.0, -2.0])
+def test_torchs_variant_agrees_with_torch(options, shift):
+    """Also on negative values, at which torch's relative threshold is easier."""
+    torch = pytest.importorskip("torch")
+    values = falling(2) + shift
+    values[[7, 40, 41]] = np.nan
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, **options, eps=0.0)
+    expected = []
+    for x in values.astype(np.float32):
+        scheduler.step(float(x))
+        expected.append(optimizer.param_groups[0]["lr"])
+    names = {"min_lr": "min_scale", "factor": "factor", "patience": "patience", "cooldown": "cooldown", "mode": "mode"}
+    ours = {names[name]: x for name, x in options.items() if name in names}
+    threshold = options.get("threshold", 1e-4)
+    ours |= {"rtol": 0.0, "atol": threshold} if "threshold_mode" in options else {"rtol": threshold}
+    found = scales(reduce_on_plateau(**ours, variant="torch"), values)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    if options and not shift:
+        assert 0 < expected[-1] < 1
+
+
+def test_torchs_patience_is_one_less():
+    values = falling(0)
+    ours = scales(reduce_on_plateau(0.5, patience=3, cooldown=1), values)
+    np.testing.assert_array_equal(ours, scales(reduce_on_plateau(0.5, patience=2, cooldown=1, variant="torch"), values))
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_what_is_not_finite_does_not_improve(bad):
     found = scales(reduce_on_plateau(0.5, 2), [1.0, bad, bad, 0.5, 0.5, 0.5])
@@ -115,7 +156,13 @@ def scales_of_constant(opt):
 def test_bad_input():
     for options, message in [
         ({"factor": 1.0}, r"^Invalid factor value: 1\.0; factor must be at least 0 and below 1"),
-        ({"patience": 0}, r"^Invalid patience value: 0; patience must be at least 1"),
+        (
+            {"patience": 0},
+            r"^Invalid patience value: 0.0; patience must be at least 1.*patience=0 with variant",
+        ),
+        ({"patience": np.array([3.0, 0.0])}, r"^Invalid patience value: \[3\. 0\.\]; patience must be at least 1"),
+        ({"patience": -1, "variant": "torch"}, r"^Invalid patience value: -1; patience must be"),
+        ({"variant": "keras"}, r"^Invalid variant value: 'keras'"),
         ({"rtol": -1.0}, r"^Invalid rtol value"),
         ({"accumulation_size": 0}, r"^Invalid accumulation_size value"),
         ({"mode": "least"}, r"^Invalid mode value: 'least'"),

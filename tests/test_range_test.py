@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -97,7 +98,16 @@ NOISE = 2 + 0.1 * np.random.default_rng(1).normal(size=200)
 NO_ANSWER = {
     "falling": (curve()[:140], "the minimum lies on the edge of the range: raise max_lr"),
     "rising": (curve()[145:175], "the loss does not fall, unless it begins at its minimum: lower min_lr"),
-    "flat": (np.ones(200), "the loss does not fall"),
+    "flat": (np.ones(200), "the loss does not move from 1: check that it depends on the parameters"),
+    "flat, with rounding": (np.full(200, 2.3), "the loss does not move from 2.3"),
+    "two neighbouring numbers": (
+        np.where(np.random.default_rng(1).random(200) < 0.1, np.float32(2.3), np.nextafter(np.float32(2.3), np.inf)),
+        "the loss does not move from 2.3",
+    ),
+    "two neighbouring bfloat16s": (
+        2.296875 + 0.015625 * (np.random.default_rng(2).random(200) < 0.5),
+        "the loss falls by no more than its noise",
+    ),
     "noise alone": (NOISE, "the loss falls by no more than its noise: take more steps or larger batches, or a range"),
     "few": (curve()[::25], "the curve has only 8 points: take more steps"),
     "nan from the start": (
@@ -121,6 +131,41 @@ def test_curves_without_an_answer_say_why(name):
     assert warning.startswith(f"the range test determines no learning rate: {message}")
     assert warning in repr(found)
     assert not found.suggestions
+    assert found.plot() is not None
+
+
+def noises(rng, n):
+    """Losses that do not move, or only rise."""
+    yield 2.3 + 0.1 * rng.normal(size=n)
+    yield 2.3 + 0.1 * rng.standard_t(2, size=n)
+    yield rng.exponential(size=n)
+    yield 2.3 - 0.5 * (rng.random(n) < 0.05) + 0.01 * rng.normal(size=n)
+    yield 2.3 + np.linspace(0, 1, n) + 0.1 * rng.normal(size=n)
+    yield 2.3 * (1 + 10 ** np.linspace(-4, 2, n)) + 0.1 * rng.normal(size=n)
+    yield 2.3 + np.float32(2.4e-7) * (rng.random(n) < 0.1)
+
+
+@pytest.mark.parametrize(("points", "share"), [(200, 0.02), (32, 0.05), (12, 0.1)])
+def test_noise_suggests_hardly_anything(points, share):
+    """Few points are less certain: without a test for a trend, 30 % of these would suggest something."""
+    rng = np.random.default_rng(0)
+    rates = np.geomspace(1e-6, 1, points)
+    found = [bool(LrRange(rates, x, "constant").suggestions) for _ in range(30) for x in noises(rng, points)]
+    assert np.mean(found) <= share
+
+
+@pytest.mark.parametrize("bad", [(60,), (0,), (100, 101, 102), tuple(range(3, 150, 7))])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_single_losses_that_are_not_finite_are_left_out(bad, value):
+    losses = curve()
+    losses[list(bad)] = value
+    found = LrRange(RATES, losses)
+    for method, answer in ANSWERS.items():
+        assert within(1.4, found.suggestion(method), answer)
+    assert found.diverged_at == LrRange(RATES, curve()).diverged_at
+    (warning,) = found.warnings
+    assert warning.startswith(f"{len(bad)} of 200 losses are not finite amid finite ones, the first at a learning rate")
+    assert warning in repr(found)
     assert found.plot() is not None
 
 
@@ -256,6 +301,52 @@ def test_a_wider_ramp_goes_on_with_the_run():
     whole = lr_range_test(WIDE, max_lr=float(rates[-1]), num_steps=steps)
     np.testing.assert_allclose(whole.learning_rates, rates)
     np.testing.assert_allclose(found.losses, whole.losses, rtol=1e-4)
+
+
+@dataclasses.dataclass(frozen=True)
+class Spoilt(Bowl):
+    """A bowl with some batches that are NaN, and a state that a NaN would stay in."""
+
+    stateful = True
+
+    def init(self, key):
+        return super().init(key), jnp.zeros(())
+
+    def loss(self, params, state, batch, key):
+        return super().loss(params, batch, key) + 0 * state, 0.9 * state + 0.1 * jnp.mean(batch)
+
+    def batch(self, step, key):
+        return jnp.where(jnp.isin(step, jnp.array([60, 61, 90])), jnp.nan, super().batch(step, key))
+
+    def evaluate(self, params, state):
+        return super().evaluate(params)
+
+
+def test_a_bad_batch_does_not_end_a_ramp():
+    found, good = lr_range_test(Spoilt()), lr_range_test(BOWL)
+    np.testing.assert_array_equal(np.flatnonzero(np.isnan(found.losses)), [60, 61, 90])
+    np.testing.assert_array_equal(found.learning_rates, good.learning_rates)
+    assert within(1.1, found.suggestion(), good.suggestion())
+    assert found.warnings[-1].startswith(f"3 of {len(found.losses)} losses are not finite")
+
+
+@dataclasses.dataclass(frozen=True)
+class Still(Bowl):
+    """A loss that does not depend on the parameters."""
+
+    noise: float = 0.0
+
+    def loss(self, params, batch, key):
+        return 2.3 + self.noise * jax.random.normal(key) + 0 * jnp.sum(params["x"])
+
+
+def test_losses_that_do_not_move():
+    (warning,) = lr_range_test(Still()).warnings
+    assert "the loss does not move from 2.3" in warning
+    assert "max_lr" not in warning  # it was raised as far as it goes
+    assert not lr_range_test(Still(noise=0.1)).suggestions
+    (warning,) = lr_range_test(lambda optimizer, trial: math.nan).warnings
+    assert "look for what makes it NaN or infinite whatever the learning rate is" in warning
 
 
 def test_constant_rates_are_raised():

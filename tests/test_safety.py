@@ -1,5 +1,6 @@
 """Steps that are skipped, leaving every bit as it was, on every device; scaling the loss; telling."""
 
+import warnings
 from functools import partial
 from typing import Any, cast
 
@@ -390,3 +391,43 @@ def test_parameters_whose_paths_print_alike_are_not_exchanged():
     bad = jax.tree.map(lambda p: p * jnp.nan, params)
     _, after = jax.jit(opt.step)(bad, state, params)
     assert_equal(after.inner, state.inner)
+
+
+def spoil(opt, steps, bad=jnp.nan):
+    params = {"w": jnp.ones(2)}
+    step = jax.jit(opt.step)
+    state = opt.init(params)
+    for _ in range(steps):
+        params, state = step({"w": jnp.array([1.0, bad])}, state, params)
+    return state
+
+
+@pytest.mark.parametrize("around", [lambda opt: opt, lambda opt: adamjax.chain(opt)])
+def test_a_loss_scale_does_not_skip_for_ever_in_silence(around):
+    opt = around(adamjax.dynamic_loss_scale(adamjax.adam(), initial=2.0**24))
+    adamjax.check(spoil(opt, 24))  # the scale has just come down to 1
+    with pytest.raises(FloatingPointError, match=r"25 steps were skipped.*not finite of w at 25"):
+        adamjax.check(spoil(opt, 25))
+
+
+@pytest.mark.parametrize("wrap", [adamjax.skip_nonfinite, adamjax.dynamic_loss_scale])
+def test_endless_skipping_that_is_allowed_is_said(wrap):
+    opt = wrap(adamjax.adam(), max_consecutive=None)
+    with pytest.warns(UserWarning, match="30 steps were skipped, many in a row"):
+        adamjax.check(spoil(opt, 30))
+
+
+def test_the_order_of_a_loss_scale_and_others():
+    scaled = adamjax.dynamic_loss_scale(adamjax.adam())
+    before = r"before dynamic_loss_scale in a chain, and is given gradients that are multiplied"
+    for first in (adamjax.clip_by_global_norm(1.0), adamjax.add_decayed_weights(0.1), optax.clip(1.0)):
+        with pytest.warns(UserWarning, match=before):
+            adamjax.chain(first, scaled)
+    with pytest.warns(UserWarning, match=before):
+        adamjax.chain(adamjax.clip_by_global_norm(1.0), adamjax.chain(scaled))
+    with pytest.warns(UserWarning, match="skip_nonfinite around dynamic_loss_scale skips the steps"):
+        adamjax.skip_nonfinite(scaled)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        adamjax.chain(scaled, adamjax.scale_by_learning_rate(0.1))
+        adamjax.dynamic_loss_scale(adamjax.chain(adamjax.clip_by_global_norm(1.0), adamjax.adam()))

@@ -196,14 +196,30 @@ def test_metrics_failures_and_pruned_trials():
     assert search.report().best.arguments == trials[4].arguments
 
 
-def test_reports_that_are_nan_make_a_failed_trial():
+def test_reports_that_are_nan_are_judged_at_the_end():
     search = search_of()
     trial = search.ask()
-    with pytest.raises(Pruned, match="the metric is NaN at step 4"):
-        trial.report(4, math.nan)
-    search.tell(trial, "pruned")
+    for step, x in ((1, math.nan), (2, math.inf), (4, 2.0), (5, math.nan)):
+        trial.report(step, x)
+    search.tell(trial, 1.0)
     (record,) = search.report().trials
-    assert (record.status, record.error) == ("failed", "the metric is NaN at step 4")
+    assert (record.status, record.error, record.value("loss")) == ("complete", "", 1.0)
+
+
+def test_reports_that_stay_nan_end_a_trial_once_others_have_values():
+    search = search_of(confirm=None, trials=24)
+    for _ in range(6):
+        trial = search.ask()
+        for step in range(8):
+            trial.report(step, 0.0)
+        search.tell(trial, loss(trial))
+    trial = search.ask()
+    for step in (0, 1):
+        trial.report(step, math.nan)
+    with pytest.raises(Pruned, match="the metric is NaN at step 2"):
+        trial.report(2, math.nan)
+    search.tell(trial, "pruned")
+    assert search.report().trials[-1].error == "the metric is NaN at step 2"
 
 
 def test_it_prunes():

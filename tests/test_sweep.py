@@ -1,6 +1,8 @@
 """Sweeps: many settings in one program are as many runs, one by one."""
 
+import dataclasses
 import json
+import math
 import os
 import subprocess
 import sys
@@ -11,13 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from bowl import BOWL
+from bowl import BOWL, Bowl
 from helpers import free_port
 from tolerances import SWEEP
 
 import adamjax
 from adamjax.training import train
-from adamjax.tuning import Log, Space, sweep
+from adamjax.tuning import Log, Space, sweep, tune
 
 DIGITS = adamjax.problems.digits(hidden=(8,), batch_size=16)
 STEPS = 30
@@ -187,14 +189,56 @@ class Cliff:
         return {"loss": jnp.where(params["x"] > 4.5, jnp.nan, params["x"])}
 
 
-def test_a_validation_that_is_not_finite_is_a_divergence():
+def test_a_validation_that_is_not_finite_at_the_end_is_no_result():
     opt = adamjax.scale_by_learning_rate
     settings = [{"learning_rate": 1.0}, {"learning_rate": 0.1}]
     found = sweep(Cliff(), settings, optimizer=opt, steps=8, points=8, execution="vmap")
-    np.testing.assert_array_equal(found.diverged_at, [[5], [0]])
+    np.testing.assert_array_equal(found.diverged_at, [[0], [0]])
+    np.testing.assert_array_equal(found.infeasible, [True, False])
     assert found.ranking == [1]
-    with pytest.raises(ValueError, match="all 1 settings diverged, the first at step 5"):
+    assert "1 without a finite loss" in repr(found)
+    with pytest.raises(ValueError, match="no setting has a result: loss is nan at the end, though the training losses"):
         sweep(Cliff(), settings[:1], optimizer=opt, steps=8, points=8, execution="vmap").winner  # noqa: B018
+
+
+@dataclasses.dataclass(frozen=True)
+class Undefined(Bowl):
+    """A score that is undefined until the parameters have moved."""
+
+    until: float = 0.02
+
+    def evaluate(self, params):
+        metrics = super().evaluate(params)
+        apart = jnp.mean(jnp.abs(params["x"] - 3))
+        return metrics | {"score": jnp.where(apart > 3 - self.until, jnp.nan, metrics["score"])}
+
+
+@pytest.mark.parametrize("halving", [False, True])
+def test_a_metric_that_is_undefined_at_first_is_judged_at_the_end(halving):
+    settings = [{"learning_rate": x} for x in (1e-3, 1e-2, 1e-1)]
+    judged = {"metric": "score", "mode": "max"}
+    found = sweep(Undefined(until=0.5), settings, steps=40, points=8, execution="vmap", **judged)
+    assert np.isnan(found.metrics["score"][:, 0, 0]).all()
+    assert 2 in found.ranking
+    assert np.isfinite(found.best[2]).all()
+    tuned = tune(
+        Undefined(until=0.5), trials=8, steps=40, range_test=None, confirm=None, halving=halving, sampler="halton",
+        space=Space(learning_rate=Log(1e-2, 1.0)), execution="vmap", schedule="constant", **judged,
+    )  # fmt: skip
+    assert tuned.best.arguments["learning_rate"] > 1e-2
+    assert {t.status for t in tuned.searched} <= {"complete", "pruned", "failed"}
+
+
+def test_a_metric_that_is_never_defined_gets_advice_about_the_metric():
+    never = Undefined(until=math.inf)
+    judged = {"metric": "score", "mode": "max"}
+    with pytest.raises(ValueError, match=r"score is nan at the end.*look at how evaluate computes it"):
+        sweep(never, [{"learning_rate": 1e-3}], steps=8, execution="vmap", **judged).winner  # noqa: B018
+    tuned = tune(never, trials=3, steps=8, range_test=None, confirm=None, execution="vmap", **judged)
+    assert {t.status for t in tuned.searched} == {"failed"}
+    assert any("score is nan at the end" in warning for warning in tuned.warnings)
+    with pytest.raises(ValueError, match="all 3 trials failed, most often with: score is nan at the end"):
+        tuned.best  # noqa: B018
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import numpy as np
@@ -40,6 +40,8 @@ class Transformation(Value):
     optax takes a transformation: where optax is imported, it is an instance of
     `optax.GradientTransformationExtraArgs`.
     """
+
+    unscales_gradients: ClassVar[bool] = False  # whether it expects the gradients of a scaled loss
 
     @property  # type: ignore[misc]
     def __class__(self) -> type[Any]:

@@ -1,5 +1,6 @@
 """Transformations one after another."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from adamjax._transforms.base import (
     Transformation,
     as_transformation,
     check_not_fused,
+    delivering,
     rounds_params,
 )
 from adamjax._transforms.delivery import update_dtype
@@ -35,6 +37,14 @@ class Chain(Transformation):
                     "the values that it rounds parameters to"
                 )
             check_not_fused(transform, "anywhere but at the end of a chain")
+        for i, transform in enumerate(self.transforms):
+            if i and any(t.unscales_gradients for t in delivering(transform)):
+                before = ", ".join(type(t).__name__ for t in self.transforms[:i])
+                warnings.warn(
+                    f"{before} comes before dynamic_loss_scale in a chain, and is given gradients that are multiplied "
+                    "by the scale of the loss: put all into it, dynamic_loss_scale(chain(...))",
+                    stacklevel=4,
+                )
 
     def _delivered_by(self) -> tuple[Transformation, ...]:
         return self.transforms[-1:]

@@ -24,7 +24,7 @@ class PlateauState(NamedTuple):
       best: The best mean so far; of the negated values if the mode is "max".
       mean: The mean of the values since the last comparison.
       count: int32, the number of these values.
-      plateau: int32, comparisons since the best.
+      plateau: int32, comparisons without improvement since the best, or since the last reduction.
       cooldown: int32, comparisons still to ignore.
     """
 
@@ -51,10 +51,19 @@ class ReduceOnPlateau(Transformation):
     accumulation_size: Scalar
     min_scale: Scalar
     mode: Literal["min", "max"] = static_field(default="min")
+    variant: Literal["optax", "torch"] = static_field(default="optax")
 
     def __post_init__(self) -> None:
+        checks.choice("variant", self.variant, ("optax", "torch"))
         self._check_numbers("factor", below=1.0)
-        self._check_whole("patience", "accumulation_size", low=1.0, below=2**31)
+        self._check_whole("patience", below=2**31)
+        known = self.patience if isinstance(self.patience, (float, np.ndarray)) else 1
+        if self.variant == "optax" and np.any(np.less(known, 1)):
+            raise ValueError(
+                f"Invalid patience value: {self.patience}; patience must be at least 1, which reduces at the first "
+                "comparison without improvement; so does patience=0 with variant='torch'"
+            )
+        self._check_whole("accumulation_size", low=1.0, below=2**31)
         self._check_whole("cooldown", below=2**31)
         self._check_numbers("rtol", "atol", "min_scale")
         checks.choice("mode", self.mode, ("min", "max"))
@@ -93,12 +102,15 @@ class ReduceOnPlateau(Transformation):
         real, whole = state.mean.dtype, jnp.dtype(jnp.int32)
         count = state.count + 1
         mean = state.mean + ((x if self.mode == "min" else -x) - state.mean) / count.astype(real)
-        # Use |best|: if best is negative, subtracting a share of it would make the goal easier.
-        goal = state.best - (number("rtol", real) * jnp.abs(state.best) + number("atol", real))
+        as_torch = self.variant == "torch"
+        # Use |best|: if best is negative, subtracting a share of it makes the goal easier, as it does in torch.
+        size = state.best if as_torch and self.mode == "min" else -state.best if as_torch else jnp.abs(state.best)
+        goal = state.best - (number("rtol", real) * size + number("atol", real))
         improved = mean < jnp.where(jnp.isinf(state.best), state.best, goal)
         cooling = state.cooldown > 0
         plateau = jnp.where(improved | cooling, 0, state.plateau + 1)
-        falls = plateau >= number("patience", whole)
+        patience = number("patience", whole)
+        falls = plateau > patience if as_torch else plateau >= patience
         lower = jnp.maximum(state.scale * number("factor", real), number("min_scale", real))
         judged = PlateauState(
             jnp.where(falls, jnp.minimum(lower, state.scale), state.scale),
@@ -123,6 +135,7 @@ def reduce_on_plateau(
     min_scale: Scalar = 0.0,
     *,
     mode: Literal["min", "max"] = "min",
+    variant: Literal["optax", "torch"] = "optax",
 ) -> ReduceOnPlateau:
     """Scale the updates down whenever a watched value has stopped improving.
 
@@ -132,13 +145,18 @@ def reduce_on_plateau(
 
     Args:
       factor: The factor of each reduction, in [0, 1).
-      patience: The number of comparisons without improvement before a reduction; at least 1.
+      patience: The number of comparisons without improvement that make a reduction, at least 1; with
+        `variant="torch"`, the number that are let pass before it, at least 0.
       rtol, atol: Relative and absolute thresholds of an improvement; at least 0.
       cooldown: The number of comparisons to ignore after each reduction.
       accumulation_size: The number of values to average before each comparison; use more than 1 for
         the losses of minibatches.
       min_scale: The smallest scale; at least 0.
       mode: "min", or "max" for a value that should grow.
+      variant: "optax": patience counts as in `optax.contrib.reduce_on_plateau`. "torch": as in torch's
+        `ReduceLROnPlateau`, which reduces one comparison later, and whose relative threshold takes every
+        value for an improvement while the best is negative. Its threshold is `rtol`, or `atol` with
+        `rtol=0` for `threshold_mode="abs"`; its `min_lr` is `min_scale` times the learning rate; its `eps` is 0.
 
     Returns:
       A transformation with state `PlateauState`.
@@ -157,4 +175,4 @@ def reduce_on_plateau(
     1.0
     0.5
     """
-    return ReduceOnPlateau(factor, patience, rtol, atol, cooldown, accumulation_size, min_scale, mode)
+    return ReduceOnPlateau(factor, patience, rtol, atol, cooldown, accumulation_size, min_scale, mode, variant)

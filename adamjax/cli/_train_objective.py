@@ -90,6 +90,11 @@ def run(objective: Callable[..., Any], options: Options) -> int:
     print(f"wrote config.json, metrics.jsonl and curves.png to {folder.path}")
     if all(map(math.isfinite, metrics.values())):
         return 0
+    bad = [name for name, x in metrics.items() if not math.isfinite(x)]
+    if math.isfinite(metrics.get("loss", math.nan)):
+        advice = f"{', '.join(bad)} is not finite, though the loss is: look at how it is computed"
+        print(f"adamjax: {advice}.", file=sys.stderr)
+        return 1
     lower = f"a --learning-rate below {options['learning_rate']:g} (a tenth, say)"
     print(f"adamjax: the objective returned a number that is not finite. Try {lower}.", file=sys.stderr)
     return 1

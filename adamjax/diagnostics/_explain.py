@@ -10,6 +10,7 @@ import numpy as np
 from adamjax.diagnostics._measure import AdamStats, LeafStats, check_stats
 
 ALL = "all parameters"
+ROUNDING_ERROR = 1e-5  # of gradients in float32, relative to those of the terms that cancel
 
 
 class Finding(NamedTuple):
@@ -85,6 +86,7 @@ def explain(stats: AdamStats | Iterable[AdamStats]) -> list[Finding]:
     | underflow | a third of the gradients of a float16 parameter are 0 |
     | rounding | rounding to the parameters' dtype discards a third of the updates |
     | eps | eps is larger than the root of the second moment for half of the elements |
+    | zero_but_for_rounding | the same, but the gradients are below 1e-5 of those of a larger parameter beside it |
     | rate_high | an update is more than a tenth of the parameters, or the first one more than a third |
     | rate_low | no update is more than 1e-5 of the parameters |
     | warm_up | the run has at least 100 steps, but less than a fifteenth of the window of b2 |
@@ -155,8 +157,8 @@ def _no_gradient(overall: Series, leaves: list[Series]) -> Found:
         if np.all(leaf.of.zero_gradients == 1) and leaf.dtype != "float16":
             message = f"{leaf.path} never got a gradient but 0"
             remedy = (
-                "connect it to the loss (no stop_gradient, no rounding, no saturated activation before it), or make "
-                "its gradient None"
+                "connect it to the loss (no stop_gradient, no rounding, no saturated activation before it), make its "
+                "gradient None, or leave it out if the loss cannot depend on it"
             )
             yield leaf.path, 1.0, message, remedy
 
@@ -177,9 +179,46 @@ def _rounding(overall: Series, leaves: list[Series]) -> Found:
         yield leaf.path, share, message, remedy
 
 
+def _zero_but_for_rounding(overall: Series, leaves: list[Series]) -> Found:
+    for leaf, _ in _worst(leaves, "eps_dominated", above=0.5):
+        if (other := _far_above(leaf, leaves)) is not None:
+            size = _gradient(leaf)
+            message = (
+                f"the gradients of {leaf.path}, about {size:.0e}, are rounding errors of 0: those of {other.path} are "
+                f"{_gradient(other) / size:.0e} times as large"
+            )
+            remedy = (
+                "leave it out if the loss cannot depend on it, as on a bias before a normalization or on that of "
+                "the keys in attention; it does no harm"
+            )
+            yield leaf.path, size, message, remedy
+
+
+def _gradient(leaf: Series) -> float:
+    """Return the usual root mean square of the gradients."""
+    return leaf.usual("gradient_norm") / math.sqrt(leaf.of.size[-1])
+
+
+def _far_above(leaf: Series, leaves: list[Series]) -> Series | None:
+    """Return a neighbour whose gradients say that those of `leaf` are rounding errors; None if there is none.
+
+    Neighbours are the larger parameters of the same layer, or else of the closest that has any. The one with the
+    smallest gradients counts, so that gradients that vanish with depth are not taken for rounding errors.
+    """
+    keys = leaf.path.split("/")
+    for depth in range(len(keys) - 1, -1, -1):
+        near = [x for x in leaves if x.path.split("/")[:depth] == keys[:depth] and x.of.size[-1] > leaf.of.size[-1]]
+        if near:
+            least = min(near, key=_gradient)
+            return least if _gradient(leaf) < ROUNDING_ERROR * _gradient(least) else None
+    return None
+
+
 def _eps(overall: Series, leaves: list[Series]) -> Found:
     for leaf, share in _worst(leaves, "eps_dominated", above=0.5):
-        eps, gradient = leaf.of.eps[-1], leaf.usual("gradient_norm") / math.sqrt(leaf.of.size[-1])
+        if _far_above(leaf, leaves) is not None:
+            continue
+        eps, gradient = leaf.of.eps[-1], _gradient(leaf)
         message = (
             f"eps ({eps:.0e}) dominates {_percent(share)} of {leaf.path}, whose gradients are about {gradient:.0e}"
         )
@@ -234,6 +273,7 @@ RULES: dict[str, Callable[[Series, list[Series]], Found]] = {
     "no_gradient": _no_gradient,
     "underflow": _underflow,
     "rounding": _rounding,
+    "zero_but_for_rounding": _zero_but_for_rounding,
     "eps": _eps,
     "rate_high": _rate_high,
     "rate_low": _rate_low,

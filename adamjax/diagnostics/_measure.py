@@ -36,7 +36,7 @@ class LeafStats(NamedTuple):
         |update| / |bias-corrected first moment|, over up to 1024 elements. The update includes weight decay.
         For all parameters together: the means of their percentiles, weighted by size.
       eps_dominated: The fraction of elements with eps larger than the root of the second moment, among
-        those whose second moment is not 0.
+        those whose gradient and second moment are not 0.
       lost: The fraction of updates that rounding to the parameter's dtype discards, among those not 0.
       zero_gradients, nonfinite_gradients: Fractions of the elements.
       storage_error: The root mean square change of the next direction due to storing the moments in fewer
@@ -103,7 +103,7 @@ def check_stats(x: object) -> AdamStats:
 # `product` is of gradient times update, and the others count elements.
 _Sums = namedtuple(
     "_Sums",
-    "size gradient update parameter product zero nonfinite moved lost alive dominated signal noise direction error",
+    "size gradient update parameter product zero nonfinite moved lost driven dominated signal noise direction error",
 )
 
 
@@ -271,6 +271,7 @@ def _leaf(g: Array, u: Array, p: Array, found: _Moments) -> tuple[Array, Array]:
     parts = found.member.parts(moment_storage.load_first(m, v_loaded, dtype, g), v_loaded, v_max, t)
     alive = parts.root > 0
     scale = jnp.where(alive, 1 / jnp.where(alive, parts.root + parts.eps, 1), 0)  # no second moment, no direction
+    driven = alive & (g != 0)  # of an element that has no gradient any more, eps is not the reason
     direction = abs_sq(parts.m_hat) * scale * scale
     error = jnp.zeros_like(scale)
     m_noise, v_noise = moment_storage.storage_noise(m, v, v_loaded)
@@ -288,8 +289,8 @@ def _leaf(g: Array, u: Array, p: Array, found: _Moments) -> tuple[Array, Array]:
         nonfinite=~jnp.isfinite(g),
         moved=u != 0,
         lost=lost,
-        alive=alive,
-        dominated=alive & (parts.root < parts.eps),
+        driven=driven,
+        dominated=driven & (parts.root < parts.eps),
         signal=abs_sq(parts.m_hat),
         noise=parts.root**2,
         direction=direction,
@@ -344,7 +345,7 @@ def _figures(s: _Sums, rates: Array, hyper: Array) -> LeafStats:
         rate_low=rates[0],
         rate_median=rates[1],
         rate_high=rates[2],
-        eps_dominated=over(s.dominated, s.alive),
+        eps_dominated=over(s.dominated, s.driven),
         lost=over(s.lost, s.moved),
         zero_gradients=over(s.zero, s.size),
         nonfinite_gradients=over(s.nonfinite, s.size),

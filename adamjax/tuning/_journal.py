@@ -43,7 +43,7 @@ class TrialRecord:
       losses: Mean training loss since the evaluation before; empty for an objective.
       metrics: The validation metrics, by name: a value for each of `steps`, NaN where there is none. If an objective
         returned another value than it reported last, that value follows.
-      diverged_at: The first step (counted from 1) at which a value was not finite; 0 for none.
+      diverged_at: The first step (counted from 1) whose training loss was not finite; 0 for none.
       error: The reason why the trial failed, such as the type and the text of an exception; empty if it did not.
     """
 

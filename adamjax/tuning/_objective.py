@@ -106,7 +106,8 @@ def check_first(outcome: Outcome) -> None:
         raise RuntimeError(text.rstrip())
     raise ValueError(
         f"the first trial, that of the defaults {record.setting}, failed: {record.error}. Give defaults that train, "
-        "such as optimizer=functools.partial(adamjax.adamw, learning_rate=1e-4), or look for NaN in the loop"
+        "such as optimizer=functools.partial(adamjax.adamw, learning_rate=1e-4), or look for NaN in the loop, or "
+        "(if the losses are finite) in how the metric is computed"
     )
 
 

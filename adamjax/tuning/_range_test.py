@@ -15,10 +15,12 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh
 
-from adamjax._core import checks
+from adamjax._core import checks, trees
 from adamjax._core.optional import require
-from adamjax._core.typing import PyTree
-from adamjax._transforms.base import as_transformation
+from adamjax._core.typing import Extra, PyTree
+from adamjax._core.value import value
+from adamjax._transforms.base import Transformation, as_transformation, may_skip
+from adamjax._transforms.chain import chain
 from adamjax.optimizers import adamw
 from adamjax.problems import Problem
 from adamjax.problems._check import checked
@@ -43,6 +45,9 @@ METHODS = {"ramp": ("valley", "steep", "minimum/10"), "constant": ("valley", "mi
 MIN_POINTS = 10  # that a range test makes
 FEWEST = {"ramp": 10, "constant": 5}  # points before a blow-up that a curve is read from
 OBJECTIVE_RATES = 12  # that a range test of an objective tries
+CLEAR = 5.0  # standard errors that a loss must fall to be more than noise; or, of the number of pairs that fall:
+CLEAR_TREND = 3.25
+_ROUNDING = 4  # units in the last place of float32, by which losses that are equal may differ
 # Where a range lies by default, and how far it is widened if that is not enough.
 USUAL, WIDEST = (1e-6, 1.0), (1e-9, 1e3)
 
@@ -53,7 +58,8 @@ class LrRange:
 
     Fields:
       learning_rates: float[points], rising.
-      losses: float[points], not smoothed; after some point they may be NaN.
+      losses: float[points], not smoothed. Losses that are not finite are left out of the curve; where only such losses
+        follow, it ends.
       mode: "ramp" or "constant"; see `lr_range_test`.
 
     Raises:
@@ -76,17 +82,18 @@ class LrRange:
 
     @cached_property
     def diverged_at(self) -> int | None:
-        """The first point whose loss is not finite, or whose smoothed loss is 4 times the lowest so far; None for none.
+        """The point at which the curve ends; None if it does not.
 
+        It ends where losses cease to be finite, but for a few, or where the smoothed loss is 4 times the lowest so far.
         A loss with negative values must instead rise 3 times as far above its start as it fell below.
         """
-        finite = _first(~np.isfinite(self.losses))
-        x = _average(_median(self.losses[:finite], len(self.losses)), len(self.losses))
+        end = _end(self.losses)
+        x = _average(_median(_bridged(self.losses[:end]), len(self.losses)), len(self.losses))
         if not x.size:
-            return finite
+            return end
         limit = 4 * np.minimum.accumulate(x) if x.min() > 0 else 4 * x[0] - 3 * x.min()
         blown = _first(x > limit)
-        return finite if blown is None else blown
+        return end if blown is None else blown
 
     @cached_property
     def smoothed(self) -> np.ndarray:
@@ -95,20 +102,33 @@ class LrRange:
         It is the mean of a forward and a backward average: one alone would lag behind.
         """
         points = len(self.losses)
-        x = _median(self.losses[: self.diverged_at], points)
+        x = _median(self._curve, points)
         both = (_average(x, points) + _average(x[::-1], points)[::-1]) / 2
         return np.concatenate([both, np.full(points - len(x), np.nan)])
 
     @property
+    def _curve(self) -> np.ndarray:
+        """The losses up to the end of the curve, with those that are not finite replaced by their neighbours'."""
+        return _bridged(self.losses[: self.diverged_at])
+
+    @property
     def warnings(self) -> tuple[str, ...]:
         """Problems of the range, and what to do about them; never empty if the curve determines no learning rate."""
+        gaps = np.flatnonzero(~np.isfinite(self.losses[: self.diverged_at]))
+        found = []
         if obstacle := self._obstacle():
-            return (f"the range test determines no learning rate: {obstacle}",)
-        if self._begins_late():
-            return (
-                f"the range test begins too late: the loss falls from the smallest learning rate on: {self._lower}",
+            found.append(f"the range test determines no learning rate: {obstacle}")
+        elif self._begins_late():
+            found.append(
+                f"the range test begins too late: the loss falls from the smallest learning rate on: {self._lower}"
             )
-        return ()
+        if gaps.size:
+            where = f"the first at a learning rate of {self.learning_rates[gaps[0]]:.2g}, point {gaps[0] + 1}"
+            found.append(
+                f"{gaps.size} of {len(self.losses)} losses are not finite amid finite ones, {where}: they were left "
+                "out; look for bad rows in the data, or a division by 0 or a logarithm of it in the loss"
+            )
+        return tuple(found)
 
     @property
     def band(self) -> tuple[float, float]:
@@ -207,20 +227,32 @@ class LrRange:
         x, end = self.smoothed[: self.diverged_at], self.diverged_at
         if end is not None and (len(x) < FEWEST[self.mode] or x.argmin() <= self._margin):
             return True
-        return not self._obstacle() and bool(x[0] - _start(x) > 0.2 * (_start(x) - x.min()))
+        return not self._obstacle(clearly=False) and bool(x[0] - _start(x) > 0.2 * (_start(x) - x.min()))
 
-    def _obstacle(self) -> str:
-        """Return the reason why the curve determines no learning rate; empty if it does."""
+    def _obstacle(self, *, clearly: bool = True) -> str:
+        """Return the reason why the curve determines no learning rate; empty if it does.
+
+        If not `clearly`, its fall may be one that noise could make, too.
+        """
         x, end = self.smoothed[: self.diverged_at], self.diverged_at
         if len(x) < FEWEST[self.mode]:
             if end is None:
                 return f"the curve has only {len(x)} points: take more steps"
             where = f"after {end} points, at a learning rate of {self.learning_rates[end]:.2g}"
-            return f"the loss blows up {where}: {self._lower}, or take larger batches if it is noisy"
+            if not np.isfinite(self.losses).any():
+                otherwise = "look for what makes it NaN or infinite whatever the learning rate is"
+            else:
+                otherwise = "take larger batches if it is noisy"
+            return f"the loss blows up {where}: {self._lower}, or {otherwise}"
+        if np.ptp(self._curve) <= _ROUNDING * _ulp(self._curve):
+            wider = ", or raise max_lr" if self.learning_rates[-1] < WIDEST[1] / 2 else ""
+            return (
+                f"the loss does not move from {self._curve[0]:.6g}: check that it depends on the parameters, and that "
+                f"they get gradients{wider}"
+            )
         if x.argmin() <= self._margin:
             return f"the loss does not fall, unless it begins at its minimum: {self._lower}, or take more steps"
-        noise = np.median(np.abs(self.losses[:end] - x))
-        if _start(x) - x.min() <= 2 * noise:
+        if not self._falls(x) or (clearly and not self._falls_clearly(x)):
             otherwise = ', or a range test with mode="constant"' if self.mode == "ramp" else ""
             return f"the loss falls by no more than its noise: take more steps or larger batches{otherwise}"
         if end is None and x.argmin() >= len(x) - 1 - self._margin:
@@ -228,6 +260,26 @@ class LrRange:
                 return "the minimum lies on the edge of the range: raise max_lr"
             return f"the loss still falls at a learning rate of {self.learning_rates[-1]:.2g}: take more steps"
         return ""
+
+    def _falls(self, x: np.ndarray) -> bool:
+        """Return whether the smoothed loss `x` falls by more than the noise of one point and its rounding."""
+        noise = 2 * np.median(np.abs(self._curve - x))
+        return bool(_start(x) - x.min() > max(noise, _ROUNDING * _ulp(self._curve)))
+
+    def _falls_clearly(self, x: np.ndarray) -> bool:
+        """Return whether the smoothed loss `x` falls by more than noise around a constant does."""
+        fall, best = _start(x) - x.min(), int(x.argmin())
+        near = max(len(self.losses) // 40, 1)  # points on either side of the minimum
+        losses = self._curve[: best + near + 1]
+        if _has_trend(losses)[max(best - 2 * near, 2) :].any():
+            return True
+        # A short, steep fall has few of the pairs, but is far larger than the noise.
+        losses = np.clip(losses, x.min() - fall, _start(x) + fall)  # or a few spikes would be all of the noise
+        lowest = losses[max(best - near, 0) :]
+        noise = np.sqrt(np.mean(np.diff(losses, 2) ** 2) / 6)  # a slope does not change second differences
+        error = noise * np.sqrt(1 / (best // 4 + 1) + 1 / len(lowest))
+        few = 1 + 4 / (len(losses) - 2)  # the noise of few points is known less well
+        return bool(_start(x) - lowest.mean() > CLEAR * few * error)
 
     @property
     def _margin(self) -> int:
@@ -283,10 +335,11 @@ def lr_range_test(
       num_steps: Number of updates of each run, at least 10; without meaning for an objective. A ramp that goes beyond
         1.0 or begins below 1e-6 grows by the same factor at each step, so it makes more steps.
       mode: "ramp": one run, whose learning rate grows exponentially from `min_lr` to `max_lr`; the curve is its losses
-        up to the first that is not finite. "constant": a run for each of `num_rates` learning rates, from the same
-        parameters and with the same batches; the curve is the mean loss of the last quarter of each, NaN if it
-        diverged. It costs `num_rates` times as much, and is less noisy. None for "ramp", or for "constant", the only
-        one there is, if it is an objective; the curve is then the first value that it reports.
+        up to where they cease to be finite. At single steps at which gradients are not finite, they count as zeros.
+        "constant": a run for each of `num_rates` learning rates, from the same parameters and with the same batches;
+        the curve is the mean loss of the last quarter of each, NaN if it diverged. It costs `num_rates` times as much,
+        and is less noisy. None for "ramp", or for "constant", the only one there is, if it is an objective; the curve
+        is then the first value that it reports.
       num_rates: Number of learning rates that "constant" tries, at least 10. None for 32, or 12 for an objective. A
         range that is widened gets more, spaced alike.
       optimizer: Called with `learning_rate` (a schedule for "ramp", a number for "constant"), returns the optimizer.
@@ -295,7 +348,8 @@ def lr_range_test(
         several processes each have a part of the batches from the host.
 
     Returns:
-      An `LrRange`. If it determines no learning rate, its `warnings` say why.
+      An `LrRange`. If it determines no learning rate, its `warnings` say why; so they do of losses that are not finite
+      amid finite ones.
 
     Raises:
       ValueError: A number is out of range, or `mode` is unknown.
@@ -424,14 +478,27 @@ def _constant_rates(problem: Problem, optimizer: OptimizerFactory, steps: int, s
             capacity = max(last - x for x, last in parts[min(first, 1) :])
             for chunk, point, results in runner.run(opts[first:last], seeds, eval_steps, capacity=capacity):
                 curves.record(first + chunk, point, results)
-            diverged = curves.diverged_at(slice(first, last), len(eval_steps) - 1)[:, 0] > 0
+            diverged = curves.diverged_at(slice(first, last))[:, 0] > 0
             yield np.where(diverged, np.nan, curves.losses[first:last, 0, -1])
 
     return measure
 
 
+@value
+class _ZeroNonfinite(Transformation):
+    """Makes all gradients zero where one of them is not finite.
+
+    Unlike a skipped step, such a step counts, so that the learning rate goes on with the ramp.
+    """
+
+    def _update(self, updates: PyTree, state: PyTree, params: PyTree | None, extra: Extra) -> tuple[PyTree, PyTree]:
+        finite = [jnp.all(jnp.isfinite(g)) for g in jax.tree.leaves(updates)]
+        ok = jnp.all(jnp.stack(finite)) if finite else True
+        return trees.map_leaves(lambda g: jnp.where(ok, g, jnp.zeros_like(g)), updates), state
+
+
 def _ramps(task: Task, optimizer: OptimizerFactory, longest: int, seed: int) -> Measure:
-    """Measure by a run up to the first loss that is not finite; runs of up to `longest` steps share a program."""
+    """Measure by a run up to where losses cease to be finite; runs of up to `longest` steps share a program."""
     keys = keys_of(seed)
 
     def run(model: Model, state: PyTree, inputs: tuple[PyTree, Block]) -> tuple[Model, PyTree, jax.Array]:
@@ -440,7 +507,9 @@ def _ramps(task: Task, optimizer: OptimizerFactory, longest: int, seed: int) -> 
         def body(i: jax.Array, carry: tuple[Model, PyTree, jax.Array]) -> tuple[Model, PyTree, jax.Array]:
             model, state, losses = carry
             fed = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, i, keepdims=False), batches)
-            model, state, loss = update_model(task, opt, keys, model, state, (first + i, fed))
+            (params, after), state, loss = update_model(task, opt, keys, model, state, (first + i, fed))
+            after = jax.tree.map(lambda old, new: jnp.where(jnp.isfinite(loss), new, old), model.state, after)
+            model = Model(params, after)
             return model, state, losses.at[i].set(loss.astype(losses.dtype))
 
         return lax.fori_loop(0, last - first, body, (model, state, jnp.zeros(longest, jnp.result_type(float))))
@@ -450,6 +519,8 @@ def _ramps(task: Task, optimizer: OptimizerFactory, longest: int, seed: int) -> 
     def measure(rates: np.ndarray, ends: list[int]) -> Generator[np.ndarray, None, None]:
         made = optimizer(learning_rate=range_test(float(rates[0]), float(rates[-1]), len(rates)))
         opt = as_transformation(made, "what the optimizer returns")
+        if not may_skip(opt):
+            opt = chain(_ZeroNonfinite(), opt)  # one bad batch would be the end of the run
         numbers = jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(float)), opt)
         model, state = initial(task, opt, None, keys)
         for blocks in BatchSource(task, np.asarray([seed]), np.asarray(ends)).blocks():
@@ -459,7 +530,7 @@ def _ramps(task: Task, optimizer: OptimizerFactory, longest: int, seed: int) -> 
                 model, state, found = advance(model, state, (numbers, (np.int32(first), np.int32(last), fed)))
                 losses.append(np.asarray(found, np.float64)[: last - first])
             part = np.concatenate(losses)
-            end = _first(~np.isfinite(part))
+            end = _end(part)
             yield part if end is None else part[: end + 1]
 
     return measure
@@ -477,6 +548,38 @@ def _run_smallest_strictly(
 
 def _first(where: np.ndarray) -> int | None:
     return int(where.argmax()) if where.any() else None
+
+
+def _end(losses: np.ndarray) -> int | None:
+    """Return the first point from which on at most half of the losses are finite; None if there is none."""
+    finite = np.isfinite(losses)
+    share = np.cumsum(finite[::-1])[::-1] / np.arange(len(losses), 0, -1)
+    return _first(~finite & (share <= 0.5))
+
+
+def _bridged(x: np.ndarray) -> np.ndarray:
+    """Return the losses with those that are not finite on straight lines between their neighbours."""
+    finite, i = np.isfinite(x), np.arange(len(x))
+    return np.interp(i, i[finite], x[finite]) if finite.any() else x[:0]
+
+
+def _has_trend(x: np.ndarray) -> np.ndarray:
+    """Return, for each first part of a curve, whether clearly more of its pairs fall than rise.
+
+    This is the test of Mann and Kendall, which holds for noise of any distribution. Few points cannot reach its bound:
+    of those, nine tenths of the pairs must fall.
+    """
+    n = np.arange(1, len(x) + 1)
+    falling = np.cumsum(
+        [np.sign(x[:i] - x[i]).sum() for i in range(len(x))]
+    )  # the pairs that fall, less those that rise
+    spread, pairs = np.sqrt(n * (n - 1) * (2 * n + 5) / 18), n * (n - 1) / 2
+    return np.asarray(falling - 1 > np.minimum(CLEAR_TREND * spread, 0.8 * (pairs - 1)))
+
+
+def _ulp(x: np.ndarray) -> float:
+    """Return the spacing of float32 numbers as large as the largest of `x`."""
+    return float(np.spacing(np.float32(np.abs(x).max())))
 
 
 def _median(x: np.ndarray, points: int) -> np.ndarray:

@@ -11,7 +11,7 @@ from adamjax._transforms.base import Transformation
 from adamjax.tuning._journal import CONFIRM, DEFAULTS, Candidate, Journal, TrialRecord
 from adamjax.tuning._mesh_runner import Runner
 from adamjax.tuning._spec import Spec
-from adamjax.tuning._sweep import Curves, evenly_spaced, group_by_structure, make_optimizer
+from adamjax.tuning._sweep import Curves, evenly_spaced, group_by_structure, make_optimizer, undefined
 
 POINTS = 20  # of a learning curve
 RUNGS = (0.25, 0.5)  # fractions of a run, after each of which half of a round ends
@@ -69,9 +69,12 @@ class TrialScheduler:
 
         def survivors(rows: np.ndarray, point: int) -> np.ndarray:
             """Return which rows go on after a point; record the trials of the others."""
-            stays = ~(curves.diverged_at(rows, point) > 0).all(axis=1) & (point + 1 < len(eval_steps))
+            diverged = (curves.diverged_at(rows) > 0).all(axis=1)
+            stays = ~diverged & (point + 1 < len(eval_steps))
             if point in rungs:
-                stays &= np.isin(rows, self._better_half(candidates, curves.metrics[runner.metric][:, 0, point]))
+                values = curves.metrics[runner.metric][:, 0, point]
+                # A metric that is not defined yet says nothing: it is judged at the end.
+                stays &= np.isin(rows, self._better_half(candidates, values)) | ~np.isfinite(values[rows])
             stopped = rows[~stays & wanted[rows]]
             new = {candidates[i].number: self._trials(candidates[i], i, curves, seeds, point) for i in stopped}
             self._journal.write(itertools.chain.from_iterable(new.values()))
@@ -88,7 +91,7 @@ class TrialScheduler:
         return ended
 
     def _better_half(self, candidates: Sequence[Candidate], values: np.ndarray) -> np.ndarray:
-        """Return the rows of the better half of the candidates that have not diverged, the defaults always included."""
+        """Return the rows of the better half of the candidates with a finite value, the defaults always included."""
         scores = np.where(np.isfinite(values), self._sign * values, math.inf)
         # The defaults run to the end: the others are compared with them.
         scores[[c.stage == DEFAULTS for c in candidates]] = -math.inf
@@ -111,12 +114,15 @@ class TrialScheduler:
         self, candidate: Candidate, row: int, curves: Curves, seeds: Sequence[int], point: int
     ) -> list[TrialRecord]:
         end, trials = point + 1, []
-        for k, (seed, diverged_at) in enumerate(zip(seeds, curves.diverged_at([row], point)[0].tolist(), strict=True)):
+        for k, (seed, diverged_at) in enumerate(zip(seeds, curves.diverged_at([row])[0].tolist(), strict=True)):
             status = "infeasible" if diverged_at else "complete" if end == len(self._eval_steps) else "pruned"
+            last = float(curves.metrics[self._runner.metric][row, k, point])
+            error = undefined(self._runner.metric, last) if status == "complete" and not math.isfinite(last) else ""
+            status = "failed" if error else status
             metrics = {name: curve[row, k, :end].tolist() for name, curve in curves.metrics.items()}
             steps, losses = self._eval_steps[:end].tolist(), curves.losses[row, k, :end].tolist()
             run = candidate._replace(seed=seed)
-            trials.append(TrialRecord(*run, status, steps, losses, metrics, diverged_at))
+            trials.append(TrialRecord(*run, status, steps, losses, metrics, diverged_at, error))
         return trials
 
     def _update_bar(self, runs: int, done: int, to: int | None = None) -> None:

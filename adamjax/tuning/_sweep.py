@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import time
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
@@ -29,7 +30,7 @@ class Sweep:
       steps: int[points], the numbers of updates after which the runs were evaluated.
       losses: float[settings, seeds, points], the mean training loss since the point before.
       metrics: float[settings, seeds, points] for each validation metric, by name.
-      diverged_at: int[settings, seeds], the first step (counted from 1) at which a value was not finite; 0 for none.
+      diverged_at: int[settings, seeds], the first step (counted from 1) whose training loss was not finite; 0 for none.
       metric, mode: The metric that settings are judged by, and whether its "min" or its "max" is best.
       execution: How the program ran, in words.
       probe: Measured seconds of a step of the whole sweep by execution; empty if the execution was given.
@@ -49,8 +50,8 @@ class Sweep:
 
     @property
     def infeasible(self) -> np.ndarray:
-        """bool[settings]: whether a run of the setting diverged."""
-        return np.asarray((self.diverged_at > 0).any(axis=1))
+        """bool[settings]: whether a run of the setting diverged, or its metric is not finite at the end."""
+        return np.asarray(~np.isfinite(self.last).all(axis=1))
 
     @property
     def last(self) -> np.ndarray:
@@ -59,9 +60,10 @@ class Sweep:
 
     @property
     def best(self) -> np.ndarray:
-        """float[settings, seeds]: the best value of the metric at any point; NaN for runs that diverged."""
+        """float[settings, seeds]: the best value of the metric where it is defined; NaN for runs that diverged."""
         values = self.metrics[self.metric]
-        return np.where(self.diverged_at > 0, np.nan, values.min(axis=2) if self.mode == "min" else values.max(axis=2))
+        best = np.fmin.reduce(values, axis=2) if self.mode == "min" else np.fmax.reduce(values, axis=2)
+        return np.where(self.diverged_at > 0, np.nan, best)
 
     @property
     def ranking(self) -> list[int]:
@@ -76,6 +78,8 @@ class Sweep:
         Raises:
           ValueError: Every setting is infeasible.
         """
+        if not self.ranking and not (self.diverged_at > 0).any(axis=1).all():
+            raise ValueError(f"no setting has a result: {undefined(self.metric, math.nan)}")
         if not self.ranking:
             earliest = self.diverged_at[self.diverged_at > 0].min()
             raise ValueError(
@@ -85,7 +89,10 @@ class Sweep:
         return self.settings[self.ranking[0]]
 
     def __repr__(self) -> str:
-        diverged = f", {self.infeasible.sum()} diverged" if self.infeasible.any() else ""
+        count = int((self.diverged_at > 0).any(axis=1).sum())
+        diverged = f", {count} diverged" if count else ""
+        if others := self.infeasible.sum() - count:
+            diverged += f", {others} without a finite {self.metric}"
         best = f"; best {self.metric} {self.last[self.ranking[0]].mean():.4g} of {self.winner}" if self.ranking else ""
         return f"Sweep({len(self.settings)} settings x {self.diverged_at.shape[1]} seeds{diverged}{best})"
 
@@ -168,7 +175,7 @@ def sweep(
     eval_steps = evenly_spaced(steps, points)
     opts = [make_optimizer(optimizer, setting, i) for i, setting in enumerate(settings)]
     curves = _run_all(runner, opts, seed_array.astype(np.int32), eval_steps, progress)
-    diverged_at, execution = curves.diverged_at(slice(None), len(eval_steps) - 1), runner.execution
+    diverged_at, execution = curves.diverged_at(slice(None)), runner.execution
     results = (settings, eval_steps, curves.losses, curves.metrics, diverged_at)
     return Sweep(*results, metric, mode, execution, runner.probe, time.perf_counter() - begin)
 
@@ -202,7 +209,6 @@ class Curves:
     def __init__(self, runner: Runner, settings: int, seeds: int, eval_steps: np.ndarray) -> None:
         self.losses = np.full((settings, seeds, len(eval_steps)), np.nan)
         self.metrics = {name: self.losses.copy() for name in runner.metrics}
-        self._judged, self._eval_steps = self.metrics[runner.metric], eval_steps
         self._diverged_at = np.zeros((settings, seeds), int)
 
     def record(self, settings: np.ndarray, point: int, results: Results) -> None:
@@ -212,11 +218,17 @@ class Curves:
             curve[settings, :, point] = metrics[name].T
         self._diverged_at[settings] = diverged_at.T
 
-    def diverged_at(self, settings: slice | Sequence[int] | np.ndarray, point: int) -> np.ndarray:
-        """int[settings, seeds]: the first step up to a point at which a value was not finite; 0 for none."""
-        steps, bad = self._diverged_at[settings], ~np.isfinite(self._judged[settings][:, :, : point + 1])
-        # A validation metric may not be finite although all training losses are.
-        return np.where((steps == 0) & bad.any(axis=2), self._eval_steps[bad.argmax(axis=2)], steps)
+    def diverged_at(self, settings: slice | Sequence[int] | np.ndarray) -> np.ndarray:
+        """int[settings, seeds]: the first step so far whose training loss was not finite; 0 for none."""
+        return np.asarray(self._diverged_at[settings])
+
+
+def undefined(metric: str, value: float) -> str:
+    """Return the reason why a run has no result whose training losses are all finite, and what to do about it."""
+    return (
+        f"{metric} is {value} at the end, though the training losses are finite: look at how evaluate computes it "
+        "(a division by 0, a class without rows), or judge by another metric"
+    )
 
 
 def _run_all(

@@ -16,6 +16,7 @@ from adamjax.tuning._traceable import traceable
 MIN_CURVES = 4  # that a median is taken of
 FIRST_PRUNED = 0.25  # fraction of a run, before which no trial is pruned
 PRUNED = "pruned"
+MAX_UNDEFINED = 4  # first reports that are not finite, after which a range test gives a trial up
 
 Value = Any  # a number, or a mapping of numbers by the names of metrics
 
@@ -44,7 +45,8 @@ class Medians(NamedTuple):
         for row, (r, curve) in zip(rows, reported, strict=True):
             # A trial that did not report at this very step has the value that it reported last.
             last = np.searchsorted(r.steps, steps, side="right") - 1
-            row[:] = np.where((last >= 0) & (steps <= r.steps[-1]), curve[last], np.nan)
+            known = (last >= 0) & (steps <= r.steps[-1]) & np.isfinite(curve[last])
+            row[:] = np.where(known, curve[last], np.nan)
         enough = np.isfinite(rows).sum(axis=0) >= MIN_CURVES
         values = np.nanmedian(rows[:, enough], axis=0) if enough.any() else np.zeros(0)
         first = FIRST_PRUNED * max(complete, default=0) or math.inf
@@ -113,13 +115,15 @@ class Trial:
         The trial is pruned if it is worse than the median of the others at that step. At least four other trials
         of the search must have got to this step, which must be at least a quarter of the last step of the longest
         complete trial. The defaults, the trials that confirm and those of a search without halving are never pruned.
+        A metric that is NaN or infinite is not judged, for it may be defined later; but the trial fails if that happens
+        twice in a row where a median is known.
 
         Args:
           step: The number of the update or of the epoch, above that of the report before.
           value: The metric, a number; or a dict of metrics, the one that settings are judged by among them.
 
         Raises:
-          Pruned: It is not worth going on, or the metric is not finite, which makes the trial a failed one.
+          Pruned: It is not worth going on.
           ValueError: `step` does not rise, or the metric is missing.
           TypeError: `step` is not an int, or a value is not a number.
         """
@@ -131,18 +135,22 @@ class Trial:
         self._steps.append(step)
         self._reports.append(metrics)
         x = metrics[self.metric]
-        if not math.isfinite(x):
-            self._error = f"{not_finite(x)} at step {step}"
-            raise Pruned(self._error)
-        if self._first_only:
+        if self._first_only and (math.isfinite(x) or len(self._reports) == MAX_UNDEFINED):
             raise Pruned("a range test needs the first report only")
         median = self._medians.at(step)
+        if not math.isfinite(x):
+            again = len(self._reports) > 1 and not math.isfinite(self._reports[-2][self.metric])
+            if again and math.isfinite(median):
+                self._error = f"{not_finite(x)} at step {step}"
+                raise Pruned(self._error)
+            return
         if (x > median) if self.mode == "min" else (x < median):
             raise Pruned(f"{self.metric} {x:.4g} at step {step} is worse than the median of the others, {median:.4g}")
 
     def first_report(self) -> float:
-        """Return the first value that was reported; NaN if there is none."""
-        return self._reports[0][self.metric] if self._reports else math.nan
+        """Return the first finite value that was reported; NaN if there is none."""
+        values = (report[self.metric] for report in self._reports)
+        return next(filter(math.isfinite, values), math.nan)
 
     def record(self, value: Value, error: str = "") -> TrialRecord:
         """Return the record of the trial.
