@@ -25,7 +25,7 @@ from adamjax._transforms.base import as_transformation
 from adamjax._transforms.moment_storage import FLOATS, decoded, decoded_first
 from adamjax._transforms.moment_storage import MomentFormat as MomentFormat
 from adamjax._transforms.moment_storage import Quantized as Quantized
-from adamjax._transforms.moments import holds_moments
+from adamjax._transforms.moments import find_moments, holds_moments
 
 
 def quantized(
@@ -95,7 +95,7 @@ def decode(state: PyTree) -> PyTree:
       `state` with moments in float32 in place of codes. Moments that are not quantised stay as they are.
 
     Raises:
-      ValueError: The trees of first and second moments in a state have different structures.
+      ValueError: There are no moments in the state.
 
     >>> import adamjax, jax.numpy as jnp
     >>> int8 = adamjax.quantized("int8", min_size=1)
@@ -104,6 +104,8 @@ def decode(state: PyTree) -> PyTree:
     >>> print(adamjax.storage.decode(state)[0].mu.round(3))
     [0.1 0.1 0.1 0.1 0.1 0.1 0.1 0.1]
     """
+    if not find_moments(state):
+        raise ValueError("there are no moments in the state: decode takes what init or update of Adam returned")
 
     def of_node(x: Any) -> Any:
         if not holds_moments(x):

@@ -54,7 +54,7 @@ PLACED = jax.tree.map(
 )
 PLAN = {"opt": OPT, "params": PLACED}
 TORCH = interop.torch.adamw()
-TORCH_STATE = {"state": {}, "param_groups": [{"params": [0, 1], "betas": (0.9, 0.99), "amsgrad": False}]}
+TORCH_STATE = {"state": {}, "param_groups": [{"params": [0, 1], "betas": (0.9, 0.999), "amsgrad": False}]}
 STATS = jax.jit(adamjax.diagnostics.measure)(PARAMS, PARAMS, STATE, PARAMS)
 BOWL = Bowl()
 SPACE = tuning.Space(learning_rate=tuning.Log(1e-3, 1e-1))
