@@ -1,9 +1,12 @@
-"""The formats in which bitsandbytes and torchao store Adam's moments, reimplemented: blockwise, rounded to nearest.
+"""The formats in which bitsandbytes, torchao and FlashOptim store moments, reimplemented: in blocks, to nearest.
 
 Sources: bitsandbytes 0.48, `functional.create_dynamic_map` and `optim.AdamW8bit` (blocks of 256); torchao 0.14,
 `optim/subclass_8bit.py` (the same map), `subclass_4bit.py` (blocks of 128) and `subclass_fp8.py` (blocks of 256). Both
 keep leaves of fewer than 4096 elements in float32. Checked by hand: torchao 0.18 stores and loads random numbers of
 all magnitudes the same to 3e-7, and bitsandbytes 0.50 on a CPU stores all but 2 in 1000 first moments the same.
+
+FlashOptim (arXiv 2602.23349) in blocks of 32 with float16 scales: from `quantization.py` of flashoptim-jax 0.1, whose
+steps need a GPU. Checked by hand: its functions store and load random numbers the same.
 """
 
 from typing import Any, NamedTuple
@@ -34,6 +37,11 @@ class Reference(NamedTuple):
     numbers: np.ndarray
     block_size: int
 
+    @property
+    def bytes(self) -> float:
+        """Bytes per number, with the share of a float32 scale."""
+        return (0.5 if len(self.numbers) <= 16 else 1.0) + 4 / self.block_size
+
     def round_trip(self, x: jax.Array) -> jax.Array:
         """Return `x` as stored and loaded: in blocks of the flat array, each number rounded to the nearest."""
         if x.size < 4096:
@@ -45,12 +53,47 @@ class Reference(NamedTuple):
         return found.reshape(-1)[: x.size].reshape(x.shape)
 
 
+class Flash(NamedTuple):
+    """FlashOptim's codes: softsign of a first moment, the root of a second one."""
+
+    signed: bool
+    block_size: int = 32
+
+    @property
+    def bytes(self) -> float:
+        """Bytes per number, with the share of a float16 scale."""
+        return 1 + 2 / self.block_size
+
+    def round_trip(self, x: jax.Array) -> jax.Array:
+        """Return `x` as stored and loaded, in blocks of the flat array."""
+        flat = jnp.pad(x.reshape(-1), (0, -x.size % self.block_size)).reshape(-1, self.block_size)
+        flat = flat if self.signed else jnp.sqrt(flat)
+        scale = jnp.max(jnp.abs(flat), axis=1, keepdims=True)
+        y, levels = flat / jnp.where(scale > 0, scale, 1.0), 127 if self.signed else 255
+        q = jnp.floor((2 * y / (1 + jnp.abs(y)) if self.signed else y) * levels + 0.5)
+        y = jnp.clip(q, -levels, levels) / levels
+        found = (y / (2 - jnp.abs(y)) if self.signed else y) * scale.astype(jnp.float16).astype(jnp.float32)
+        found = found if self.signed else found**2
+        return found.reshape(-1)[: x.size].reshape(x.shape)
+
+
+class Nearest(NamedTuple):
+    """bfloat16, rounded to nearest."""
+
+    bytes: float = 2
+
+    def round_trip(self, x: jax.Array) -> jax.Array:
+        """Return `x` as stored and loaded."""
+        return jax.lax.reduce_precision(x, 8, 7)
+
+
 def _float8() -> np.ndarray:
     numbers = np.arange(256, dtype=np.uint8).view(jnp.float8_e4m3fn).astype(np.float32) / 448
     return np.unique(numbers[np.isfinite(numbers)])
 
 
-REFERENCES = {
+REFERENCES: dict[str, tuple[Any, Any]] = {
+    "FlashOptim's 8 bits": (Flash(True), Flash(False)),
     "bitsandbytes' and torchao's 8 bits": (
         Reference(dynamic_map(True, 7, 8), 256),
         Reference(dynamic_map(False, 7, 8), 256),

@@ -1,13 +1,21 @@
-"""Errors of Adam's direction with stored moments:  python -m benchmarks.bench_storage
+"""Errors of Adam's steps with stored moments:  python -m benchmarks.bench_storage
 
-The gradients of the transformer of `adamjax.problems.characters` are recorded while it trains in float32 for 300
-steps. Then Adam is run on them again with moments that are stored and loaded at each step, and its directions from
-step 100 on are compared with those in float32. The figures are the median of the relative errors, and the norm of all
-errors divided by that of all directions. Only leaves with two axes count, embeddings included; the reference
-implementations keep leaves of fewer than 4096 elements in float32.
+Adam in each format takes the same gradients as Adam in float32, and its updates are compared with those. Errors are the
+norm of all differences divided by that of all updates.
+
+- `storage`: gradients of the transformer of `adamjax.problems.characters`, recorded while it trains in float32 for 300
+  steps; the updates from step 100 on, and also the median of the relative errors. Only leaves with two axes count,
+  embeddings included; those of fewer than 4096 elements stay in float32.
+- `spread`: normal noise times a scale of each element, whose logarithm is normal with standard deviation `sigma`; the
+  update after 60 steps.
+- `mixtures`: a constant gradient, one element of 64 large and the others smaller by a ratio; the largest single step
+  in 20, in learning rates. And a regression with 64 outputs, one of them 1000 times larger than the others: the loss of
+  the others after 600 steps, which begins at 64.
+
+The codes of other libraries are those of `_reference_codes`.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -16,61 +24,42 @@ import numpy as np
 
 import adamjax
 from adamjax import problems
-from adamjax._core import quantization
-from adamjax._core.low_precision import Dither, dither
-from adamjax._transforms import moment_storage
 from adamjax.training import keys_of
-from benchmarks._reference_codes import REFERENCES, Reference
+from benchmarks._reference_codes import REFERENCES, Nearest, Stored
 from benchmarks._report import Table, command, show
 
-STEPS, FROM = 300, 100
-
-# A function from a moment, the step and the number of the moment to the moment as stored and loaded.
-Trip = Callable[[jax.Array, jax.Array, int], jax.Array]
-
-
-def evenly(t: jax.Array, number: int) -> Dither:
-    return dither(t, number)
+INT8, INT4 = adamjax.quantized("int8"), adamjax.quantized("int4")
+FORMATS = {"float32": None, "bfloat16": jnp.bfloat16, "int8": INT8, "int4": INT4}
+MIXTURES = [(mu, nu) for mu in FORMATS for nu in FORMATS]
+LAYER = jax.ShapeDtypeStruct((8192, 8192), jnp.float32)
+RATIOS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
+NEAREST = (Nearest(), Nearest())
 
 
-def independently(t: jax.Array, number: int) -> Dither:
-    return Dither(dither(t * 1000 + number, 0).phase * jnp.uint32(0x7FEB352D), jnp.uint32(0))
+def adam(mu: str, nu: str, learning_rate: Any = 1.0) -> Any:
+    return adamjax.adam(learning_rate, mu_dtype=FORMATS[mu], nu_dtype=FORMATS[nu])
 
 
-def coded(bits: int, signed: bool, block_size: int, numbers: Callable[..., Dither] = evenly) -> Trip:
-    return lambda x, t, number: quantization.encode(x, bits, signed, block_size, numbers(t, number)).decode()
+def peer(codes: Any, learning_rate: Any = 1.0) -> Any:
+    return Stored(adamjax.adam(learning_rate), codes)
 
 
-def bfloat16(x: jax.Array, t: jax.Array, number: int) -> jax.Array:
-    return moment_storage.round_second_moment(x, jnp.zeros((), jnp.bfloat16), dither(t, number))
+def rows() -> dict[str, tuple[Any, float]]:
+    """The optimizers, and the bytes of their state per parameter."""
+    ours = {
+        "bfloat16": ("bfloat16",) * 2,
+        "int8": ("int8",) * 2,
+        "int4 and int8": ("int4", "int8"),
+        "int4": ("int4",) * 2,
+    }
+    theirs = {"bfloat16, rounded to nearest": NEAREST, **REFERENCES}
+    return {
+        name: (opt := adam(*formats), adamjax.storage.state_bytes(opt, LAYER) / LAYER.size)
+        for name, formats in ours.items()
+    } | {name: (peer(codes), sum(code.bytes for code in codes)) for name, codes in theirs.items()}
 
 
-def nearest(x: jax.Array, t: jax.Array, number: int) -> jax.Array:
-    return jax.lax.reduce_precision(x, 8, 7)
-
-
-def reference(code: Reference) -> Trip:
-    return lambda x, t, number: code.round_trip(x)
-
-
-def pair(mu_bits: int, nu_bits: int, numbers: Callable[..., Dither] = evenly) -> tuple[Trip, Trip]:
-    block_size = {8: 128, 4: 64}
-    return coded(mu_bits, True, block_size[mu_bits], numbers), coded(nu_bits, False, block_size[nu_bits], numbers)
-
-
-ROWS: dict[str, tuple[Trip, Trip]] = {
-    "bfloat16": (bfloat16, bfloat16),
-    "bfloat16, to nearest": (nearest, nearest),
-    "int8": pair(8, 8),
-    "int8, independent random numbers": pair(8, 8, independently),
-    "int4 and int8": pair(4, 8),
-    "int4 and int8, independent": pair(4, 8, independently),
-    "int4": pair(4, 4),
-    **{name: (reference(mu), reference(nu)) for name, (mu, nu) in REFERENCES.items()},
-}
-
-
-def recorded_gradients() -> list[jax.Array]:
+def recorded_gradients(steps: int) -> list[jax.Array]:
     problem, opt, keys = problems.characters(), adamjax.adam(3e-3), keys_of(0)
 
     @jax.jit
@@ -80,45 +69,133 @@ def recorded_gradients() -> list[jax.Array]:
             grads = jax.grad(problem.loss)(params, problem.batch(t, keys.data), keys.loss)
             return opt.step(grads, state, params), [g for g in jax.tree.leaves(grads) if g.ndim > 1]
 
-        return jax.lax.scan(body, (params, opt.init(params)), jnp.arange(STEPS))[1]
+        return jax.lax.scan(body, (params, opt.init(params)), jnp.arange(steps))[1]
 
     return run(problem.init(keys.init))
 
 
-def errors(grads: list[jax.Array], trips: tuple[Trip, Trip]) -> tuple[float, float]:
-    """Return the median relative error of the directions, and the norm of the errors over that of the directions."""
+def updates(opt: Any, all_grads: list[Any], first: int) -> list[np.ndarray]:
+    """The updates of a run along each of `all_grads`, from step `first` on, in one array."""
 
-    def directions(g: jax.Array, number: int, stored: bool) -> jax.Array:
-        def body(carry: Any, g_t: Any) -> tuple[Any, jax.Array]:
-            (m, v), (g, t) = carry, g_t
-            m, v = m + 0.1 * (g - m), v + 0.001 * (g * g - v)
-            d = m / (1 - 0.9**t) / (jnp.sqrt(v / (1 - 0.999**t)) + 1e-8)
-            count = t.astype(jnp.int32)
-            kept = (trips[0](m, count, 2 * number), trips[1](v, count, 2 * number + 1)) if stored else (m, v)
-            return kept, d
+    @jax.jit
+    def run(grads: Any) -> Any:
+        zeros = jax.tree.map(lambda g: jnp.zeros(g.shape[1:]), grads)
 
-        zeros = jnp.zeros(g.shape[1:])
-        steps = jnp.arange(1, STEPS + 1, dtype=jnp.float32)
-        return jax.lax.scan(body, (zeros, zeros), (g, steps))[1][FROM:]
+        def body(state: Any, g: Any) -> Any:
+            found, state = opt.update(g, state, zeros)
+            return state, found
 
-    exact, found = (
-        np.concatenate(
-            [np.ravel(jax.jit(directions, static_argnums=(1, 2))(g, i, stored)) for i, g in enumerate(grads)]
-        ).astype(np.float64)
-        for stored in (False, True)
+        return jax.tree.map(lambda x: x[first:], jax.lax.scan(body, opt.init(zeros), grads)[1])
+
+    return [
+        np.concatenate([np.ravel(x) for x in jax.tree.leaves(run(grads))]).astype(np.float64) for grads in all_grads
+    ]
+
+
+def norm_of_errors(found: np.ndarray, exact: np.ndarray) -> float:
+    return float(np.linalg.norm(found - exact) / np.linalg.norm(exact))
+
+
+def spread_gradients(sigma: float, steps: int) -> np.ndarray:
+    rng = np.random.default_rng(0)
+    scale = np.exp(sigma * rng.normal(size=(64, 512)))
+    return (scale * rng.normal(size=(steps, 64, 512))).astype(np.float32)
+
+
+def percent(x: float) -> str:
+    return f"{100 * x:.{1 if x < 0.1 else 0}f} %"
+
+
+def along_a_run(quick: bool) -> Table:
+    grads, first = recorded_gradients(30 if quick else 300), 10 if quick else 100
+    (exact,) = updates(adam("float32", "float32"), [grads], first)
+
+    def row(opt: Any) -> list[str]:
+        (found,) = updates(opt, [grads], first)
+        return [percent(float(np.median(np.abs(found / exact - 1)))), percent(norm_of_errors(found, exact))]
+
+    return Table(
+        "storage",
+        "Error of the update with stored moments, against float32",
+        ["", "bytes a parameter", "median of the relative errors", "norm of the errors"],
+        [[name, f"{size:.2f}", *row(opt)] for name, (opt, size) in rows().items()],
     )
-    error = np.abs(found - exact)
-    return float(np.median(error / np.abs(exact))), float(np.linalg.norm(error) / np.linalg.norm(exact))
+
+
+def with_spread_scales(quick: bool) -> Table:
+    steps, sigmas = 5 if quick else 60, (0, 1, 2)
+    all_grads = [spread_gradients(sigma, steps) for sigma in sigmas]
+    exact = updates(adam("float32", "float32"), all_grads, steps - 1)
+
+    def row(opt: Any) -> list[str]:
+        found = updates(opt, all_grads, steps - 1)
+        return [percent(norm_of_errors(x, y)) for x, y in zip(found, exact, strict=True)]
+
+    return Table(
+        "spread",
+        "Error of the update, by the spread of the gradients in a block",
+        ["", "bytes a parameter", *(f"sigma {sigma}" for sigma in sigmas)],
+        [[name, f"{size:.2f}", *row(opt)] for name, (opt, size) in rows().items()],
+    )
+
+
+def largest_steps(opt: Any) -> list[float]:
+    def of_ratio(ratio: jax.Array) -> jax.Array:
+        g, p = jnp.full((256, 64), ratio).at[:, 0].set(1.0), jnp.zeros((256, 64))
+
+        def body(state: Any, _: None) -> Any:
+            found, state = opt.update(g, state, p)
+            return state, jnp.max(jnp.abs(found))
+
+        return jnp.max(jax.lax.scan(body, opt.init(p), length=20)[1])
+
+    return jax.jit(lambda ratios: jax.lax.map(of_ratio, ratios))(jnp.float32(RATIOS)).tolist()
+
+
+def regression(make: Any, steps: int) -> float:
+    """The mean loss of the outputs of ordinary size."""
+    opt = make(adamjax.schedules.cosine(1e-2, steps))
+    size = jnp.ones(64).at[0].set(1000.0)
+    target = jax.random.normal(jax.random.key(0), (64, 64)) * size
+
+    def body(carry: Any, key: jax.Array) -> Any:
+        w, state = carry
+        x = jax.random.normal(key, (64, 64))
+        return opt.step(x.T @ (x @ (w - target)) / 64, state, w), None
+
+    @jax.jit
+    def run(w: jax.Array) -> jax.Array:
+        (w, _), _ = jax.lax.scan(body, (w, opt.init(w)), jax.random.split(jax.random.key(1), steps))
+        return jnp.mean(jnp.sum((w - target)[:, 1:] ** 2, axis=0))
+
+    return float(run(jnp.zeros((64, 64))))
+
+
+def in_mixtures(quick: bool) -> Table:
+    mixtures = [("float32", "float32"), ("int4", "int8")] if quick else MIXTURES
+    makes: dict[str, Any] = {
+        f"{mu} and {nu}": lambda lr, mu=mu, nu=nu: adam(mu, nu, lr)  # type: ignore[misc]
+        for mu, nu in mixtures
+    }
+    makes |= {name: lambda lr, codes=codes: peer(codes, lr) for name, codes in REFERENCES.items()}  # type: ignore[misc]
+    steps = 20 if quick else 600
+    exact = regression(makes["float32 and float32"], steps)
+    return Table(
+        "mixtures",
+        "Largest step in learning rates, by the ratio of small to large gradients in a block; loss of the small "
+        f"outputs of a regression, over that in float32, {exact:.2f}",
+        ["first and second moment", *(f"{ratio:.0e}" for ratio in RATIOS), "loss"],
+        [
+            [name, *(f"{x:.3g}" for x in largest_steps(make(1.0))), f"{regression(make, steps) / exact:.3g}"]
+            for name, make in makes.items()
+        ],
+    )
 
 
 def tables(quick: bool) -> Iterator[Table]:
-    grads = recorded_gradients()
-    yield Table(
-        "storage",
-        "Error of the direction with stored moments, against float32",
-        ["", "median of the relative errors", "norm of the errors"],
-        [[name, *(f"{error:.3f}" for error in errors(grads, trips))] for name, trips in ROWS.items()],
-    )
+    yield with_spread_scales(quick)
+    yield in_mixtures(quick)
+    yield along_a_run(quick)
 
 
 if __name__ == "__main__":

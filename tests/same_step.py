@@ -25,11 +25,13 @@ def integers(x):
 def assert_near(found, expected, terms, name):
     """Within so many units in the last place; what is stored narrowly, equal but for a few."""
     if isinstance(found, QuantizedArray):
+        # A scale is rounded, too. The codes of a block count from it.
         same = np.asarray(found.scales == expected.scales)
-        assert np.mean(~same) <= FUSED_ROUNDED, name
-        apart = np.abs(integers(found) - integers(expected))
+        assert np.sum(~same) <= max(1, FUSED_ROUNDED * same.size), name
+        same = np.repeat(same, found.block_size, -1)[..., : found.size]
+        apart = np.abs(integers(found) - integers(expected))[same]
         assert np.mean(apart > 0) <= FUSED_ROUNDED, name
-        assert np.max(apart, where=np.repeat(same, found.block_size, -1)[..., : found.size], initial=0) <= 1, name
+        assert np.max(apart, initial=0) <= 1, name
         return
     assert found.dtype == expected.dtype
     a, b = np.asarray(found, np.float64), np.asarray(expected, np.float64)

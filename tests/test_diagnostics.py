@@ -114,8 +114,8 @@ ILL = {
         "dynamic_loss_scale",
     ),
     "storage": (
-        lambda: adam(mu_dtype=adamjax.quantized("int4", block_size=4096, min_size=1, keep=lambda path: path == "bias")),
-        {"spread": 2.0},
+        lambda: adam(nu_dtype=adamjax.quantized("int4", min_size=1, keep=lambda path: path == "bias")),
+        {"spread": 5.0},
         {"kernel"},
         "changes its direction by",
     ),

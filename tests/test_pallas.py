@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_close, assert_equal, by_step, make_mesh
+from helpers import assert_close, assert_equal, by_step, decoded, make_mesh
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from same_step import assert_near_steps, assert_same_steps
@@ -163,15 +163,15 @@ def test_derivatives_do_not_pass_through_codes():
 
 
 @pytest.mark.parametrize("format", ["int8", "int4"])
-def test_nan_reaches_the_scale_of_its_block(format):
+def test_nan_reaches_its_block(format):
     params = {"w": jnp.ones((16, 256))}
     grads = {"w": jnp.ones((16, 256)).at[2, 70].set(jnp.nan)}
     opt = adamw(fused=True, **FORMATS[format])
     _, (state, *_) = jax.jit(opt.step)(grads, opt.init(params), params)
-    for moment in (state.mu["w"], state.nu["w"]):
-        expected = np.zeros(moment.scales.shape, bool)
-        expected[2, 70 // moment.block_size] = True
-        np.testing.assert_array_equal(np.isnan(moment.scales), expected)
+    expected = np.zeros((16, 256), bool)
+    expected[2, 64:128] = True  # of the second moment, and so of the first one
+    for moment in (decoded(state).mu["w"], decoded(state).nu["w"]):
+        np.testing.assert_array_equal(np.isnan(moment), expected)
 
 
 def call_of(shape, format="int8"):
@@ -259,12 +259,12 @@ BIG = jnp.ones((128, 192))
 @pytest.mark.parametrize(
     ("options", "params", "why"),
     [
-        (FORMATS["int8"], BIG, "its last axis, 192, is no multiple of the 128 numbers in a block"),
+        (FORMATS["int8"], BIG[:, :160], "its last axis, 160, is no multiple of the 64 numbers in a block"),
         (FORMATS["int4"], BIG.astype(jnp.float16), "its parameter is float16, and the kernel steps float32, bfloat16"),
         ({"mu_dtype": "bfloat16", "nu_dtype": INT4}, BIG, "one of its moments is quantised and the other bfloat16"),
-        ({"mu_dtype": adamjax.quantized("int8", 96)}, BIG, "its moments are quantised in blocks of 96"),
+        ({"mu_dtype": adamjax.quantized("int8", 80)}, BIG, "its moments are quantised in blocks of 80"),
         (
-            {"mu_dtype": INT8, "nu_dtype": adamjax.quantized("int8", 192)},
+            {"mu_dtype": adamjax.quantized("int8", 128), "nu_dtype": adamjax.quantized("int8", 192)},
             jnp.ones((64, 384)),
             "the blocks of its moments, of 128 and of 192 numbers, do not begin together",
         ),
@@ -305,13 +305,23 @@ def test_where_there_is_no_kernel(version, capability, why, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [None, "bfloat16", "float16"])
 def test_floats_are_left_to_xla(dtype):
-    options = {"mu_dtype": dtype, "nu_dtype": dtype}
+    options = {"mu_dtype": dtype, "nu_dtype": "bfloat16" if dtype == "float16" else dtype}
     opt, plain = adamw(fused=True, **options), adamw(**options)
     params = {"w": BIG}
     assert_equal(opt.step(params, opt.init(params), params), plain.step(params, plain.init(params), params))
 
 
-@pytest.mark.parametrize(("format", "devices"), [*((format, 1) for format in FORMATS), ("int8", 8)])
+@pytest.mark.parametrize(
+    ("format", "devices"),
+    [
+        # Mosaic has no layout for blocks of 32 numbers in 4 bits beside blocks of 64.
+        *(
+            pytest.param(x, 1, marks=pytest.mark.xfail(strict=True)) if "int4" in x and "float32" not in x else (x, 1)
+            for x in FORMATS
+        ),
+        ("int8", 8),
+    ],
+)
 def test_it_lowers_without_a_gpu(format, devices, monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: devices)
     # Of a shape for each: what is traced for one number of devices is not traced again for another.
