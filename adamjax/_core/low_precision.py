@@ -51,6 +51,12 @@ def random(index: Array, dither: Dither) -> Array:
     return (_hash(index ^ dither.seed) + dither.phase) << dither.shift
 
 
+def scrambled(random: Array) -> Array:
+    """Return the numbers of `random` without their order in time: evenly spread numbers would be biased where each
+    rounding changes much of the fraction that the next one sees."""
+    return _hash(random)
+
+
 def index_of(like: Array) -> Array:
     """Return the global index of each element of an array in row-major order, modulo 2**32."""
     # Starting from zeros_like, the index takes the sharding of `like`.

@@ -128,6 +128,8 @@ class FloatCode(NamedTuple):
         first, shift = self._first(scale)
         bits = _bits(jnp.abs(x))
         random = jnp.full_like(bits, 1 << 31, jnp.uint32) if rounding is None else rounding.random
+        if self.levels < 16 and rounding is not None:
+            random = low_precision.scrambled(random)
         cut_off = (random >> (32 - shift).astype(jnp.uint32)).astype(jnp.int32)
         rounded = (bits + jnp.minimum(cut_off, _LARGEST - jnp.minimum(bits, _LARGEST))) >> shift
         return jnp.where(bits < _TINY, 0, jnp.clip(rounded - first + 1, 1, self.levels))

@@ -344,11 +344,15 @@ void PutHalves(uint16_t* to, Words x) {
 }
 #endif
 
+Words Hash(Words x) {
+  x *= 0x7FEB352Du;
+  return (x ^ (x >> 15)) * 0x846CA68Bu;
+}
+
 // Random numbers by global index; see ../_core/low_precision.py.
 Words Random(uint32_t first, const Dither& d) {
   Words x = (Words{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} + first) ^ d.seed;
-  x *= 0x7FEB352Du;
-  return (x ^ (x >> 15)) * 0x846CA68Bu + d.turn;
+  return Hash(x) + d.turn;
 }
 
 // Codes: see ../_core/quantization.py.
@@ -530,7 +534,8 @@ template <int kBits>
 void StoreSquares(const Array& a, const Span& s, const float* x, const uint32_t* random) {
   using C = Squares<kBits>;
   StoreCodes<C>(a, s, x, [=](Floats some, const typename C::Block& block, int64_t i, uint8_t* codes) {
-    C::Encode(some, block, Lanes<Words>(random + i) << 9, codes);
+    Words bits = Lanes<Words>(random + i) << 9;
+    C::Encode(some, block, kBits == 4 ? Hash(bits) : bits, codes);
   });
 }
 
