@@ -52,8 +52,10 @@ def random(index: Array, dither: Dither) -> Array:
 
 
 def scrambled(random: Array) -> Array:
-    """Return the numbers of `random` without their order in time: evenly spread numbers would be biased where each
-    rounding changes much of the fraction that the next one sees."""
+    """Return the numbers of `random` without their order in time.
+
+    Where each rounding changes much of the fraction that the next one sees, evenly spread numbers would be biased.
+    """
     return _hash(random)
 
 

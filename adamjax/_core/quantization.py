@@ -46,7 +46,8 @@ class RatioCode(NamedTuple):
 
     Rounding picks one of the neighbouring codes at random. A dither of full width makes the expected decoded value the
     encoded one; one of half the width makes two thirds of its noise, but would freeze a decay by less than a quarter of
-    a spacing a step. So it is as wide as the decay of a moment without gradients needs.
+    a spacing a step. So it is as wide as the decay of a moment without gradients needs, and full where the largest
+    number of a block lies: always in the upper part of its cell, which would be rounded up too often.
     """
 
     levels: int
@@ -68,7 +69,7 @@ class RatioCode(NamedTuple):
         s = _number(scale << 16)
         y = jnp.abs(x) * jnp.where(s == 0, 0.0, self._units / jnp.where(s == 0, 1.0, s))
         q = self.floor(jnp.sqrt(y + self.levels**2) - self.levels)
-        width = jnp.maximum(0.5, 1 - q * rounding.narrowing)
+        width = jnp.maximum(jnp.where(q < self.levels - 1, 0.5, 1.0), 1 - q * rounding.narrowing)
         threshold = 0.5 + width * (low_precision.fraction(rounding.random) - 0.5)
         up = y - self._magnitude(q) > (2 * q + (1 + 2 * self.levels)) * threshold
         q = jnp.minimum(q + up.astype(jnp.float32), float(self.levels))

@@ -405,7 +405,7 @@ struct Ratios {
     Floats y = reinterpret_cast<Floats>(size) * block.per_unit;
     Ints q = __builtin_convertvector(AboutRoot(y + kTop * kTop) - kTop, Ints);
     Floats low = __builtin_convertvector(q, Floats);
-    Floats width = Max(0.5f + Floats{}, 1 - low * narrowing);
+    Floats width = low < kTop - 1 ? Max(0.5f + Floats{}, 1 - low * narrowing) : 1 + Floats{};
     // The random bits are the mantissas of numbers in [1, 2).
     Floats threshold = 0.5f + width * (reinterpret_cast<Floats>(random >> 9 | 0x3F800000) - 1.5f);
     q = y - low * (low + kTwice) > (2 * low + (kTwice + 1)) * threshold ? q + 1 : q;
