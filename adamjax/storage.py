@@ -70,7 +70,7 @@ def quantized(
     Returns:
       A hashable value to pass as `mu_dtype` or `nu_dtype`. The state then has a `QuantizedArray` for
       each moment: codes shaped like the parameter (in 4 bits, two per byte along the last axis), and
-      float32 scales, whose last axis is divided by `block_size`.
+      uint16 scales, whose last axis is divided by `block_size`.
 
     Raises:
       ValueError, TypeError: An argument is out of range or of the wrong kind. A derivative through
