@@ -189,7 +189,7 @@ def state_bytes(opt: GradientTransformation, params: PyTree) -> int:
     >>> params = jax.ShapeDtypeStruct((1_000_000, 1000), jnp.bfloat16)
     >>> int8 = adamjax.quantized("int8")
     >>> adamjax.storage.state_bytes(adamjax.adam(mu_dtype=int8, nu_dtype=int8), params) / 1e9
-    2.064000004
+    2.096000004
     """
     checks.parameters(params)
     init = as_transformation(opt, "argument opt of state_bytes").init
