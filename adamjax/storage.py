@@ -70,7 +70,7 @@ def quantized(
     Returns:
       A hashable value to pass as `mu_dtype` or `nu_dtype`. The state then has a `QuantizedArray` for
       each moment: codes shaped like the parameter (in 4 bits, two per byte along the last axis), and
-      float32 scales, whose last axis is divided by `block_size`.
+      uint16 scales, whose last axis is divided by `block_size`.
 
     Raises:
       ValueError, TypeError: An argument is out of range or of the wrong kind. A derivative through
@@ -191,7 +191,7 @@ def state_bytes(opt: GradientTransformation, params: PyTree) -> int:
     >>> params = jax.ShapeDtypeStruct((1_000_000, 1000), jnp.bfloat16)
     >>> int8 = adamjax.quantized("int8")
     >>> adamjax.storage.state_bytes(adamjax.adam(mu_dtype=int8, nu_dtype=int8), params) / 1e9
-    2.064000004
+    2.096000004
     """
     checks.parameters(params)
     init = as_transformation(opt, "argument opt of state_bytes").init

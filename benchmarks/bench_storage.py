@@ -173,11 +173,8 @@ def regression(make: Any, steps: int) -> float:
 
 def in_mixtures(quick: bool) -> Table:
     mixtures = [("float32", "float32"), ("int4", "int8")] if quick else MIXTURES
-    makes: dict[str, Any] = {
-        f"{mu} and {nu}": lambda lr, mu=mu, nu=nu: adam(mu, nu, lr)  # type: ignore[misc]
-        for mu, nu in mixtures
-    }
-    makes |= {name: lambda lr, codes=codes: peer(codes, lr) for name, codes in REFERENCES.items()}  # type: ignore[misc]
+    makes: dict[str, Any] = {f"{mu} and {nu}": lambda lr, mu=mu, nu=nu: adam(mu, nu, lr) for mu, nu in mixtures}
+    makes |= {name: lambda lr, codes=codes: peer(codes, lr) for name, codes in REFERENCES.items()}
     steps = 20 if quick else 600
     exact = regression(makes["float32 and float32"], steps)
     return Table(

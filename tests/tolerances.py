@@ -74,7 +74,7 @@ _BFLOAT16 = {"mu": LongRun(0.03, 1e-3), "nu": LongRun(0.2, 5e-3)}
 LONG_RUN = {
     "float32": _EXACT | {"params": LongRun(2e-5, 1e-6)},
     "bfloat16": _BFLOAT16 | {"params": LongRun(0.03, 1e-3)},
-    "int8": {"mu": LongRun(0.1, 2e-3), "nu": LongRun(0.5, 0.03), "params": LongRun(0.1, 2e-3)},
+    "int8": {"mu": LongRun(0.03, 2e-3), "nu": LongRun(0.5, 0.03), "params": LongRun(0.1, 2e-3)},
     "kahan": _EXACT | {"params": LongRun(2**-8, 2**-12)},
     "low_bits": _EXACT | {"params": LongRun(2**-8, 2**-12)},
     "stochastic bfloat16": _BFLOAT16 | {"params": LongRun(0.15, 5e-3)},
