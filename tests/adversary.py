@@ -20,6 +20,7 @@ LARGEST = 1e17  # gradients whose squares overflow
 EPS = (1e-8, 1e-3)  # and 0.0: gradients of about 1e-18
 FLOAT16_MOMENTS = 1.0  # the scale of gradients that float16 moments hold
 MIXED_CODES = False  # moments in unequal formats, of which one is quantised
+ADAMAX_CODES = False  # its moments in equal formats
 TRACED_ERROR = 1e-4  # of decay rates that are traced, in learning rates
 
 WARNING = "overflow encountered in scalar multiply"  # of states of NumPy arrays
@@ -67,7 +68,7 @@ WRAPPERS = (
 )
 
 # The call, its further arguments, and what the oracle calls them.
-OURS = (
+OURS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("adam", "", {}),
     ("adam", "weight_decay=0.1", {"coupled": 0.1}),
     ("adam", "nesterov=True, maximize=True", {"nesterov": True, "maximize": True}),
@@ -86,7 +87,7 @@ OURS = (
     ("adamax", "", {"algorithm": "adamax"}),
     ("adamaxw", "weight_decay=0.1", {"algorithm": "adamax", "decoupled": 0.1}),
 )
-TORCHS = (
+TORCHS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("adam", "weight_decay=0.1, maximize=True", {"coupled": 0.1, "maximize": True}),
     ("adamw", "weight_decay=0.1, amsgrad=True", {"decoupled": 0.1, "amsgrad": "torch"}),
     ("nadam", "", {"algorithm": "nadam of torch"}),
@@ -141,6 +142,8 @@ def specs(draw, dtypes, groups):
     mu, nu = (None, None) if of_torch else draw(st.sampled_from(PAIRS))
     if "complex64" in dtypes and mu is not None:
         mu, nu = None, None if nu in CODES and not MIXED_CODES else nu  # first moments are complex
+    if name.startswith("adamax") and not ADAMAX_CODES:
+        mu, nu = (None if x in CODES else x for x in (mu, nu))
     scheduled = draw(st.booleans())
     rate = "adamjax.schedules.cosine(§, 20)" if scheduled else "§"
     numbers = f"betas=({b1}, {b2}), eps={eps}" if of_torch else f"{b1}, {b2}, {eps}"
@@ -157,6 +160,18 @@ def specs(draw, dtypes, groups):
         scheduled,
         of_torch,
         name,
+    )
+
+
+def is_known(call: str, spec: Spec, shapes: Sequence[tuple[int, ...]], dtypes: Sequence[str], count: int) -> bool:
+    """Whether a call meets a fault that is known and not mended yet: one line for each."""
+    return any(
+        (
+            call == "mesh" and spec.quantized,  # gradients on no mesh raise an error of JAX
+            call in ("mesh", "device") and spec.wrapper.packs and (0,) in shapes,  # a group without elements
+            call == "torch" and spec.name == "adamax" and count == 0,  # taken for RAdam
+            call == "torch" and "complex64" in dtypes and () in shapes,  # np.complex64 is no array
+        )
     )
 
 
@@ -180,6 +195,12 @@ def long_leaf(x: Any, of_torch: bool) -> Any:
     return np.stack([x.real, x.imag], axis=-1) if of_torch and np.iscomplexobj(x) else x
 
 
+def saves(format: str, shape: tuple[int, ...]) -> bool:
+    """Whether codes and scales of an array take at most half of its bytes; else it stays in float32."""
+    size = shape[-1] if shape and 0 not in shape else 0
+    return size > 0 and math.ceil(size * int(format[-1]) / 8) + 4 * math.ceil(size / 8) <= 2 * size
+
+
 class Expected(NamedTuple):
     change: Any  # of the parameter
     tolerance: Any
@@ -192,8 +213,7 @@ class LeafOracle:
 
     def __init__(self, spec: Spec, p: Any, learning_rate: float | None = None):
         self.spec, self.own_rate = spec, learning_rate
-        # Of few numbers, codes and scales would take as much as the numbers.
-        self.formats = [x if x not in CODES or (np.ndim(p) and np.shape(p)[-1] > 3) else None for x in spec.formats]
+        self.formats = [None if x in CODES and not saves(x, np.shape(p)) else x for x in spec.formats]
         start = long_leaf(p, spec.of_torch)
         self.memory, self.sizes = oracle.start(start), oracle.start(start)
         self.error_m = self.error_v = self.error_max = 0.0
@@ -285,6 +305,7 @@ def skip_state(state: Any) -> Any:
 
 def wide_params(spec: Spec, params: Any, state: Any) -> Any:
     """The parameters as the wrapper knows them, leaf by leaf in long double; and the relative error of that."""
+    structure: Any
     leaves, structure = jax.tree.flatten(params)
     own = [0.0 if x.dtype in (jnp.float32, jnp.complex64) else float(jnp.finfo(x.dtype).eps) for x in leaves]
     wide = [long_leaf(x, spec.of_torch) for x in leaves]
