@@ -34,7 +34,7 @@ CONTAINERS = {
     3: ("[§, (§, None), OrderedDict(b=§)]", "{'a': {'b': §}, 'c': Pair(§, [§])}"),
 }
 DTYPES = (("float32",), ("bfloat16",), ("float16",), ("float32", "bfloat16"), ("complex64", "float32"))
-SCALES = (1e-30, 1e-12, 1e-4, 0.3, 1.0, 1e4, 1e15, 1e30, 1e38)
+SCALES = (1e-30, -1e-12, 1e-4, -0.3, 1e4, -1e4, 1e15, -1e38)
 
 
 class Wrapper(NamedTuple):

@@ -38,6 +38,11 @@ STEPS = {
     "scan": "params, state = scan(opt, [grads] * 3, state, params)",
     "vmap": "params, state = vmap(make, [1.0, RATE], grads, state, params)",
 }
+HOW = st.sampled_from(sorted(STEPS))
+KINDS = st.sampled_from(["normal", "ones", "spread", "spike"])
+FROZEN = st.sampled_from([None, None, None, 0, 1])
+OTHERS = ["pickle", "flatten", "to_numpy", "to_arrays", "another_rate", "move", "save_and_restore"]
+OTHERS += ["through_optax", "through_torch", "change_dtype"]
 TRACED = ("an argument", "compiled update")
 
 
@@ -48,7 +53,7 @@ class Adversary(RuleBasedStateMachine):
         super().__init__()
         self.names = dict(vars(vocabulary))
         self.lines = []
-        self.count, self.rate, self.moved, self.saved = 0, RATE, 0, 0
+        self.count, self.rate, self.moved = 0, RATE, 0
         self.traced = False
 
     def run(self, line):
@@ -95,21 +100,25 @@ class Adversary(RuleBasedStateMachine):
             leaves.append("None" if i == frozen else f"array('{own}', {seed + i}, {size}, {shape}, '{dtype}')")
         self.run(f"grads = {fill(self.container, leaves)}")
 
-    @rule(
-        kind=st.sampled_from(["normal", "normal", "ones", "spread", "spike"]),
-        scale=st.sampled_from(SCALES),
-        sign=st.sampled_from([1, -1]),
-        seed=st.integers(0, 9),
-        how=st.sampled_from(sorted(STEPS)),
-        frozen=st.sampled_from([None, None, None, 0, 1]),
-    )
-    def step(self, kind, scale, sign, seed, how, frozen):
+    def advance(self, kind, scale, seed, how, frozen=None):
         if len(self.leaves) == 1 or how == "scan":
             frozen = None
         if how == "scan" and "coupled" in self.spec.decays:
             how = "compiled"  # which needs to know the rounded parameters between the steps
-        self.gradients(kind, sign * scale, seed, frozen)
-        self.make_step(how, (kind, scale) if kind in ("normal", "ones") else None)
+        self.gradients(kind, scale, seed, frozen)
+        self.make_step(how, (kind, abs(scale)) if kind in ("normal", "ones") else None)
+
+    @rule(kind=KINDS, scale=st.sampled_from(SCALES), seed=st.integers(0, 9), how=HOW, frozen=FROZEN)
+    def step(self, kind, scale, seed, how, frozen):
+        self.advance(kind, scale, seed, how, frozen)
+
+    @rule(seed=st.integers(0, 9), how=HOW)
+    def ordinary_step(self, seed, how):
+        self.advance("normal", 1.0, seed, how)
+
+    @rule(seed=st.integers(0, 9), size=st.floats(-4, 4), how=HOW, frozen=FROZEN)
+    def any_step(self, seed, size, how, frozen):
+        self.advance("normal", float(f"{10**size:.3g}"), seed, how, frozen)
 
     @rule(how=st.sampled_from(["eager", "compiled"]))
     def step_with_zeros(self, how):
@@ -196,73 +205,67 @@ class Adversary(RuleBasedStateMachine):
             self.run(line)
         assert_equal((self.names["params"], self.names["state"]), before)
 
-    @rule()
-    def pickle(self):
+    @rule(name=st.sampled_from(OTHERS), number=st.integers(0, 2))
+    def call(self, name, number):
+        getattr(self, name)(number)
+
+    def pickle(self, number):
         self.unchanged("opt, params, state = pickle.loads(pickle.dumps((opt, params, state)))")
 
-    @rule()
-    def flatten(self):
+    def flatten(self, number):
         self.unchanged("opt, params, state = jax.tree.map(lambda x: x, (opt, params, state))")
 
-    @rule()
-    def to_numpy(self):
+    def to_numpy(self, number):
         self.unchanged("params, state = jax.device_get((params, state))")
 
-    @rule()
-    def hyperparameters_as_arrays(self):
+    def to_arrays(self, number):
+        """The hyperparameters become arrays."""
         self.traced = True
         self.unchanged("opt = jax.tree.map(jnp.asarray, opt)")
 
-    @rule(rate=st.sampled_from([0.001, 0.02]))
-    def another_rate(self, rate):
-        self.rate = rate
-        self.unchanged(f"opt = make({rate})")
+    def another_rate(self, number):
+        self.rate = [0.001, 0.01, 0.02][number]
+        self.unchanged(f"opt = make({self.rate})")
 
-    @precondition(lambda self: self.moved < 2)
-    @rule(count=st.sampled_from([1, 2]))
-    def move(self, count):
-        if self.is_known("mesh" if count > 1 else "device"):
+    def move(self, number):
+        """To another device, or to a mesh; a few times, since all programs are compiled anew."""
+        if self.moved == 2 or self.is_known("mesh" if number else "device"):
             return
         self.moved += 1
-        if count == 1:
+        if number:
+            self.unchanged(
+                "params = placed(params, mesh_of(2))",
+                "state = jax.device_put(state, adamjax.sharding.state_sharding(opt, params))",
+            )
+        else:
             self.unchanged("params, state = jax.device_put((params, state), jax.devices()[1])")
-            return
-        self.unchanged(
-            "params = placed(params, mesh_of(2))",
-            "state = jax.device_put(state, adamjax.sharding.state_sharding(opt, params))",
-        )
 
-    @precondition(lambda self: self.saved < 1)
-    @rule()
-    def save_and_restore(self):
-        self.saved += 1
+    def save_and_restore(self, number):
+        """Once, since it takes a quarter of a second."""
+        if "folder" in self.names:
+            return
         self.unchanged(
             "folder = tempfile.mkdtemp()",
             "adamjax.checkpoint.save(folder, opt, params, state, step=3)",
             "_, params, state, _ = adamjax.checkpoint.restore(folder, opt, params)",
         )
 
-    @precondition(lambda self: goes_to_optax(self.spec))
-    @rule()
-    def through_optax(self):
-        self.unchanged(
-            "state = interop.optax.import_state(opt, params, interop.optax.export_state(opt, state))",
-        )
+    def through_optax(self, number):
+        if goes_to_optax(self.spec):
+            exported = "interop.optax.export_state(opt, state)"
+            self.unchanged(f"state = interop.optax.import_state(opt, params, {exported})")
 
-    @precondition(lambda self: goes_to_torch(self.spec, self.dtypes) and not self.is_known("torch"))
-    @rule()
-    def through_torch(self):
-        self.unchanged(
-            "state = interop.torch.import_state(opt, params, interop.torch.export_state(opt, params, state))",
-        )
+    def through_torch(self, number):
+        if goes_to_torch(self.spec, self.dtypes) and not self.is_known("torch"):
+            exported = "interop.torch.export_state(opt, params, state)"
+            self.unchanged(f"state = interop.torch.import_state(opt, params, {exported})")
 
-    @precondition(lambda self: not (self.spec.wrapper.rounds or self.spec.wrapper.packs))
-    @rule(dtype=st.sampled_from(["float32", "bfloat16", "float16"]))
-    def change_dtype(self, dtype):
-        if "complex64" in self.dtypes:
-            return
-        self.run(f"params = jax.tree.map(lambda p: jnp.asarray(p, '{dtype}'), params)")
-        self.dtypes = [dtype] * len(self.dtypes)
+    def change_dtype(self, number):
+        wrapper = self.spec.wrapper
+        if not (wrapper.rounds or wrapper.packs or "complex64" in self.dtypes):
+            dtype = ["float32", "bfloat16", "float16"][number]
+            self.run(f"params = jax.tree.map(lambda p: jnp.asarray(p, '{dtype}'), params)")
+            self.dtypes = [dtype] * len(self.dtypes)
 
 
 def worst(x, excess):
