@@ -49,6 +49,8 @@ TRACED = ("an argument", "compiled update")
 class Adversary(RuleBasedStateMachine):
     """One program: its lines are run as they are noted."""
 
+    optimizers = adversary.OPTIMIZERS
+
     def __init__(self):
         super().__init__()
         self.names = dict(vars(vocabulary))
@@ -78,7 +80,9 @@ class Adversary(RuleBasedStateMachine):
         self.container = container
         self.shapes = [draw(st.sampled_from(SHAPES)) for _ in range(count)]
         self.dtypes = [draw(st.sampled_from(kinds)) for _ in range(count)]
-        self.spec = draw(specs(kinds, groups=container.startswith("{'a': §, 'b': §")))
+        self.spec = draw(
+            specs(draw(st.sampled_from(self.optimizers)), kinds, groups=container.startswith("{'a': §, 'b': §"))
+        )
         rows = enumerate(zip(self.shapes, self.dtypes, strict=True))
         leaves = [f"array('normal', {i}, 0.5, {shape}, '{dtype}')" for i, (shape, dtype) in rows]
         self.run(f"make = lambda rate: {self.spec.source.replace('§', 'rate')}")
@@ -292,15 +296,15 @@ def goes_to_torch(spec, dtypes):
     return ours and plain and spec.rule.get("amsgrad") in (None, "torch")
 
 
-IN_CI = 40
+IN_CI = 60
 EXAMPLES = int(os.environ.get("ADAMJAX_ADVERSARY", IN_CI))
 
 
-def look(examples, steps, **options):
+def look(machine, examples, steps, **options):
     """Run that many programs."""
     every = list(HealthCheck)
     run_state_machine_as_test(
-        Adversary,
+        machine,
         settings=settings(
             max_examples=examples, stateful_step_count=steps, deadline=None, suppress_health_check=every, **options
         ),
@@ -308,10 +312,15 @@ def look(examples, steps, **options):
 
 
 def test_a_few_programs():
-    look(5, 8, derandomize=True)
+    look(Adversary, 3, 8, derandomize=True)
 
 
 @pytest.mark.slow
-def test_many_programs():
-    """`ADAMJAX_ADVERSARY` says how many; except in CI, they are others each time."""
-    look(EXAMPLES, 12, derandomize=EXAMPLES == IN_CI)
+@pytest.mark.parametrize("optimizer", adversary.OPTIMIZERS, ids=lambda x: " ".join(filter(None, x[:3])))
+def test_many_programs(optimizer):
+    """`ADAMJAX_ADVERSARY` says how many for all optimizers together; except in CI, they are others each time."""
+
+    class OfOneOptimizer(Adversary):
+        optimizers = (optimizer,)
+
+    look(OfOneOptimizer, max(EXAMPLES // len(adversary.OPTIMIZERS), 1), 12, derandomize=EXAMPLES == IN_CI)
