@@ -4,6 +4,7 @@ Written for NumPy, one array and one formula at a time, without anything of the 
 """
 
 import math
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -15,12 +16,25 @@ def long(x):
     return x.astype(np.clongdouble if np.iscomplexobj(x) else LONG)
 
 
-def run(
-    p,
-    grads,
+class Memory(NamedTuple):
+    """Of the steps so far."""
+
+    t: int
+    m: Any
+    v: Any
+    v_max: Any
+    product: Any = LONG(1)  # of the rates of the first moment, in torch's NAdam
+
+
+def start(p):
+    return Memory(0, np.zeros_like(long(p)), np.zeros(np.shape(p), LONG), np.zeros(np.shape(p), LONG))
+
+
+def direction(
+    memory,
+    g,
     *,
     algorithm="adam",
-    learning_rate=1e-3,
     b1=0.9,
     b2=0.999,
     eps=1e-8,
@@ -28,53 +42,74 @@ def run(
     nesterov=False,
     amsgrad=None,
     threshold=5.0,
+    momentum_decay=4e-3,
+):
+    """The direction of one more step with the gradient of the objective, and the memory after it.
+
+    An algorithm that ends in " of torch" is that of PyTorch's documentation, where it differs from the paper.
+    """
+    t, m, v, v_max, product = memory
+    t = t + 1
+    b1, b2, eps, eps_root = LONG(b1), LONG(b2), LONG(eps), LONG(eps_root)
+    g = long(g)
+    m = b1 * m + (1 - b1) * g
+    m_hat = m / (1 - b1**t)
+    if nesterov:
+        m_hat = b1 * m / (1 - b1 ** (t + 1)) + (1 - b1) * g / (1 - b1**t)
+    if algorithm == "nadam of torch":
+        now, following = (b1 * (1 - LONG(0.96) ** (n * LONG(momentum_decay)) / 2) for n in (t, t + 1))
+        product = product * now
+        m_hat = following * m / (1 - product * following) + (1 - now) * g / (1 - product)
+    if algorithm == "adamax":
+        v = np.maximum(b2 * v, np.abs(g) + eps)
+        found = m_hat / v
+    else:
+        v = b2 * v + (1 - b2) * np.abs(g) ** 2
+        v_hat = v / (1 - b2**t)
+        if amsgrad == "torch":
+            v_max = np.maximum(v_max, v)
+            v_hat = v_max / (1 - b2**t)
+        elif amsgrad == "corrected":
+            v_max = np.maximum(v_max, v_hat)
+            v_hat = v_max
+        elif amsgrad == "paper":
+            v_max = np.maximum(v_max, v)
+            v_hat = v_max
+            m_hat = b1 * m + (1 - b1) * g if nesterov else m
+        # torch's RAdam adds eps before it corrects the bias.
+        denominator = np.sqrt(v_hat + eps_root) + eps / (np.sqrt(1 - b2**t) if algorithm == "radam of torch" else 1)
+        found = m_hat / denominator
+    if algorithm.startswith("radam"):
+        rho_inf = 2 / (1 - b2) - 1
+        rho = rho_inf - 2 * t * b2**t / (1 - b2**t)
+        if rho <= 5 if algorithm == "radam of torch" else rho < threshold:
+            found = m_hat
+        else:
+            found = found * np.sqrt((rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho))
+    return found, Memory(t, m, v, v_max, product)
+
+
+def run(
+    p,
+    grads,
+    *,
+    learning_rate=1e-3,
     coupled=0.0,
     decoupled=0.0,
     independent=0.0,
     maximize=False,
+    **rule,
 ):
     """The parameters after each step. Rates may be functions of the step count from 0."""
     p = long(p)
-    b1, b2, eps, eps_root = LONG(b1), LONG(b2), LONG(eps), LONG(eps_root)
-    m = np.zeros_like(p)
-    v = np.zeros(p.shape, LONG)
-    v_max = np.zeros(p.shape, LONG)
+    memory = start(p)
     trajectory = []
-    for t, gradient in enumerate(grads, start=1):
-        lr, l2, wd, iwd = (
-            LONG(x(t - 1) if callable(x) else x) for x in (learning_rate, coupled, decoupled, independent)
-        )
+    for t, gradient in enumerate(grads):
+        lr, l2, wd, iwd = (LONG(x(t) if callable(x) else x) for x in (learning_rate, coupled, decoupled, independent))
         g = long(gradient)
         g = (-g if maximize else g) + l2 * p
-        m = b1 * m + (1 - b1) * g
-        m_hat = m / (1 - b1**t)
-        if nesterov:
-            m_hat = b1 * m / (1 - b1 ** (t + 1)) + (1 - b1) * g / (1 - b1**t)
-        if algorithm == "adamax":
-            v = np.maximum(b2 * v, np.abs(g) + eps)
-            direction = m_hat / v
-        else:
-            v = b2 * v + (1 - b2) * np.abs(g) ** 2
-            v_hat = v / (1 - b2**t)
-            if amsgrad == "torch":
-                v_max = np.maximum(v_max, v)
-                v_hat = v_max / (1 - b2**t)
-            elif amsgrad == "corrected":
-                v_max = np.maximum(v_max, v_hat)
-                v_hat = v_max
-            elif amsgrad == "paper":
-                v_max = np.maximum(v_max, v)
-                v_hat = v_max
-                m_hat = b1 * m + (1 - b1) * g if nesterov else m
-            direction = m_hat / (np.sqrt(v_hat + eps_root) + eps)
-        if algorithm == "radam":
-            rho_inf = 2 / (1 - b2) - 1
-            rho = rho_inf - 2 * t * b2**t / (1 - b2**t)
-            if rho < threshold:
-                direction = m_hat
-            else:
-                direction = direction * np.sqrt((rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho))
-        p = p - lr * direction - lr * wd * p - iwd * p
+        found, memory = direction(memory, g, **rule)
+        p = p - lr * found - lr * wd * p - iwd * p
         trajectory.append(p)
     return trajectory
 

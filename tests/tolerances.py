@@ -79,3 +79,7 @@ LONG_RUN = {
     "low_bits": _EXACT | {"params": LongRun(2**-8, 2**-12)},
     "stochastic bfloat16": _BFLOAT16 | {"params": LongRun(0.15, 5e-3)},
 }
+
+# A step of any program against the oracle: in parts of the largest step that gradients of these sizes can make. Codes
+# may make one that is that many times larger, and of gradients of one size, one whose norm is off by these parts.
+ADVERSARY = {"float32": 5e-6, "bound": 1.001, "bound of halves": 1.25, "codes": 8.0, "int8": 0.3, "int4": 2.0}
