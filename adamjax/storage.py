@@ -54,7 +54,7 @@ def quantized(
     bytes, or if `keep` returns True. So does the first moment of a complex parameter.
 
     `mu_dtype` and `nu_dtype` may differ. The state of large leaves takes 2.09 bytes per parameter with
-    "int8" for both, 1.59 with "int4" for the first moment, and 1.09 with "int4" for both. Sixteen codes
+    "int8" for both, 1.56 with "int4" for the first moment, and 1.06 with "int4" for both. Sixteen codes
     are few for a second moment: its root is off by up to two fifths, and up to a factor of 2 or 4 where gradients
     in a block differ by more than 64 or 4096. Training can end as well, but takes
     another path.
@@ -62,7 +62,7 @@ def quantized(
     Args:
       format: "int8" or "int4".
       block_size: The number of elements along the last axis that share a scale. None: 32 for first
-        moments, 64 for second ones.
+        moments in 8 bits, else 64.
       min_size: Leaves with fewer elements than this are not quantised.
       keep: A function of a leaf's path, such as "layer_0/kernel", that returns True for further
         leaves that are not to be quantised.

@@ -60,11 +60,7 @@ def test_a_constant_gradient(name, b1):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name",
-    # Powers of 2 are halved after equal times, and not at random ones: of one number, the mean would be half of this.
-    [pytest.param(x, marks=pytest.mark.xfail(strict=True)) if x == "int4" else x for x in FORMATS],
-)
+@formats
 def test_the_second_moment_decays(name):
     """2000 zero gradients at b2 = 0.999 leave 0.999**2000 = 0.135 of it."""
     opt = scale_by_adam(name)

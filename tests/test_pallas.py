@@ -29,7 +29,7 @@ FORMATS = {
     "int8": {"mu_dtype": INT8, "nu_dtype": INT8},
     "int4": {"mu_dtype": INT4, "nu_dtype": INT4},
     "int4 and int8": {"mu_dtype": INT4, "nu_dtype": INT8},
-    "int8 and int4": {"mu_dtype": INT8, "nu_dtype": INT4},
+    "int8 and int4": {"mu_dtype": adamjax.quantized("int8", 64), "nu_dtype": INT4},
     "blocks of 64": {"mu_dtype": adamjax.quantized("int8", 64), "nu_dtype": adamjax.quantized("int8", 64)},
     "blocks of 64 and 192": {"mu_dtype": adamjax.quantized("int8", 64), "nu_dtype": adamjax.quantized("int8", 192)},
     "int8 and float32": {"mu_dtype": INT8},
@@ -313,14 +313,7 @@ def test_floats_are_left_to_xla(dtype):
 
 @pytest.mark.parametrize(
     ("format", "devices"),
-    [
-        # Mosaic has no layout for blocks of 32 numbers in 4 bits beside blocks of 64.
-        *(
-            pytest.param(x, 1, marks=pytest.mark.xfail(strict=True)) if "int4" in x and "float32" not in x else (x, 1)
-            for x in FORMATS
-        ),
-        ("int8", 8),
-    ],
+    [*((format, 1) for format in FORMATS), ("int8", 8)],
 )
 def test_it_lowers_without_a_gpu(format, devices, monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: devices)

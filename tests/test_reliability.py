@@ -387,11 +387,7 @@ def is_adam(x):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name",
-    # The largest ratio of a block, here of 4, is next to the last code, and a narrow dither rounds it up more often.
-    [pytest.param(x, marks=pytest.mark.xfail(strict=True)) if x == "int8" else x for x in LONG_RUNS],
-)
+@pytest.mark.parametrize("name", LONG_RUNS)
 def test_a_million_steps(name, long_run):
     """Nothing wears out: moments and parameters stay near those in double, whatever they are stored in."""
     wrap, dtype, (mu_dtype, nu_dtype) = LONG_RUNS[name]

@@ -82,4 +82,4 @@ LONG_RUN = {
 
 # A step of any program against the oracle: in parts of the largest step that gradients of these sizes can make. Codes
 # may make one that is that many times larger, and of gradients of one size, one whose norm is off by these parts.
-ADVERSARY = {"float32": 5e-6, "bound": 1.001, "bound of halves": 1.25, "codes": 8.0, "int8": 0.3, "int4": 2.0}
+ADVERSARY = {"float32": 5e-6, "bound": 1.001, "bound of halves": 1.25, "codes": 4.0, "int8": 0.3, "int4": 2.0}

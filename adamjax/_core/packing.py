@@ -205,7 +205,7 @@ def _reshard_replicated(x: Array) -> Array:
 def replicated(x: Array) -> Array:
     """Replicate `x` in Auto mode; otherwise the compiler would shard it like most of the leaves."""
     mesh = jax.typeof(x).sharding.mesh
-    if mesh.empty or set(mesh.axis_types) != {AxisType.Auto}:
+    if mesh.empty or set(mesh.axis_types) != {AxisType.Auto} or x.size == 0:
         return x
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec()))
 

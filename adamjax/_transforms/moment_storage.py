@@ -24,8 +24,8 @@ from adamjax._core.value import Value, name_of, static_field, value
 FLOATS = ("bfloat16", "float16", "float32", "float64")
 _COMPLEX = ("complex64", "complex128")
 _BITS = {"int8": 8, "int4": 4}
-# Numbers per scale of a first moment, whose noise grows with the size of a block, and of a second.
-_BLOCK_SIZES = {True: 32, False: 64}
+# Numbers per scale. The noise of a first moment grows with the size of a block, which 8 bits show.
+_BLOCK_SIZE, _BLOCK_SIZE_OF_RATIOS = 64, 32
 _MIN_LENGTH = 4  # of the last axis: fewer numbers do not pay for a scale
 _FLOAT32 = jnp.dtype(jnp.float32)
 
@@ -60,7 +60,8 @@ class Quantized(Value):
 
     def block(self, *, signed: bool) -> int:
         """Numbers per scale, of first moments (`signed`) or second."""
-        return _BLOCK_SIZES[signed] if self.block_size is None else self.block_size
+        default = _BLOCK_SIZE_OF_RATIOS if signed and self.bits == 8 else _BLOCK_SIZE
+        return default if self.block_size is None else self.block_size
 
     def applies_to(self, p: Any, path: str, *, signed: bool) -> bool:
         """Return whether the moment of parameter `p` is quantised, and not kept in float32 or wider."""

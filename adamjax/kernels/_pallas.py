@@ -51,6 +51,10 @@ def unsupported_reason(leaf: LeafArrays, g: Array) -> str | None:
     sizes = sorted({x.block_size for x in moments if isinstance(x, QuantizedArray)})
     if sizes[0] % 32:
         return f"its moments are quantised in blocks of {sizes[0]}, and the kernel steps multiples of 32"
+    if sizes[0] < 64 and any(isinstance(x, QuantizedArray) and x.bits == 4 for x in moments):
+        return (
+            f"it has codes of 4 bits and blocks of {sizes[0]}, and the kernel steps blocks of 64 numbers beside 4 bits"
+        )
     if sizes[-1] % sizes[0]:
         return f"the blocks of its moments, of {sizes[0]} and of {sizes[-1]} numbers, do not begin together"
     if p.shape[-1] % sizes[-1]:
