@@ -42,7 +42,6 @@ KINDS = st.sampled_from(["normal", "ones", "spread", "spike"])
 FROZEN = st.sampled_from([None, None, None, 0, 1])
 OTHERS = ["pickle", "flatten", "to_numpy", "to_arrays", "another_rate", "move", "save_and_restore"]
 OTHERS += ["through_optax", "through_torch", "change_dtype"]
-TRACED = ("an argument", "compiled update")
 
 
 class Adversary(RuleBasedStateMachine):
