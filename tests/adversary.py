@@ -15,7 +15,7 @@ import adamjax
 from adamjax.rounding import RoundingState
 from adamjax.safety import SkipState
 
-LARGEST = 1e18  # larger gradients are limited, which the oracle knows nothing of
+LARGEST = 1e17  # larger gradients are limited, which the oracle knows nothing of
 FLOAT16_MOMENTS = 1.0  # the scale of gradients that float16 moments hold
 
 EPS32 = 2.0**-23

@@ -26,9 +26,10 @@ def sum_of_squares(x: Array) -> Array:
     return jnp.sum(abs_sq(x.astype(trees.compute_dtype(x.dtype))))
 
 
-def limit_of_squares(dtype: np.dtype, size: int) -> float:
-    """Return the largest number of which `size`, on each of many devices, have a finite sum of squares in `dtype`."""
-    return largest_square_root(dtype) / (256 * max(size, 1) ** 0.5)
+def limit_of_squares(dtype: np.dtype, size: int, axis_name: AxisName) -> float:
+    """Return the largest number of which `size`, on each device, have a finite sum of squares in `dtype`."""
+    devices = 1 if axis_name is None else 2**16  # at most
+    return largest_square_root(dtype) / (devices * max(size, 1)) ** 0.5
 
 
 def psum_of_scalars(parts: Sequence[Array], axis_name: AxisName, dtype: np.dtype) -> Array:

@@ -76,7 +76,9 @@ def largest_square_root(dtype: np.dtype) -> float:
 def clip_finite(x: Array, largest: float) -> Array:
     """Limit the parts of finite numbers to [-largest, largest]; infinity and NaN stay, so that they show."""
     if jnp.iscomplexobj(x):
-        return jax.lax.complex(clip_finite(x.real, largest), clip_finite(x.imag, largest))
+        size = jnp.maximum(jnp.abs(x.real), jnp.abs(x.imag))
+        factor = jnp.where((size > largest) & (size < np.inf), largest / size, 1.0)
+        return jax.lax.complex(x.real * factor, x.imag * factor)
     return jnp.where(jnp.abs(x) < np.inf, jnp.clip(x, -largest, largest), x)
 
 

@@ -30,7 +30,7 @@ class ClipByGlobalNorm(Transformation):
         leaves = jax.tree.leaves(updates)
         dtype = trees.real_dtype(trees.compute_dtype(*map(trees.dtype_of, leaves)))
         # One huge element would make the norm infinite, and all updates 0.
-        most = collectives.limit_of_squares(dtype, sum(map(np.size, leaves)))
+        most = collectives.limit_of_squares(dtype, sum(map(np.size, leaves)), self.axis_name)
         limited = partial(clip_finite, largest=most)
         leaves = [limited(jnp.asarray(x).astype(trees.compute_dtype(trees.dtype_of(x)))) for x in leaves]
         squares = [collectives.sum_of_squares(x) for x in leaves]
@@ -51,7 +51,7 @@ class ClipByGlobalNorm(Transformation):
 def clip_by_global_norm(max_norm: Scalar, *, axis_name: AxisName = None) -> ClipByGlobalNorm:
     """Scale all updates by one factor, so that their joint norm is at most `max_norm`.
 
-    Numbers whose squares have no finite sum count as the largest that have: 5e16 over the root of the number of
+    Numbers whose squares have no finite sum count as the largest that have: 1.2e19 over the root of the number of
     elements, in float32.
 
     Args:
