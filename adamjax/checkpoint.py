@@ -5,6 +5,7 @@ path, shape and dtype of every array. `restore` compares these first and raises 
 """
 
 import os
+import re
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -21,6 +22,8 @@ from adamjax._transforms.base import as_transformation
 
 # Version of the on-disk format. Bump it when old checkpoints no longer load.
 FORMAT = 1
+# Quantised moments of version 0.1, whose third number was whether they had a sign.
+_OLD_CODES = re.compile(r"QuantizedArray \(\d, (True|False)")
 
 
 class _Fields(NamedTuple):
@@ -229,6 +232,11 @@ def _refuse_others(
     without = {"model_state": schema.tree_schema("model_state", None)}  # of older checkpoints
     for name in ("params", "state", "model_state"):
         if (what := schema.first_difference((without | there)[name], here[name])) is not None:
+            if _OLD_CODES.search(what):
+                raise ValueError(
+                    f"{where} has moments that an earlier version quantised, in codes that are no longer read: "
+                    "restore it with that version and save float32 moments, or begin with init(params)"
+                )
             raise ValueError(
                 f"{where} does not fit: {what}; nothing is cast or reshaped, restore it into what was saved "
                 "and convert that"

@@ -101,8 +101,8 @@ def decode(state: PyTree) -> PyTree:
     >>> int8 = adamjax.quantized("int8", min_size=1)
     >>> opt, p = adamjax.adam(mu_dtype=int8, nu_dtype=int8), jnp.zeros(8)
     >>> _, state = opt.step(jnp.ones(8), opt.init(p), p)
-    >>> print(adamjax.storage.decode(state)[0].mu.round(3))
-    [0.1 0.1 0.1 0.1 0.1 0.1 0.1 0.1]
+    >>> f"{adamjax.storage.decode(state)[0].mu.mean():.2f}"
+    '0.10'
     """
     if not find_moments(state):
         raise ValueError("there are no moments in the state: decode takes what init or update of Adam returned")

@@ -99,8 +99,8 @@ def test_a_ratio_is_taken_round_by_round():
         ("adamjax", 28),
         ("adamjax, bfloat16 moments", 20),
         ("adamjax, float16 moments", 20),
-        ("adamjax, int8 moments", 12 + 4 * (1 + 4 / 128)),  # a float32 scale for 128
-        ("adamjax, int4 moments", 12 + 4 * (1 / 2 + 4 / 64)),
+        ("adamjax, int8 moments", 12 + 2 * (2 + 2 / 32 + 2 / 64)),  # scales of 16 bits
+        ("adamjax, int4 moments", 12 + 4 * (1 / 2 + 2 / 64)),
     ],
 )
 def test_the_limit_of_a_format_is_what_it_must_move_over_the_triad(name, bytes_moved):

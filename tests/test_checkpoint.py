@@ -294,6 +294,12 @@ def test_an_earlier_version_is_restored(tmp_path):
     np.testing.assert_array_equal(jax.random.key_data(found.key), jax.random.key_data(jax.random.key(5)))
 
 
+def test_codes_of_an_earlier_version_are_refused(tmp_path):
+    shutil.copytree(golden.OLD_CODES, tmp_path / "there")
+    with pytest.raises(ValueError, match=r"an earlier version quantised, in codes that are no longer read"):
+        checkpoint.restore(tmp_path / "there", golden.optimizer(), golden.content()[0])
+
+
 def test_missing_extra_names_the_command(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "orbax.checkpoint", None)
     with pytest.raises(ImportError, match=r"a checkpoint needs orbax: run  pip install 'adamjax\[checkpoint\]'"):

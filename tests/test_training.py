@@ -335,7 +335,7 @@ def test_divergence_ends_the_command(tmp_path, capsys):
     flags = ["--steps", "99", "--learning-rate", "0.5", "test_training:Explosion", "--maximize"]
     assert cli.main(["train", *flags, "--out", str(tmp_path / "run")]) == 1
     message = capsys.readouterr().err
-    assert "the loss was not finite at step 5 (learning rate 0.2)" in message
+    assert "the loss was not finite at step 4 (learning rate 0.15)" in message
     assert "Try a --learning-rate below 0.5 (a tenth, say), or more --warmup-steps." in message
     _, metrics = read(tmp_path / "run")
     assert metrics[-1]["step"] == 10

@@ -8,7 +8,7 @@ import jax
 
 from adamjax._core.checks import shortened
 from adamjax._core.typing import PyTree
-from adamjax._core.value import Value
+from adamjax._core.value import Value, is_low_part
 
 Schema = dict[str, str | int | float]  # by path: the type of a node, the dtype and shape of an array, or a number
 
@@ -27,7 +27,8 @@ def tree_schema(name: str, tree: PyTree) -> Schema:
             return
         schema[path] = _node(x)
         for key, child in children:
-            walk(path + jax.tree_util.keystr(key), child)
+            if not is_low_part(key):  # it follows from the number whose part it is
+                walk(path + jax.tree_util.keystr(key), child)
 
     walk(name, tree)
     return schema

@@ -10,7 +10,7 @@ import numpy as np
 from jax.tree_util import GetAttrKey
 
 from adamjax._core import checks
-from adamjax._core.typing import PyTree
+from adamjax._core.typing import Path, PyTree
 
 T = TypeVar("T")
 
@@ -78,6 +78,11 @@ def low_part(x: object, name: str) -> Any:
     if isinstance(number, float):
         return number - float(np.float32(number))
     return x.__dict__.get(_LOW_PART.format(name), 0.0)
+
+
+def is_low_part(path: Path) -> bool:
+    """Return whether a path of JAX's keys ends at a low part."""
+    return str(getattr(path[-1] if path else "", "name", "")).endswith(_LOW_PART.format(""))
 
 
 def replaced(x: T, changes: Mapping[str, Any]) -> T:

@@ -266,7 +266,7 @@ def may_skip(opt: Transformation) -> bool:
 
 def contains_foreign(opt: Transformation) -> bool:
     """Return whether `opt` is a transformation from outside of this package, or has one anywhere inside."""
-    if isinstance(opt, Foreign) or not type(opt).__module__.startswith("adamjax."):
+    if issubclass(type(opt), Foreign) or not type(opt).__module__.startswith("adamjax."):
         return True
     for field in vars(opt).values():
         for x in field if isinstance(field, tuple) else (field,):

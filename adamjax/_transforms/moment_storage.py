@@ -172,6 +172,8 @@ def round_first_moment(x: Array, like: Moment, dither: Dither | None) -> Array:
     twice, from old ones that had to be copied. Codes are too coarse for that, so `store` rounds to them afterwards.
     The `dither` is needed where `needs_dither` says so. How the array is sharded does not matter.
     """
+    if _is_wide(like):
+        return x
     rounded = _rounded(x, like, dither)
     if like.dtype == jnp.float16:
         # Its smallest number is no small one: rounded up to it, a moment would make a step of many learning rates.
@@ -182,7 +184,7 @@ def round_first_moment(x: Array, like: Moment, dither: Dither | None) -> Array:
 
 def round_second_moment(x: Array, like: Moment, dither: Dither | None) -> Array:
     """Round a new second moment likewise; one above 0 stays above 0."""
-    return _as_stored(_keep_positive(x, _rounded(x, like, dither), like), x, like)
+    return x if _is_wide(like) else _as_stored(_keep_positive(x, _rounded(x, like, dither), like), x, like)
 
 
 def round_max(x: Array, like: Moment) -> Array:
@@ -258,14 +260,14 @@ def _is_wide(stored: Moment) -> bool:
 
 
 def _rounded(x: Array, like: Moment, dither: Dither | None) -> Array:
-    if _is_wide(like) or dither is None:
+    if dither is None:
         return x
     return low_precision.stochastic_round(_saturate(x, like.dtype).astype(_FLOAT32), dither, like.dtype)
 
 
 def _as_stored(rounded: Array, x: Array, like: Moment) -> Array:
     """Convert to the storage dtype and back, so that XLA sees that the step reads the numbers it has stored."""
-    return x if _is_wide(like) else rounded.astype(like.dtype).astype(x.dtype)
+    return rounded.astype(like.dtype).astype(x.dtype)
 
 
 def _saturate(x: Array, dtype: np.dtype) -> Array:
@@ -278,7 +280,5 @@ def _saturate(x: Array, dtype: np.dtype) -> Array:
 
 def _keep_positive(x: Array, rounded: Array, like: Moment) -> Array:
     """Replace 0 by the smallest number where `x` is above 0: its root is a divisor."""
-    if _is_wide(like):
-        return rounded
     smallest = jnp.float32(low_precision.ulp_at_zero(like.dtype))
     return jnp.where((x > 0) & (rounded < smallest), smallest, rounded)

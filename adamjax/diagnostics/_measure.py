@@ -12,7 +12,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from adamjax._core import checks, collectives, low_precision, trees
 from adamjax._core.numerics import abs_sq
-from adamjax._core.quantization import is_moment
+from adamjax._core.quantization import is_moment, sharded_like
 from adamjax._core.typing import AxisName, GradientTransformation, Path, PyTree
 from adamjax._core.value import Value, static_field, value
 from adamjax._transforms import moment_storage
@@ -271,7 +271,7 @@ def _leaf(g: Array, u: Array, p: Array, found: _Moments) -> tuple[Array, Array]:
     parts = found.member.parts(moment_storage.load_first(m, v_loaded, dtype, g), v_loaded, v_max, t)
     alive = parts.root > 0
     scale = jnp.where(alive, 1 / jnp.where(alive, parts.root + parts.eps, 1), 0)  # no second moment, no direction
-    driven = alive & (g != 0)  # of an element that has no gradient any more, eps is not the reason
+    driven = alive & sharded_like(g != 0, alive)  # of an element that has no gradient any more, eps is not the reason
     direction = abs_sq(parts.m_hat) * scale * scale
     error = jnp.zeros_like(scale)
     m_noise, v_noise = moment_storage.storage_noise(m, v, v_loaded)

@@ -1,7 +1,7 @@
 """A checkpoint of an earlier version, which is to be restored for ever: what is in it, and how it was made.
 
 `python tests/golden/checkpoints.py` writes it to the folder checkpoint; the one committed is of adamjax 0.1.0,
-orbax-checkpoint 0.12.8 and JAX 0.10.2.
+orbax-checkpoint 0.12.8 and JAX 0.10.2. The folder old_codes has the same with moments in the codes before these.
 """
 
 from pathlib import Path
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 import adamjax
 
-FOLDER = Path(__file__).parent / "checkpoint"
+FOLDER, OLD_CODES = (Path(__file__).parent / name for name in ("checkpoint", "old_codes"))
 STEP = 7
 
 
