@@ -122,7 +122,8 @@ def test_without_a_dither_second_moments_are_rounded_to_nearest(bits):
     found = decoded(x, bits, SECOND, nearest=True, seeds=3)
     assert np.all(found == found[0])
     low, high = neighbours(x, bits, SECOND)
-    np.testing.assert_array_equal(np.abs(found[0] - x), np.minimum(x - low, high - x))
+    up = 0.5 if bits == 8 else 0.75  # a maximum keeps each rounding up for ever
+    np.testing.assert_array_equal(found[0], np.where(x - low >= up * (high - low), high, low))
     np.testing.assert_array_equal(decoded(found[0].astype(np.float32), bits, SECOND, nearest=True)[0], found[0])
 
 
@@ -137,8 +138,8 @@ def test_a_second_moment_does_not_follow_its_scale(bits):
     first = encode(x, bits, SECOND, 32, None)
     last, _ = jax.lax.scan(body, first, jnp.geomspace(1, 1000 if bits == 8 else 60, 2000))
     ratio = np.asarray(last.decode() / x)[:-1]
-    worst = 1.05 if bits == 8 else 1.65  # of 1.25, rounded to halves first, then to powers of 2
-    assert np.all((ratio > 1 / worst) & (ratio < worst))
+    least, most = (0.95, 1.05) if bits == 8 else (0.5, 1.2)  # powers of 2, most often rounded down
+    assert np.all((ratio > least) & (ratio < most))
 
 
 @kinds

@@ -128,9 +128,12 @@ class FloatCode(NamedTuple):
         """Return the codes of numbers, as they are stored, given the scale of each."""
         first, shift = self._first(scale)
         bits = _bits(jnp.abs(x))
-        random = jnp.full_like(bits, 1 << 31, jnp.uint32) if rounding is None else rounding.random
-        if self.levels < 16 and rounding is not None:
-            random = low_precision.scrambled(random)
+        is_coarse = self.levels < 16
+        if rounding is None:
+            # A maximum keeps each rounding up for ever: to nearest, in coarse steps, it would be far too large.
+            random = jnp.full_like(bits, 1 << (30 if is_coarse else 31), jnp.uint32)
+        else:
+            random = low_precision.scrambled(rounding.random) if is_coarse else rounding.random
         cut_off = (random >> (32 - shift).astype(jnp.uint32)).astype(jnp.int32)
         rounded = (bits + jnp.minimum(cut_off, _LARGEST - jnp.minimum(bits, _LARGEST))) >> shift
         return jnp.where(bits < _TINY, 0, jnp.clip(rounded - first + 1, 1, self.levels))

@@ -539,12 +539,12 @@ void StoreSquares(const Array& a, const Span& s, const float* x, const uint32_t*
   });
 }
 
-// To nearest: half of what is cut off is added.
+// To nearest: half of what is cut off is added; in 4 bits a quarter, because a maximum keeps each rounding up for ever.
 template <int kBits>
 void StoreLargest(const Array& a, const Span& s, const float* x) {
   using C = Squares<kBits>;
   StoreCodes<C>(a, s, x, [=](Floats some, const typename C::Block& block, int64_t, uint8_t* codes) {
-    C::Encode(some, block, 0x80000000u + Words{}, codes);
+    C::Encode(some, block, (kBits == 4 ? 0x40000000u : 0x80000000u) + Words{}, codes);
   });
 }
 
