@@ -22,7 +22,7 @@ OTHERS = re.compile(
     r"(jax|jnp|np|torch|optax|flax|nnx|equinox|eqx|optuna|concurrent|mpi4py)\.[\w.]+|\w+\.(json|jsonl|html|png)"
     r"|PartitionSpec|DataLoader|ProcessPoolExecutor|CUDA_VISIBLE_DEVICES|batches|stateful|batch_axes|submit|initializer"
     r"|rngs|sow|is_training|deterministic|use_running_average|inference"
-    r"|warmup_fraction|end_fraction|(in|out)_shardings|jax_enable_x64|bias_correction_[mn]u|load_state_dict|aux"
+    r"|warmup_fraction|end_fraction|(in|out)_shardings|jax_enable_x64|bias_correction_[mn]u|load_state_dict|aux|param_names|ReduceLROnPlateau"
 )
 
 

@@ -360,8 +360,10 @@ def messages(*calls):
     for call in calls:
         try:
             jax.eval_shape(call)
-        except (TypeError, ValueError) as error:
-            yield str(error)
+        except (TypeError, ValueError, AssertionError) as error:
+            # JAX's own cache cannot compare nodes whose static fields are arrays.
+            if "Cache keys" not in str(error):
+                yield str(error)
 
 
 @pytest.mark.parametrize("opt", OPTIMIZERS)
