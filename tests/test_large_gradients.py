@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from helpers import gradients
 from tolerances import TORCH
 
@@ -49,6 +48,7 @@ def course(opt, first, steps=4, others=1.0):
 @pytest.mark.parametrize("name", ["adam", "adamw", "amsgrad"])
 def test_as_torch_with_a_gradient_that_it_can_square(name, first):
     """A step is the same for all gradients that are far larger than the rest."""
+    torch = pytest.importorskip("torch")
     tensor = torch.zeros(1, dtype=torch.float64, requires_grad=True)
     kind = {"amsgrad": True} if name == "amsgrad" else {}
     theirs = (torch.optim.AdamW if name == "adamw" else torch.optim.Adam)([tensor], lr=0.1, weight_decay=0.0, **kind)
