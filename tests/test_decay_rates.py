@@ -16,13 +16,13 @@ pytestmark = pytest.mark.numbers
 G, P = jnp.full(2, 0.5), jnp.ones(2)
 MAKERS = {
     "adam": adamjax.adam,
-    "adamw": lambda *a, **kw: adamjax.adamw(*a, weight_decay=0.0, **kw),
+    "adamw": lambda rate, **kw: adamjax.adamw(rate, weight_decay=0.0, **kw),
     "nadam": adamjax.nadam,
     "radam": adamjax.radam,
     "adamax": adamjax.adamax,
     "amsgrad": adamjax.amsgrad,
-    "torch's adam": lambda *a, b1=0.9, b2=0.999: interop.torch.adam(*a, betas=(b1, b2)),
-    "torch's nadam": lambda *a, b1=0.9, b2=0.999: interop.torch.nadam(*a, betas=(b1, b2)),
+    "torch's adam": lambda rate, b1=0.9, b2=0.999: interop.torch.adam(rate, betas=(b1, b2)),
+    "torch's nadam": lambda rate, b1=0.9, b2=0.999: interop.torch.nadam(rate, betas=(b1, b2)),
 }
 
 
