@@ -48,7 +48,7 @@ def value(cls: type[T]) -> type[T]:
     children = tuple(f.name for f in fields if not f.metadata.get("static"))
     statics = tuple(f.name for f in fields if f.metadata.get("static"))
     precise = tuple(f.name for f in fields if f.metadata.get("precise"))
-    low_parts = tuple(_LOW_PART.format(name) for name in precise)
+    low_parts = tuple(low_part_name(name) for name in precise)
     keys = tuple(GetAttrKey(name) for name in (*children, *low_parts))
 
     def flatten(self: T) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
@@ -69,7 +69,12 @@ def value(cls: type[T]) -> type[T]:
     return cls
 
 
-_LOW_PART = "{}_low_part"
+_LOW_PART = "_low_part"
+
+
+def low_part_name(name: str) -> str:
+    """Return the attribute that has the low part of the field called `name`."""
+    return name + _LOW_PART
 
 
 def low_part(x: object, name: str) -> Any:
@@ -77,19 +82,19 @@ def low_part(x: object, name: str) -> Any:
     number = getattr(x, name)
     if isinstance(number, float):
         return number - float(np.float32(number))
-    return x.__dict__.get(_LOW_PART.format(name), 0.0)
+    return x.__dict__.get(low_part_name(name), 0.0)
 
 
 def is_low_part(path: Path) -> bool:
     """Return whether a path of JAX's keys ends at a low part."""
-    return str(getattr(path[-1] if path else "", "name", "")).endswith(_LOW_PART.format(""))
+    return str(getattr(path[-1] if path else "", "name", "")).endswith(_LOW_PART)
 
 
 def replaced(x: T, changes: Mapping[str, Any]) -> T:
     """Return a value with some fields changed; unlike `dataclasses.replace`, with the low parts of the others."""
     new = dataclasses.replace(x, **changes)  # type: ignore[type-var]
-    kept = {key: part for key, part in vars(x).items() if key.endswith(_LOW_PART.format(""))}
-    vars(new).update({key: part for key, part in kept.items() if key.removesuffix(_LOW_PART.format("")) not in changes})
+    kept = {key: part for key, part in vars(x).items() if key.endswith(_LOW_PART)}
+    vars(new).update({key: part for key, part in kept.items() if key.removesuffix(_LOW_PART) not in changes})
     return new
 
 

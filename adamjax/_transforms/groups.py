@@ -12,7 +12,7 @@ import jax
 from adamjax._core import checks, trees
 from adamjax._core.trees import Leaves
 from adamjax._core.typing import PyTree, Scalar
-from adamjax._core.value import replaced, static_field, value
+from adamjax._core.value import low_part_name, replaced, static_field, value
 from adamjax._transforms.base import Result, StepContext, Transformation, as_transformation, rounds_params
 from adamjax._transforms.chain import Chain
 from adamjax._transforms.schedule import Scaled
@@ -315,7 +315,7 @@ def _merged(opt: Any, other: Any, name: str, *, scales: bool) -> Any:
     merged = copy.copy(opt)
     if not scales:
         # A traced decay rate has its low part beside it, which `dataclasses.replace` would lose.
-        for key in (name, f"{name}_low_part"):
+        for key in (name, low_part_name(name)):
             vars(merged).pop(key, None)
             if key in vars(other):
                 changes[key] = vars(other)[key]

@@ -222,7 +222,7 @@ def ratio_of(m: Array, v: Array, like: QuantizedArray, one_minus_b: Array) -> tu
     unit = like.unit(v)
     # Without a second moment there is no first one either, but for gradients whose squares underflow.
     ratio = m / jnp.where(unit == 0, np.inf, unit)
-    # Without gradients a code falls by about `one_minus_b` of itself a step: the part that may be left to nearest.
+    # Without gradients, a code falls by about `one_minus_b` of itself a step: a quarter of that may be lost to nearest.
     return ratio, 0.25 * one_minus_b
 
 
