@@ -154,7 +154,7 @@ def scale_by_adam(
     Arithmetic is in float32 or wider whatever the dtypes of parameters, gradients and moments.
     Where `b1` and `b2` are Python numbers, :math:`1 - \beta` and :math:`\log\beta` are formed in
     double precision, and as leaves they keep the digits for that. Finite gradients count as at most
-    1.2e19 in float32, so that their squares are finite.
+    1.27e19 in float32, so that their squares are finite.
 
     Args:
       b1: Decay rate of the first moment, in [0, 1): the mean of about 1 / (1 - b1) gradients. An array

@@ -51,7 +51,7 @@ class ClipByGlobalNorm(Transformation):
 def clip_by_global_norm(max_norm: Scalar, *, axis_name: AxisName = None) -> ClipByGlobalNorm:
     """Scale all updates by one factor, so that their joint norm is at most `max_norm`.
 
-    Numbers whose squares have no finite sum count as the largest that have: 1.2e19 over the root of the number of
+    Numbers whose squares have no finite sum count as the largest that have: 1.27e19 over the root of the number of
     elements, in float32.
 
     Args:
