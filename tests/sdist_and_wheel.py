@@ -9,7 +9,6 @@ import argparse
 import email
 import os
 import re
-import runpy
 import subprocess
 import sys
 import tarfile
@@ -19,9 +18,10 @@ import venv
 import zipfile
 from pathlib import Path
 
+from adamjax import __version__ as VERSION  # noqa: N812
+
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-VERSION = runpy.run_path(str(ROOT / "adamjax/_core/version.py"))["__version__"]
 STEM = f"adamjax-{VERSION}"
 # What the wheel is to have beside Python; without them, no fused step, and no types for those who import it.
 DATA = {"adamjax/kernels/adam.cc", "adamjax/py.typed"}
