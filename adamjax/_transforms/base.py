@@ -1,7 +1,6 @@
 """The base of every transformation: a value with `init`, `update` and `step`."""
 
 import inspect
-import warnings
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
@@ -13,7 +12,7 @@ from adamjax._core import checks, trees
 from adamjax._core.optional import presented_class
 from adamjax._core.ownership import with_param_shardings
 from adamjax._core.trees import Leaves
-from adamjax._core.typing import Extra, FusedMode, GradientTransformation, PyTree
+from adamjax._core.typing import Extra, GradientTransformation, PyTree
 from adamjax._core.value import Value, name_of, static_field, value
 from adamjax._transforms.delivery import AddToParam, AsUpdate, Delivery, deliver
 from adamjax._transforms.leafwise import LeafTransform, run_leafwise
@@ -25,6 +24,8 @@ class StepContext(NamedTuple):
     params: Leaves | None  # the parameters as a transformation sees them
     extra: Extra  # the keyword arguments of `update`
     delivery: Delivery | None  # the last operation on each leaf; None to hand the updates to the next transformation
+    # The first operation on each leaf, which those that have `takes_first` make part of their leaf program.
+    first: LeafTransform | None = None
 
 
 # A step's results (None where a leaf is frozen), the new leaf states of its delivery, and the new state.
@@ -42,6 +43,7 @@ class Transformation(Value):
     """
 
     unscales_gradients: ClassVar[bool] = False  # whether it expects the gradients of a scaled loss
+    takes_first: ClassVar[bool] = False  # whether `_run` does the `first` operation of its context
 
     @property  # type: ignore[misc]
     def __class__(self) -> type[Any]:
@@ -161,7 +163,7 @@ class Transformation(Value):
 
         The `updates` fit the parameters, in any dtype; None is a frozen leaf. The `state` is not checked yet.
         """
-        params, extra, delivery = context
+        params, extra, delivery, _ = context
         new, state = self._update(updates.tree, state, None if params is None else params.tree, extra)
         return *deliver(updates.like(updates.column(new)), params, delivery), state
 
@@ -176,10 +178,6 @@ class Transformation(Value):
         """The transformations inside this one whose steps deliver its result."""
         return ()
 
-    def _kernel_mode(self) -> FusedMode:
-        """True or "auto" if `step` is to run by a kernel, in one pass over memory; see `kernels.Fused`."""
-        return False
-
 
 def _empty(cls: type[Transformation]) -> Transformation:
     """Make a transformation without fields, which unpickling fills."""
@@ -192,18 +190,37 @@ class Leafwise(Transformation):
     Those that follow each other in a chain run together, as one leaf program.
     """
 
+    takes_first: ClassVar[bool] = True
+    # Whether `_leaf_transforms` depends on the numbers of the updates, and not on their structure and shapes only.
+    reads_updates: ClassVar[bool] = False
+
     def _leaf_transforms(self, updates: Leaves, state: PyTree, params: Leaves | None) -> list[LeafTransform]:
         """Plan a step of each leaf; the last transform makes the new state.
 
-        Of the `updates`, only structure and shapes are those that the step will be given.
+        Unless it `reads_updates`, only structure and shapes of the `updates` are those that the step will be given.
         """
         raise NotImplementedError
 
     def _run(self, updates: Leaves, state: PyTree, context: StepContext) -> Result:
-        params, _, delivery = context
-        transforms = self._leaf_transforms(updates, state, params)
+        params, _, delivery, first = context
+        if first is not None and self.reads_updates:
+            updates, first = apply_first(first, updates), None
+        transforms = [*([] if first is None else [first]), *self._leaf_transforms(updates, state, params)]
         new, states = run_leafwise([*transforms, *([] if delivery is None else [delivery])], updates, params)
         return new, states[-1], transforms[-1].new_state(states[len(transforms) - 1])
+
+
+def run_inside(opt: Transformation, updates: Leaves, state: PyTree, context: StepContext) -> Result:
+    """Run one step of a transformation inside another one."""
+    if context.first is not None and not opt.takes_first:
+        updates, context = apply_first(context.first, updates), context._replace(first=None)
+    return opt._run(updates, state, context)
+
+
+def apply_first(first: LeafTransform, updates: Leaves) -> Leaves:
+    """The updates after the first operation of a step."""
+    found, _ = run_leafwise([first], updates, None)
+    return found
 
 
 class Wrapper(Transformation):
@@ -314,15 +331,6 @@ def as_transformation(x: object, where: str) -> Transformation:
         hint = f": call it, {name_of(x)}(...)" if callable(x) else ""
         raise TypeError(f"{where} is {checks.shown(x)}, expected a transformation with init and update{hint}")
     return Foreign(x)  # type: ignore[arg-type]
-
-
-def check_not_fused(opt: Transformation, where: str) -> None:
-    """Raise if `fused=True` cannot be honoured at `where`; warn if `fused="auto"` cannot."""
-    modes = [t._kernel_mode() for t in delivering(opt)]
-    if True in modes:
-        raise ValueError(f"{checks.shown(opt)} cannot step in one pass {where}: take fused=False, or 'auto'")
-    if "auto" in modes:
-        warnings.warn(f"fused='auto' leaves the step to XLA {where}", stacklevel=2)
 
 
 def _minus_zeros(p: Any, wide: bool) -> Any:

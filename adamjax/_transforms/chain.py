@@ -1,8 +1,8 @@
 """Transformations one after another."""
 
 import warnings
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
 
 from adamjax._core import checks, trees
 from adamjax._core.trees import Leaves
@@ -15,17 +15,18 @@ from adamjax._transforms.base import (
     StepContext,
     Transformation,
     as_transformation,
-    check_not_fused,
     delivering,
     rounds_params,
 )
-from adamjax._transforms.delivery import update_dtype
+from adamjax._transforms.delivery import Delivery, update_dtype
 from adamjax._transforms.leafwise import Executor, LeafTransform, run_leafwise
 
 
 @value
 class Chain(Transformation):
     """Transformations one after another; the state is the tuple of theirs."""
+
+    has_executor: ClassVar[bool] = False  # whether its members are run by an executor of its own
 
     transforms: tuple[Transformation, ...]
 
@@ -36,7 +37,6 @@ class Chain(Transformation):
                     f"{checks.shown(transform)} must be the last of a chain: a later transformation would change "
                     "the values that it rounds parameters to"
                 )
-            check_not_fused(transform, "anywhere but at the end of a chain")
         for i, transform in enumerate(self.transforms):
             if i and any(t.unscales_gradients for t in delivering(transform)):
                 before = ", ".join(type(t).__name__ for t in self.transforms[:i])
@@ -53,37 +53,61 @@ class Chain(Transformation):
         return tuple([t._init(params) for t in self.transforms])
 
     def _executor(self, paths: Callable[[], list[Path]]) -> Executor:
-        """The way to run the leaf program that the chain ends with."""
-        return Executor(paths)
+        """The executor of the leaf programs with its members, if it has one."""
+        raise NotImplementedError
 
     def _run(self, updates: Leaves, state: PyTree, context: StepContext) -> Result:
-        checks.member_states(state, len(self.transforms), "a chain")
-        grads, (params, _, delivery) = updates, context
+        grads, (params, _, delivery, first) = updates, context
+        members = self._members(state)
         states: list[PyTree] = []
-        program: list[LeafTransform] = []  # of the leafwise members since the last other one
-        ends: list[int] = []  # of each such member's part in the program
-        last = len(self.transforms) - 1
-        for i, (transform, part) in enumerate(zip(self.transforms, state, strict=True)):
+        program = _Program(first)
+        for transform, part, owner in members:
             if isinstance(transform, Leafwise):
-                program += transform._leaf_transforms(updates, part, params)
-                ends.append(len(program))
+                if transform.reads_updates:
+                    updates, made, _ = program.run(updates, params)
+                    states += made
+                    program = _Program()
+                program.transforms += transform._leaf_transforms(updates, part, params)
+                program.ends.append(len(program.transforms))
+                if owner.has_executor:
+                    program.executor = owner._executor
                 continue
-            if program:
-                updates, found = run_leafwise(program, updates, params)
-                states += _new_states(program, ends, found)
-                program, ends = [], []
+            handed_on = program.transforms[0] if transform.takes_first and program.is_pure else None
+            if handed_on is None:
+                updates, made, _ = program.run(updates, params)
+            else:
+                made = program.new_states([[]])
+            states += made
+            program = _Program()
             if isinstance(transform, Foreign) and updates is not grads:
                 # Others keep their state in the dtype of the updates they are given: hand them the dtype of the
                 # parameters, not our wider intermediate one.
                 updates = _rounded(updates, grads if params is None else params)
-            inside = context if i == last else context._replace(delivery=None)
+            is_last = len(states) == len(members) - 1
+            inside = context._replace(first=handed_on, delivery=delivery if is_last else None)
             updates, delivered, part = transform._run(updates, part, inside)
             states.append(part)
-            if i == last:
-                return updates, delivered, tuple(states)
-        ending = [] if delivery is None else [delivery]
-        updates, found = run_leafwise([*program, *ending], updates, params, self._executor)
-        return updates, found[-1] if ending else [], (*states, *_new_states(program, ends, found))
+            if is_last:
+                return updates, delivered, self._nested(iter(states))
+        updates, made, delivered = program.run(updates, params, delivery)
+        return updates, delivered, self._nested(iter([*states, *made]))
+
+    def _members(self, state: PyTree) -> list[tuple[Transformation, PyTree, "Chain"]]:
+        """All members, those of chains in it too, each with its state and the chain that it is in."""
+        checks.member_states(state, len(self.transforms), "a chain")
+        found: list[tuple[Transformation, PyTree, Chain]] = []
+        for transform, part in zip(self.transforms, state, strict=True):
+            is_chain = issubclass(type(transform), Chain)
+            found += transform._members(part) if is_chain else [(transform, part, self)]  # type: ignore[attr-defined]
+        return found
+
+    def _nested(self, states: Iterator[PyTree]) -> tuple[PyTree, ...]:
+        """The state, from those of the members in the order of `_members`."""
+        found: list[PyTree] = []
+        for transform in self.transforms:
+            is_chain = issubclass(type(transform), Chain)
+            found.append(transform._nested(states) if is_chain else next(states))  # type: ignore[attr-defined]
+        return tuple(found)
 
     def __repr__(self) -> str:
         members = ", ".join(map(repr, self.transforms))
@@ -111,8 +135,35 @@ def chain(*transforms: GradientTransformation) -> Chain:
     return Chain(tuple([as_transformation(t, f"argument {i} of chain") for i, t in enumerate(transforms)]))
 
 
-def _new_states(program: list[LeafTransform], ends: list[int], found: list[list[Any]]) -> list[PyTree]:
-    return [program[end - 1].new_state(found[end - 1]) for end in ends]
+class _Program:
+    """The leaf program of the leafwise members since the last other one."""
+
+    def __init__(self, first: LeafTransform | None = None) -> None:
+        self.transforms = [] if first is None else [first]
+        self.ends: list[int] = []  # the end of each member's part
+        self.executor: Callable[[Callable[[], list[Path]]], Executor] = Executor
+
+    @property
+    def is_pure(self) -> bool:
+        """Whether another program may begin with this one."""
+        return len(self.transforms) == 1 and self.transforms[0].is_pure
+
+    def run(
+        self, updates: Leaves, params: Leaves | None, delivery: Delivery | None = None
+    ) -> tuple[Leaves, list[PyTree], list[Any]]:
+        """Run it; return the updates, the new states of the members, and the new leaf states of the delivery."""
+        transforms = self.transforms if delivery is None else [*self.transforms, delivery]
+        if not transforms:
+            return updates, [], []
+        updates, found = run_leafwise(transforms, updates, params, self.executor)
+        return updates, self.new_states(found), [] if delivery is None else found[-1]
+
+    def new_states(self, found: list[list[Any]]) -> list[PyTree]:
+        """The new states of the members, from the new leaf states of their transforms."""
+        states = []
+        for end in self.ends:
+            states.append(self.transforms[end - 1].new_state(found[end - 1]))
+        return states
 
 
 def _rounded(updates: Leaves, targets: Leaves) -> Leaves:

@@ -1,51 +1,72 @@
 """Clipping by the global norm."""
 
-from functools import cache, partial
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, ClassVar
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
 from adamjax._core import checks, collectives, trees
 from adamjax._core.numerics import clip_finite, scale, sqrt_with_zero_slope
-from adamjax._core.typing import AxisName, Extra, PyTree, Scalar
+from adamjax._core.trees import Leaves
+from adamjax._core.typing import AxisName, PyTree, Scalar
 from adamjax._core.value import static_field, value
-from adamjax._transforms.base import Transformation
+from adamjax._transforms.base import Leafwise
+from adamjax._transforms.leafwise import LeafOp, LeafTransform, as_constants
+
+
+@dataclass(frozen=True)
+class ClipLeaves(LeafTransform):
+    """Multiply each leaf by a factor, and limit its huge numbers before."""
+
+    is_pure: ClassVar[bool] = True
+
+    factor: Callable[[np.dtype], Any]  # from a real dtype, the factor in it
+    limit: Callable[[np.dtype], Any]  # from a real dtype, the limit in it
+
+    def ops_for(self, index: int, dtype: np.dtype, p: Any) -> Sequence[LeafOp]:
+        dtype = trees.compute_dtype(dtype)
+        real = trees.real_dtype(dtype)
+        return (LeafOp(clip_leaf, (self.factor(real), self.limit(real)), dtype),)
+
+
+def clip_leaf(u: Array, p: Any, state: Any, operands: tuple[Any, Any]) -> tuple[Array, Any]:
+    """A `LeafFunction`: the update, with its huge numbers limited, times a factor."""
+    factor, limit = operands
+    dtype = trees.compute_dtype(u.dtype)
+    return scale(clip_finite(u.astype(dtype), limit), factor.astype(dtype)), state
 
 
 @value
-class ClipByGlobalNorm(Transformation):
+class ClipByGlobalNorm(Leafwise):
     """See `clip_by_global_norm`."""
 
     max_norm: Scalar
     axis_name: AxisName = static_field(default=None)
 
+    reads_updates: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         self._check_numbers("max_norm")
         collectives.check_axis_name(self.axis_name)
 
-    def _update(self, updates: PyTree, state: PyTree, params: PyTree | None, extra: Extra) -> tuple[PyTree, PyTree]:
-        leaves = jax.tree.leaves(updates)
+    def _leaf_transforms(self, updates: Leaves, state: PyTree, params: Leaves | None) -> list[LeafTransform]:
+        leaves = [u for u in updates.leaves if u is not None]
         dtype = trees.real_dtype(trees.compute_dtype(*map(trees.dtype_of, leaves)))
         # One huge element would make the norm infinite, and all updates 0.
         most = collectives.limit_of_squares(dtype, sum(map(np.size, leaves)), self.axis_name)
-        limited = partial(clip_finite, largest=most)
-        leaves = [limited(jnp.asarray(x).astype(trees.compute_dtype(trees.dtype_of(x)))) for x in leaves]
-        squares = [collectives.sum_of_squares(x) for x in leaves]
+        wide = [jnp.asarray(x).astype(trees.compute_dtype(trees.dtype_of(x))) for x in leaves]
+        squares = [collectives.sum_of_squares(clip_finite(x, most)) for x in wide]
         norm = sqrt_with_zero_slope(collectives.psum_of_scalars(squares, self.axis_name, dtype))
-        limit = checks.as_scalar("max_norm", self.max_norm, norm.dtype)
-        # With `norm > limit`, a NaN would pass unclipped instead of reaching all updates.
-        exceeds = ~(norm <= limit)
-        shrink = jnp.where(exceeds, limit / jnp.where(exceeds, norm, 1.0), 1.0)
-        factor = cache(lambda dtype: shrink.astype(dtype))
-
-        def shrunk(u: Any) -> Array:
-            dtype = trees.compute_dtype(trees.dtype_of(u))
-            return scale(limited(jnp.asarray(u).astype(dtype)), factor(dtype))
-
-        return trees.map_leaves(shrunk, updates), state
+        max_norm = checks.as_scalar("max_norm", self.max_norm, norm.dtype)
+        # With `norm > max_norm`, a NaN would pass unclipped instead of reaching all updates.
+        exceeds = ~(norm <= max_norm)
+        shrink = jnp.where(exceeds, max_norm / jnp.where(exceeds, norm, 1.0), 1.0)
+        limit = cache(lambda dtype: as_constants(np.asarray(most, dtype), norm))
+        return [ClipLeaves(cache(shrink.astype), limit)]
 
 
 def clip_by_global_norm(max_norm: Scalar, *, axis_name: AxisName = None) -> ClipByGlobalNorm:

@@ -5,7 +5,7 @@ import dataclasses
 import re
 from collections.abc import Callable, Mapping
 from itertools import islice
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 
@@ -13,7 +13,7 @@ from adamjax._core import checks, trees
 from adamjax._core.trees import Leaves
 from adamjax._core.typing import PyTree, Scalar
 from adamjax._core.value import low_part_name, replaced, static_field, value
-from adamjax._transforms.base import Result, StepContext, Transformation, as_transformation, rounds_params
+from adamjax._transforms.base import Result, StepContext, Transformation, as_transformation, rounds_params, run_inside
 from adamjax._transforms.chain import Chain
 from adamjax._transforms.schedule import Scaled
 
@@ -55,6 +55,8 @@ def scale(factor: Scalar) -> Scale:
 @value
 class Groups(Transformation):
     """See `groups`."""
+
+    takes_first: ClassVar[bool] = True
 
     members: tuple[Transformation, ...]
     patterns: tuple[str | None, ...] = static_field()  # None: whatever no other matches
@@ -168,7 +170,7 @@ class Groups(Transformation):
         results, delivered, states = [], [], []
         for i, (member, part) in enumerate(zip(members, state, strict=True)):
             inside = context._replace(params=None if params is None else _select(params, owners, i))
-            found, of_delivery, part = member._run(_select(updates, owners, i), part, inside)
+            found, of_delivery, part = run_inside(member, _select(updates, owners, i), part, inside)
             results.append(found.leaves)
             delivered.append(of_delivery)
             states.append(part)

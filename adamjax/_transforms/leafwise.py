@@ -7,7 +7,7 @@ distinct leaf, and so that a kernel can recognise them and run them in one pass.
 
 from collections.abc import Callable, Sequence
 from functools import cache, partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -34,6 +34,7 @@ class LeafOp(NamedTuple):
 class LeafTransform:
     """One transformation's part in a step."""
 
+    is_pure: ClassVar[bool] = False  # whether it depends on neither parameters nor a state
     # The state of each leaf, and behind them that of each group of `layout`; None if there is none.
     leaf_states: Sequence[Any] | None = None
     state: PyTree = ()  # the transformation's state after the step, if it does not depend on leaf states
@@ -72,6 +73,10 @@ class Leaf(NamedTuple):
     u: Any  # the update so far; None if the leaf is frozen
     p: Any  # the parameter as the transformations see it, or None
     states: list[Any]  # the leaf state of each transformation
+
+    def after(self, done: "Done") -> "Leaf":
+        """The leaf after a part of its program."""
+        return Leaf(self.index, done[0], self.p, done[1])
 
 
 Done = tuple[Any, list[Any]]  # the result of a leaf, and its new leaf states

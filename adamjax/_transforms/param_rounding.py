@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, ClassVar, NamedTuple, NoReturn
 
 import jax
 import jax.export
@@ -19,12 +19,10 @@ from adamjax._transforms.base import (
     Result,
     RoundsParams,
     StepContext,
-    StepsParts,
-    check_not_fused,
     contains_foreign,
-    delivering,
     may_skip,
     rounds_params,
+    run_inside,
 )
 from adamjax._transforms.delivery import AddToParam, AsUpdate, Delivery
 from adamjax._transforms.leafwise import LeafOp
@@ -102,15 +100,14 @@ jax.export.register_namedtuple_serialization(RoundingState, serialized_name="ada
 class Rounding(RoundsParams):
     """Base of the wrappers: a member says the residual that it keeps, and how a parameter takes an update."""
 
+    takes_first: ClassVar[bool] = True
+
     def _wrap(self, name: str) -> None:
         super()._wrap(name)
         if rounds_params(self.inner):
             raise ValueError(
                 f"{name} around {checks.shown(self.inner)}, which rounds the parameters already: take one of the two"
             )
-        for t in delivering(self.inner):
-            if isinstance(t, StepsParts):
-                check_not_fused(t, f"inside of {name}")
         if may_skip(self.inner):
             raise ValueError(
                 f"{name} around {checks.shown(self.inner)} would count the steps that are skipped, and round: "
@@ -154,7 +151,7 @@ class Rounding(RoundsParams):
         inside = context._replace(params=self._float32_params(params, residuals), delivery=rounded)
         # Ours take gradients in any dtype, and a kernel is faster with narrow ones; others compute in that dtype.
         grads = updates.map(to_float32) if contains_foreign(self.inner) else updates
-        found, delivered, inner = self.inner._run(grads, state.inner, inside)
+        found, delivered, inner = run_inside(self.inner, grads, state.inner, inside)
         kept = params.like([residual for _, residual in delivered]).tree
         return found, [], after._replace(kept=kept, inner=inner)
 

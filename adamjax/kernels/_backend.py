@@ -19,8 +19,9 @@ from adamjax._core.low_precision import Dither
 from adamjax._core.quantization import QuantizedArray
 from adamjax._core.typing import AMSGrad
 from adamjax._transforms.adam import AdamRule, AdamScalars
-from adamjax._transforms.delivery import add_to_param
-from adamjax._transforms.leafwise import LeafFunction, run_program
+from adamjax._transforms.clipping import clip_leaf
+from adamjax._transforms.delivery import RoundTo, add_to_param
+from adamjax._transforms.leafwise import Leaf, LeafFunction, run_program
 from adamjax._transforms.learning_rate import scale_update
 from adamjax._transforms.moment_storage import Moment
 from adamjax._transforms.moments import StepLeaf
@@ -33,20 +34,27 @@ Dithers = tuple[Dither | None, ...]  # of both moments, and of p if it is rounde
 
 
 class StepVariant(NamedTuple):
-    """The static part of a step of Adam that delivers a parameter, compiled into a kernel."""
+    """The static part of a step of Adam, compiled into a kernel."""
 
     nesterov: bool  # those of `AdamRule`
     amsgrad: AMSGrad | None  # those of `AdamRule`
     coupled: bool  # whether the parameter is added to the gradient
     decays: bool  # whether the parameter is added to the direction
     rounding: ParamRounding | None = None  # the way that the parameter takes the update, if it is not just added
+    update: np.dtype | None = None  # the dtype of the update to deliver; None to deliver the new parameter
+
+    @property
+    def reads_param(self) -> bool:
+        """Whether the step needs the parameter."""
+        return self.coupled or self.decays or self.rounding is not None or self.update is None
 
 
 class StepScalars(NamedTuple):
     """The hyperparameters of a step: float32 scalars."""
 
     adam: AdamScalars  # those of the moments
-    sign: Any  # 1, or -1 to ascend
+    limit: Any  # the limit of the finite numbers of a gradient that is clipped; None if it is not
+    sign: Any  # the factor of the gradient: 1, or -1 to ascend, times that of clipping
     coupled: Any  # the factor of the parameter in the gradient
     rate: Any  # the factor of the direction
     decay: Any  # the factor of the parameter in the update
@@ -81,38 +89,76 @@ class Backend(NamedTuple):
     # Runs the kernel for a `LeafSpec` and arrays that are on one device: those scalars, side by side; uint32 integers
     # (seed and phase of the moments' dither and of the parameter's, the index of the part in the whole along each
     # axis); parameter, gradient, and all arrays of the moments and of the residual. Where these are of many leaves,
-    # all have the same leading axes more. Results are all but the gradient, which come in place of their operands
+    # all have the same leading axes more. The results are those of `results`; all that are like their operands come in
+    # place of them
     run: Callable[..., Sequence[Array]]
 
 
-def delivers_param(functions: Functions) -> bool:
-    """Return whether a leaf program ends with the new parameter, and not with an update."""
-    last = functions[-1][1] if functions else None
-    return last is add_to_param or (isinstance(last, RoundParam) and not last.as_update)
+class Split(NamedTuple):
+    """A leaf program with a step of Adam in it, cut into three; the operations outside of it may be none."""
+
+    before: slice
+    step: slice  # the operations that a kernel runs
+    after: slice
+
+
+@cache
+def split(functions: Functions) -> Split | None:
+    """Find the operations of a leaf program that a kernel can run; None if it has no step of Adam."""
+    body = [function for _, function in functions]
+    at = next((i for i, f in enumerate(body) if isinstance(f, StepLeaf) and type(f.rule) is AdamRule), None)
+    if at is None:
+        return None
+    first, end = at, at + 1
+    for takes in (_adds_param, _negates, _clips):
+        first -= first > 0 and takes(body[first - 1])
+    while end < len(body) and (_adds_param(body[end]) or body[end] is scale_update):
+        end += 1
+    end += end < len(body) and _delivers(body[end])
+    return Split(slice(0, first), slice(first, end), slice(end, len(body)))
+
+
+def _adds_param(function: LeafFunction) -> bool:
+    return function is add_scaled_param
+
+
+def _negates(function: LeafFunction) -> bool:
+    return function is negate
+
+
+def _clips(function: LeafFunction) -> bool:
+    return function is clip_leaf
+
+
+def _delivers(function: LeafFunction) -> bool:
+    return function is add_to_param or isinstance(function, RoundParam | RoundTo)
 
 
 @cache
 def variant_of(functions: Functions) -> StepVariant | None:
-    """Recognise a leaf program; None if it is no step of Adam that delivers a parameter."""
-    if not delivers_param(functions):
+    """The variant of the operations that `split` found; None if they are not all that there are."""
+    found = split(functions)
+    if found is None or found.step != slice(0, len(functions)):
         return None
-    *body, last = [function for _, function in functions]
-    at = next((i for i, function in enumerate(body) if isinstance(function, StepLeaf)), None)
-    if at is None:
-        return None
-    step: Any = body[at]
-    before, after = body[:at], body[at + 1 :]
-    known = before in ([], [negate], [add_scaled_param], [negate, add_scaled_param])
-    if not known or any(f not in (add_scaled_param, scale_update) for f in after) or type(step.rule) is not AdamRule:
-        return None
-    rounding = last.rounding if isinstance(last, RoundParam) else None
-    rule = step.rule
-    return StepVariant(rule.nesterov, rule.amsgrad, add_scaled_param in before, add_scaled_param in after, rounding)
+    body: list[Any] = [function for _, function in functions]
+    at = next(i for i, function in enumerate(body) if isinstance(function, StepLeaf))
+    rule, last = body[at].rule, body[-1]
+    is_rounded = isinstance(last, RoundParam)
+    update = None if last is add_to_param or (is_rounded and not last.as_update) else np.dtype(np.float32)
+    return StepVariant(
+        rule.nesterov,
+        rule.amsgrad,
+        coupled=add_scaled_param in body[:at],
+        decays=add_scaled_param in body[at:],
+        rounding=last.rounding if is_rounded else None,
+        update=last.dtype if isinstance(last, RoundTo) else update,
+    )
 
 
 def step_scalars(functions: Functions, operands: Sequence[Any]) -> tuple[StepScalars, Dithers]:
     """Fold the operands of a program that was recognised into the scalars of a step; and its dithers."""
-    sign, coupled, rate, decay = 1.0, jnp.float32(0), jnp.float32(1), jnp.float32(0)
+    limit: Any = None
+    sign, coupled, rate, decay = jnp.float32(1), jnp.float32(0), jnp.float32(1), jnp.float32(0)
     adam: Any = None
     dithers: Dithers = ()
     for (_, function), x in zip(functions, operands, strict=True):
@@ -120,6 +166,8 @@ def step_scalars(functions: Functions, operands: Sequence[Any]) -> tuple[StepSca
             adam, dithers = x
         elif isinstance(function, RoundParam):
             dithers = (*dithers, x)
+        elif function is clip_leaf:
+            sign, limit = x
         elif function is negate:
             sign = -sign
         elif function is scale_update:
@@ -128,14 +176,16 @@ def step_scalars(functions: Functions, operands: Sequence[Any]) -> tuple[StepSca
             coupled = x
         elif function is add_scaled_param:
             decay = decay + x
-    return StepScalars(adam, jnp.float32(sign), coupled, rate, decay), dithers
+    return StepScalars(adam, limit, sign, coupled, rate, decay), dithers
 
 
-def arrays_of(functions: Functions, p: Array, states: Sequence[Any]) -> LeafArrays:
-    """The arrays that a program that was recognised steps."""
-    number, last = functions[-1]
-    own, residual = states[number] if isinstance(last, RoundParam) else (p, None)
-    return (own, *states[_moments_number(functions)], residual)
+def arrays_of(variant: StepVariant, functions: Functions, leaf: Leaf) -> LeafArrays:
+    """The arrays that a program that was recognised steps; the gradient, where it needs no parameter."""
+    moments = leaf.states[_moments_number(functions)]
+    if variant.rounding is not None:
+        own, residual = leaf.states[functions[-1][0]]
+        return (own, *moments, residual)
+    return (leaf.p if variant.reads_param else leaf.u, *moments, None)
 
 
 @cache
@@ -147,11 +197,11 @@ def _moments_number(functions: Functions) -> int:
 def _run_kernel(
     backend: Backend, functions: Functions, u: Array, p: Array, states: list[Any], operands: list[Any]
 ) -> tuple[Array, list[Any]]:
-    """Run a leaf program by a kernel: the numbers of `run_program`, but for the last digits."""
+    """Run the step of a leaf program by a kernel: the numbers of `run_program`, but for the last digits."""
     variant = variant_of(functions)
     assert variant is not None
     scalars, dithers = step_scalars(functions, operands)
-    leaf = arrays_of(functions, p, states)
+    leaf = arrays_of(variant, functions, Leaf(-1, u, p, states))
     new, m, v, v_max, residual = step_leaf(backend, variant, leaf, u, scalars, dithers)
     after = list(states)
     after[_moments_number(functions)] = (m, v, v_max)
@@ -195,13 +245,25 @@ def pack_operands(
     backend: Backend, variant: StepVariant, scalars: StepScalars, dithers: Dithers, ndim: int
 ) -> tuple[Array, Array]:
     """Make the first two operands of a kernel, for a parameter of `ndim` axes: its scalars and its integers."""
-    # Both moments share the hashes: `Dither.second_array`.
-    none = Dither(jnp.uint32(0), jnp.uint32(0))
-    of_moments, of_p = [next((d for d in found if d is not None), none) for found in (dithers[:2], dithers[2:])]
-    integers = _one_hot_sum([of_moments.seed, of_moments.phase, of_p.seed, of_p.phase], OFFSETS + ndim)
+    of_moments, of_p = first_dither(dithers[:2]), first_dither(dithers[2:])
+    return pack_scalars(backend, variant, scalars), pack_dithers([of_moments, of_p], OFFSETS + ndim)
+
+
+def first_dither(dithers: Dithers) -> Dither:
+    """The first that there is. Both moments share the hashes: `Dither.second_array`."""
+    return next((d for d in dithers if d is not None), Dither(jnp.uint32(0), jnp.uint32(0)))
+
+
+def pack_scalars(backend: Backend, variant: StepVariant, scalars: StepScalars) -> Array:
+    """Make the row of scalars of a kernel."""
     floats = [jnp.asarray(x, jnp.float32) for x in backend.scalars(variant, scalars)]
     bits = _one_hot_sum([lax.bitcast_convert_type(x, jnp.uint32) for x in floats], len(floats))
-    return lax.bitcast_convert_type(bits, jnp.float32), integers
+    return lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def pack_dithers(dithers: Sequence[Dither], length: int) -> Array:
+    """Make the row of integers of a kernel: seeds and phases, and then zeros."""
+    return _one_hot_sum([x for dither in dithers for x in (dither.seed, dither.phase)], length)
 
 
 def _one_hot_sum(numbers: Sequence[Array], length: int) -> Array:
@@ -303,6 +365,12 @@ def _partitioned(backend: Backend, leaf: LeafSpec, shapes: tuple[tuple[int, ...]
 def all_but_grad(arrays: Sequence[Any]) -> list[Any]:
     """All but the gradient, which comes second."""
     return [x for i, x in enumerate(arrays) if i != 1]
+
+
+def results(variant: StepVariant, arrays: Sequence[Array]) -> list[jax.ShapeDtypeStruct]:
+    """The types of a kernel's results: those of all but the gradient, with the update in place of the parameter."""
+    like = jax.eval_shape(lambda *arrays: all_but_grad(arrays), *arrays)
+    return like if variant.update is None else [like[0].update(dtype=variant.update), *like[1:]]
 
 
 def _in_whole_blocks(leaf: LeafSpec, sharding: NamedSharding, shape: tuple[int, ...]) -> PartitionSpec:

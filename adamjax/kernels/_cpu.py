@@ -12,7 +12,7 @@ from adamjax._core import trees
 from adamjax._core.numerics import largest_square_root
 from adamjax._core.quantization import QuantizedArray
 from adamjax.kernels import _compile
-from adamjax.kernels._backend import Backend, LeafArrays, LeafSpec, StepScalars, StepVariant, all_but_grad
+from adamjax.kernels._backend import Backend, LeafArrays, LeafSpec, StepScalars, StepVariant, results
 
 # As in adam.cc.
 _TILE = 256
@@ -25,7 +25,7 @@ def is_faster(leaf: LeafArrays) -> bool:
     return True
 
 
-def unsupported_reason(leaf: LeafArrays, g: Array) -> str | None:
+def unsupported_reason(variant: StepVariant, leaf: LeafArrays, g: Array) -> str | None:
     """Return the reason why the kernel cannot step a parameter, or None."""
     p, m, v, *_ = leaf
     named = (("parameter", p), ("gradient", g), ("first moment", m), ("second moment", v))
@@ -60,32 +60,37 @@ def _scalars(variant: StepVariant, scalars: StepScalars) -> tuple[Any, ...]:
     by_c2, max_by_c2 = (one, one / s.c2) if variant.amsgrad == "corrected" else (one / s.c2, one)
     mean = (s.decay1.old_weight, s.decay1.one_minus_b, s.decay1.undo, rate * weight_m, rate * weight_g)
     square = (s.decay2.old_weight, s.decay2.one_minus_b, s.decay2.undo, by_c2, s.eps_root, s.eps)
-    largest = jnp.float32(largest_square_root(np.dtype(np.float32)))
-    return (*mean, *square, scalars.sign, scalars.coupled, scalars.decay, max_by_c2, largest)
+    float32 = np.dtype(np.float32)
+    largest = jnp.float32(largest_square_root(float32))
+    # With decay in it, a gradient is limited afterwards.
+    limit = jnp.float32(np.finfo(float32).max) if variant.coupled else largest
+    gradient = limit if scalars.limit is None else scalars.limit, scalars.sign, scalars.coupled
+    return (*mean, *square, *gradient, scalars.decay, max_by_c2, largest)
 
 
-def attributes(variant: StepVariant) -> dict[str, bool]:
+def attributes(variant: StepVariant) -> dict[str, Any]:
     """The attributes of a step that both handlers of the kernel take; see `Bound` there."""
+    rounding = variant.rounding
     return {
         "nesterov": variant.nesterov,
         "maximum": variant.amsgrad is not None,
-        "coupled": variant.coupled,
-        "decays": variant.decays,
+        "as_update": variant.update is not None,
+        "landing": np.int64(_ROUNDINGS.index(None if rounding is None else rounding.name)),
     }
 
 
 def _run(leaf: LeafSpec, scalars: Array, integers: Array, *arrays: Array) -> Any:
-    like = jax.eval_shape(lambda *arrays: all_but_grad(arrays), *arrays)
+    like = results(leaf.variant, arrays)
     # In place: scalars and integers come first, and of the arrays the second, the gradient, has no result.
-    aliases = {2: 0} | {i + 3: i for i in range(1, len(like))}
+    aliases = {i + 3: i for i in range(1, len(like))} | ({2: 0} if leaf.variant.update is None else {})
     bits, block = zip(*leaf.formats, strict=True)
-    rounding = leaf.variant.rounding
     return jax.ffi.ffi_call(_compile.target(), like, input_output_aliases=aliases)(
         scalars,
         integers,
         *arrays,
         **attributes(leaf.variant),
-        landing=np.int64(_ROUNDINGS.index(None if rounding is None else rounding.name)),
+        coupled=leaf.variant.coupled,
+        decays=leaf.variant.decays,
         whole=np.asarray(leaf.shape, np.int64),
         bits=np.asarray(bits, np.int64),
         block=np.asarray(block, np.int64),

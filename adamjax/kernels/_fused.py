@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
@@ -56,13 +56,12 @@ class Fused(Chain):
       ValueError: Inside of another transformation, at its construction: that has no such step, and `mode` is True.
     """
 
+    has_executor: ClassVar[bool] = True
+
     mode: FusedMode = static_field(default=True, described=False)
 
     # The name that a checkpoint stores: the state is the same.
     described_as = "Chain"
-
-    def _kernel_mode(self) -> FusedMode:
-        return self.mode
 
     def _executor(self, paths: Callable[[], list[Path]]) -> Executor:
         return KernelExecutor(self.mode, paths)
@@ -79,47 +78,48 @@ class KernelExecutor(Executor):
         self.mode = mode
 
     def run_leaf(self, leaf: Leaf, program: LeafProgram) -> Done:
-        functions, operands = program
-        if self._uses_kernel(leaf, functions):
-            return _backend.run_kernel(_platform().KERNEL, functions, leaf.u, leaf.p, leaf.states, operands)
-        return super().run_leaf(leaf, program)
+        if np.size(leaf.u) < MIN_KERNEL_SIZE:
+            return super().run_leaf(leaf, program)
+        found = _backend.split(program.functions)
+        if found is None:
+            self._require_supported(leaf.index, f"a kernel steps Adam, and not its {trees.dtype_of(leaf.u)} step")
+            return super().run_leaf(leaf, program)
+        before, step, after = (LeafProgram(program.functions[part], program.operands[part]) for part in found)
+        leaf = leaf.after(super().run_leaf(leaf, before))
+        if self._uses_kernel(leaf, step.functions):
+            kernel = _platform().KERNEL
+            done = _backend.run_kernel(kernel, step.functions, leaf.u, leaf.p, leaf.states, step.operands)
+        else:
+            done = super().run_leaf(leaf, step)
+        return super().run_leaf(leaf.after(done), after)
 
     def _uses_kernel(self, leaf: Leaf, functions: _backend.Functions) -> bool:
-        index, u, p, states = leaf
-        if np.size(p) < MIN_KERNEL_SIZE or not _backend.delivers_param(functions):
-            return False
         if (platform := _platform()) is None:
-            return self._require_supported(index, f"on {jax.default_backend()} there is no kernel")
-        if (variant := _backend.variant_of(functions)) is None:
-            return self._require_supported(index, f"a kernel steps Adam, and not its {trees.dtype_of(p)} step")
-        arrays = _backend.arrays_of(functions, p, states)
+            return self._require_supported(leaf.index, f"on {jax.default_backend()} there is no kernel")
+        variant = _backend.variant_of(functions)
+        assert variant is not None
+        arrays = _backend.arrays_of(variant, functions, leaf)
         if not platform.is_faster(arrays):
             return False
-        if variant.rounding is not None and platform is not _cpu:
-            why: str | None = "the kernel of this platform does not round as the wrapper around it does"
-        else:
-            why = _backend.unsupported_placement(u) or platform.unsupported_reason(arrays, u)
-        return self._require_supported(index, why)
+        why = _backend.unsupported_placement(leaf.u) or platform.unsupported_reason(variant, arrays, leaf.u)
+        return self._require_supported(leaf.index, why)
 
     def run_group(self, leaves: Sequence[Leaf], program: GroupProgram, packed_state: Any) -> tuple[list[Done], Any]:
-        parts = program.before[0], program.together, program.after[0]
-        alike = len({x.functions for x in program.before}) == len({x.functions for x in program.after}) == 1
-        if alike and self._group_uses_kernel(leaves, sum([x.functions for x in parts], ()), packed_state):
-            arrays = [leaf.u for leaf in leaves], [leaf.p for leaf in leaves], packed_state
-            functions, operands = tuple([x.functions for x in parts]), tuple([x.operands for x in parts])
-            new, packed_state = _packed_call.run_group(functions, *arrays, operands)
-            return [(p, leaf.states) for p, leaf in zip(new, leaves, strict=True)], packed_state
+        group = _packed_call.group_of(program)
+        if group is not None and self._group_uses_kernel(group, leaves, packed_state):
+            return _packed_call.run_group(group, leaves, program, packed_state)
         return Executor(self.paths).run_group(leaves, program, packed_state)
 
-    def _group_uses_kernel(self, leaves: Sequence[Leaf], functions: _backend.Functions, packed_state: Any) -> bool:
-        variant = _backend.variant_of(functions)
-        if variant is None or variant.rounding is not None or any(leaf.u is None for leaf in leaves):
-            return False
+    def _group_uses_kernel(self, group: _packed_call.Group, leaves: Sequence[Leaf], packed_state: Any) -> bool:
+        given = [leaf.u for leaf in leaves]
         # A kernel does not see where a parameter is, and XLA does.
-        if _platform() is not _cpu or not _backend.is_on_one_device([leaf.u for leaf in leaves]):
+        if _platform() is not _cpu or any(u is None for u in given) or not _backend.is_on_one_device(given):
             return False
-        reasons = [_cpu.unsupported_reason((leaf.p, *packed_state, None), leaf.u) for leaf in leaves]
-        return all(self._require_supported(leaf.index, why) for leaf, why in zip(leaves, reasons, strict=True))
+        for leaf in leaves:
+            arrays = _packed_call.arrays_of(group, leaf, packed_state)
+            if not self._require_supported(leaf.index, _cpu.unsupported_reason(group.variant, arrays, leaf.u)):
+                return False
+        return True
 
     def _require_supported(self, index: int, why: str | None) -> bool:
         """Return whether there is no reason against the kernel. Raise if there is, and `mode` is True."""

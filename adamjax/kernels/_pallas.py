@@ -39,8 +39,10 @@ def is_faster(leaf: LeafArrays) -> bool:
     return any(isinstance(x, QuantizedArray) for x in leaf)
 
 
-def unsupported_reason(leaf: LeafArrays, g: Array) -> str | None:
+def unsupported_reason(variant: StepVariant, leaf: LeafArrays, g: Array) -> str | None:
     """Return the reason why the kernel cannot step a parameter whose moments are quantised, or None."""
+    if variant.rounding is not None:
+        return "the kernel of this platform does not round as the wrapper around it does"
     p, *moments, _ = leaf
     for name, array in (("parameter", p), ("gradient", g)):
         if (dtype := trees.dtype_of(array).name) not in ("float32", "bfloat16"):

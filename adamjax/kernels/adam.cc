@@ -40,10 +40,11 @@ struct Scalars {
   float of_m, of_g;            // numerator: of_m m + of_g g, with bias corrections and the learning rate
   float keep2, a2, undo2;      // v <- keep2 v + a2 (g^2 - undo2 v)
   float by_c2, eps_root, eps;  // denominator: sqrt(v by_c2 + eps_root) + eps
-  float sign, coupled;         // g <- sign g + coupled p
+  float limit;                 // of a finite gradient as it is given
+  float sign, coupled;         // g <- sign g + coupled p; the sign has the factor of clipping, too
   float decay;                 // p <- p + m / v + decay p
   float kept_by_c2;            // factor of v before the maximum; 1 unless the maximum is of corrected moments
-  float largest;               // the limit of a finite gradient, so that its square is finite
+  float largest;               // of a finite gradient with decay in it, so that its square is finite
 };
 constexpr int64_t kScalars = sizeof(Scalars) / sizeof(float);
 
@@ -578,8 +579,8 @@ template <bool kApart, bool kNesterov, bool kMaximum, bool kCoupled, bool kDecay
 struct Form {
   template <class T>
   static T Gradient(const Scalars& s, T g, T p) {
-    g = kCoupled ? s.sign * g + s.coupled * p : s.sign * g;
-    return Limited(g, s.largest);
+    g = s.sign * Limited(g, s.limit);
+    return kCoupled ? Limited(g + s.coupled * p, s.largest) : g;
   }
 
   template <class T>
@@ -613,7 +614,9 @@ struct Form {
   template <Part part, class T>
   static void At(int64_t i, const Scalars& s, const Tile& tile) {
     // Load all before storing: if arrays have the same page offsets, a store would delay the loads after it.
-    T p = Lanes<T>(tile.p + i), g = Gradient(s, Lanes<T>(tile.g + i), p);
+    T p{}, g = Lanes<T>(tile.g + i);
+    if constexpr (kCoupled || kDecays || !kApart) p = Lanes<T>(tile.p + i);
+    g = Gradient(s, g, p);
     T m = Lanes<T>(tile.m + i), v = Lanes<T>(tile.v + i), largest = kMaximum ? Lanes<T>(tile.top + i) : v;
     if constexpr (part == kAll || part == kMoments) {
       m = Mean(s, m, g);
@@ -815,17 +818,19 @@ struct Job {
   Steps::OfVectors of_vectors = nullptr;  // of `steps`, if one of its vector loops does the whole step
   Array p, g, m, v, top;
   Landing landing = Landing::kNone;
-  Array kept;  // the part of the parameter that its dtype cannot hold, if stored
+  Array kept;    // the part of the parameter that its dtype cannot hold, if stored
+  Array update;  // the result in place of the parameter, which then stays as it is
   bool maximum, rounds;
   int64_t rows, columns;  // of one array of a batch
   bool is_whole;          // if so, the index of a number is its offset in memory
+  bool is_grouped = false;  // if so, only the moments are part of a larger array
   Place place;
 
   // Set the fields that follow from the arrays.
   void Complete(bool nesterov, bool coupled, bool decays) {
-    for (Array* x : {&p, &g, &m, &v, &top, &kept}) x->stride = x->Bytes(columns);
+    for (Array* x : {&p, &g, &m, &v, &top, &kept, &update}) x->stride = x->Bytes(columns);
     rounds = m.format != nullptr || v.format != nullptr;
-    bool apart = landing == Landing::kNone ? p.format != nullptr : landing == Landing::kCompensated;
+    bool apart = landing == Landing::kNone ? p.format != nullptr || update.out != nullptr : landing == Landing::kCompensated;
     steps = Choose<>(apart, nesterov, maximum, coupled, decays);
     if (maximum) return;
     if (m.block > 0 && v.block > 0 && m.block % kLanes == 0 && v.block % m.block == 0 && m.bits == 8 && v.bits == 8) {
@@ -848,7 +853,10 @@ struct Job {
     }
     int64_t row = span.row - first_row;
     uint32_t first = is_whole ? static_cast<uint32_t>(row * columns + span.column) : place.Index(row, span.column);
+    uint32_t first_of_p = is_grouped ? static_cast<uint32_t>(span.column) : first;
     Tile tile{Read(span, buffers[0]), buffers[2], buffers[3], nullptr, buffers[5], g.Bring(span, buffers[1])};
+    const bool in_place = landing == Landing::kNone && update.out != nullptr && update.format == nullptr;
+    if (in_place) tile.update = update.Out<float>(span);
     if (of_vectors != nullptr && span.n % kLanes == 0) {
       of_vectors(span, s, ahead, tile, m, v, d, first);
     } else {
@@ -877,7 +885,11 @@ struct Job {
         steps.update(span.n, s, ahead, tile);
       }
     }
-    if (p.format != nullptr) Land(span, tile, first, dithers.parameter);
+    if (update.out != nullptr) {
+      if (!in_place) Deliver(span, tile, first_of_p, dithers.parameter);
+    } else if (p.format != nullptr) {
+      Land(p, span, span, tile, first_of_p, dithers.parameter);
+    }
   }
 
   // What is stored of the first moments: codes are of their ratios to the root of the second ones.
@@ -906,47 +918,71 @@ struct Job {
     return buffer;
   }
 
-  // Store the half precision parameter, and the part that it cannot hold.
-  void Land(const Span& span, const Tile& tile, uint32_t first, const Dither& d) const {
+  // Store the update: rounded, or the difference to the half precision parameter that a wrapper rounds to.
+  void Deliver(const Span& span, const Tile& tile, uint32_t first, const Dither& d) const {
+    if (landing == Landing::kNone) return update.format->store_nearest(update, span, tile.update);
+    alignas(64) float before[kTile + kLanes], after[kTile + kLanes];
+    alignas(64) char halves[kTile * 2];
+    Array landed = p;
+    landed.in = landed.out = halves;
+    const Span at{0, 0, span.n};
+    p.format->load(p, span, before);
+    Land(landed, at, span, tile, first, d);
+    p.format->load(landed, at, after);
+    float* difference = update.Out<float>(span);
+    for (int64_t i = 0; i < span.n; ++i) difference[i] = after[i] - before[i];
+    if (landing != Landing::kLowBits) return;
+    // Keep the lower bits only where the difference leads to their parameter: near 0, float32 may not hold it.
+    uint16_t* low = kept.Out<uint16_t>(span);
+    for (int64_t i = 0; i < span.n; ++i) {
+      if (Upper(before[i] + difference[i]) != Bits(after[i]) >> 16) low[i] = 0;
+    }
+  }
+
+  // Store the half precision parameters of a span at a place of `to`, and the part that they cannot hold.
+  void Land(const Array& to, const Span& at, const Span& span, const Tile& tile, uint32_t first, const Dither& d) const {
     alignas(64) uint32_t random[kTile + kLanes];
     switch (landing) {
       case Landing::kNone:
         return AddRounded(span, tile);
       case Landing::kMaster:
-        return p.format->store_nearest(p, span, tile.p);
+        return p.format->store_nearest(to, at, tile.p);
       case Landing::kLowBits:
-        return Split(span, tile);
+        return Split(to, at, span, tile);
       case Landing::kStochastic:
         Draw(span, first, d, random);
-        return p.format->store_random(p, span, tile.p, random);
+        return p.format->store_random(to, at, tile.p, random);
       case Landing::kCompensated:
         Draw(span, first, d, random);
-        return Compensate(span, tile, random);
+        return Compensate(to, at, span, tile, random);
     }
   }
 
+  // The upper half of the bits, rounded to nearest.
+  static uint16_t Upper(float x) { return (Bits(x) + 0x8000) >> 16; }
+
   // Store the upper halves of the bits, rounded to nearest, and the lower halves.
-  void Split(const Span& span, const Tile& tile) const {
-    uint16_t *high = p.Out<uint16_t>(span), *low = kept.Out<uint16_t>(span);
+  void Split(const Array& to, const Span& at, const Span& span, const Tile& tile) const {
+    uint16_t *high = to.Out<uint16_t>(at), *low = kept.Out<uint16_t>(span);
     for (int64_t i = 0; i < span.n; ++i) {
       uint32_t bits = Bits(tile.p[i]);
       if ((bits & 0x7F800000) == 0) bits = 0;  // 0 or subnormal
       if (tile.p[i] != tile.p[i]) bits = 0x7FC00000;
-      high[i] = (bits + 0x8000) >> 16;
+      high[i] = Upper(Number(bits));
       low[i] = bits;
     }
   }
 
   // Kahan's sum: add the update and the old residual, and store the rounding error as the new residual.
-  void Compensate(const Span& span, const Tile& tile, const uint32_t* random) const {
+  void Compensate(const Array& to, const Span& at, const Span& span, const Tile& tile, const uint32_t* random) const {
     alignas(64) float wanted[kTile + kLanes], landed[kTile + kLanes];
     kept.format->load(kept, span, wanted);
     for (int64_t i = 0; i < span.n; ++i) {
       wanted[i] += tile.update[i];
       landed[i] = tile.p[i] + wanted[i];
     }
-    p.format->store_nearest(p, span, landed);
-    p.Settle(span, landed);
+    p.format->store_nearest(to, at, landed);
+    to.Settle(at, landed);
     for (int64_t i = 0; i < span.n; ++i) wanted[i] -= landed[i] - tile.p[i];
     kept.format->store_random(kept, span, wanted, random);
   }
@@ -954,11 +990,11 @@ struct Job {
   // Round the update to the dtype of the parameter before adding it.
   void AddRounded(const Span& span, const Tile& tile) const {
     char rounded[kTile * 2];
-    Array update = p;
-    update.in = update.out = rounded;
+    Array addend = p;
+    addend.in = addend.out = rounded;
     Span here{0, 0, span.n};
-    p.format->store_nearest(update, here, tile.update);
-    p.format->load(update, here, tile.update);
+    p.format->store_nearest(addend, here, tile.update);
+    p.format->load(addend, here, tile.update);
     for (int64_t i = 0; i < span.n; ++i) tile.p[i] += tile.update[i];
     p.format->store_nearest(p, span, tile.p);
   }
@@ -972,11 +1008,27 @@ class Operands {
   // The error message, or null.
   const char* wrong = nullptr;
 
-  // Lower halves of float32 numbers, which are not numbers themselves.
-  Array TakeHalves(int64_t size) {
+  // The part of half precision parameters that their dtype cannot hold, if it is stored.
+  Array TakeKept(Landing landing, int64_t size, int64_t row) {
+    if (landing == Landing::kCompensated || landing == Landing::kMaster) return Take(true, size, row, 0, 0);
     Array array;
+    if (landing != Landing::kLowBits) return array;
+    // Lower halves of float32 numbers are not numbers themselves.
     if (Next(true, size, &array.in, &array.out) != ffi::U16 && wrong == nullptr) wrong = "adamjax: unknown dtype";
     array.bits = 16;
+    return array;
+  }
+
+  // A result of `size` floats that no argument becomes.
+  Array TakeResult(int64_t size) {
+    Array array;
+    auto result = results_.get<ffi::AnyBuffer>(next_out_++);
+    if (!result.has_value() || static_cast<int64_t>((*result)->element_count()) != size) {
+      wrong = "adamjax: a result is missing, or of the wrong size";
+      return array;
+    }
+    SetFormat(array, (*result)->element_type());
+    array.out = static_cast<char*>((*result)->untyped_data());
     return array;
   }
 
@@ -988,12 +1040,7 @@ class Operands {
     ffi::DataType type = Next(is_changed, count, &array.in, &array.out);
     if (wrong != nullptr) return array;
     if (block == 0) {
-      if (type == ffi::BF16) array.format = &kFloat<BFloat16>;
-#if defined(__FLT16_MAX__)
-      if (type == ffi::F16) array.format = &kFloat<Float16>;
-#endif
-      if (array.format != nullptr) array.bits = 16;
-      if (type != ffi::F32 && array.format == nullptr) wrong = "adamjax: unknown dtype";
+      SetFormat(array, type);
     } else {
       array.bits = bits;
       array.block = block;
@@ -1009,6 +1056,15 @@ class Operands {
   }
 
  private:
+  void SetFormat(Array& array, ffi::DataType type) {
+    if (type == ffi::BF16) array.format = &kFloat<BFloat16>;
+#if defined(__FLT16_MAX__)
+    if (type == ffi::F16) array.format = &kFloat<Float16>;
+#endif
+    if (array.format != nullptr) array.bits = 16;
+    if (type != ffi::F32 && array.format == nullptr) wrong = "adamjax: unknown dtype";
+  }
+
   ffi::DataType Next(bool is_changed, int64_t count, const char** in, char** out) {
     auto array = arrays_.get<ffi::AnyBuffer>(next_in_++);
     if (!array.has_value() || static_cast<int64_t>(array->element_count()) != count) {
@@ -1034,8 +1090,8 @@ class Operands {
 
 // `bits` and `block` describe the codes of the first moment, the second, and its maximum; 0 for floats.
 ffi::Error Impl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> scalars, ffi::Buffer<ffi::U32> dithers,
-                ffi::RemainingArgs arrays, ffi::RemainingRets results, bool nesterov, bool maximum, bool coupled, bool decays,
-                int64_t landing, ffi::Span<const int64_t> whole, ffi::Span<const int64_t> bits,
+                ffi::RemainingArgs arrays, ffi::RemainingRets results, bool nesterov, bool maximum, bool as_update,
+                int64_t landing, bool coupled, bool decays, ffi::Span<const int64_t> whole, ffi::Span<const int64_t> bits,
                 ffi::Span<const int64_t> block) {
   auto parameters = arrays.get<ffi::AnyBuffer>(0);
   if (!parameters.has_value()) return ffi::Error::InvalidArgument("adamjax: no parameters");
@@ -1055,7 +1111,8 @@ ffi::Error Impl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> scalars, ffi::Buffer
   job.rows = size / batch / job.columns;
   Operands operands(arrays, results);
   job.maximum = maximum;
-  job.p = operands.Take(true, size, job.columns, 0, 0);
+  job.p = operands.Take(!as_update, size, job.columns, 0, 0);
+  if (as_update) job.update = operands.TakeResult(size);
   job.g = operands.Take(false, size, job.columns, 0, 0);
   Array* const moments[] = {&job.m, &job.v, &job.top};
   const Format* const codes[][2] = {{&kRatios<8>, &kRatios<4>}, {&kSquares<8>, &kSquares<4>}, {&kSquares<8>, &kSquares<4>}};
@@ -1064,11 +1121,7 @@ ffi::Error Impl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> scalars, ffi::Buffer
     if (block[i] > 0) moments[i]->format = codes[i][bits[i] == 8 ? 0 : 1];
   }
   job.landing = static_cast<Landing>(landing);
-  if (job.landing == Landing::kLowBits) {
-    job.kept = operands.TakeHalves(size);
-  } else if (job.landing == Landing::kCompensated || job.landing == Landing::kMaster) {
-    job.kept = operands.Take(true, size, job.columns, 0, 0);
-  }
+  job.kept = operands.TakeKept(job.landing, size, job.columns);
   if (operands.wrong != nullptr) return ffi::Error::InvalidArgument(operands.wrong);
   job.Complete(nesterov, coupled, decays);
 
@@ -1095,33 +1148,39 @@ ffi::Error Impl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> scalars, ffi::Buffer
 }
 
 // The step of several parameters whose moments are concatenated in float arrays. The operands are all parameters, then
-// all gradients, then the moments.
-ffi::Error Group(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> scalars, ffi::Buffer<ffi::U32> dither,
-                 ffi::RemainingArgs arrays, ffi::RemainingRets results, bool nesterov, bool maximum, bool coupled,
-                 bool decays) {
-  size_t moments = maximum ? 3 : 2;
-  if (arrays.size() < moments || scalars.element_count() != kScalars || dither.element_count() < kDithers) {
+// all gradients, then the moments, and then what is kept of each parameter. `dithers` has the dither of the moments, and
+// then one for each parameter. `coupled` and `decays` say for each parameter whether it decays.
+ffi::Error Group(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> scalars, ffi::Buffer<ffi::U32> dithers,
+                 ffi::RemainingArgs arrays, ffi::RemainingRets results, bool nesterov, bool maximum, bool as_update,
+                 int64_t landing, ffi::Span<const int64_t> coupled, ffi::Span<const int64_t> decays) {
+  size_t moments = maximum ? 3 : 2, count = coupled.size();
+  if (arrays.size() < moments + 2 * count || scalars.element_count() != kScalars || decays.size() != count ||
+      dithers.element_count() != 2 * (count + 1)) {
     return ffi::Error::InvalidArgument("adamjax: scalars of the wrong shape, or too few arrays");
   }
   Job whole;
   whole.maximum = maximum;
+  whole.landing = static_cast<Landing>(landing);
   whole.rows = 1;
   whole.is_whole = false;
-  std::vector<Job> jobs((arrays.size() - moments) / 2, whole);
+  whole.is_grouped = true;
+  std::vector<Job> jobs(count, whole);
   std::vector<uint32_t> starts;
   Operands operands(arrays, results);
   int64_t total = 0;
-  for (size_t i = 0; i < jobs.size(); ++i) {
+  for (size_t i = 0; i < count; ++i) {
     auto parameter = arrays.get<ffi::AnyBuffer>(i);
     if (!parameter.has_value()) return ffi::Error::InvalidArgument("adamjax: an array is missing");
     jobs[i].columns = parameter->element_count();
-    jobs[i].p = operands.Take(true, jobs[i].columns, jobs[i].columns, 0, 0);
+    jobs[i].p = operands.Take(!as_update, jobs[i].columns, jobs[i].columns, 0, 0);
+    if (as_update) jobs[i].update = operands.TakeResult(jobs[i].columns);
     starts.push_back(static_cast<uint32_t>(total));
     total += jobs[i].columns;
   }
   for (Job& job : jobs) job.g = operands.Take(false, job.columns, job.columns, 0, 0);
-  Array Job::*const kept[] = {&Job::m, &Job::v, &Job::top};
-  for (size_t i = 0; i < moments; ++i) whole.*kept[i] = operands.Take(true, total, total, 0, 0);
+  Array Job::*const packed[] = {&Job::m, &Job::v, &Job::top};
+  for (size_t i = 0; i < moments; ++i) whole.*packed[i] = operands.Take(true, total, total, 0, 0);
+  for (Job& job : jobs) job.kept = operands.TakeKept(job.landing, job.columns, job.columns);
   if (operands.wrong != nullptr) return ffi::Error::InvalidArgument(operands.wrong);
 
   struct At {
@@ -1129,26 +1188,29 @@ ffi::Error Group(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> scalars, ffi::Buffe
     int64_t column;
   };
   std::vector<At> tiles;
-  for (size_t i = 0; i < jobs.size(); ++i) {
+  for (size_t i = 0; i < count; ++i) {
     Job& job = jobs[i];
     for (size_t j = 0; j < moments; ++j) {
-      Array& x = job.*kept[j];
-      x = whole.*kept[j];
+      Array& x = job.*packed[j];
+      x = whole.*packed[j];
       x.in += x.Bytes(starts[i]);
       x.out += x.Bytes(starts[i]);
     }
     job.place = {{job.columns}, {total}, &starts[i]};
-    job.Complete(nesterov, coupled, decays);
+    job.Complete(nesterov, coupled[i] != 0, decays[i] != 0);
     for (int64_t column = 0; column < job.columns; column += kTile) tiles.push_back({i, column});
   }
   Scalars s;
-  Dithers d;
   std::memcpy(&s, scalars.typed_data(), sizeof(s));
-  std::memcpy(&d, dither.typed_data(), sizeof(d));
+  const uint32_t* all_dithers = dithers.typed_data();
   Parallel(pool, tiles.size(), [&](int64_t begin, int64_t end) {
+    Dithers d;
+    std::memcpy(&d.moments, all_dithers, sizeof(d.moments));
     for (int64_t i = begin; i < end; ++i) {
-      const Job& job = jobs[tiles[i].job];
-      job.Run({0, tiles[i].column, std::min(kTile, job.columns - tiles[i].column)}, 0, s, d);
+      const auto [number, column] = tiles[i];
+      const Job& job = jobs[number];
+      std::memcpy(&d.parameter, all_dithers + 2 * (number + 1), sizeof(d.parameter));
+      job.Run({0, column, std::min(kTile, job.columns - column)}, 0, s, d);
     }
   });
   return ffi::Error::Success();
@@ -1164,17 +1226,21 @@ auto Bound() {
       .RemainingRets()
       .Attr<bool>("nesterov")
       .Attr<bool>("maximum")
-      .Attr<bool>("coupled")
-      .Attr<bool>("decays");
+      .Attr<bool>("as_update")
+      .Attr<int64_t>("landing");
 }
 
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(AdamjaxStep, Impl,
                               Bound()
-                                  .Attr<int64_t>("landing")
+                                  .Attr<bool>("coupled")
+                                  .Attr<bool>("decays")
                                   .Attr<ffi::Span<const int64_t>>("whole")
                                   .Attr<ffi::Span<const int64_t>>("bits")
                                   .Attr<ffi::Span<const int64_t>>("block"));
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(AdamjaxGroup, Group, Bound());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(AdamjaxGroup, Group,
+                              Bound()
+                                  .Attr<ffi::Span<const int64_t>>("coupled")
+                                  .Attr<ffi::Span<const int64_t>>("decays"));
