@@ -144,7 +144,7 @@ class SkipNonfinite(MaySkip):
         ok = ~jnp.any(bad)
 
         def skip(grads: Leaves, inner: PyTree) -> Result:
-            params, _, delivery = context
+            params, delivery = context.params, context.delivery
             made, delivered, after = jax.eval_shape(apply, grads, inner)
             found = trees.unflatten_by_path(inner, after)
             # If the paths differ, the leaves are still in the same order.

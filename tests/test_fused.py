@@ -282,36 +282,6 @@ def test_steps_around_are_one_pass_too(around):
     assert text.count(kernels.build().stem) == 2  # parameters above the crossover
 
 
-@pytest.mark.parametrize(
-    ("around", "where"),
-    [
-        (lambda opt: adamjax.chain(opt, adamjax.scale_by_learning_rate(1.0)), "anywhere but at the end of a chain"),
-        (lambda opt: adamjax.chain(adamjax.skip_nonfinite(opt), PLAIN_OPT), "anywhere but at the end of a chain"),
-    ],
-)
-def test_where_no_step_is_one_pass(around, where):
-    with pytest.raises(ValueError, match=f"fused=True.* cannot step in one pass {where}: take fused=False, or 'auto'"):
-        around(FUSED_OPT)
-    with pytest.warns(UserWarning, match=f"fused='auto' leaves the step to XLA {where}"):
-        auto = around(FORMS["adamw"](fused="auto"))
-    plain = around(PLAIN_OPT)
-    assert_equal(*(jax.jit(opt.step)(GRADS, plain.init(PARAMS), PARAMS) for opt in (auto, plain)))
-
-
-@pytest.mark.parametrize("spread", [sharding.zero1, sharding.zero1_mapped])
-def test_no_kernel_rounds_around_parts(spread):
-    with pytest.raises(ValueError, match="cannot step in one pass inside of kahan: take fused=False, or 'auto'"):
-        adamjax.kahan(spread(FUSED_OPT, axis="data"))
-    with pytest.warns(UserWarning, match="fused='auto' leaves the step to XLA inside of kahan"):
-        adamjax.kahan(spread(FORMS["adamw"](fused="auto"), axis="data"))
-
-
-def test_one_member_that_has_to_be_fused_is_enough_to_refuse():
-    members = adamjax.groups({"cube": FORMS["adamw"](fused="auto")}, default=FUSED_OPT)
-    with pytest.raises(ValueError, match="cannot step in one pass anywhere but at the end of a chain"):
-        adamjax.chain(members, PLAIN_OPT)
-
-
 def test_derivatives_are_those_of_the_plain_step():
     def loss(rate, params, **kw):
         opt = adamjax.adamw(rate, weight_decay=0.1, **kw)
@@ -558,7 +528,7 @@ def test_without_a_compiler(compiler, said, monkeypatch, forgetful, tmp_path):
 def test_the_gpu_kernel_reads_its_numbers_where_they_were_put(nesterov):
     """Here, for with a JAX that is too old for the kernel none of its own tests would say so."""
     adam = adam_scalars(adamjax.scale_by_adam(nesterov=nesterov), jnp.float32(3))
-    numbers = _backend.StepScalars(adam, *map(jnp.float32, (1, 2, 3, 4)))
+    numbers = _backend.StepScalars(adam, *map(jnp.float32, range(5)))
     row = _pallas.KERNEL.scalars(_backend.StepVariant(nesterov, None, True, True), numbers)
     assert all(np.shape(x) == () for x in row)
     found = _pallas._step_scalars(row)

@@ -6,6 +6,7 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from helpers import assert_equal
 
@@ -96,11 +97,25 @@ def test_a_kernel_recognises_the_programs_that_it_can_run():
     params = jnp.ones(4)
     adamw = program_of(adamjax.adamw(LR, nesterov=True), AddToParam(), params)
     assert adamw[-1][1] is add_to_param
-    assert _backend.variant_of(adamw) == (True, None, False, True, None)
+    assert _backend.variant_of(adamw) == _backend.StepVariant(True, None, coupled=False, decays=True)
     coupled = program_of(adamjax.adam(LR, weight_decay=0.1, maximize=True, amsgrad="paper"), AddToParam(), params)
-    assert _backend.variant_of(coupled) == (False, "paper", True, False, None)
-    for opt, delivery in ((adamjax.adamw(LR), AsUpdate([params])), (adamjax.radam(LR), AddToParam())):
-        assert _backend.variant_of(program_of(opt, delivery, params)) is None
+    assert _backend.variant_of(coupled) == _backend.StepVariant(False, "paper", coupled=True, decays=False)
+    update = program_of(adamjax.adamw(LR), AsUpdate([params]), params)
+    assert _backend.variant_of(update) == _backend.StepVariant(False, None, False, True, update=np.dtype("float32"))
+    radam = program_of(adamjax.radam(LR), AddToParam(), params)
+    assert _backend.split(radam) is _backend.variant_of(radam) is None
+
+
+def test_a_kernel_steps_the_part_of_a_program_that_it_knows():
+    """Before it, the gradient is doubled; after it, a second optimizer steps."""
+    double, adam = adamjax.scale_by_learning_rate(2.0, flip_sign=False), adamjax.scale_by_adam()
+    opt = adamjax.chain(double, adam, double, adam)
+    params = jnp.ones(4)
+    functions = program_of(opt, AddToParam(), params)
+    found = _backend.split(functions)
+    assert [functions[part] for part in found] == [functions[:1], functions[1:3], functions[3:]]
+    assert _backend.variant_of(functions) is None
+    assert _backend.variant_of(functions[found.step]).update == jnp.float32
 
 
 @pytest.mark.parametrize("amsgrad", [None, "torch", "corrected", "paper"])

@@ -26,6 +26,7 @@ from adamjax._transforms.leafwise import Executor, LeafTransform, run_leafwise
 class Chain(Transformation):
     """Transformations one after another; the state is the tuple of theirs."""
 
+    takes_first: ClassVar[bool] = True
     has_executor: ClassVar[bool] = False  # whether its members are run by an executor of its own
 
     transforms: tuple[Transformation, ...]

@@ -42,6 +42,7 @@ class StepVariant(NamedTuple):
     decays: bool  # whether the parameter is added to the direction
     rounding: ParamRounding | None = None  # the way that the parameter takes the update, if it is not just added
     update: np.dtype | None = None  # the dtype of the update to deliver; None to deliver the new parameter
+    clips: bool = False  # whether the gradient is clipped first
 
     @property
     def reads_param(self) -> bool:
@@ -152,6 +153,7 @@ def variant_of(functions: Functions) -> StepVariant | None:
         decays=add_scaled_param in body[at:],
         rounding=last.rounding if is_rounded else None,
         update=last.dtype if isinstance(last, RoundTo) else update,
+        clips=clip_leaf in body,
     )
 
 

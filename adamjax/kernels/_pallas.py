@@ -21,7 +21,7 @@ from jax.extend.core import primitives
 
 from adamjax._core import low_precision, trees
 from adamjax._core.low_precision import Dither
-from adamjax._core.numerics import Decay
+from adamjax._core.numerics import Decay, clip_finite
 from adamjax._core.quantization import QuantizedArray, RatioCode, Rounding
 from adamjax._transforms import moment_storage
 from adamjax._transforms.adam import AdamRule, AdamScalars
@@ -195,7 +195,8 @@ def _step_rows(
     dither, scalars = Dither(seed, phase), _step_scalars(row)
     index = first + _index(g.shape, axes, start)
     p, *old, _ = leaf
-    wide, g = p.astype(jnp.float32), scalars.sign * g.astype(jnp.float32)
+    wide, g = p.astype(jnp.float32), g.astype(jnp.float32)
+    g = scalars.sign * (clip_finite(g, scalars.limit) if variant.clips else g)
     if variant.coupled:
         g = g + scalars.coupled * wide
     rule, adam = AdamRule(variant.nesterov, variant.amsgrad), scalars.adam
@@ -213,6 +214,8 @@ def _step_rows(
         v_stored,
         _store(v_max, old[2], None),
     )
+    if variant.update is not None:
+        return update.astype(variant.update), *stored, None
     # The update is rounded to the dtype of the parameter, and then added.
     return (wide + update.astype(p.dtype).astype(jnp.float32)).astype(p.dtype), *stored, None
 
