@@ -264,9 +264,17 @@ def test_packed_groups_inside_of_wrappers(wrapper, method, one_device):
     found, expected = (jax.jit(getattr(opt, method))(grads, state, params) for opt in (fused, plain))
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         assert a.dtype == b.dtype
+        if a.dtype == jnp.uint16:  # low bits, which alone say nothing
+            continue
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
         # Where a last digit decides about the rounding, it may go the other way.
         assert np.mean(np.abs(a - b) > 4 * RECOMPILED * np.max(np.abs(b))) < 5e-3
+    if wrapper == "low_bits":
+        weights = [
+            fused.transforms[1].weights(x if method == "step" else adamjax.apply_updates(params, x), state[1])
+            for x, state in (found, expected)
+        ]
+        assert_close(*weights, 4 * RECOMPILED)
 
 
 def test_packed_groups_inside_of_wrappers_where_jax_takes_them(one_device):

@@ -193,6 +193,7 @@ class Leafwise(Transformation):
     takes_first: ClassVar[bool] = True
     # Whether `_leaf_transforms` depends on the numbers of the updates, and not on their structure and shapes only.
     reads_updates: ClassVar[bool] = False
+    may_pack: ClassVar[bool] = False  # whether its leaf transforms may have a layout
 
     def _leaf_transforms(self, updates: Leaves, state: PyTree, params: Leaves | None) -> list[LeafTransform]:
         """Plan a step of each leaf; the last transform makes the new state.

@@ -64,10 +64,11 @@ class Chain(Transformation):
         program = _Program(first)
         for transform, part, owner in members:
             if isinstance(transform, Leafwise):
-                if transform.reads_updates:
+                if transform.reads_updates or (transform.may_pack and program.may_pack):
                     updates, made, _ = program.run(updates, params)
                     states += made
                     program = _Program()
+                program.may_pack |= transform.may_pack
                 program.transforms += transform._leaf_transforms(updates, part, params)
                 program.ends.append(len(program.transforms))
                 if owner.has_executor:
@@ -142,6 +143,7 @@ class _Program:
     def __init__(self, first: LeafTransform | None = None) -> None:
         self.transforms = [] if first is None else [first]
         self.ends: list[int] = []  # the end of each member's part
+        self.may_pack = False  # whether one of its transforms may pack leaf states: only one may
         self.executor: Callable[[Callable[[], list[Path]]], Executor] = Executor
 
     @property

@@ -1,7 +1,7 @@
 """The moments of many small parameters in a few flat arrays."""
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,8 @@ _MAX_PACKED_SIZE = 16384
 @value
 class Packed(Leafwise):
     """See `packed`; `inner` keeps the moments."""
+
+    may_pack: ClassVar[bool] = True
 
     inner: Moments
     below: int = static_field(default=_MAX_PACKED_SIZE)
