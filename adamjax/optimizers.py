@@ -47,8 +47,8 @@ def adam(
         the Python number 0, `update` needs `params`.
       mask: The leaves that `weight_decay` applies to; see `add_decayed_weights`.
       maximize: Ascend instead of descend. The weight decay still pulls towards 0.
-      fused: True runs `step` as one pass over memory, by a compiled kernel, or raises a ValueError if it
-        cannot. "auto" warns and falls back to XLA, which needs several passes. See `kernels.Fused`.
+      fused: True runs `step` and `update` as one pass over memory, by a compiled kernel, or raises a ValueError if
+        it cannot. "auto" warns and falls back to XLA, which needs several passes. See `kernels.Fused`.
 
     Returns:
       A transformation whose state is a tuple that starts with an `AdamState`.

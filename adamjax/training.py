@@ -12,9 +12,9 @@ import numpy as np
 from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from adamjax._core import checks, trees
+from adamjax._core import checks, low_precision, trees
 from adamjax._core.typing import DTypeLike, GradientTransformation, PyTree
-from adamjax._transforms.base import Transformation, as_transformation, may_skip
+from adamjax._transforms.base import Transformation, as_transformation, contains_foreign, may_skip
 from adamjax.diagnostics import AdamStats, measure
 from adamjax.problems import Problem
 from adamjax.problems._batches import AHEAD, prefetched, stacked
@@ -27,7 +27,12 @@ LossAndAux = Callable[[PyTree, PyTree], tuple[Array, PyTree]]  # called as (para
 
 
 def step_fn(
-    loss_fn: Callable[[PyTree, PyTree], Any], opt: GradientTransformation, *, has_aux: bool = False, accumulate: int = 1
+    loss_fn: Callable[[PyTree, PyTree], Any],
+    opt: GradientTransformation,
+    *,
+    has_aux: bool = False,
+    accumulate: int = 1,
+    accumulate_dtype: DTypeLike | None = None,
 ) -> "TrainStep":
     """A compiled training step that updates parameters and state in place.
 
@@ -42,19 +47,23 @@ def step_fn(
         constants of the compiled step: use a schedule to change them during a run.
       has_aux: If True, `loss_fn` returns `(loss, aux)`, with any pytree of arrays, and the step also returns `aux`.
       accumulate: Number k of equal micro-batches to divide each batch into. They are computed one after another, to
-        save memory; the step keeps one sum of their gradients, in float32 or wider. Loss and gradients are means over
+        save memory; the step keeps one mean of their gradients. Loss and gradients are means over
         them, equal to those of the whole batch if the loss is a mean over its rows. All arrays of the batch must have
         the same first axis, divisible by k. Micro-batch i has rows i, i + k, i + 2k, ..., so a batch that is sharded
         by rows stays on its devices. Scalars, such as a key, go to all. `aux` gets a new first axis of length k.
+      accumulate_dtype: "bfloat16" keeps that mean in 2 bytes instead of 4 for each number, rounded stochastically:
+        it stays unbiased, where rounding to nearest would lose what the later micro-batches add. A fused step reads it
+        as it is. None keeps it in float32 or wider. Parameters that are complex or float64 are not affected.
 
     Returns:
       The step. On a mesh, parameters and state keep the shardings that they have at its first call.
 
     Raises:
-      TypeError, ValueError: `loss_fn` is not a function, `opt` not a transformation, `has_aux` not a bool, or
-        `accumulate` not an int of at least 1; `dynamic_loss_scale` is not around all of `opt`. At the first call of the
-        step: `loss_fn` does not return a real floating point scalar, or `(loss, aux)` if `has_aux`; parameters and
-        state are swapped; an array of the batch cannot be divided by `accumulate` (the message has its path).
+      TypeError, ValueError: `loss_fn` is not a function, `opt` not a transformation, `has_aux` not a bool,
+        `accumulate` not an int of at least 1, or `accumulate_dtype` another dtype; `dynamic_loss_scale` is not around
+        all of `opt`. At the first call of the step: `loss_fn` does not return a real floating point scalar, or
+        `(loss, aux)` if `has_aux`; parameters and state are swapped; an array of the batch cannot be divided by
+        `accumulate` (the message has its path).
 
     >>> import adamjax, jax.numpy as jnp
     >>> opt = adamjax.adam(0.1)
@@ -71,12 +80,15 @@ def step_fn(
     _check_scale(optimizer)
     checks.choice("has_aux", has_aux, (False, True))
     checks.count("accumulate", accumulate)
+    narrow: Any = accumulate_dtype
+    if narrow is not None:
+        narrow = checks.dtype("accumulate_dtype", narrow, ("bfloat16",), "accumulate_dtype must be bfloat16 or None")
 
     checked_loss = partial(_loss_and_aux, loss_fn, has_aux)
 
     def train_step(params: PyTree, state: PyTree, batch: PyTree) -> tuple[Any, ...]:
         _check_params(params, state)
-        loss, aux, grads = _accumulated(checked_loss, optimizer, params, state, batch, accumulate)
+        loss, aux, grads = _accumulated(checked_loss, optimizer, params, state, batch, accumulate, narrow)
         params, state = optimizer.step(grads, state, params, value=loss)
         return (params, state, loss, aux) if has_aux else (params, state, loss)
 
@@ -151,23 +163,45 @@ def _check_params(params: PyTree, state: PyTree) -> None:
 
 
 def _accumulated(
-    loss_fn: LossAndAux, optimizer: Transformation, params: PyTree, state: PyTree, batch: PyTree, count: int
+    loss_fn: LossAndAux,
+    optimizer: Transformation,
+    params: PyTree,
+    state: PyTree,
+    batch: PyTree,
+    count: int,
+    narrow: np.dtype | None,
 ) -> tuple[Array, PyTree, PyTree]:
     """The loss, `aux` and gradients of a batch: means over `count` micro-batches, but all of their `aux`."""
     if count == 1:
         return _loss_and_gradients(loss_fn, optimizer, params, state, batch)
     micro_batch = _divided(batch, count)
 
-    def add_one(sums: PyTree, i: Array) -> tuple[PyTree, PyTree]:
+    def add_one(means: list[Array], i: Array) -> tuple[list[Array], PyTree]:
         loss, aux, grads = _loss_and_gradients(loss_fn, optimizer, params, state, micro_batch(i))
-        return jax.tree.map(lambda total, g: total + g.astype(total.dtype), sums, grads), (loss, aux)
+        # Other losses give other random numbers, at the next step, too.
+        seed = jax.lax.bitcast_convert_type(loss.astype(jnp.float32), jnp.uint32)
+        pairs = enumerate(zip(means, jax.tree.leaves(grads), strict=True))
+        return [_added(x, g, count, low_precision.dither(i, number, seed)) for number, (x, g) in pairs], (loss, aux)
 
-    # The sums are the carry of the loop, so that only one micro-batch's gradients exist beside them.
-    zeros = jax.tree.map(lambda p: jnp.zeros_like(p, trees.compute_dtype(p.dtype)), params)
-    sums, (losses, aux) = jax.lax.scan(add_one, zeros, jnp.arange(count))
+    leaves: list[Array] = jax.tree.leaves(params)
+    structure: Any = jax.tree.structure(params)
+    wide = [trees.compute_dtype(p.dtype) for p in leaves]
+    kept = [narrow if narrow is not None and dtype == jnp.float32 else dtype for dtype in wide]
+    # The means are the carry of the loop, so that only one micro-batch's gradients exist beside them.
+    zeros = [jnp.zeros_like(p, dtype) for p, dtype in zip(leaves, kept, strict=True)]
+    means, (losses, aux) = jax.lax.scan(add_one, zeros, jnp.arange(count))
     # In their usual dtype, as without micro-batches: some of optax's states take on the dtype of the gradients.
-    grads = jax.tree.map(lambda total, p: (total / count).astype(p.dtype), sums, params)
+    as_usual = narrow is None or contains_foreign(optimizer)
+    rows = zip(means, leaves, strict=True)
+    grads = structure.unflatten([x.astype(p.dtype) if as_usual else x for x, p in rows])
     return losses.mean(dtype=trees.compute_dtype(losses.dtype)).astype(losses.dtype), aux, grads
+
+
+def _added(mean: Array, g: Array, count: int, dither: low_precision.Dither) -> Array:
+    """One micro-batch of `count` more in a mean."""
+    wide = trees.compute_dtype(mean.dtype)
+    new = mean.astype(wide) + g.astype(wide) / count
+    return new if mean.dtype == wide else low_precision.stochastic_round(new, dither, mean.dtype).astype(mean.dtype)
 
 
 def _divided(batch: PyTree, count: int) -> Callable[[Array], PyTree]:

@@ -126,6 +126,28 @@ def test_sums_are_wider_than_half_precision():
     assert loss.dtype == jnp.bfloat16
 
 
+def test_a_mean_in_bfloat16_is_unbiased_and_read_as_it_is():
+    """To nearest, no micro-batch after the 256th would count."""
+    params = {"x": jnp.zeros(1 << 15)}
+    opt = adamjax.scale_by_learning_rate(1.0)
+    narrow = {"accumulate_dtype": jnp.bfloat16}
+    step = step_fn(lambda p, batch: -jnp.sum(p["x"]) * jnp.mean(batch), opt, accumulate=512, **narrow)
+    moved = step(params, opt.init(params), jnp.ones(512))[0]["x"]
+    assert abs(jnp.mean(moved) - 1) < 1e-3
+    assert 1e-3 < jnp.std(moved) < 0.05  # each is rounded by itself
+
+    fused = adamjax.adam(0.1, fused="auto")
+    params = {"x": jnp.zeros(1 << 15)}
+    state, batch = fused.init(params), jnp.ones(4)
+    lowered = step_fn(lambda p, x: jnp.sum(p["x"] * jnp.mean(x)), fused, accumulate=4, **narrow)
+    assert re.search(r"custom_call @.adam.*tensor<32768xbf16>", lowered.lower(params, state, batch).as_text())
+    assert lowered(params, state, batch)[0]["x"].dtype == jnp.float32
+    # Others get the dtype of the parameters.
+    optax_adam = step_fn(lambda p, x: jnp.sum(p["x"] * x[0]), optax.adam(0.1), accumulate=2, **narrow)
+    _, state, _ = optax_adam({"x": jnp.zeros(2)}, optax.adam(0.1).init({"x": jnp.zeros(2)}), jnp.ones((2, 2)))
+    assert state[0].mu["x"].dtype == jnp.float32
+
+
 def test_rows_are_dealt_in_turns_and_every_aux_is_kept():
     opt = adamjax.adam(0.1)
 
@@ -258,6 +280,7 @@ def test_within_another_compiled_function():
         ((loss_fn, 3), {}, "argument opt of step_fn is 3, expected a transformation with init and update"),
         ((loss_fn, ADAMW), {"has_aux": 1}, "Invalid has_aux value: 1; has_aux must be one of False, True"),
         ((loss_fn, ADAMW), {"accumulate": 0}, "Invalid accumulate value: 0; accumulate must be at least 1"),
+        ((loss_fn, ADAMW), {"accumulate_dtype": "int8"}, "accumulate_dtype must be bfloat16 or None"),
         ((loss_fn, ADAMW), {"accumulate": 2.0}, "Invalid accumulate value: 2.0; accumulate must be an int"),
         (
             (loss_fn, adamjax.chain(adamjax.dynamic_loss_scale(ADAMW))),

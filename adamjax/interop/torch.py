@@ -52,8 +52,8 @@ def adam(
       amsgrad: Divide by the largest second moment so far; take the maximum before bias correction.
       maximize: Ascend instead of descend.
       decoupled_weight_decay: Shrink the parameters by lr * weight_decay instead of adding L2 to the gradient.
-      fused: True runs `step` as one pass over memory, or raises a ValueError if it cannot. "auto" warns and falls
-        back to XLA. See `adamjax.kernels.Fused`.
+      fused: True runs `step` and `update` as one pass over memory, or raises a ValueError if it cannot. "auto" warns
+        and falls back to XLA. See `adamjax.kernels.Fused`.
       foreach, capturable, differentiable: Ignored.
 
     Returns:

@@ -21,13 +21,13 @@ MIN_KERNEL_SIZE = 16384
 
 @value
 class Fused(Chain):
-    """The chain of `adam` or one of its kin, with a `step` that is one pass over memory, on a CPU or a GPU.
+    """The chain of `adam` or one of its kin, whose `step` and `update` are one pass over memory, on a CPU or a GPU.
 
-    `init`, `update` and the state are those of the chain. The numbers of `step` are too, but for the last digits.
-    The wrappers around it step by it: a chain that ends with it, `groups`, `skip_nonfinite`,
-    `dynamic_loss_scale`, `zero1`, `offload`; on a CPU, also `stochastic_rounding`, `kahan` and
-    `master_weights` around it, around a chain that ends with it, or around `groups` or `offload`, but not around
-    `zero1`. Code that calls `update` and applies the result, as optax's wrappers do, takes no such step.
+    `init` and the state are those of the chain. The numbers are too, but for the last digits. Whatever is around it
+    calls its kernel: a chain, anywhere in it, `groups`, `skip_nonfinite`, `dynamic_loss_scale`, `zero1`, `offload`,
+    optax's wrappers and the loops of frameworks; on a CPU, also `stochastic_rounding`, `kahan` and `master_weights`.
+    A `clip_by_global_norm` just before it reads the gradients for the norm, and leaves their scaling to the kernel.
+    Code that calls `update` adds the result to the parameters itself, in a second pass; `step` has no need of that.
 
     It goes wherever a step does: under `jax.jit` (donate parameters and state, and nothing is copied),
     `jax.lax.scan`, `jax.vmap` over states or hyperparameters, with arrays on many devices, each of which steps its
@@ -37,8 +37,7 @@ class Fused(Chain):
 
     On a CPU it is C++, compiled for this machine when it is first needed, which takes a few seconds and a C++
     compiler, and kept (`adamjax kernels status`). Parameters, gradients and moments may be float32, bfloat16 or
-    float16, and moments quantised. It steps groups of `adamjax.packed` as well, if there is one device, and no wrapper
-    that rounds.
+    float16, and moments quantised. It steps groups of `adamjax.packed` as well, if there is one device.
 
     On a GPU it is Pallas, for quantised moments. XLA's step of float moments is one pass already, and is taken.
     It needs jax 0.11 and a Hopper or later. Parameters and gradients may be float32 or bfloat16; a moment beside a
@@ -53,7 +52,8 @@ class Fused(Chain):
       mode: True to refuse parameters that no kernel can step, "auto" to leave them to XLA after a warning.
 
     Raises:
-      ValueError: Inside of another transformation, at its construction: that has no such step, and `mode` is True.
+      ValueError: At the first step or update: no kernel can step a parameter, and `mode` is True. The message has the
+        path of the parameter and the reason.
     """
 
     has_executor: ClassVar[bool] = True
