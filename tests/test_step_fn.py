@@ -144,7 +144,8 @@ def test_a_mean_in_bfloat16_is_unbiased_and_read_as_it_is():
     assert lowered(params, state, batch)[0]["x"].dtype == jnp.float32
     # Others get the dtype of the parameters.
     optax_adam = step_fn(lambda p, x: jnp.sum(p["x"] * x[0]), optax.adam(0.1), accumulate=2, **narrow)
-    _, state, _ = optax_adam({"x": jnp.zeros(2)}, optax.adam(0.1).init({"x": jnp.zeros(2)}), jnp.ones((2, 2)))
+    with jax.numpy_dtype_promotion("standard"):
+        _, state, _ = optax_adam({"x": jnp.zeros(2)}, optax.adam(0.1).init({"x": jnp.zeros(2)}), jnp.ones((2, 2)))
     assert state[0].mu["x"].dtype == jnp.float32
 
 
