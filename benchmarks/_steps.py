@@ -77,15 +77,109 @@ OF_BFLOAT16: dict[str, Make] = {
 }
 
 
+class ByUpdate(NamedTuple):
+    """An optimizer that steps as frameworks do it: by `update`, and then `optax.apply_updates`."""
+
+    opt: Any
+
+    def init(self, params: Any) -> Any:
+        return self.opt.init(params)
+
+    def update(self, grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
+        return self.opt.update(grads, state, params)
+
+
+class ByTrainState(NamedTuple):
+    """An optimizer in Flax's `TrainState`."""
+
+    opt: Any
+
+    def init(self, params: Any) -> Any:
+        return self.opt.init(params)
+
+    def step(self, grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
+        from flax.training.train_state import TrainState
+
+        made = TrainState(step=0, apply_fn=None, params=params, tx=self.opt, opt_state=state)  # type: ignore[arg-type]
+        made = made.apply_gradients(grads=grads)
+        return made.params, made.opt_state
+
+
+class ByNnx(NamedTuple):
+    """An optimizer in Flax's `nnx.Optimizer`."""
+
+    opt: Any
+
+    def init(self, params: Any) -> Any:
+        from flax import nnx
+
+        model = nnx.List([nnx.Param(p) for p in params])
+        return nnx.split(nnx.Optimizer(model, self.opt, wrt=nnx.Param))[1]
+
+    def step(self, grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
+        from flax import nnx
+
+        model = nnx.List([nnx.Param(p) for p in params])
+        optimizer = nnx.merge(nnx.graphdef(nnx.Optimizer(model, self.opt, wrt=nnx.Param)), state)
+        given = nnx.state(model)
+        optimizer.update(model, jax.tree.unflatten(jax.tree.structure(given), grads))
+        return jax.tree.leaves(nnx.state(model)), nnx.split(optimizer)[1]
+
+
+# The paths on which frameworks step, and wrappers that read the gradients first, of float32 parameters.
+WRAPPED: dict[str, Callable[[Any], Any]] = {
+    "update": ByUpdate,
+    "TrainState": ByTrainState,
+    "nnx.Optimizer": ByNnx,
+    "optax.chain": lambda opt: ByUpdate(optax.chain(optax.clip_by_global_norm(1.0), opt)),
+    "clipped": lambda opt: adamjax.chain(adamjax.clip_by_global_norm(1.0), opt),
+    "skip_nonfinite": adamjax.skip_nonfinite,
+}
+
+
+def wrapped(path: str, format: str) -> Any:
+    return WRAPPED[path](FUSED[f"adamjax fused{format}"]())
+
+
+PATHS: dict[str, Make] = {
+    f"adamjax fused{format}, {path}": partial(wrapped, path, format)
+    for path in WRAPPED
+    for format in ("", ", int8 moments")
+}
+CLIPPED: dict[str, Make] = {"optax, clipped": lambda: optax.chain(optax.clip_by_global_norm(1.0), OPTAX["optax"]())}
+PATHS |= OPTAX | CLIPPED
+
+
+def flash_adamw() -> Any:
+    """Return FlashOptim's AdamW, with a master of 24 bits and moments in 8 bits; None if it is not installed."""
+    try:
+        from flashoptim_jax import flash_adamw as make
+    except ImportError:
+        return None
+    return Flash(make(learning_rate=LR, weight_decay=DECAY, master_weight_bits=24))
+
+
+class Flash(NamedTuple):
+    """FlashOptim's optimizer, with arguments in our order."""
+
+    opt: Any
+
+    def init(self, params: Any) -> Any:
+        return self.opt.init(params)
+
+    def step(self, grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
+        return self.opt.step(params, state, grads)
+
+
 def advance(opt: Any) -> Callable[[Any, Any, Any], tuple[Any, Any]]:
-    """Return a function of gradients, parameters and state that makes a step: by our `step`, or by optax's two calls.
+    """Return a function of gradients, parameters and state that makes a step: by `step`, or by optax's two calls.
 
     The arguments have the order of the results, since JAX gives the buffers of donated arguments to results of the same
     shape in order: if a parameter got the buffer of a moment, XLA would have to copy.
     """
 
     def step(grads: Any, params: Any, state: Any) -> tuple[Any, Any]:
-        if isinstance(opt, adamjax.Transformation):
+        if hasattr(opt, "step"):
             return opt.step(grads, state, params)
         updates, state = opt.update(grads, state, params)
         return optax.apply_updates(params, updates), state
@@ -126,9 +220,9 @@ def limit(grads: Any, state_bytes: int) -> float:
 
 
 def of_jax(make: Make, grads: list[jax.Array]) -> Step | None:
-    """Return a jitted and donated step; None if fusing it is refused."""
+    """Return a jitted and donated step; None if fusing it is refused, or its library is not installed."""
     opt = make()
-    if is_refused(opt, grads):
+    if opt is None or is_refused(opt, grads):
         return None
     step = jax.jit(advance(opt), donate_argnums=(1, 2))
     params = parameters(grads)

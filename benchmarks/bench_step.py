@@ -29,7 +29,10 @@ def tables(quick: bool) -> Iterator[Table]:
     title = f"{millions} M float32 parameters in 4 leaves"
     yield measured("large", title, large, _steps.EVERY, rounds, in_torch=[*_steps.IN_TORCH, *_steps.CODES_IN_TORCH])
     title = f"{millions} M bfloat16 parameters in 4 leaves; the moments of optax and torch are bfloat16, too"
-    yield measured("bfloat16", title, large, _steps.OF_BFLOAT16 | _steps.OPTAX, rounds, dtype="bfloat16")
+    of_bfloat16 = _steps.OF_BFLOAT16 | {"flashoptim-jax, 24 and 8 bits": _steps.flash_adamw} | _steps.OPTAX
+    yield measured("bfloat16", title, large, of_bfloat16, rounds, dtype="bfloat16")
+    title = f"{millions} M float32 parameters in 4 leaves, stepped by frameworks and behind wrappers"
+    yield measured("paths", title, large, _steps.PATHS, rounds)
     title = f"A transformer's {elements(mixed) / 1e6:.3g} million float32 parameters in {len(mixed)} leaves"
     yield measured("mixed", title, mixed, {n: make for n, make in _steps.EVERY.items() if "int4" not in n}, rounds)
     for name, shape in (("many", (64, 64)), ("tiny", (64,))):
