@@ -9,7 +9,9 @@ import optax
 import pytest
 from flax import nnx
 from flax.training.train_state import TrainState
-from helpers import assert_close
+from helpers import assert_close, make_mesh
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 from same_step import assert_same_steps
 from test_fused import FORMATS, FORMS, GRADS, LR, PARAMS, gradients, numbers
 from test_fused_rounding import WRAPPERS, assert_same, draw
@@ -175,15 +177,12 @@ AROUND = {
     "clipped twice": lambda opt: adamjax.chain(CLIP, adamjax.chain(CLIP, opt)),
     "checked": lambda opt: adamjax.skip_nonfinite(adamjax.chain(CLIP, opt)),
     "clipped, then checked": lambda opt: adamjax.chain(CLIP, adamjax.skip_nonfinite(opt)),
-    "zero1": lambda opt: sharding.zero1(opt, axis="data"),
 }
 
 
 @pytest.mark.parametrize("name", AROUND)
 @pytest.mark.parametrize("method", ["step", "update"])
 def test_wrappers_of_ours(name, method):
-    if name == "zero1" and jax.device_count() > 1:
-        pytest.skip("its mesh is not that of the parameters")
     fused, plain = (AROUND[name](FORMS["adamw"](**kw)) for kw in ({"fused": True}, {}))
     state = plain.init(PARAMS)
     # All of a chain is run by the kernel, if any of it is.
@@ -291,6 +290,40 @@ def test_packed_groups_inside_of_wrappers_where_jax_takes_them(one_device):
         return jax.jit(jax.vmap(lambda rate: loss(rate, params, **kw)))(jnp.asarray([0.1, 0.01]))
 
     assert_close(for_rates(fused=True), for_rates(), 1e-3)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_each_device_delivers_its_part(kind):
+    mesh = make_mesh(kind, (2, 4), ("data", "model"))
+    opt = adamjax.chain(CLIP, adamjax.adamw(LR, weight_decay=0.1, fused=True))
+    params, grads = {"w": PARAMS["cube"]}, {"w": GRADS["cube"]}
+    expected = jax.jit(opt.update)(grads, opt.init(params), params)
+    params, grads = jax.device_put((params, grads), NamedSharding(mesh, P("model", "data")))
+    with jax.set_mesh(mesh):
+        state = opt.init(params)
+        advance = jax.jit(opt.update).lower(grads, state, params).compile()
+        assert "all-gather" not in advance.as_text()
+        found = advance(grads, state, params)
+    assert_close(jax.device_get(found), expected, 4 * RECOMPILED)
+
+
+@pytest.mark.parametrize("around", [lambda opt: opt, adamjax.kahan])
+@pytest.mark.parametrize("method", ["step", "update"])
+def test_around_zero1(around, method):
+    """A wrapper that rounds is around the whole: the kernel delivers updates to it."""
+    mesh = make_mesh(AxisType.Auto)
+    params, grads = jax.device_put((draw(0), draw(1)), NamedSharding(mesh, P()))
+    fused, plain = (
+        around(sharding.zero1(adamjax.adamw(LR, weight_decay=0.1, **kw), mesh=mesh, axis="data"))
+        for kw in ({"fused": True}, {})
+    )
+    state = plain.init(params)
+    advance = jax.jit(getattr(fused, method)).lower(grads, state, params).compile()
+    assert kernels.build().stem in advance.as_text()
+    found, expected = advance(grads, state, params), jax.jit(getattr(plain, method))(grads, state, params)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        assert np.mean(np.abs(a - b) > 4 * RECOMPILED * np.max(np.abs(b), initial=0)) < 5e-3
 
 
 @pytest.mark.parametrize("wrap", [adamjax.kahan, adamjax.skip_nonfinite])
