@@ -2,6 +2,7 @@
 
 from adamjax import kernels
 from adamjax.cli._flags import CommandError, Options, Subparsers
+from adamjax.kernels import _library
 
 
 def add_parser(commands: Subparsers) -> None:
@@ -26,8 +27,19 @@ def run(options: Options) -> int:
             raise CommandError(str(error)) from error
     elif action == "status":
         for kernel in kernels.status():
-            print(f"{kernel.path}  {kernel.size} bytes{'  in use here' if kernel.current else ''}")
+            print(f"{kernel.path}  {kernel.size} bytes  {_state(kernel)}")
+        print(_library.choice())
     else:
-        for path in kernels.clear():
+        try:
+            removed = kernels.clear()
+        except OSError as error:
+            raise CommandError(f"{error.filename} cannot be removed ({error.strerror})") from error
+        for path in removed:
             print(f"removed {path}")
     return 0
+
+
+def _state(kernel: kernels.Kernel) -> str:
+    if kernel.current:
+        return "used here"
+    return "for another machine or version" if kernel.fault is None else f"never loaded: {kernel.fault}"

@@ -11,7 +11,7 @@ from adamjax._core import collectives
 from adamjax._core.packing import concat, split
 from adamjax._transforms.leafwise import Executor, GroupProgram, Leaf, LeafProgram
 from adamjax._transforms.moment_storage import Moment
-from adamjax.kernels import _backend, _compile
+from adamjax.kernels import _backend, _library
 from adamjax.kernels._backend import Functions, LeafSpec, StepVariant
 from adamjax.kernels._cpu import KERNEL, attributes
 
@@ -87,5 +87,5 @@ def _run(variant: StepVariant, count: int, *operands: Array) -> list[Array]:
     like = jax.eval_shape(lambda *arrays: [arrays[i] for i in kept], *arrays)
     # In place: scalars and integers come first.
     aliases = {i + 2: result for result, i in enumerate(kept)}
-    call = jax.ffi.ffi_call(f"{_compile.target()}-group", like, input_output_aliases=aliases)
+    call = jax.ffi.ffi_call(f"{_library.target()}-group", like, input_output_aliases=aliases)
     return list(call(scalars, integers, *arrays, **attributes(variant)))
