@@ -16,7 +16,7 @@ from helpers import assert_equal
 
 import adamjax
 from adamjax import cli, kernels
-from adamjax.kernels import _cache, _compile, _cpu, _fused, _library
+from adamjax.kernels import _cache, _compile, _cpu, _flags, _fused, _library, _prebuilt
 
 pytestmark = pytest.mark.skipif(not any(map(shutil.which, _compile._DEFAULTS)), reason="no C++ compiler")
 
@@ -29,7 +29,7 @@ def library(tmp_path_factory):
     """A kernel, compiled once and in haste."""
     path = tmp_path_factory.mktemp("compiled")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_compile, "_FLAGS", (*_compile._FLAGS, "-O0"))
+        patch.setattr(_flags, "FLAGS", (*_flags.FLAGS, "-O0"))
         return _compile.compile_kernel(path)
 
 
@@ -41,6 +41,7 @@ def folder(tmp_path, monkeypatch):
         monkeypatch.setattr(module, name, cache(getattr(module, name).__wrapped__))
     monkeypatch.setattr(_library, "_register", lambda name, library: None)  # one to a process
     monkeypatch.setenv("ADAMJAX_CACHE_DIR", str(tmp_path / "cache" / "kernels"))
+    monkeypatch.setattr(_prebuilt, "FOLDER", tmp_path / "prebuilt")
     return tmp_path / "cache" / "kernels"
 
 

@@ -9,12 +9,14 @@ def add_parser(commands: Subparsers) -> None:
     parser = commands.add_parser(
         "kernels",
         help="manage the compiled kernels of fused steps",
-        description="The kernels of optimizers with fused=True are compiled when they are first needed, and cached.",
+        description="Steps with fused=True use a kernel that was compiled for this machine earlier, or a prebuilt one, or "
+        "compile one and keep it.",
     )
     parser.add_argument(
         "action",
         choices=("build", "status", "clear"),
-        help="build: compile the kernel now; status: list the cached kernels; clear: remove all of them",
+        help="build: compile a kernel for this machine now; status: list prebuilt and kept kernels, and say which is "
+        "used; clear: remove those that are kept",
     )
 
 

@@ -15,16 +15,17 @@ from pathlib import Path
 import jax
 import jaxlib
 
+from adamjax.kernels import _flags
+
 SOURCE = Path(__file__).with_name("adam.cc")
 TIME_LIMIT = 120.0  # seconds; g++ takes about 10
-_FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared")
 _DEFAULTS = ("c++", "g++", "clang++")
 _CURE = "choose another compiler by CXX, or fused=False"
 
 
 def key() -> str:
     """Return a hash of all that compiled code depends on but the compiler, which may be gone when it is loaded."""
-    parts = (SOURCE.read_text(), jaxlib.__version__, *_flags(), platform.machine(), processor())
+    parts = (SOURCE.read_text(), jaxlib.__version__, *_arguments(), platform.machine(), processor())
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
@@ -59,7 +60,9 @@ def compile_kernel(folder: Path) -> Path:
     name = shlex.join(command)
     made = folder / "adam.so"
     try:
-        status, said = _run([*command, *_flags(), f"-I{jax.ffi.include_dir()}", str(SOURCE), "-o", str(made)], folder)
+        status, said = _run(
+            [*command, *_arguments(), f"-I{jax.ffi.include_dir()}", str(SOURCE), "-o", str(made)], folder
+        )
     except subprocess.TimeoutExpired as error:
         raise RuntimeError(
             f"{name} did not compile the kernel of a fused step in {TIME_LIMIT:.0f} seconds: {_CURE}"
@@ -93,9 +96,9 @@ def _run(command: list[str], folder: Path) -> tuple[int, str]:
         return status, output.read(4000).decode(errors="replace").strip()
 
 
-def _flags() -> tuple[str, ...]:
+def _arguments() -> tuple[str, ...]:
     is_x86 = platform.machine() in ("x86_64", "AMD64")
-    return (*_FLAGS, *(("-march=native", "-mprefer-vector-width=512") if is_x86 else ("-mcpu=native",)))
+    return (*_flags.FLAGS, "-shared", *(("-march=native", *_flags.X86_FLAGS) if is_x86 else ("-mcpu=native",)))
 
 
 @cache

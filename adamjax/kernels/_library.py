@@ -1,4 +1,4 @@
-"""The CPU kernel that this process uses: kept from an earlier build, or compiled now."""
+"""The CPU kernel that this process uses: compiled for this machine earlier, prebuilt, or compiled now."""
 
 import ctypes
 import hashlib
@@ -6,13 +6,14 @@ import shlex
 import tempfile
 import threading
 import warnings
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 
-from adamjax.kernels import _cache, _compile
+from adamjax.kernels import _cache, _compile, _prebuilt
 
 # The functions of a library, by the end of their FFI targets' names.
 _HANDLERS = {"": "AdamjaxStep", "-group": "AdamjaxGroup"}
@@ -37,6 +38,8 @@ class Kernel(NamedTuple):
 
 def build() -> Path:
     """Compile the kernel for this machine and this jaxlib, and keep it in the cache, unless it is there.
+
+    Fused steps use it from then on, in place of a prebuilt one. Without a prebuilt one, the first fused step does this.
 
     Many processes may do so at once: each moves a complete file into place. The file is flushed to disk, and its name
     has the digest of its content, so that a damaged one is not loaded, but compiled again.
@@ -70,6 +73,10 @@ def target() -> str:
 def _target() -> str:
     # The name does not tell libraries apart, so that an exported step runs wherever one of the same source is loaded.
     name = f"adam-{hashlib.sha256(_compile.SOURCE.read_bytes()).hexdigest()[:16]}"
+    for path in _existing():
+        with suppress(RuntimeError):  # a jaxlib may refuse a prebuilt one, and then takes one that is compiled for it
+            _register(name, _load(path))
+            return name
     try:
         _register(name, _load(build()))
     except _cache.UnusableCacheError as why:
@@ -77,6 +84,11 @@ def _target() -> str:
         with tempfile.TemporaryDirectory(prefix="adamjax-", ignore_cleanup_errors=True) as folder:
             _register(name, _load(_compile.compile_kernel(Path(folder))))
     return name
+
+
+def _existing() -> list[Path]:
+    """Return the kernels that need no compiler, the best first."""
+    return [path for path in (_cache.find(_compile.key()), _prebuilt.find()) if path is not None]
 
 
 def _load(path: Path) -> ctypes.CDLL:
@@ -99,23 +111,28 @@ def _register(name: str, library: ctypes.CDLL) -> None:
 
 
 def status() -> list[Kernel]:
-    """List the compiled kernels, usable or not.
+    """List the compiled kernels, prebuilt and kept in the cache, usable or not.
 
     Returns:
-      A `Kernel` for each; an empty list if there is no cache.
+      A `Kernel` for each.
     """
-    current = _cache.find(_compile.key())
-    return [Kernel(path, _size(path), path == current, _cache.fault(path)) for path in _cache.kept()]
+    faults = {path: _prebuilt.fault(path) for path in _prebuilt.files()}
+    faults |= {path: _cache.fault(path) for path in _cache.kept()}
+    used = _existing()[:1]
+    return [Kernel(path, _size(path), path in used, fault) for path, fault in faults.items()]
 
 
 def choice() -> str:
     """Return a sentence on the kernel that a fused step uses, and why."""
-    if (found := _cache.find(_compile.key())) is not None:
-        return f"fused steps use {found.name}, which was compiled for this machine"
+    if found := _existing():
+        level = _prebuilt.files().get(found[0])
+        why = "it was compiled for this machine" if level is None else f"of the prebuilt ones it is for {level}"
+        return f"fused steps use {found[0].name}: {why}"
     try:
-        return f"the first fused step compiles a kernel by {shlex.join(_compile.compiler())}"
+        command = shlex.join(_compile.compiler())
     except RuntimeError as error:
         return f"there is no kernel for fused steps: {error}"
+    return f"the first fused step compiles a kernel by {command}: none is prebuilt or kept for this machine"
 
 
 def clear() -> list[Path]:
