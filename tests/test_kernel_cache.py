@@ -1,5 +1,6 @@
-"""The cache of compiled kernels: nothing in it, and no compiler, can do harm to a run."""
+"""Compiled kernels, kept and prebuilt: no file and no compiler can do harm to a run."""
 
+import hashlib
 import os
 import shutil
 import signal
@@ -71,7 +72,7 @@ def calls_of(path):
 
 def damaged_kernel(kept, how):
     content = kept.read_bytes()
-    kept.write_bytes({"cut": content[:5000], "empty": b"", "foreign": b"x" * len(content)}[how])
+    kept.write_bytes({"cut": content[: len(content) // 2], "empty": b"", "foreign": b"x" * len(content)}[how])
 
 
 BAD_COMPILERS = {
@@ -181,7 +182,7 @@ def test_kernels_are_kept(folder, copier, monkeypatch, capsys):
     assert [kernel.current for kernel in kernels.status()] == [False]
     assert cli.main(["kernels", "status"]) == 0
     said = capsys.readouterr().out
-    assert "bytes  for another machine or version\n" in said
+    assert "bytes  not used here\n" in said
     assert "there is no kernel for fused steps: a fused step is compiled on first use, and there is no" in said
     assert cli.main(["kernels", "clear"]) == 0
     assert kernels.status() == []
@@ -278,6 +279,82 @@ def test_a_kernel_is_on_disk_before_it_has_its_name(folder, copier, monkeypatch)
         monkeypatch.setattr(os, name, lambda *x, name=name, real=real: (done.append(name), real(*x)))
     kernels.build()
     assert done == ["fsync", "replace", "fsync"]
+
+
+V2, V3, V4 = reversed(_flags.LEVELS["x86_64"].values())
+
+
+@pytest.fixture
+def prebuilt(folder, monkeypatch):
+    """The kernels of a wheel, by their levels, of which this machine has the highest; and no compiler."""
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    monkeypatch.setattr(_compile, "processor", lambda: f"flags : fpu {' '.join(V4)}")
+    monkeypatch.setenv("CXX", "/no/compiler")
+    _prebuilt.FOLDER.mkdir()
+    paths = {}
+    for level in _flags.LEVELS["x86_64"]:
+        digest = hashlib.sha256(level.encode()).hexdigest()
+        paths[level] = _prebuilt.FOLDER / f"adam-{level}-{digest}.so"
+        paths[level].write_text(level)
+    return paths
+
+
+@pytest.mark.parametrize(
+    ("features", "level"), [(V4, "x86-64-v4"), (V3, "x86-64-v3"), (V4 - {"avx512bw"}, "x86-64-v3"), (V2, "x86-64-v2")]
+)
+def test_the_prebuilt_kernel_of_the_highest_level(features, level, prebuilt, monkeypatch, capsys):
+    monkeypatch.setattr(_compile, "processor", lambda: f"flags : fpu {' '.join(features)}")
+    assert _prebuilt.find() == prebuilt[level]
+    found = {kernel.path: kernel for kernel in kernels.status()}
+    assert [path for path, kernel in found.items() if kernel.current] == [prebuilt[level]]
+    for name, path in prebuilt.items():
+        missing = sorted(_flags.LEVELS["x86_64"][name] - features)
+        assert found[path].fault == (f"this processor has no {', '.join(missing)}" if missing else None)
+    assert cli.main(["kernels", "status"]) == 0
+    assert f"of the prebuilt ones, it is for {level}\n" in capsys.readouterr().out
+
+
+def test_without_a_prebuilt_kernel_for_this_machine(prebuilt, monkeypatch):
+    monkeypatch.setattr(_compile, "processor", lambda: "")
+    assert _prebuilt.find() is None
+    monkeypatch.setattr("platform.machine", lambda: "riscv64")
+    assert kernels.status() == []
+    with pytest.raises(RuntimeError, match=r"there is no C\+\+ compiler"):
+        _library.target()
+
+
+def test_a_damaged_prebuilt_kernel_is_not_loaded(prebuilt):
+    damaged_kernel(prebuilt["x86-64-v4"], "cut")
+    assert _prebuilt.find() == prebuilt["x86-64-v3"]
+    for path in prebuilt.values():
+        damaged_kernel(path, "empty")
+    assert [kernel.fault for kernel in kernels.status()] == [f"{path} is damaged" for path in prebuilt.values()]
+    with pytest.raises(RuntimeError, match=r"there is no C\+\+ compiler"):
+        _library.target()
+
+
+def test_the_order_of_kernels(prebuilt, library, compiler, monkeypatch):
+    loaded = []
+    monkeypatch.setattr(_library, "_load", lambda path: loaded.append(path))
+    monkeypatch.setenv("ADAMJAX_CACHE_DIR", "/proc/adamjax")
+    _library.target()  # a prebuilt one needs neither a compiler nor a cache
+    assert loaded == [prebuilt["x86-64-v4"]]
+    monkeypatch.setenv("ADAMJAX_CACHE_DIR", str(prebuilt["x86-64-v4"].parent.parent / "cache"))
+    compiler(f'{SAVE_AS}cp {library} "$2"')
+    kept = kernels.build()
+    loaded.clear()
+    _library.target()
+    assert loaded == [kept]
+
+    def refuse_existing(name, library):
+        if len(loaded) < 3:
+            raise RuntimeError("jaxlib refuses the kernel")
+
+    monkeypatch.setattr(_library, "_register", refuse_existing)
+    kept.unlink()
+    loaded.clear()
+    _library.target()
+    assert (loaded[0], loaded[-1]) == (prebuilt["x86-64-v4"], kept), "the refused one is compiled"
 
 
 STEP = """

@@ -9,8 +9,8 @@ def add_parser(commands: Subparsers) -> None:
     parser = commands.add_parser(
         "kernels",
         help="manage the compiled kernels of fused steps",
-        description="Steps with fused=True use a kernel that was compiled for this machine earlier, or a prebuilt one, or "
-        "compile one and keep it.",
+        description="Steps with fused=True use a kernel that was compiled for this machine earlier, or a prebuilt "
+        "one, or compile one and keep it.",
     )
     parser.add_argument(
         "action",
@@ -44,4 +44,4 @@ def run(options: Options) -> int:
 def _state(kernel: kernels.Kernel) -> str:
     if kernel.current:
         return "used here"
-    return "for another machine or version" if kernel.fault is None else f"never loaded: {kernel.fault}"
+    return "not used here" if kernel.fault is None else f"never loaded: {kernel.fault}"

@@ -126,7 +126,7 @@ def choice() -> str:
     """Return a sentence on the kernel that a fused step uses, and why."""
     if found := _existing():
         level = _prebuilt.files().get(found[0])
-        why = "it was compiled for this machine" if level is None else f"of the prebuilt ones it is for {level}"
+        why = "it was compiled for this machine" if level is None else f"of the prebuilt ones, it is for {level}"
         return f"fused steps use {found[0].name}: {why}"
     try:
         command = shlex.join(_compile.compiler())
