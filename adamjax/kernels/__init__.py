@@ -1,4 +1,4 @@
-"""Steps in one pass over memory, by kernels: on a CPU a prebuilt one, or one that is compiled when it is first needed."""
+"""Steps in one pass over memory, by kernels: on a CPU a prebuilt one, or one that is compiled on first use."""
 
 from adamjax.kernels._fused import Fused as Fused
 from adamjax.kernels._library import Kernel as Kernel
