@@ -18,7 +18,7 @@ import jaxlib
 from adamjax.kernels import _flags
 
 SOURCE = Path(__file__).with_name("adam.cc")
-TIME_LIMIT = 120.0  # seconds; g++ takes about 10
+TIME_LIMIT = 300.0  # seconds; g++ takes about 10, and more than 30 on a busy machine
 _DEFAULTS = ("c++", "g++", "clang++")
 _CURE = "choose another compiler by CXX, or fused=False"
 
