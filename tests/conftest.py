@@ -8,6 +8,9 @@ import jaxlib
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
+# Scripts: to look for doctests in them would run what they do when they are imported.
+collect_ignore = ["kill_and_resume.py", "optax_suite.py", "sdist_and_wheel.py", "train_installed.py"]
+
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

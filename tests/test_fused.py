@@ -1,7 +1,6 @@
 """Fused steps: the plain ones in one pass over memory, whatever JAX does with them."""
 
 import shutil
-from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +13,10 @@ from same_step import assert_in_place, assert_near_steps, assert_same_steps
 from tolerances import FUSED_ROUNDED, RECOMPILED
 
 import adamjax
-from adamjax import checkpoint, cli, kernels, schedules, sharding
+from adamjax import checkpoint, schedules, sharding
 from adamjax._transforms.adam import adam_scalars
 from adamjax.interop import torch as optim
-from adamjax.kernels import _backend, _compile, _cpu, _fused, _pallas
+from adamjax.kernels import _backend, _library, _pallas
 
 pytestmark = pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler")
 
@@ -139,7 +138,7 @@ def test_torchs_whose_parameters_count_their_own_steps(options):
     state = plain.init(params)
     assert_equal(fused.init(params), state)
     text = jax.jit(fused.step).lower(params, state, params).as_text()
-    assert text.count(f'custom_call @"{kernels.build().stem}"') == 2
+    assert text.count(f'custom_call @"{_library.target()}"') == 2
     steps = jax.jit(fused.step), jax.jit(plain.step)
     for i in range(3):
         grads = gradients(i) | {"absent": None} | ({"matrix": None, "short": None} if i == 1 else {})
@@ -279,7 +278,7 @@ def test_wherever_a_step_goes(use):
 def test_steps_around_are_one_pass_too(around):
     opt = around(FUSED_OPT)
     text = jax.jit(opt.step).lower(GRADS, opt.init(PARAMS), PARAMS).as_text()
-    assert text.count(kernels.build().stem) == 2  # parameters above the crossover
+    assert text.count(_library.target()) == 2  # parameters above the crossover
 
 
 def test_derivatives_are_those_of_the_plain_step():
@@ -495,35 +494,6 @@ def test_what_cannot_be_fused(options, params, why):
     assert_equal(*(jax.jit(o.step)(small, state, small) for o in (fused, plain)))
 
 
-@pytest.fixture
-def forgetful():
-    """Nothing is remembered of compilers and kernels, before and after."""
-    remembered = (_compile.target, _cpu._missing, _fused._warn_once)
-    for function in remembered:
-        function.cache_clear()
-    yield
-    for function in remembered:
-        function.cache_clear()
-
-
-@pytest.mark.parametrize(
-    ("compiler", "said"),
-    [("/no/compiler", "there is no C\\+\\+ compiler .*apt install"), ("/bin/false", "could not compile the kernel")],
-)
-def test_without_a_compiler(compiler, said, monkeypatch, forgetful, tmp_path):
-    monkeypatch.setenv("CXX", compiler)
-    monkeypatch.setenv("ADAMJAX_CACHE_DIR", str(tmp_path))
-    params = {"w": BIG}
-    opt = adamjax.adam(LR, fused=True)
-    with pytest.raises(ValueError, match=said):
-        opt.step(params, opt.init(params), params)
-    auto = adamjax.adam(LR, fused="auto")
-    with pytest.warns(UserWarning, match=said):
-        found = jax.jit(auto.step)(params, auto.init(params), params)
-    assert_equal(found, jax.jit(adamjax.adam(LR).step)(params, auto.init(params), params))
-    assert cli.main(["kernels", "build"]) == 2
-
-
 @pytest.mark.parametrize("nesterov", [False, True])
 def test_the_gpu_kernel_reads_its_numbers_where_they_were_put(nesterov):
     """Here, for with a JAX that is too old for the kernel none of its own tests would say so."""
@@ -537,7 +507,7 @@ def test_the_gpu_kernel_reads_its_numbers_where_they_were_put(nesterov):
     assert_equal(found, numbers)
 
 
-def test_elsewhere_than_on_a_cpu(monkeypatch, forgetful):
+def test_elsewhere_than_on_a_cpu(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     opt = adamjax.adam(LR, fused=True)
     with pytest.raises(ValueError, match="on tpu there is no kernel"):
@@ -552,28 +522,3 @@ def test_a_value_like_the_others():
     for bad in (None, "yes", 2):
         with pytest.raises((ValueError, TypeError), match="Invalid fused value"):
             adamjax.adamw(fused=bad)
-
-
-@pytest.mark.slow  # it compiles
-def test_kernels_are_kept(monkeypatch, tmp_path, capsys):
-    hasty = tmp_path / "c++"  # optimizing would take most of the time
-    hasty.write_text(f'#!/bin/sh\nexec {_compile._compiler()} "$@" -O0\n')
-    hasty.chmod(0o755)
-    tmp_path = tmp_path / "kernels"
-    monkeypatch.setenv("CXX", str(hasty))
-    monkeypatch.setenv("ADAMJAX_CACHE_DIR", str(tmp_path))
-    assert kernels.status() == []
-    with ThreadPoolExecutor() as pool:  # as many processes would
-        paths = set(pool.map(lambda _: kernels.build(), range(2)))
-    (path,) = paths
-    made = path.stat().st_mtime_ns
-    assert kernels.status() == [(path, path.stat().st_size, True)]
-    assert list(tmp_path.iterdir()) == [path]
-    assert cli.main(["kernels", "build"]) == 0
-    assert path.stat().st_mtime_ns == made
-    monkeypatch.setattr(_compile, "_processor", lambda: "another one")
-    assert [kernel.current for kernel in kernels.status()] == [False]
-    assert cli.main(["kernels", "status"]) == 0
-    assert f"{path}  {path.stat().st_size} bytes" in capsys.readouterr().out
-    assert cli.main(["kernels", "clear"]) == 0
-    assert kernels.status() == []

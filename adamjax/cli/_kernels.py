@@ -2,18 +2,21 @@
 
 from adamjax import kernels
 from adamjax.cli._flags import CommandError, Options, Subparsers
+from adamjax.kernels import _library
 
 
 def add_parser(commands: Subparsers) -> None:
     parser = commands.add_parser(
         "kernels",
         help="manage the compiled kernels of fused steps",
-        description="The kernels of optimizers with fused=True are compiled when they are first needed, and cached.",
+        description="Steps with fused=True use a kernel that was compiled for this machine earlier, or a prebuilt "
+        "one, or compile one and keep it.",
     )
     parser.add_argument(
         "action",
         choices=("build", "status", "clear"),
-        help="build: compile the kernel now; status: list the cached kernels; clear: remove all of them",
+        help="build: compile a kernel for this machine now; status: list prebuilt and kept kernels, and say which is "
+        "used; clear: remove those that are kept",
     )
 
 
@@ -26,8 +29,19 @@ def run(options: Options) -> int:
             raise CommandError(str(error)) from error
     elif action == "status":
         for kernel in kernels.status():
-            print(f"{kernel.path}  {kernel.size} bytes{'  in use here' if kernel.current else ''}")
+            print(f"{kernel.path}  {kernel.size} bytes  {_state(kernel)}")
+        print(_library.choice())
     else:
-        for path in kernels.clear():
+        try:
+            removed = kernels.clear()
+        except OSError as error:
+            raise CommandError(f"{error.filename} cannot be removed ({error.strerror})") from error
+        for path in removed:
             print(f"removed {path}")
     return 0
+
+
+def _state(kernel: kernels.Kernel) -> str:
+    if kernel.current:
+        return "used here"
+    return "not used here" if kernel.fault is None else f"never loaded: {kernel.fault}"

@@ -1,7 +1,7 @@
-"""Steps in one pass over memory, by kernels: on a CPU one that is compiled for it when it is first needed."""
+"""Steps in one pass over memory, by kernels: on a CPU a prebuilt one, or one that is compiled on first use."""
 
-from adamjax.kernels._compile import Kernel as Kernel
-from adamjax.kernels._compile import build as build
-from adamjax.kernels._compile import clear as clear
-from adamjax.kernels._compile import status as status
 from adamjax.kernels._fused import Fused as Fused
+from adamjax.kernels._library import Kernel as Kernel
+from adamjax.kernels._library import build as build
+from adamjax.kernels._library import clear as clear
+from adamjax.kernels._library import status as status

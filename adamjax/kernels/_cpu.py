@@ -11,7 +11,7 @@ from jax import Array
 from adamjax._core import trees
 from adamjax._core.numerics import largest_square_root
 from adamjax._core.quantization import QuantizedArray
-from adamjax.kernels import _compile
+from adamjax.kernels import _library
 from adamjax.kernels._backend import Backend, LeafArrays, LeafSpec, StepScalars, StepVariant, results
 
 # As in adam.cc.
@@ -44,8 +44,8 @@ def _unsupported_array(name: str, x: Any) -> str | None:
 @cache
 def _missing() -> str | None:
     try:
-        _compile.target()
-    except RuntimeError as error:
+        _library.target()
+    except (OSError, RuntimeError) as error:
         return str(error)
     return None
 
@@ -84,7 +84,7 @@ def _run(leaf: LeafSpec, scalars: Array, integers: Array, *arrays: Array) -> Any
     # In place: scalars and integers come first, and of the arrays the second, the gradient, has no result.
     aliases = {i + 3: i for i in range(1, len(like))} | ({2: 0} if leaf.variant.update is None else {})
     bits, block = zip(*leaf.formats, strict=True)
-    return jax.ffi.ffi_call(_compile.target(), like, input_output_aliases=aliases)(
+    return jax.ffi.ffi_call(_library.target(), like, input_output_aliases=aliases)(
         scalars,
         integers,
         *arrays,

@@ -35,9 +35,10 @@ class Fused(Chain):
     step. A kernel steps parameters of 16384 elements and more; XLA steps smaller ones as fast.
     `jax.default_backend()` says which kernel it is.
 
-    On a CPU it is C++, compiled for this machine when it is first needed, which takes a few seconds and a C++
-    compiler, and kept (`adamjax kernels status`). Parameters, gradients and moments may be float32, bfloat16 or
-    float16, and moments quantised. It steps groups of `adamjax.packed` as well, if there is one device.
+    On a CPU it is C++, prebuilt in wheels for Linux. Elsewhere it is compiled when it is first needed, which takes
+    about ten seconds and a C++ compiler, and kept (`adamjax kernels status`). Parameters, gradients and moments may
+    be float32, bfloat16 or float16, and moments quantised. It steps groups of `adamjax.packed` as well, if there is
+    one device.
 
     On a GPU it is Pallas, for quantised moments. XLA's step of float moments is one pass already, and is taken.
     It needs jax 0.11 and a Hopper or later. Parameters and gradients may be float32 or bfloat16; a moment beside a

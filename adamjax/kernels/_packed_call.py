@@ -17,7 +17,7 @@ from adamjax._transforms.leafwise import Done, Executor, GroupProgram, Leaf, Lea
 from adamjax._transforms.moment_storage import Moment
 from adamjax._transforms.param_rounding import RoundParam
 from adamjax._transforms.weight_decay import add_scaled_param
-from adamjax.kernels import _backend, _compile
+from adamjax.kernels import _backend, _library
 from adamjax.kernels._backend import Functions, LeafArrays, LeafSpec, StepVariant
 from adamjax.kernels._cpu import KERNEL, attributes
 
@@ -200,7 +200,7 @@ def _run(group: Group, moments: int, *operands: Array) -> list[Array]:
         aliases |= {2 + i: i for i in range(count)}
     else:
         new = [*[x.update(dtype=variant.update) for x in new[:count]], *new[count:]]
-    call = jax.ffi.ffi_call(f"{_compile.target()}-group", new, input_output_aliases=aliases)
+    call = jax.ffi.ffi_call(f"{_library.target()}-group", new, input_output_aliases=aliases)
     decays = {name: [getattr(v, name) for v in group.variants] for name in ("coupled", "decays")}
     flags = {name: np.asarray(x, np.int64) for name, x in decays.items()}
     return list(call(scalars, integers, *arrays, **attributes(variant), **flags))

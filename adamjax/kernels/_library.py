@@ -1,0 +1,157 @@
+"""The CPU kernel that this process uses: compiled for this machine earlier, prebuilt, or compiled now."""
+
+import ctypes
+import hashlib
+import shlex
+import tempfile
+import threading
+import warnings
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+
+from adamjax.kernels import _cache, _compile, _prebuilt
+
+# The functions of a library, by the end of their FFI targets' names.
+_HANDLERS = {"": "AdamjaxStep", "-group": "AdamjaxGroup"}
+_lock = threading.Lock()
+
+
+class Kernel(NamedTuple):
+    """A compiled kernel on disk.
+
+    Fields:
+      path: The library.
+      size: The bytes of the library.
+      current: True if this machine and these versions use it.
+      fault: The reason why it is never loaded, or None.
+    """
+
+    path: Path
+    size: int
+    current: bool
+    fault: str | None
+
+
+def build() -> Path:
+    """Compile the kernel for this machine and this jaxlib, and keep it in the cache, unless it is there.
+
+    Fused steps use it from then on, in place of a prebuilt one. Without a prebuilt one, the first fused step does this.
+
+    Many processes may do so at once: each moves a complete file into place. The file is flushed to disk, and its name
+    has the digest of its content, so that a damaged one is not loaded, but compiled again.
+
+    Returns:
+      The path of the library.
+
+    Raises:
+      RuntimeError: There is no C++ compiler, it fails, or the cache is not writable or not safe from other users.
+    """
+    key = _compile.key()
+    if (found := _cache.find(key)) is not None:
+        return found
+    with _cache.scratch() as folder:
+        made = _compile.compile_kernel(Path(folder))
+        _load(made)  # or a file that is no kernel would be kept
+        return _cache.keep(made, key)
+
+
+def target() -> str:
+    """Load and register the kernel, and return its FFI target; with "-group", the target for several arrays.
+
+    Raises:
+      RuntimeError: There is no kernel, and none can be compiled.
+    """
+    with _lock:  # a second library cannot be registered under the same name
+        return _target()
+
+
+@cache
+def _target() -> str:
+    # The name does not tell libraries apart, so that an exported step runs wherever one of the same source is loaded.
+    name = f"adam-{hashlib.sha256(_compile.SOURCE.read_bytes()).hexdigest()[:16]}"
+    for path in _existing():
+        with suppress(RuntimeError):  # a jaxlib may refuse a prebuilt one, and then takes one that is compiled for it
+            _register(name, _load(path))
+            return name
+    try:
+        _register(name, _load(build()))
+    except _cache.UnusableCacheError as why:
+        warnings.warn(f"The kernel of fused steps is compiled for this process alone, since {why}", stacklevel=2)
+        with tempfile.TemporaryDirectory(prefix="adamjax-", ignore_cleanup_errors=True) as folder:
+            _register(name, _load(_compile.compile_kernel(Path(folder))))
+    return name
+
+
+def _existing() -> list[Path]:
+    """Return the kernels that need no compiler, the best first."""
+    return [path for path in (_cache.find(_compile.key()), _prebuilt.find()) if path is not None]
+
+
+def _load(path: Path) -> ctypes.CDLL:
+    try:
+        library = ctypes.CDLL(str(path))
+        for function in _HANDLERS.values():
+            getattr(library, function)
+    except (OSError, AttributeError) as error:
+        raise RuntimeError(f"the kernel of a fused step could not be loaded: {error}") from error
+    return library
+
+
+def _register(name: str, library: ctypes.CDLL) -> None:
+    jax.default_backend()  # before a backend is there, a handler that it refuses would end it
+    try:
+        for suffix, function in _HANDLERS.items():
+            jax.ffi.register_ffi_target(name + suffix, jax.ffi.pycapsule(getattr(library, function)), platform="cpu")
+    except jax.errors.JaxRuntimeError as error:
+        raise RuntimeError(f"jaxlib refuses the kernel of a fused step: {error}") from error
+
+
+def status() -> list[Kernel]:
+    """List the compiled kernels, prebuilt and kept in the cache, usable or not.
+
+    Returns:
+      A `Kernel` for each.
+    """
+    faults = {path: _prebuilt.fault(path) for path in _prebuilt.files()}
+    faults |= {path: _cache.fault(path) for path in _cache.kept()}
+    used = _existing()[:1]
+    return [Kernel(path, _size(path), path in used, fault) for path, fault in faults.items()]
+
+
+def choice() -> str:
+    """Return a sentence on the kernel that a fused step uses, and why."""
+    if found := _existing():
+        level = _prebuilt.files().get(found[0])
+        why = "it was compiled for this machine" if level is None else f"of the prebuilt ones, it is for {level}"
+        return f"fused steps use {found[0].name}: {why}"
+    try:
+        command = shlex.join(_compile.compiler())
+    except RuntimeError as error:
+        return f"there is no kernel for fused steps: {error}"
+    return f"the first fused step compiles a kernel by {command}: none is prebuilt or kept for this machine"
+
+
+def clear() -> list[Path]:
+    """Remove all compiled kernels from the cache. Loaded ones go on working.
+
+    Returns:
+      The paths of the removed kernels.
+
+    Raises:
+      OSError: A kernel cannot be removed.
+    """
+    found = _cache.kept()
+    for path in found:
+        path.unlink(missing_ok=True)
+    return found
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
