@@ -900,10 +900,20 @@ struct Job {
   float* Read(const Span& span, float* buffer) const {
     if (landing == Landing::kMaster) return kept.Bring(span, buffer);
     if (landing != Landing::kLowBits) return p.Bring(span, buffer);
-    const uint16_t *high = p.In<uint16_t>(span), *low = kept.In<uint16_t>(span);
-    // If the lower half is at least one half, the parameter was rounded up.
-    for (int64_t i = 0; i < span.n; ++i) buffer[i] = Number((uint32_t{high[i]} - (low[i] >> 15)) << 16 | low[i]);
+    kept.bits == 8 ? Join<uint8_t>(span, buffer) : Join<uint16_t>(span, buffer);
     return buffer;
+  }
+
+  template <class Low>
+  void Join(const Span& span, float* to) const {
+    constexpr int kWidth = 8 * sizeof(Low);
+    const uint16_t* high = p.In<uint16_t>(span);
+    const Low* low = kept.In<Low>(span);
+    for (int64_t i = 0; i < span.n; ++i) {
+      // If the lower half is at least one half, the parameter was rounded up.
+      uint32_t upper = uint32_t{high[i]} - (low[i] >> (kWidth - 1));
+      to[i] = Number(upper << 16 | uint32_t{low[i]} << (16 - kWidth));
+    }
   }
 
   // Store the half precision parameter, and the part that it cannot hold.
@@ -915,7 +925,9 @@ struct Job {
       case Landing::kMaster:
         return p.format->store_nearest(p, span, tile.p);
       case Landing::kLowBits:
-        return Split(span, tile);
+        if (kept.bits == 16) return Split<uint16_t>(span, tile, nullptr);
+        Draw(span, first, d, random);
+        return Split<uint8_t>(span, tile, random);
       case Landing::kStochastic:
         Draw(span, first, d, random);
         return p.format->store_random(p, span, tile.p, random);
@@ -925,15 +937,19 @@ struct Job {
     }
   }
 
-  // Store the upper halves of the bits, rounded to nearest, and the lower halves.
-  void Split(const Span& span, const Tile& tile) const {
-    uint16_t *high = p.Out<uint16_t>(span), *low = kept.Out<uint16_t>(span);
+  // Store the upper halves of the bits, rounded to nearest, and what `Low` holds of the lower halves, rounded at random.
+  template <class Low>
+  void Split(const Span& span, const Tile& tile, const uint32_t* random) const {
+    constexpr int kCut = 16 - 8 * sizeof(Low);
+    uint16_t* high = p.Out<uint16_t>(span);
+    Low* low = kept.Out<Low>(span);
     for (int64_t i = 0; i < span.n; ++i) {
       uint32_t bits = Bits(tile.p[i]);
       if ((bits & 0x7F800000) == 0) bits = 0;  // 0 or subnormal
       if (tile.p[i] != tile.p[i]) bits = 0x7FC00000;
+      if constexpr (kCut > 0) bits += random[i] >> (32 - kCut);
       high[i] = (bits + 0x8000) >> 16;
-      low[i] = bits;
+      low[i] = bits >> kCut;
     }
   }
 
@@ -972,11 +988,12 @@ class Operands {
   // The error message, or null.
   const char* wrong = nullptr;
 
-  // Lower halves of float32 numbers, which are not numbers themselves.
-  Array TakeHalves(int64_t size) {
+  // Lower bits of float32 numbers, which are not numbers themselves.
+  Array TakeLowBits(int64_t size) {
     Array array;
-    if (Next(true, size, &array.in, &array.out) != ffi::U16 && wrong == nullptr) wrong = "adamjax: unknown dtype";
-    array.bits = 16;
+    ffi::DataType type = Next(true, size, &array.in, &array.out);
+    if (type != ffi::U16 && type != ffi::U8 && wrong == nullptr) wrong = "adamjax: unknown dtype";
+    array.bits = type == ffi::U8 ? 8 : 16;
     return array;
   }
 
@@ -1065,7 +1082,7 @@ ffi::Error Impl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> scalars, ffi::Buffer
   }
   job.landing = static_cast<Landing>(landing);
   if (job.landing == Landing::kLowBits) {
-    job.kept = operands.TakeHalves(size);
+    job.kept = operands.TakeLowBits(size);
   } else if (job.landing == Landing::kCompensated || job.landing == Landing::kMaster) {
     job.kept = operands.Take(true, size, job.columns, 0, 0);
   }
