@@ -212,7 +212,7 @@ def _add_to_bits(start: Array, u: Array, residual: Array, dither: Dither, dtype:
         bits = (lax.bitcast_convert_type(master, jnp.uint32) + random) & np.uint32(2**32 - 2**cut)
         master = lax.bitcast_convert_type(bits, jnp.float32)
     target = _upper_half(master)
-    u = target - start
+    u = jnp.where(target == start, 0.0, target - start)  # an infinity stays one
     low = (lax.bitcast_convert_type(master, jnp.uint32) >> np.uint32(cut)).astype(residual.dtype)
     # Keep the lower bits only where the update takes the parameter to its upper half; see `_exact_update`.
     return u, jnp.where(_upper_half(start + u) == target, low, residual.dtype.type(0))
