@@ -222,6 +222,17 @@ def test_bytes(name, most):
     assert storage.state_bytes(ROUNDED[name](plain), params) == storage.state_bytes(plain, params) + 8 + most * 10000
 
 
+@pytest.mark.parametrize(("format", "expected"), [("int8", 7.09), ("int4", 6.06)])
+def test_bytes_of_a_parameter_in_training(format, expected):
+    """With its gradient and all that the state keeps of it: 2 + 2 + 1, and those of the moments."""
+    codes = adamjax.quantized(format)
+    opt = adamjax.master_weights(adamjax.adam(1e-3, mu_dtype=codes, nu_dtype=codes), low_bits=8)
+    params = {"w": jnp.ones((256, 2048), jnp.bfloat16)}
+    grads = jax.grad(lambda params: jnp.sum(params["w"] ** 2))(params)
+    held = grads, *jax.jit(opt.step)(grads, opt.init(params), params)
+    assert sum(x.nbytes for x in jax.tree.leaves(held)) / params["w"].size == pytest.approx(expected, abs=0.005)
+
+
 def test_the_wrapped_transformation_sees_float32():
     """Optax would keep moments in bfloat16, where the second one freezes."""
     p = jnp.ones(4, jnp.bfloat16)

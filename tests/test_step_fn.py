@@ -274,7 +274,7 @@ DEEP = {
 
 @pytest.mark.parametrize("opt", DEEP.values(), ids=DEEP)
 def test_gradients_are_freed_as_parameters_are_stepped(opt):
-    """Of 24 layers, no more than three have a gradient at a time, and XLA copies no parameter."""
+    """Of 24 layers, no more than five have a gradient at a time, and XLA copies no parameter."""
 
     def deep_loss(params, x):
         return jnp.mean(functools.reduce(lambda x, w: jnp.tanh(x @ w), params, x) ** 2)
@@ -284,7 +284,7 @@ def test_gradients_are_freed_as_parameters_are_stepped(opt):
     batch, state, layer = jnp.ones((1, WIDTH)), opt.init(params), params[0].nbytes
     step = step_fn(deep_loss, opt)
     compiled = step.lower(params, state, batch).compile()
-    assert compiled.memory_analysis().temp_size_in_bytes < 3 * layer
+    assert compiled.memory_analysis().temp_size_in_bytes < 5 * layer
     assert "copy(%params" not in compiled.as_text()
     grads = jax.grad(deep_loss)(params, batch)
     expected, _ = jax.jit(opt.step)(grads, state, params)

@@ -905,10 +905,10 @@ struct Job {
   }
 
   template <class Low>
-  void Join(const Span& span, float* to) const {
+  void Join(const Span& span, float* __restrict__ to) const {
     constexpr int kWidth = 8 * sizeof(Low);
-    const uint16_t* high = p.In<uint16_t>(span);
-    const Low* low = kept.In<Low>(span);
+    const uint16_t* __restrict__ high = p.In<uint16_t>(span);
+    const Low* __restrict__ low = kept.In<Low>(span);
     for (int64_t i = 0; i < span.n; ++i) {
       // If the lower half is at least one half, the parameter was rounded up.
       uint32_t upper = uint32_t{high[i]} - (low[i] >> (kWidth - 1));
@@ -939,14 +939,16 @@ struct Job {
 
   // Store the upper halves of the bits, rounded to nearest, and what `Low` holds of the lower halves, rounded at random.
   template <class Low>
-  void Split(const Span& span, const Tile& tile, const uint32_t* random) const {
+  void Split(const Span& span, const Tile& tile, const uint32_t* __restrict__ random) const {
     constexpr int kCut = 16 - 8 * sizeof(Low);
-    uint16_t* high = p.Out<uint16_t>(span);
-    Low* low = kept.Out<Low>(span);
-    for (int64_t i = 0; i < span.n; ++i) {
-      uint32_t bits = Bits(tile.p[i]);
+    const float* __restrict__ x = tile.p;
+    uint16_t* __restrict__ high = p.Out<uint16_t>(span);
+    Low* __restrict__ low = kept.Out<Low>(span);
+    const int64_t n = span.n;  // the compiler takes bytes for aliases of it
+    for (int64_t i = 0; i < n; ++i) {
+      uint32_t bits = Bits(x[i]);
       if ((bits & 0x7F800000) == 0) bits = 0;  // 0 or subnormal
-      if (tile.p[i] != tile.p[i]) bits = 0x7FC00000;
+      if (x[i] != x[i]) bits = 0x7FC00000;
       if constexpr (kCut > 0) bits += random[i] >> (32 - kCut);
       high[i] = (bits + 0x8000) >> 16;
       low[i] = bits >> kCut;
