@@ -7,7 +7,7 @@ rounding to nearest loses it, every time. Each wrapper keeps what rounding would
 |---|---|---|
 | `stochastic_rounding` | 0 | never, on average |
 | `kahan` | 2 | never, on average |
-| `master_weights` | 4, or 2 for bfloat16 | below half the spacing of float32 |
+| `master_weights` | 4; for bfloat16, also 2 or 1 | below half the spacing of float32 |
 
 The wrapped transformation sees gradients and parameters in float32, so that it rounds nothing itself. The
 updates are float32: the update u of a half precision parameter p is the exact difference to the new parameter, so
@@ -17,7 +17,7 @@ leaves the sum in float32). Parameters in float32 or wider pass through as if th
 With ``fused=True`` on a CPU, the kernel rounds the parameters in the same pass.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -160,11 +160,13 @@ class MasterWeights(Rounding):
     """See `master_weights`."""
 
     inner: Any
-    low_bits: bool = static_field(default=False)
+    low_bits: bool | Literal[8, 16] = static_field(default=False)
 
     def __post_init__(self) -> None:
         self._wrap("master_weights")
-        checks.choice("low_bits", self.low_bits, (False, True))
+        checks.choice("low_bits", self.low_bits, (False, True, 8, 16))
+        if self.low_bits == 16:
+            self._replace_field("low_bits", True)  # the same value, with the name that it has in checkpoints
 
     def _init_residual(self, path: str, p: Any) -> Any:
         if not self.low_bits:
@@ -174,7 +176,7 @@ class MasterWeights(Rounding):
                 f"{path} is {trees.dtype_of(p)}: low_bits completes bfloat16 parameters only, whose bits are "
                 "the upper half of a float32's; use low_bits=False"
             )
-        return trees.zeros_like(p, jnp.dtype(jnp.uint16))
+        return trees.zeros_like(p, jnp.dtype(jnp.uint8 if self.low_bits == 8 else jnp.uint16))
 
     @property
     def _rounding(self) -> ParamRounding:
@@ -183,7 +185,7 @@ class MasterWeights(Rounding):
         return ParamRounding("master_weights", _master, _add_to_master)
 
     def weights(self, params: PyTree, state: RoundingState) -> PyTree:
-        """The parameters in full precision: in float32 where they are half precision, else as they are."""
+        """The parameters as they are stepped: in float32 where they are half precision, else as they are."""
         leaves = Leaves.of(params)
         return self._float32_params(leaves, leaves.column(state.kept)).tree
 
@@ -203,11 +205,22 @@ def _add_to_bits(start: Array, u: Array, residual: Array, dither: Dither, dtype:
     master = jnp.where(jnp.abs(master) < jnp.finfo(_FLOAT32).tiny, 0.0, master)
     # Normalise NaNs: rounding would carry into their payload bits.
     master = jnp.where(jnp.isnan(master), jnp.nan, master)
+    cut = 16 - _width(residual)
+    if cut:
+        # Round the master stochastically: to nearest, it would lose steps below 2**-17 of its size.
+        random = low_precision.random(low_precision.index_of(master), dither) >> np.uint32(32 - cut)
+        bits = (lax.bitcast_convert_type(master, jnp.uint32) + random) & np.uint32(2**32 - 2**cut)
+        master = lax.bitcast_convert_type(bits, jnp.float32)
     target = _upper_half(master)
-    u = target - start
-    low = lax.bitcast_convert_type(master, jnp.uint32).astype(jnp.uint16)
+    u = jnp.where(target == start, 0.0, target - start)  # an infinity stays one
+    low = (lax.bitcast_convert_type(master, jnp.uint32) >> np.uint32(cut)).astype(residual.dtype)
     # Keep the lower bits only where the update takes the parameter to its upper half; see `_exact_update`.
-    return u, jnp.where(_upper_half(start + u) == target, low, np.uint16(0))
+    return u, jnp.where(_upper_half(start + u) == target, low, residual.dtype.type(0))
+
+
+def _width(low: Array) -> int:
+    """The number of lower bits of the master that are kept."""
+    return 8 * low.dtype.itemsize
 
 
 def _upper_half(x: Array) -> Array:
@@ -217,31 +230,43 @@ def _upper_half(x: Array) -> Array:
 
 
 def _join(p: Array, low: Array) -> Array:
-    """The float32 whose `_upper_half` is `p` and whose lower half is `low`."""
-    up = (low >> 15).astype(jnp.uint32)
+    """The float32 whose `_upper_half` is `p` and whose lower half begins with `low`."""
+    width = _width(low)
+    up = (low >> (width - 1)).astype(jnp.uint32)
     bits = ((lax.bitcast_convert_type(p.astype(_FLOAT32), jnp.uint32) >> 16) - up) << 16
-    return lax.bitcast_convert_type(bits | low.astype(jnp.uint32), jnp.float32)
+    return lax.bitcast_convert_type(bits | low.astype(jnp.uint32) << (16 - width), jnp.float32)
 
 
-def master_weights(opt: GradientTransformation, *, low_bits: bool = False) -> MasterWeights:
+def master_weights(opt: GradientTransformation, *, low_bits: bool | Literal[8, 16] = False) -> MasterWeights:
     """Keep a float32 copy of half precision parameters, step it, and round it to them.
 
     Args:
       opt: A transformation, ours or optax's.
-      low_bits: For bfloat16 parameters, keep only the 16 bits of float32 that bfloat16 does not have: the
-        same float32 copy, in 2 bytes instead of 4. A parameter that is changed from outside then
-        stays changed, while a whole copy would overwrite it at the next step.
+      low_bits: For bfloat16 parameters, keep only bits of float32 that bfloat16 does not have. True or 16: all of
+        them, and so the same float32 copy, in 2 bytes instead of 4. 8: the upper half of them, in 1 byte. The
+        copy then has 24 bits, and is rounded to them stochastically at each step, so that no step is lost on
+        average. A parameter that is changed from outside then stays changed, while a whole copy would overwrite it
+        at the next step.
 
     Returns:
       A transformation with state `RoundingState`, whose `update` needs `params` and emits float32
       updates for half precision parameters. In a chain it must be the last. Its method
-      `weights(params, state)` gives the parameters in float32.
+      `weights(params, state)` gives the copy in float32.
 
     Raises:
-      TypeError, ValueError: `opt` is not a transformation, or rounds already; at `init`, a parameter is
-        float16 with `low_bits`.
+      TypeError, ValueError: `opt` is not a transformation, or rounds already; `low_bits` is another number; at
+        `init`, a parameter is float16 with `low_bits`.
 
     References:
       Micikevicius et al., 2018, https://arxiv.org/abs/1710.03740.
+
+    >>> import adamjax, jax.numpy as jnp
+    >>> opt = adamjax.master_weights(adamjax.adamw(1e-5), low_bits=8)
+    >>> p = jnp.ones(10_000, jnp.bfloat16)
+    >>> state = opt.init(p)
+    >>> for _ in range(100):
+    ...     p, state = opt.step(p, state, p)
+    >>> print(state.kept.dtype, f"{jnp.mean(opt.weights(p, state)):.5f}")
+    uint8 0.99900
     """
     return MasterWeights(opt, low_bits)

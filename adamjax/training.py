@@ -3,10 +3,11 @@
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -38,7 +39,8 @@ def step_fn(
 
     The step takes `(params, state, batch)` and returns `(params, state, loss)`. It donates parameters and state, so
     continue with those that it returns. They come in the order of the arguments: JAX then gives each its own memory
-    again, and copies nothing. Each call of `step_fn` compiles anew: call it before the loop.
+    again, and copies nothing. A gradient is freed once its parameter is stepped, unless something must see all gradients
+    first, such as `clip_by_global_norm`. Each call of `step_fn` compiles anew: call it before the loop.
 
     Args:
       loss_fn: Called as `loss_fn(params, batch)`; returns a real floating point scalar. Parameters may be complex.
@@ -108,10 +110,13 @@ class TrainStep:
         self._optimizer = optimizer  # where the state may come from a file, in other nodes than the optimizer's
         self._results = results  # how many `step` returns after parameters and state
         self._jitted: jax.stages.Wrapped | None = None
+        self._shardings: tuple[Any, ...] | None = None  # of the results of `_jitted`
 
     def __call__(self, params: PyTree, state: PyTree, batch: PyTree) -> tuple[Any, ...]:
         if self._jitted is None and self._optimizer is not None:
             state = self._optimizer._in_own_nodes(state, params)
+        if _is_tracing():  # as a part of another program, which takes no options
+            return self._jit_with(self._shardings or self._shardings_of(params, state))(params, state, batch)
         return (self._jitted or self._jit(params, state))(params, state, batch)
 
     def lower(self, params: PyTree, state: PyTree, batch: PyTree) -> jax.stages.Lowered:
@@ -121,17 +126,45 @@ class TrainStep:
         return (self._jitted or self._jit(params, state)).lower(params, state, batch)
 
     def _jit(self, params: PyTree, state: PyTree) -> jax.stages.Wrapped:
+        self._shardings = self._shardings_of(params, state)
+        self._jitted = self._jit_with(self._shardings, compiler_options=_compiler_options(jax.default_backend()))
+        return self._jitted
+
+    def _jit_with(self, shardings: tuple[Any, ...], **options: Any) -> jax.stages.Wrapped:
+        return jax.jit(self._step, donate_argnums=(0, 1), out_shardings=shardings, **options)
+
+    def _shardings_of(self, params: PyTree, state: PyTree) -> tuple[Any, ...]:
         def sharding(x: Any) -> NamedSharding | None:
             found = None if isinstance(x, jax.core.Tracer) else getattr(x, "sharding", None)
             return found if isinstance(found, NamedSharding) else None
 
         # The compiler may shard results otherwise, and then the second step would compile again. In Auto mode
         # shardings are known only here, not while tracing.
-        shardings = jax.tree.map(sharding, (params, state))
-        jitted = jax.jit(self._step, donate_argnums=(0, 1), out_shardings=(*shardings, *[None] * self._results))
-        if not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((params, state))):
-            self._jitted = jitted
-        return jitted
+        return (*jax.tree.map(sharding, (params, state)), *[None] * self._results)
+
+
+def _is_tracing() -> bool:
+    """Return whether a transformation of JAX traces the code that is running."""
+    now = jax.extend.core.get_opaque_trace_state()
+    with jax.core.eval_context():
+        return bool(now != jax.extend.core.get_opaque_trace_state())
+
+
+@cache
+def _compiler_options(platform: str) -> dict[str, bool] | None:
+    """Options for XLA to step a parameter in place once its gradient exists, and then to free the gradient.
+
+    The backward pass still reads parameters whose gradients exist, and by default XLA on a CPU copies them all.
+    With these options, it steps each parameter after the last operation that reads it.
+    """
+    options = {"xla_cpu_copy_insertion_use_region_analysis": True}
+    if platform != "cpu":
+        return None
+    try:
+        jax.jit(lambda: 0, compiler_options=options).lower().compile()
+    except jax.errors.JaxRuntimeError:  # a version of XLA without this option
+        return None
+    return options
 
 
 def _loss_and_aux(loss_fn: Callable[..., Any], has_aux: bool, params: PyTree, batch: PyTree) -> tuple[Array, PyTree]:

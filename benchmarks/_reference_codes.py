@@ -6,7 +6,8 @@ keep leaves of fewer than 4096 elements in float32. Checked by hand: torchao 0.1
 all magnitudes the same to 3e-7, and bitsandbytes 0.50 on a CPU stores all but 2 in 1000 first moments the same.
 
 FlashOptim (arXiv 2602.23349) in blocks of 32 with float16 scales: from `quantization.py` of flashoptim-jax 0.1, whose
-steps need a GPU. Checked by hand: its functions store and load random numbers the same.
+steps need a GPU. Checked by hand: its functions store and load random numbers the same. So does `FlashWeights` with its
+`compression.py`, whose int8 numbers correct bfloat16 parameters.
 """
 
 from typing import Any, NamedTuple
@@ -15,8 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from adamjax._core import trees
 from adamjax._core.value import value
 from adamjax._transforms.base import Transformation
+from adamjax._transforms.param_rounding import ParamRounding, Rounding
 
 
 def dynamic_map(signed: bool, exponent_bits: int, bits: int) -> np.ndarray:
@@ -121,3 +124,42 @@ class Stored(Transformation):
         mu = jax.tree.map(self.codes[0].round_trip, adam.mu)
         nu = jax.tree.map(self.codes[1].round_trip, adam.nu)
         return updates, (adam._replace(mu=mu, nu=nu), *rest)
+
+
+def _half_spacing(p: jax.Array) -> jax.Array:
+    """Half of the spacing of bfloat16 at its float32 numbers."""
+    exponent = jax.lax.bitcast_convert_type(p, jnp.uint32) >> 23 & np.uint32(0xFF)
+    return jax.lax.bitcast_convert_type(jnp.maximum(exponent, np.uint32(9)) - np.uint32(8) << 23, jnp.float32)
+
+
+def _corrected(p: jax.Array, correction: jax.Array) -> jax.Array:
+    wide = p.astype(jnp.float32)
+    return wide + correction.astype(jnp.float32) / 127 * _half_spacing(wide)
+
+
+def _correct(start: jax.Array, u: jax.Array, correction: jax.Array, dither: Any, dtype: Any) -> tuple[jax.Array, Any]:
+    wanted = _corrected(start, correction) + u
+    p = jax.lax.reduce_precision(wanted, 8, 7)
+    part = jnp.clip((wanted - p) / _half_spacing(p), -1, 1) * 127
+    return p - start, (jnp.sign(part) * jnp.floor(jnp.abs(part) + 0.5)).astype(jnp.int8)
+
+
+@value
+class FlashWeights(Rounding):
+    """FlashOptim's bfloat16 parameters: an int8 correction of each, in units of its spacing, to nearest."""
+
+    inner: Any
+
+    def __post_init__(self) -> None:
+        self._wrap("FlashWeights")
+
+    def _init_residual(self, path: str, p: Any) -> Any:
+        return trees.zeros_like(p, jnp.dtype(jnp.int8))
+
+    @property
+    def _rounding(self) -> ParamRounding:
+        return ParamRounding("flash", _corrected, _correct)
+
+    def weights(self, params: Any, state: Any) -> Any:
+        """The corrected parameters, in float32."""
+        return jax.tree.map(_corrected, params, state.kept)

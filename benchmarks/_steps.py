@@ -63,6 +63,7 @@ ROUNDED: dict[str, Callable[[Any], Any]] = {
     "kahan": adamjax.kahan,
     "master_weights": adamjax.master_weights,
     "master_weights, low_bits": partial(adamjax.master_weights, low_bits=True),
+    "master_weights, low_bits=8": partial(adamjax.master_weights, low_bits=8),
 }
 
 

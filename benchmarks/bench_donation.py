@@ -9,6 +9,10 @@ percent of the bytes of the parameters.
 The loss of a training step has the given gradients for its own, so hardly more than the optimizer is timed.
 Micro-batches are those of a multilayer perceptron. Of gradients they need at least the sum over micro-batches (100 %)
 and the gradient of one leaf, which is added to the sum at once; of activations, those of one micro-batch.
+
+The last table has the training steps of a deep perceptron: how much of its gradients exists at a time, and what XLA
+copies. Rows "stacked" have the layers in one array: `scan` is `step_fn` with a loss that scans over them, and `loop` a
+step whose backward pass steps each layer in its turn, as the guide on speed describes.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,10 +26,12 @@ import adamjax
 from adamjax.training import step_fn
 from benchmarks._measure import Run, interleaved, ratio, triads
 from benchmarks._report import Table, command, show
-from benchmarks._steps import OPTAX, adamw, advance, gradients, nbytes, parameters
+from benchmarks._steps import INT8, OPTAX, adamw, advance, gradients, nbytes, parameters
 
 Tree = Any
 Arrange = Callable[[Tree, Tree, Tree], tuple[Tree, ...]]  # from (grads, params, state) to the arguments of a step
+# As `step_fn` has it: XLA orders the step of a parameter after its last use, where it would copy it.
+IN_PLACE = {"xla_cpu_copy_insertion_use_region_analysis": True}
 OPTIMIZERS = {"adamjax": adamw, "adamjax fused": lambda: adamw(fused=True)} | OPTAX
 
 
@@ -64,6 +70,7 @@ def tables(quick: bool) -> Iterator[Table]:
     millions = 1 if quick else 16
     yield orders([(millions * 256, 1024)] * 4, f"{millions} M float32 parameters in 4 leaves", rounds)
     yield micro_batches(64 if quick else 1024, rounds)
+    yield deep(3 if quick else 24, 128 if quick else 1024, rounds)
 
 
 def orders(shapes: list[tuple[int, int]], title: str, rounds: int) -> Table:
@@ -115,6 +122,86 @@ def micro_batches(width: int, rounds: int) -> Table:
     rows = [[name, ratio(seconds[name], seconds["accumulate=1"]), temporaries[name]] for name in runs]
     title = f"Training steps of {layers} layers of {width} x {width}, batches of {width} rows"
     return Table("micro-batches", title, ["", "time / accumulate=1", "temporaries, %"], rows, seconds)
+
+
+def layer(w: jax.Array, x: jax.Array) -> jax.Array:
+    return jnp.tanh(x @ w)
+
+
+def end(x: jax.Array) -> jax.Array:
+    return jnp.mean(x**2)
+
+
+def listed(params: list[jax.Array], x: jax.Array) -> jax.Array:
+    """The loss of layers in a list."""
+    return end(reduce(lambda x, w: layer(w, x), params, x))
+
+
+def stacked(params: jax.Array, x: jax.Array) -> jax.Array:
+    """The loss of layers in one array."""
+    return end(jax.lax.scan(lambda x, w: (layer(w, x), None), x, params)[0])
+
+
+def by_hand(opt: Any) -> Callable[[Tree, Tree, jax.Array], tuple[Tree, ...]]:
+    def training(params: Tree, state: Tree, x: jax.Array) -> tuple[Tree, ...]:
+        value, grads = jax.value_and_grad(listed)(params, x)
+        return *opt.step(grads, state, params), value
+
+    return training
+
+
+def layer_by_layer(opt: Any) -> Callable[[jax.Array, Tree, jax.Array], tuple[Tree, ...]]:
+    """A step of layers in one array, which steps each as soon as the backward pass has its gradient."""
+
+    def training(params: jax.Array, state: Tree, x: jax.Array) -> tuple[Tree, ...]:
+        x, inputs = jax.lax.scan(lambda x, w: (layer(w, x), x), x, params)
+        value, cotangent = jax.value_and_grad(end)(x)
+
+        def back(count: jax.Array, carry: tuple[Tree, ...]) -> tuple[Tree, ...]:
+            held, cotangent = carry
+            i = len(inputs) - 1 - count
+            w, state = jax.tree.map(lambda x: x[i], held)
+            grad, cotangent = jax.vjp(layer, w, inputs[i])[1](cotangent)
+            held = jax.tree.map(lambda x, new: x.at[i].set(new), held, opt.step(grad, state, w))
+            return held, cotangent
+
+        (params, state), _ = jax.lax.fori_loop(0, len(inputs), back, ((params, state), cotangent))
+        return params, state, value
+
+    return training
+
+
+def deep(count: int, width: int, rounds: int) -> Table:
+    """Training steps of many equal layers."""
+    runs: dict[str, Run] = {}
+    temporaries = {}
+    batch = jnp.ones((32, width))
+    optimizers = {
+        "adamjax": adamw(),
+        "adamjax fused": adamw(fused=True),
+        "adamjax fused, int8 moments": adamw(INT8, INT8, True),
+        "adamjax fused, clip_by_global_norm": adamjax.chain(adamjax.clip_by_global_norm(1.0), adamw(fused=True)),
+    }
+    for kind, opt in optimizers.items():
+        separate: dict[str, Any] = {
+            "by hand": jax.jit(by_hand(opt), donate_argnums=(0, 1)),
+            "step_fn": step_fn(listed, opt),
+        }
+        together: dict[str, Any] = {
+            "stacked, scan": step_fn(stacked, opt),
+            "stacked, loop": jax.jit(layer_by_layer(opt), donate_argnums=(0, 1), compiler_options=IN_PLACE),
+        }
+        for name, step in (separate if "clip" in kind else separate | together).items():
+            params: Tree = [jnp.full((width, width), 1 / width) for _ in range(count)]
+            params = jnp.stack(params) if "stacked" in name else params
+            state = jax.vmap(opt.init)(params) if "loop" in name else opt.init(params)
+            compiled: Any = step.lower(params, state, batch).compile()
+            temporaries[f"{kind}: {name}"] = percent(compiled, params)
+            runs[f"{kind}: {name}"] = runner(compiled, lambda g, p, s: (p, s, g), batch, [params, state])
+    seconds = interleaved(runs, rounds)
+    rows = [[name, ratio(seconds[name], seconds["adamjax: by hand"]), temporaries[name]] for name in runs]
+    title = f"Training steps of {count} layers of {width} x {width}, batches of 32 rows"
+    return Table("layers", title, ["", "time / by hand", "temporaries, %"], rows, seconds)
 
 
 def percent(compiled: Any, params: Tree) -> float:

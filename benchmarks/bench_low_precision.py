@@ -23,7 +23,7 @@ import optax
 import adamjax
 from adamjax import problems
 from adamjax.training import keys_of, train_step
-from benchmarks._reference_codes import REFERENCES, Stored
+from benchmarks._reference_codes import REFERENCES, FlashWeights, Stored
 from benchmarks._report import Table, command, show
 
 INT8, INT4 = adamjax.quantized("int8"), adamjax.quantized("int4")
@@ -50,6 +50,10 @@ def stored(codes: Any) -> Callable[[Any], Any]:
     return lambda lr: Stored(adamjax.adam(lr), codes)
 
 
+def master_of_24_bits(mu: Any = None, nu: Any = None) -> Callable[[Any], Any]:
+    return lambda lr: adamjax.master_weights(adam(mu, nu)(lr), low_bits=8)
+
+
 # For each row, a function from the learning rate to the optimizer, and the dtype of the parameters.
 ROWS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "float32": (adam(), "float32"),
@@ -65,6 +69,11 @@ ROWS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "kahan": (lambda lr: adamjax.kahan(adamjax.adam(lr)), "bfloat16"),
     "master_weights": (lambda lr: adamjax.master_weights(adamjax.adam(lr)), "bfloat16"),
     "master_weights, low_bits": (lambda lr: adamjax.master_weights(adamjax.adam(lr), low_bits=True), "bfloat16"),
+    "master_weights, low_bits=8": (master_of_24_bits(), "bfloat16"),
+    "low_bits=8, moments int8": (master_of_24_bits(INT8, INT8), "bfloat16"),
+    "low_bits=8, moments int4": (master_of_24_bits(INT4, INT4), "bfloat16"),
+    "FlashOptim's parameters": (lambda lr: FlashWeights(adamjax.adam(lr)), "bfloat16"),
+    "FlashOptim": (lambda lr: FlashWeights(Stored(adamjax.adam(lr), REFERENCES["FlashOptim's 8 bits"])), "bfloat16"),
 }
 
 

@@ -1,4 +1,4 @@
-"""Errors of Adam's steps with stored moments:  python -m benchmarks.bench_storage
+"""Errors of Adam's steps with stored moments and parameters:  python -m benchmarks.bench_storage
 
 Adam in each format takes the same gradients as Adam in float32, and its updates are compared with those. Errors are the
 norm of all differences divided by that of all updates.
@@ -11,11 +11,14 @@ norm of all differences divided by that of all updates.
 - `mixtures`: a constant gradient, one element of 64 large and the others smaller by a ratio; the largest single step
   in 20, in learning rates. And a regression with 64 outputs, one of them 1000 times larger than the others: the loss of
   the others after 600 steps, which begins at 64.
+- `parameters`: bfloat16 parameters between 1 and 2 take 1000 equal steps of a part of themselves; the norm of the
+  errors of the parameters, as the wrapper knows them, divided by that of their changes.
 
 The codes of other libraries are those of `_reference_codes`.
 """
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import jax
@@ -24,8 +27,9 @@ import numpy as np
 
 import adamjax
 from adamjax import problems
+from adamjax.rounding import Kahan
 from adamjax.training import keys_of
-from benchmarks._reference_codes import REFERENCES, Nearest, Stored
+from benchmarks._reference_codes import REFERENCES, FlashWeights, Nearest, Stored
 from benchmarks._report import Table, command, show
 
 INT8, INT4 = adamjax.quantized("int8"), adamjax.quantized("int4")
@@ -34,6 +38,17 @@ MIXTURES = [(mu, nu) for mu in FORMATS for nu in FORMATS]
 LAYER = jax.ShapeDtypeStruct((8192, 8192), jnp.float32)
 RATIOS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
 NEAREST = (Nearest(), Nearest())
+PARTS = (1e-3, 1e-4, 1e-5, 1e-6, 1e-7)
+# For each row, the wrapper, and its bytes per parameter.
+WRAPPERS: dict[str, tuple[Any, int]] = {
+    "rounded to nearest": (lambda opt: opt, 0),
+    "stochastic_rounding": (adamjax.stochastic_rounding, 0),
+    "kahan": (adamjax.kahan, 2),
+    "master_weights, low_bits=8": (partial(adamjax.master_weights, low_bits=8), 1),
+    "FlashOptim's 8 bits": (FlashWeights, 1),
+    "master_weights, low_bits": (partial(adamjax.master_weights, low_bits=True), 2),
+    "master_weights": (adamjax.master_weights, 4),
+}
 
 
 def adam(mu: str, nu: str, learning_rate: Any = 1.0) -> Any:
@@ -189,7 +204,42 @@ def in_mixtures(quick: bool) -> Table:
     )
 
 
+def drift(wrap: Any, part: float, steps: int) -> str:
+    opt = wrap(adamjax.scale_by_learning_rate(1.0))
+    start = jnp.linspace(1, 2, 4096, endpoint=False).astype(jnp.bfloat16)
+    step = jnp.float32(part) * start.astype(jnp.float32)
+
+    @jax.jit
+    def run() -> Any:
+        carry = jax.lax.fori_loop(
+            0, steps, lambda _, carry: opt.step(-step, carry[1], carry[0]), (start, opt.init(start))
+        )
+        return known(opt, *carry)
+
+    change = steps * np.asarray(step, np.float64)
+    return percent(norm_of_errors(np.asarray(run(), np.float64) - np.asarray(start, np.float64), change))
+
+
+def known(opt: Any, params: jax.Array, state: Any) -> jax.Array:
+    """The parameters as the wrapper knows them, in float32."""
+    if hasattr(opt, "weights"):
+        return opt.weights(params, state)
+    wide = params.astype(jnp.float32)
+    return wide + state.kept.astype(jnp.float32) if isinstance(opt, Kahan) else wide
+
+
+def of_parameters(quick: bool) -> Table:
+    steps = 10 if quick else 1000
+    return Table(
+        "parameters",
+        f"Error of bfloat16 parameters after {steps} steps, by the size of a step in parts of the parameter",
+        ["", "bytes a parameter", *(f"{part:.0e}" for part in PARTS)],
+        [[name, size, *(drift(wrap, part, steps) for part in PARTS)] for name, (wrap, size) in WRAPPERS.items()],
+    )
+
+
 def tables(quick: bool) -> Iterator[Table]:
+    yield of_parameters(quick)
     yield with_spread_scales(quick)
     yield in_mixtures(quick)
     yield along_a_run(quick)

@@ -47,6 +47,7 @@ WRAPPERS = (
     Wrapper("adamjax.stochastic_rounding(§, seed=3)", "stochastic"),
     Wrapper("adamjax.master_weights(§)", "master"),
     Wrapper("adamjax.master_weights(§, low_bits=True)", "low_bits"),
+    Wrapper("adamjax.master_weights(§, low_bits=8)", "low_bits=8"),
     Wrapper("adamjax.skip_nonfinite(§)", skips=True),
     Wrapper("adamjax.skip_nonfinite(adamjax.kahan(adamjax.packed(§)))", "kahan", skips=True, packs=True),
     Wrapper("adamjax.chain(adamjax.clip_by_global_norm(1.0), §)", clips=True),
@@ -124,7 +125,7 @@ def specs(draw, optimizer, dtypes, groups):
     module, name, arguments, words = optimizer
     of_torch = module != "adamjax"
     wrapper = draw(st.sampled_from([w for w in WRAPPERS if (groups or not w.groups) and not (of_torch and w.packs)]))
-    if wrapper.rounds == "low_bits" and "float16" in dtypes:
+    if "low_bits" in wrapper.source and "float16" in dtypes:
         wrapper = WRAPPERS[5]
     b1, b2, eps = (
         draw(st.sampled_from((0.9, 0.9, 0.5, 0.0))),
@@ -294,9 +295,11 @@ def wide_params(spec: Spec, params: Any, state: Any) -> Any:
         pairs = zip(wide, residuals, strict=True)
         found = [w if r is None else w + long_leaf(r, spec.of_torch) for w, r in pairs]
         return found, [2 * x * x or EPS32 for x in own]
-    low_bits = spec.wrapper.rounds == "low_bits"
+    low_bits: Any = {"low_bits": True, "low_bits=8": 8}.get(spec.wrapper.rounds or "", False)
     weights = adamjax.master_weights(adamjax.chain(), low_bits=low_bits).weights(params, kept)
-    return [long_leaf(x, spec.of_torch) for x in jax.tree.leaves(weights)], [EPS32] * len(own)
+    error = 2.0**-15 if low_bits == 8 else EPS32
+    found = [long_leaf(x, spec.of_torch) for x in jax.tree.leaves(weights)]
+    return found, [error if x else EPS32 for x in own]
 
 
 def smallest(dtype: Any) -> float:

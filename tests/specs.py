@@ -125,6 +125,7 @@ ROUNDED = {
     "kahan": adamjax.kahan,
     "master_weights": adamjax.master_weights,
     "low_bits": lambda opt: adamjax.master_weights(opt, low_bits=True),
+    "low_bits=8": lambda opt: adamjax.master_weights(opt, low_bits=8),
 }
 
 

@@ -77,6 +77,7 @@ CASES = {
     "kahan": (adamjax.kahan(adamjax.adamw(1e-3)), REAL),
     "dynamic_loss_scale": (adamjax.dynamic_loss_scale(adamjax.kahan(adamjax.adamw(1e-3))), REAL),
     "master_weights": (adamjax.master_weights(optax.adam(1e-3), low_bits=True), {"w": REAL["wide"]}),
+    "low_bits=8": (adamjax.master_weights(adamjax.adam(1e-3), low_bits=8), {"w": REAL["wide"]}),
     "groups": (adamjax.groups({"wide": {"learning_rate": 0.1}}, default=adamjax.adamw(1e-3)), PARAMS),
     "groups that overlap": (
         adamjax.groups({"wide": {"learning_rate": adamjax.scale(0.1)}, ".": {"b2": 0.9}}, default=adamjax.adamw(1e-3)),

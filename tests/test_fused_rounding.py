@@ -29,6 +29,7 @@ WRAPPERS = {
     "kahan": adamjax.kahan,
     "master_weights": adamjax.master_weights,
     "low_bits": lambda opt: adamjax.master_weights(opt, low_bits=True),
+    "low_bits=8": lambda opt: adamjax.master_weights(opt, low_bits=8),
 }
 INT8 = adamjax.quantized("int8")
 FORMATS = {
@@ -55,6 +56,10 @@ def pair(wrap, **options):
     return adamw(wrap, fused=True, **options), adamw(wrap, **options)
 
 
+def in_double(x):
+    return np.asarray(x, np.float64)
+
+
 def assert_same(found, expected, params):
     """Parameters, and what they lack where they are the same, but for the last digits."""
     assert jax.tree.structure(found) == jax.tree.structure(expected)
@@ -65,23 +70,26 @@ def assert_same(found, expected, params):
         if a is None:
             continue
         same = np.asarray(found[0][name] == expected[0][name])
-        if a.dtype == p.dtype:  # what Kahan's sum keeps
-            a, b = np.asarray(a, np.float64)[same], np.asarray(b, np.float64)[same]
-            apart, spacing = np.abs(a - b), units(np.maximum(np.abs(a), np.abs(b)), p.dtype)
-            last = FUSED * units(10 * LR, "float32")  # digits of the update
-            assert np.all(apart <= spacing + last)
-            # It is rounded at random: the other way as often as those are of the spacing.
-            assert np.mean(apart > 0) <= FUSED_ROUNDED + np.mean(np.minimum(last / spacing, 1))
+        last, spacing = units(10 * LR, "float32"), None  # digits of the update
+        if a.dtype in (jnp.uint8, jnp.uint16):  # lower bits, which alone say nothing
+            random, last = a.dtype == jnp.uint8, units(terms[same], "float32")
+            a, b = (adamjax.rounding._join(*x) for x in ((found[0][name], a), (expected[0][name], b)))
+            spacing = 2**8 * units(a[same], "float32") if random else None
+        elif a.dtype == p.dtype:  # what Kahan's sum keeps
+            spacing = units(np.maximum(np.abs(in_double(a)), np.abs(in_double(b)))[same], p.dtype)
+        if spacing is None:
+            assert_near(a[same], b[same], terms[same], f"kept of {name}")
             continue
-        if a.dtype == jnp.uint16:  # the lower halves, which alone say nothing
-            a, b = (np.asarray(adamjax.rounding._join(*x)) for x in ((found[0][name], a), (expected[0][name], b)))
-        assert_near(jnp.asarray(a)[same], jnp.asarray(b)[same], terms[same], f"kept of {name}")
+        apart = np.abs(in_double(a) - in_double(b))[same]
+        assert np.all(apart <= spacing + FUSED * last)
+        # It is rounded at random: the other way as often as those digits are of the spacing.
+        assert np.mean(apart > 0) <= FUSED_ROUNDED + np.mean(np.minimum(FUSED * last / spacing, 1))
 
 
 # The moments are stepped before the wrapper lands the parameter: one has them in every format, others in two.
 CASES: list[Any] = [("kahan", format, "bfloat16") for format in FORMATS]
 CASES += [(wrapper, format, "bfloat16") for wrapper in WRAPPERS if wrapper != "kahan" for format in ("float32", "int8")]
-CASES += [(wrapper, "float32", "float16") for wrapper in WRAPPERS if wrapper != "low_bits"]
+CASES += [(wrapper, "float32", "float16") for wrapper in WRAPPERS if "low_bits" not in wrapper]
 
 
 MOST = [case if case[1] == "float32" else pytest.param(*case, marks=pytest.mark.slow) for case in CASES]
@@ -126,6 +134,47 @@ def test_steps_that_rounding_to_nearest_would_lose_count(wrapper):
 EDGES = [0.0, -0.0, np.nan, np.inf, -np.inf, 1e-45, 1e-38, -1e-30, 1e-19, 1e19, 3e38, 1.0]
 
 
+def masters():
+    """All masters of 24 bits that are 0, normal or infinite, as float32; and the parameter and low bits of each."""
+    bits = np.arange(2**24, dtype=np.uint32)
+    exponent = (bits >> 15) & 0xFF
+    bits = bits[((exponent > 0) & (exponent < 0xFF)) | np.isin(bits, [0, 0x7F8000, 0xFF8000])]
+    p = ((bits + 0x80) >> 8).astype(np.uint16).view(jnp.bfloat16)
+    return (bits << 8).view(np.float32), jnp.asarray(p), jnp.asarray(bits.astype(np.uint8))
+
+
+@pytest.mark.parametrize("options", [{}, {"fused": True}])
+def test_low_bits_and_parameter_are_the_master(options):
+    """Every master of 24 bits is what a step reads, and stores again where it does not move it."""
+    expected, p, low = masters()
+    opt = adamjax.master_weights(adamjax.adam(0.0, **options), low_bits=8)
+    state = opt.init(p)._replace(kept=low)
+    np.testing.assert_array_equal(np.asarray(opt.weights(p, state)).view(np.uint32), expected.view(np.uint32))
+    new, state = jax.jit(opt.step)(jnp.ones_like(p), state, p)
+    np.testing.assert_array_equal(np.asarray(new).view(np.uint16), np.asarray(p).view(np.uint16))
+    np.testing.assert_array_equal(state.kept, low)
+
+
+@pytest.mark.parametrize("options", [{}, {"fused": True}])
+@pytest.mark.parametrize("part", [18 / 256, 128 / 256, 231 / 256])  # numbers of float32
+def test_low_bits_are_rounded_without_bias(part, options):
+    """Up as often as the step is of their spacing, at each step, and as nearly on average as numbers can be."""
+    spacing, size, steps = 2.0**-15, 2**16, 50
+    opt = adamjax.master_weights(adamjax.adam(part * spacing, eps=0.0, maximize=True, **options), low_bits=8)
+    p = jnp.ones(size, jnp.bfloat16)
+
+    def body(carry, _):
+        carry = opt.step(jnp.ones(size), carry[1], carry[0])
+        return carry, (opt.weights(*carry) - 1) / spacing
+
+    (p, _), found = jax.jit(lambda: jax.lax.scan(body, (p, opt.init(p)), length=steps))()
+    found = in_double(found)
+    assert np.all(found == np.round(found))
+    exact = part * np.arange(1, steps + 1)[:, None]
+    assert np.all(np.abs(found.mean(1, keepdims=True) - exact) <= 5 * 0.5 * size**-0.5)
+    assert np.all(np.abs(found - exact) <= 3)
+
+
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_numbers_at_the_edges(wrapper):
     """What is not finite, not normal or 0 lands where the plain step has it."""
@@ -137,7 +186,7 @@ def test_numbers_at_the_edges(wrapper):
     for _ in range(3):
         found, expected = (step(grads, state, params) for step in steps)
         # Of master weights in full precision, what is kept is the parameter, too.
-        seen = [fused.weights if wrapper == "low_bits" else lambda params, state: (params, state.kept)]
+        seen = [fused.weights if "low_bits" in wrapper else lambda params, state: (params, state.kept)]
         for see in [lambda params, state: params, *seen]:
             for a, b in zip(jax.tree.leaves(see(*found)), jax.tree.leaves(see(*expected)), strict=True):
                 a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
@@ -150,9 +199,10 @@ def test_numbers_at_the_edges(wrapper):
 
 
 @pytest.mark.parametrize("options", [{}, {"fused": True}])
-def test_what_is_no_number_stays_none(options):
+@pytest.mark.parametrize("wrapper", ["low_bits", "low_bits=8"])
+def test_what_is_no_number_stays_none(wrapper, options):
     """Whatever its other bits are: rounding must not carry them over."""
-    opt = adamw(WRAPPERS["low_bits"], **options)
+    opt = adamw(WRAPPERS[wrapper], **options)
     params = {"w": jnp.ones((128, 256), jnp.bfloat16)}
     grads = {"w": jnp.asarray(np.full((128, 256), 0xFFFFFFFF, np.uint32).view(np.float32))}
     new, state = jax.jit(opt.step)(grads, opt.init(params), params)
@@ -249,7 +299,7 @@ def test_in_place(wrapper):
         ("stochastic_rounding", AxisType.Auto),
         ("stochastic_rounding", AxisType.Explicit),
         ("kahan", AxisType.Explicit),
-        ("low_bits", AxisType.Auto),
+        ("low_bits=8", AxisType.Auto),
     ],
 )
 def test_each_device_steps_its_part(wrapper, kind):
@@ -279,7 +329,7 @@ def test_inside_zero1():
     assert_same(*((p, s.inner) for p, s in (found, expected)), PARAMS)
 
 
-@pytest.mark.parametrize("wrapper", ["kahan", "master_weights", "low_bits"])
+@pytest.mark.parametrize("wrapper", ["kahan", "master_weights", "low_bits", "low_bits=8"])
 def test_derivatives_are_those_of_the_plain_step(wrapper):
     def loss(rate, **kw):
         opt = WRAPPERS[wrapper](adamjax.adamw(rate, weight_decay=0.1, **kw))

@@ -162,7 +162,7 @@ OPTIMIZERS = {
     "schedule": ("float32", lambda: adamjax.adamw(adamjax.schedules.warmup_cosine(LR, 2, 9), weight_decay=0.1)),
     "clipped": ("float32", lambda: adamjax.chain(adamjax.clip_by_global_norm(1.0), adamjax.amsgrad(LR))),
     "int8 skipping": ("bfloat16", in_8_bits),
-    "master": ("bfloat16", lambda: adamjax.master_weights(adamjax.nadam(LR), low_bits=True)),
+    "master": ("bfloat16", lambda: adamjax.master_weights(adamjax.nadam(LR), low_bits=8)),
 }
 
 

@@ -215,7 +215,7 @@ class Case(NamedTuple):
         )
         if not all(isinstance(x, Leaf) for x in leaves) or not fits(self.params, self.grads):
             return True
-        if self.wrapper == "low_bits" and any(x.dtype == "float16" for x in leaves):
+        if (self.wrapper or "").startswith("low_bits") and any(x.dtype == "float16" for x in leaves):
             return True
         mu_dtype = self.options.get("mu_dtype")
         if mu_dtype in (jnp.bfloat16, jnp.float16) and any(x.dtype == "complex64" for x in leaves):
@@ -360,6 +360,7 @@ LONG_RUNS = {
     "int8": (adamjax.chain, "float32", FORMATS["int8"]),
     "kahan": (adamjax.kahan, "bfloat16", (None, None)),
     "low_bits": (ROUNDED["low_bits"], "bfloat16", (None, None)),
+    "low_bits=8": (ROUNDED["low_bits=8"], "bfloat16", (None, None)),
     "stochastic bfloat16": (adamjax.stochastic_rounding, "bfloat16", FORMATS["bfloat16"]),
 }
 

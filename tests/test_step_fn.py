@@ -2,6 +2,7 @@
 
 import functools
 import re
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +15,10 @@ from jax.sharding import PartitionSpec as P
 from tolerances import RECOMPILED
 
 import adamjax
-from adamjax import sharding
+from adamjax import sharding, training
 from adamjax.training import step_fn
+
+COMPILER = pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler")
 
 ROWS, STEPS = 16, 3
 ADAMW = adamjax.adamw(1e-2)
@@ -260,9 +263,12 @@ def test_on_a_mesh(kind, places, make, accumulate):
     assert_close((losses, jax.device_get(params)), expected()[:2], RECOMPILED)
 
 
-def test_within_another_compiled_function():
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_within_another_compiled_function(is_compiled):
     params = some_params()
     step = step_fn(loss_fn, ADAMW)
+    if is_compiled:  # as a whole program, with options that only such a one takes
+        step(some_params(), ADAMW.init(params), BATCH)
 
     @jax.jit
     def two_steps(params, state):
@@ -272,6 +278,52 @@ def test_within_another_compiled_function():
 
     loss = two_steps(params, ADAMW.init(params))
     np.testing.assert_allclose(loss, expected()[0][2], rtol=RECOMPILED)
+    state = ADAMW.init(params)
+    for first in (
+        jax.jit(lambda: step(params, state, BATCH)[2])(),
+        jax.jit(lambda x: step(params, state, x)[2])(BATCH),
+    ):
+        np.testing.assert_allclose(first, expected()[0][0], rtol=RECOMPILED)
+
+
+LAYERS, WIDTH = 24, 128  # of 16384 elements, which the kernel steps
+INT8 = adamjax.quantized("int8")
+DEEP = {
+    "plain": ADAMW,
+    "fused": pytest.param(adamjax.adamw(1e-2, fused=True), marks=COMPILER),
+    "fused int8": pytest.param(adamjax.adamw(1e-2, mu_dtype=INT8, nu_dtype=INT8, fused=True), marks=COMPILER),
+}
+
+
+@pytest.mark.parametrize("opt", DEEP.values(), ids=DEEP)
+def test_gradients_are_freed_as_parameters_are_stepped(opt):
+    """Of 24 layers, no more than five have a gradient at a time, and XLA copies no parameter."""
+
+    def deep_loss(params, x):
+        return jnp.mean(functools.reduce(lambda x, w: jnp.tanh(x @ w), params, x) ** 2)
+
+    rng = np.random.default_rng(0)
+    params = [jnp.asarray(rng.normal(size=(WIDTH, WIDTH)) / WIDTH**0.5, jnp.float32) for _ in range(LAYERS)]
+    batch, state, layer = jnp.ones((1, WIDTH)), opt.init(params), params[0].nbytes
+    step = step_fn(deep_loss, opt)
+    compiled = step.lower(params, state, batch).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 5 * layer
+    assert "copy(%params" not in compiled.as_text()
+    grads = jax.grad(deep_loss)(params, batch)
+    expected, _ = jax.jit(opt.step)(grads, state, params)
+    assert_close(step(params, state, batch)[0], expected, RECOMPILED)
+
+
+def test_a_version_of_xla_without_the_option(monkeypatch):
+    def refuse(function, **options):
+        raise jax.errors.JaxRuntimeError("INVALID_ARGUMENT: No such compile option")
+
+    assert training._compiler_options("cpu")
+    training._compiler_options.cache_clear()
+    with monkeypatch.context() as patched:
+        patched.setattr(jax, "jit", refuse)
+        assert training._compiler_options("cpu") is None
+    training._compiler_options.cache_clear()
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,7 @@ LONG_RUN = {
     "int8": {"mu": LongRun(0.03, 2e-3), "nu": LongRun(0.5, 0.03), "params": LongRun(0.1, 2e-3)},
     "kahan": _EXACT | {"params": LongRun(2**-8, 2**-12)},
     "low_bits": _EXACT | {"params": LongRun(2**-8, 2**-12)},
+    "low_bits=8": _EXACT | {"params": LongRun(2**-8, 2**-12)},
     "stochastic bfloat16": _BFLOAT16 | {"params": LongRun(0.15, 5e-3)},
 }
 

@@ -84,7 +84,7 @@ class RoundingState(NamedTuple):
       seed: uint32 scalar; with `count`, the source of the random bits.
       kept: The residuals, which the parameters themselves cannot hold: trees like them, with None where a parameter
         is float32 or wider. `kahan`: what they lack, in their dtype. `master_weights`: the parameters
-        in float32, or the lower halves of their bits in uint16. `stochastic_rounding`: None.
+        in float32, or lower bits of those in uint16 or uint8. `stochastic_rounding`: None.
       inner: The state of the wrapped transformation.
     """
 

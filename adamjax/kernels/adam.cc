@@ -912,10 +912,20 @@ struct Job {
   float* Read(const Span& span, float* buffer) const {
     if (landing == Landing::kMaster) return kept.Bring(span, buffer);
     if (landing != Landing::kLowBits) return p.Bring(span, buffer);
-    const uint16_t *high = p.In<uint16_t>(span), *low = kept.In<uint16_t>(span);
-    // If the lower half is at least one half, the parameter was rounded up.
-    for (int64_t i = 0; i < span.n; ++i) buffer[i] = Number((uint32_t{high[i]} - (low[i] >> 15)) << 16 | low[i]);
+    kept.bits == 8 ? Join<uint8_t>(span, buffer) : Join<uint16_t>(span, buffer);
     return buffer;
+  }
+
+  template <class Low>
+  void Join(const Span& span, float* __restrict__ to) const {
+    constexpr int kWidth = 8 * sizeof(Low);
+    const uint16_t* __restrict__ high = p.In<uint16_t>(span);
+    const Low* __restrict__ low = kept.In<Low>(span);
+    for (int64_t i = 0; i < span.n; ++i) {
+      // If the lower half is at least one half, the parameter was rounded up.
+      uint32_t upper = uint32_t{high[i]} - (low[i] >> (kWidth - 1));
+      to[i] = Number(upper << 16 | uint32_t{low[i]} << (16 - kWidth));
+    }
   }
 
   // Store the update: rounded, or the difference to the half precision parameter that a wrapper rounds to.
@@ -930,12 +940,17 @@ struct Job {
     Land(landed, at, span, tile, first, d);
     p.format->load(landed, at, after);
     float* difference = update.Out<float>(span);
-    for (int64_t i = 0; i < span.n; ++i) difference[i] = after[i] - before[i];
+    for (int64_t i = 0; i < span.n; ++i) difference[i] = after[i] == before[i] ? 0 : after[i] - before[i];
     if (landing != Landing::kLowBits) return;
-    // Keep the lower bits only where the difference leads to their parameter: near 0, float32 may not hold it.
-    uint16_t* low = kept.Out<uint16_t>(span);
+    kept.bits == 8 ? Trim<uint8_t>(span, before, after, difference) : Trim<uint16_t>(span, before, after, difference);
+  }
+
+  // Keep the lower bits only where the difference leads to their parameter: near 0, float32 may not hold it.
+  template <class Low>
+  void Trim(const Span& span, const float* before, const float* after, const float* difference) const {
+    Low* low = kept.Out<Low>(span);
     for (int64_t i = 0; i < span.n; ++i) {
-      if (Upper(before[i] + difference[i]) != Bits(after[i]) >> 16) low[i] = 0;
+      if (Upper(Bits(before[i] + difference[i])) != Bits(after[i]) >> 16) low[i] = 0;
     }
   }
 
@@ -948,7 +963,9 @@ struct Job {
       case Landing::kMaster:
         return p.format->store_nearest(to, at, tile.p);
       case Landing::kLowBits:
-        return Split(to, at, span, tile);
+        if (kept.bits == 16) return Split<uint16_t>(to, at, span, tile, nullptr);
+        Draw(span, first, d, random);
+        return Split<uint8_t>(to, at, span, tile, random);
       case Landing::kStochastic:
         Draw(span, first, d, random);
         return p.format->store_random(to, at, tile.p, random);
@@ -958,18 +975,24 @@ struct Job {
     }
   }
 
-  // The upper half of the bits, rounded to nearest.
-  static uint16_t Upper(float x) { return (Bits(x) + 0x8000) >> 16; }
+  // The upper half of the bits of a number, rounded to nearest.
+  static uint16_t Upper(uint32_t bits) { return (bits + 0x8000) >> 16; }
 
-  // Store the upper halves of the bits, rounded to nearest, and the lower halves.
-  void Split(const Array& to, const Span& at, const Span& span, const Tile& tile) const {
-    uint16_t *high = to.Out<uint16_t>(at), *low = kept.Out<uint16_t>(span);
-    for (int64_t i = 0; i < span.n; ++i) {
-      uint32_t bits = Bits(tile.p[i]);
+  // Store the upper halves of the bits, rounded to nearest, and what `Low` holds of the lower halves, rounded at random.
+  template <class Low>
+  void Split(const Array& to, const Span& at, const Span& span, const Tile& tile, const uint32_t* __restrict__ random) const {
+    constexpr int kCut = 16 - 8 * sizeof(Low);
+    const float* __restrict__ x = tile.p;
+    uint16_t* __restrict__ high = to.Out<uint16_t>(at);
+    Low* __restrict__ low = kept.Out<Low>(span);
+    const int64_t n = span.n;  // the compiler takes bytes for aliases of it
+    for (int64_t i = 0; i < n; ++i) {
+      uint32_t bits = Bits(x[i]);
       if ((bits & 0x7F800000) == 0) bits = 0;  // 0 or subnormal
-      if (tile.p[i] != tile.p[i]) bits = 0x7FC00000;
-      high[i] = Upper(Number(bits));
-      low[i] = bits;
+      if (x[i] != x[i]) bits = 0x7FC00000;
+      if constexpr (kCut > 0) bits += random[i] >> (32 - kCut);
+      high[i] = Upper(bits);
+      low[i] = bits >> kCut;
     }
   }
 
@@ -1013,9 +1036,10 @@ class Operands {
     if (landing == Landing::kCompensated || landing == Landing::kMaster) return Take(true, size, row, 0, 0);
     Array array;
     if (landing != Landing::kLowBits) return array;
-    // Lower halves of float32 numbers are not numbers themselves.
-    if (Next(true, size, &array.in, &array.out) != ffi::U16 && wrong == nullptr) wrong = "adamjax: unknown dtype";
-    array.bits = 16;
+    // Lower bits of float32 numbers are not numbers themselves.
+    ffi::DataType type = Next(true, size, &array.in, &array.out);
+    if (type != ffi::U16 && type != ffi::U8 && wrong == nullptr) wrong = "adamjax: unknown dtype";
+    array.bits = type == ffi::U8 ? 8 : 16;
     return array;
   }
 
