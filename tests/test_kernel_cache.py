@@ -333,28 +333,28 @@ def test_a_damaged_prebuilt_kernel_is_not_loaded(prebuilt):
         _library.target()
 
 
-def test_the_order_of_kernels(prebuilt, library, compiler, monkeypatch):
+def test_the_order_of_kernels(prebuilt, folder, library, compiler, monkeypatch):
+    """A prebuilt one, which needs neither a compiler nor a cache; one that is kept; one that is compiled."""
     loaded = []
-    monkeypatch.setattr(_library, "_load", lambda path: loaded.append(path))
-    monkeypatch.setenv("ADAMJAX_CACHE_DIR", "/proc/adamjax")
-    _library.target()  # a prebuilt one needs neither a compiler nor a cache
-    assert loaded == [prebuilt["x86-64-v4"]]
-    monkeypatch.setenv("ADAMJAX_CACHE_DIR", str(prebuilt["x86-64-v4"].parent.parent / "cache"))
-    compiler(f'{SAVE_AS}cp {library} "$2"')
-    kept = kernels.build()
-    loaded.clear()
-    _library.target()
-    assert loaded == [kept]
+    monkeypatch.setattr(_library, "_load", lambda path: loaded.append(path) or path)
+    with monkeypatch.context() as patch:
+        patch.setenv("ADAMJAX_CACHE_DIR", "/proc/adamjax")
+        _library.target()
+        assert loaded == [kernels.build()] == [prebuilt["x86-64-v4"]]
 
-    def refuse_existing(name, library):
-        if len(loaded) < 3:
+    def refuse_prebuilt(name, path):
+        if path.parent == _prebuilt.FOLDER:
             raise RuntimeError("jaxlib refuses the kernel")
 
-    monkeypatch.setattr(_library, "_register", refuse_existing)
-    kept.unlink()
-    loaded.clear()
-    _library.target()
-    assert (loaded[0], loaded[-1]) == (prebuilt["x86-64-v4"], kept), "the refused one is compiled"
+    monkeypatch.setattr(_library, "_register", refuse_prebuilt)
+    calls = compiler(f'{SAVE_AS}cp {library} "$2"')
+    for _ in range(2):
+        loaded.clear()
+        _library.target()
+        (kept,) = folder.iterdir()
+        assert (loaded[0], loaded[-1]) == (prebuilt["x86-64-v4"], kept)
+    assert calls_of(calls) == 1
+    assert kernels.build() == prebuilt["x86-64-v4"]
 
 
 STEP = """
