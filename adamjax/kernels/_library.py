@@ -73,9 +73,10 @@ def _target() -> str:
     try:
         _register(name, _load(_cache.find(_compile.key()) or _compile_and_keep()))
     except _cache.UnusableCacheError as why:
-        warnings.warn(f"The kernel of fused steps is compiled for this process alone, since {why}", stacklevel=2)
         with tempfile.TemporaryDirectory(prefix="adamjax-", ignore_cleanup_errors=True) as folder:
-            _register(name, _load(_compile.compile_kernel(Path(folder))))
+            library = _load(_compile.compile_kernel(Path(folder)))
+        warnings.warn(f"The kernel of fused steps was compiled for this process alone, since {why}", stacklevel=2)
+        _register(name, library)
     return name
 
 
