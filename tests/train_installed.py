@@ -20,9 +20,8 @@ def trained(**options):
 
 
 plain = trained()
-used = [kernel.path for kernel in adamjax.kernels.status() if kernel.current]
 try:
-    (path,) = used if used or "--prebuilt" in sys.argv else [adamjax.kernels.build()]
+    path = adamjax.kernels.build()
 except RuntimeError as error:
     print(error)
 else:

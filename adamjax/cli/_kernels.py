@@ -9,14 +9,14 @@ def add_parser(commands: Subparsers) -> None:
     parser = commands.add_parser(
         "kernels",
         help="manage the compiled kernels of fused steps",
-        description="Steps with fused=True use a kernel that was compiled for this machine earlier, or a prebuilt "
-        "one, or compile one and keep it.",
+        description="Steps with fused=True use a prebuilt kernel, or one that was compiled for this machine earlier, "
+        "or compile one and keep it.",
     )
     parser.add_argument(
         "action",
         choices=("build", "status", "clear"),
-        help="build: compile a kernel for this machine now; status: list prebuilt and kept kernels, and say which is "
-        "used; clear: remove those that are kept",
+        help="build: compile a kernel now if there is none for this machine; status: list prebuilt and kept kernels, "
+        "and say which is used; clear: remove those that are kept",
     )
 
 

@@ -1,4 +1,4 @@
-"""The CPU kernel that this process uses: compiled for this machine earlier, prebuilt, or compiled now."""
+"""The CPU kernel that this process uses: prebuilt, compiled for this machine earlier, or compiled now."""
 
 import ctypes
 import hashlib
@@ -37,12 +37,11 @@ class Kernel(NamedTuple):
 
 
 def build() -> Path:
-    """Compile the kernel for this machine and this jaxlib, and keep it in the cache, unless it is there.
+    """Have a kernel ready for fused steps: the prebuilt one, or one that is compiled for this machine and this jaxlib.
 
-    Fused steps use it from then on, in place of a prebuilt one. Without a prebuilt one, the first fused step does this.
-
-    Many processes may do so at once: each moves a complete file into place. The file is flushed to disk, and its name
-    has the digest of its content, so that a damaged one is not loaded, but compiled again.
+    A compiled one is kept in the cache. Many processes may compile at once: each moves a complete file into place. The
+    file is flushed to disk, and its name has the digest of its content, so that a damaged one is not loaded, but
+    compiled again.
 
     Returns:
       The path of the library.
@@ -50,13 +49,7 @@ def build() -> Path:
     Raises:
       RuntimeError: There is no C++ compiler, it fails, or the cache is not writable or not safe from other users.
     """
-    key = _compile.key()
-    if (found := _cache.find(key)) is not None:
-        return found
-    with _cache.scratch() as folder:
-        made = _compile.compile_kernel(Path(folder))
-        _load(made)  # or a file that is no kernel would be kept
-        return _cache.keep(made, key)
+    return _existing() or _compile_and_keep()
 
 
 def target() -> str:
@@ -73,22 +66,30 @@ def target() -> str:
 def _target() -> str:
     # The name does not tell libraries apart, so that an exported step runs wherever one of the same source is loaded.
     name = f"adam-{hashlib.sha256(_compile.SOURCE.read_bytes()).hexdigest()[:16]}"
-    for path in _existing():
-        with suppress(RuntimeError):  # a jaxlib may refuse a prebuilt one, and then takes one that is compiled for it
+    if (path := _prebuilt.find()) is not None:
+        with suppress(RuntimeError):  # a jaxlib may refuse it, and then takes one that is compiled for it
             _register(name, _load(path))
             return name
     try:
-        _register(name, _load(build()))
+        _register(name, _load(_cache.find(_compile.key()) or _compile_and_keep()))
     except _cache.UnusableCacheError as why:
-        warnings.warn(f"The kernel of fused steps is compiled for this process alone, since {why}", stacklevel=2)
         with tempfile.TemporaryDirectory(prefix="adamjax-", ignore_cleanup_errors=True) as folder:
-            _register(name, _load(_compile.compile_kernel(Path(folder))))
+            library = _load(_compile.compile_kernel(Path(folder)))
+        warnings.warn(f"The kernel of fused steps was compiled for this process alone, since {why}", stacklevel=2)
+        _register(name, library)
     return name
 
 
-def _existing() -> list[Path]:
-    """Return the kernels that need no compiler, the best first."""
-    return [path for path in (_cache.find(_compile.key()), _prebuilt.find()) if path is not None]
+def _existing() -> Path | None:
+    """Return the kernel that needs no compiler, or None."""
+    return _prebuilt.find() or _cache.find(_compile.key())
+
+
+def _compile_and_keep() -> Path:
+    with _cache.scratch() as folder:
+        made = _compile.compile_kernel(Path(folder))
+        _load(made)  # or a file that is no kernel would be kept
+        return _cache.keep(made, _compile.key())
 
 
 def _load(path: Path) -> ctypes.CDLL:
@@ -118,16 +119,16 @@ def status() -> list[Kernel]:
     """
     faults = {path: _prebuilt.fault(path) for path in _prebuilt.files()}
     faults |= {path: _cache.fault(path) for path in _cache.kept()}
-    used = _existing()[:1]
-    return [Kernel(path, _size(path), path in used, fault) for path, fault in faults.items()]
+    used = _existing()
+    return [Kernel(path, _size(path), path == used, fault) for path, fault in faults.items()]
 
 
 def choice() -> str:
     """Return a sentence on the kernel that a fused step uses, and why."""
-    if found := _existing():
-        level = _prebuilt.files().get(found[0])
+    if (path := _existing()) is not None:
+        level = _prebuilt.files().get(path)
         why = "it was compiled for this machine" if level is None else f"of the prebuilt ones, it is for {level}"
-        return f"fused steps use {found[0].name}: {why}"
+        return f"fused steps use {path.name}: {why}"
     try:
         command = shlex.join(_compile.compiler())
     except RuntimeError as error:
