@@ -34,8 +34,8 @@ def step_fn(
 
     The step takes `(params, state, batch)` and returns `(params, state, loss)`. It donates parameters and state, so
     continue with those that it returns. They come in the order of the arguments: JAX then gives each its own memory
-    again, and copies nothing. A gradient is freed once its parameter is stepped, unless something must see all
-    gradients first, such as `clip_by_global_norm`. Each call of `step_fn` compiles anew: call it before the loop.
+    again, and copies nothing. A gradient is freed once its parameter is stepped, unless something must see all of them
+    first, such as `clip_by_global_norm`. Each call of `step_fn` compiles anew: call it before the loop.
 
     Args:
       loss_fn: Called as `loss_fn(params, batch)`; returns a real floating point scalar. Parameters may be complex.
