@@ -25,7 +25,9 @@ from adamjax._core.numerics import Decay, clip_finite
 from adamjax._core.quantization import QuantizedArray, RatioCode, Rounding
 from adamjax._transforms import moment_storage
 from adamjax._transforms.adam import AdamRule, AdamScalars
-from adamjax.kernels._backend import OFFSETS, Backend, LeafArrays, LeafSpec, StepScalars, StepVariant
+from adamjax._transforms.delivery import add_to_param
+from adamjax._transforms.param_rounding import RoundParam
+from adamjax.kernels._backend import OFFSETS, Backend, LeafArrays, LeafSpec, StepScalars, StepVariant, results
 
 # Typed as Any: parts of this API are missing in our minimum jax.
 plgpu: Any = mosaic_gpu
@@ -41,8 +43,6 @@ def is_faster(leaf: LeafArrays) -> bool:
 
 def unsupported_reason(variant: StepVariant, leaf: LeafArrays, g: Array) -> str | None:
     """Return the reason why the kernel cannot step a parameter whose moments are quantised, or None."""
-    if variant.rounding is not None:
-        return "the kernel of this platform does not round as the wrapper around it does"
     p, *moments, _ = leaf
     for name, array in (("parameter", p), ("gradient", g)):
         if (dtype := trees.dtype_of(array).name) not in ("float32", "bfloat16"):
@@ -135,28 +135,33 @@ def _run(spec: LeafSpec, scalars: Array, places: Array, *arrays: Array, interpre
     g = rows.cut(g, many)
     scalars = scalars.reshape(many, -1)
     places = _places(spec.shape, places.reshape(many, -1))
-    step = partial(_step_rows, spec.variant, rows, _axes(part, spec.shape, math.prod(rows.shape)))
+    variant = spec.variant
+    step = partial(_step_rows, variant, rows, _axes(part, spec.shape, math.prod(rows.shape)))
 
+    given, new = (g,), leaf
+    if variant.update is not None:  # it has an array of its own, and the parameter is read at most
+        given, new = (g, leaf[0])[: 1 + variant.reads_param], (lax.empty(g.shape, variant.update), *leaf[1:])
     count = g.shape[1]
     whole = count - count % _ROWS
-    new = _programs(step, rows, whole // _ROWS, scalars, places, g, leaf, interpret) if whole else leaf
+    if whole:
+        new = _programs(step, rows, whole // _ROWS, scalars, places, given, new, variant.update is not None, interpret)
     if count > whole:
         # The kernel has not touched the last rows, which do not fill a program: step them here.
-        rest = jax.tree.map(lambda x: x[:, whole:], (g, new))
+        old = new if variant.update is None else (leaf[0], *new[1:])
+        rest = jax.tree.map(lambda x: x[:, whole:], (g, old))
         of_one = jax.vmap(lambda scalars, places, rest: step(list(scalars), list(places), np.uint32(whole), *rest))
         last = of_one(scalars, places, rest)
         # Without the barrier, XLA would fuse their step with the writes, which then need copies.
         last = lax.optimization_barrier(last)
         new = jax.tree.map(lambda x, y: lax.dynamic_update_slice_in_dim(x, y, whole, 1), new, last)
-    like = [x for i, x in enumerate(arrays) if i != 1]
-    return [x.reshape(y.shape) for x, y in zip(jax.tree.leaves(new), like, strict=True)]
+    return [x.reshape(y.shape) for x, y in zip(jax.tree.leaves(new), results(variant, arrays), strict=True)]
 
 
 def _places(shape: tuple[int, ...], places: Array) -> Array:
-    """Return the seed, the turn and the global index of the first element, for each parameter."""
+    """Return seed and phase of both dithers, and the global index of the first element, for each parameter."""
     strides = [np.uint32(math.prod(shape[axis + 1 :]) % 2**32) for axis in range(len(shape))]
     first = reduce(jnp.add, [places[:, OFFSETS + axis] * stride for axis, stride in enumerate(strides)])
-    return jnp.stack([places[:, 0], places[:, 1], first], axis=-1)
+    return jnp.concatenate([places[:, :OFFSETS], first[:, None]], axis=-1)
 
 
 def _axes(part: Sequence[int], whole: Sequence[int], size: int) -> list[tuple[int, int]]:
@@ -191,11 +196,12 @@ def _step_rows(
     variant: StepVariant, rows: _Rows, axes: Any, row: list[Any], places: Any, start: Any, g: Array, leaf: LeafArrays
 ) -> LeafArrays:
     """Step some rows of one parameter. The first row is row `start`."""
-    seed, phase, first = places
-    dither, scalars = Dither(seed, phase), _step_scalars(row)
-    index = first + _index(g.shape, axes, start)
-    p, *old, _ = leaf
-    wide, g = p.astype(jnp.float32), g.astype(jnp.float32)
+    scalars = _step_scalars(row)
+    index = places[OFFSETS] + _index(g.shape, axes, start)
+    dither, dither_p = Dither(places[0], places[1]), Dither(places[2], places[3], positions=index)
+    p, *old, residual = leaf
+    g = g.astype(jnp.float32)
+    wide = p.astype(jnp.float32) if variant.rounding is None else variant.rounding.to_float32(p, residual)
     g = scalars.sign * (clip_finite(g, scalars.limit) if variant.clips else g)
     if variant.coupled:
         g = g + scalars.coupled * wide
@@ -214,10 +220,18 @@ def _step_rows(
         v_stored,
         _store(v_max, old[2], None),
     )
+    new, residual = _deliver(variant, p, update, residual, dither_p)
+    return new, *stored, residual
+
+
+def _deliver(variant: StepVariant, p: Array, update: Array, residual: Any, dither: Dither) -> tuple[Array, Any]:
+    if variant.rounding is not None:
+        deliver = RoundParam(variant.rounding, as_update=variant.update is not None)
+        new, (_, residual) = deliver(update, None, (p, residual), dither)
+        return new, residual
     if variant.update is not None:
-        return update.astype(variant.update), *stored, None
-    # The update is rounded to the dtype of the parameter, and then added.
-    return (wide + update.astype(p.dtype).astype(jnp.float32)).astype(p.dtype), *stored, None
+        return update.astype(variant.update), None
+    return add_to_param(update, p, None, None)
 
 
 def _load(stored: Any, shape: tuple[int, ...], v: Array | None = None) -> Any:
@@ -269,8 +283,11 @@ class _RatioCode(RatioCode):
     """The codes of ratios, by operations that Mosaic has."""
 
     def floor(self, x: Array) -> Array:
-        below = lax.optimization_barrier(x - 0.5)
-        return lax.optimization_barrier(below + _WHOLE) - _WHOLE
+        return _to_integer(lax.optimization_barrier(x - 0.5))
+
+
+def _to_integer(x: Array) -> Array:
+    return lax.optimization_barrier(x + _WHOLE) - _WHOLE
 
 
 def _spread(x: Array, shape: tuple[int, ...]) -> Array:
@@ -287,13 +304,18 @@ def _programs(
     count: int,
     scalars: Array,
     places: Array,
-    g: Array,
-    leaf: LeafArrays,
+    given: tuple[Array, ...],
+    kept: LeafArrays,
+    delivers_update: bool,
     interpret: bool,
 ) -> LeafArrays:
-    """Run the kernel in place, with `count` programs for each of many parameters."""
-    arrays, structure = jax.tree.flatten(leaf)
-    layouts = [layout for x in (g, *leaf) if x is not None for layout in _layouts(rows, x)]
+    """Run the kernel, with `count` programs for each of many parameters, in place of what is `kept`.
+
+    `given` are the gradient and, if an update is delivered, the parameter. The kernel does not read what is in place
+    of the update. It steps the last of what is given instead: without a parameter, the gradient.
+    """
+    arrays, structure = jax.tree.flatten(kept)
+    layouts = [layout for x in (*given, *kept[delivers_update:]) if x is not None for layout in _layouts(rows, x)]
 
     def read(ref: Any, layout: Any) -> Array:
         return ref[...] if interpret else plgpu.load(ref, layout=layout, optimized=False)
@@ -309,9 +331,12 @@ def _programs(
         which, start = lax.axis_index("many"), lax.axis_index("program") * _ROWS
         of_one = [[table[which, i] for i in range(table.shape[1])] for table in (scalars, places)]
         refs = tuple(ref.at[which, pl.ds(start, _ROWS)] for ref in refs)
-        g, *old = (read(ref, layout) for ref, layout in zip(refs, layouts, strict=True))
-        new = _lowered(step, *of_one, start, g, jax.tree.unflatten(structure, old))
-        for ref, x in zip(refs[1:], jax.tree.leaves(new), strict=True):
+        sources, targets = refs[: len(given)], refs[len(given) :]
+        read_refs = (*sources, *targets[delivers_update:])
+        found = [read(ref, layout) for ref, layout in zip(read_refs, layouts, strict=True)]
+        old = jax.tree.unflatten(structure, found[len(given) - delivers_update :])
+        new = _lowered(step, *of_one, start, found[0], old)
+        for ref, x in zip(targets, jax.tree.leaves(new), strict=True):
             write(ref, x)
 
     @pl.run_state
@@ -319,11 +344,11 @@ def _programs(
         pl.kernel(
             program,
             out_type=(),
-            mesh=plgpu.Mesh(grid=(g.shape[0], count), grid_names=("many", "program")),
+            mesh=plgpu.Mesh(grid=(scalars.shape[0], count), grid_names=("many", "program")),
             compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
             interpret=plgpu.InterpretGPUParams() if interpret else False,
             name="adam_step",
-        )(scalars, places, g, *kept)
+        )(scalars, places, *given, *kept)
 
     return jax.tree.unflatten(structure, in_place(arrays))
 
@@ -369,6 +394,7 @@ def _evaluate(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[An
 
 _OTHERWISE: dict[Any, Callable[..., Array]] = {
     primitives.is_finite_p: lambda x: jnp.abs(x) < jnp.inf,
+    primitives.round_p: _to_integer,  # the numbers that are rounded so are small
     # Divide by a scalar with one reciprocal.
     primitives.div_p: lambda x, d: x * (1 / d) if jnp.ndim(d) == 0 else lax.div(x, d),
 }
