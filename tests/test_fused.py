@@ -17,7 +17,7 @@ import adamjax
 from adamjax import checkpoint, cli, kernels, schedules, sharding
 from adamjax._transforms.adam import adam_scalars
 from adamjax.interop import torch as optim
-from adamjax.kernels import _backend, _compile, _cpu, _fused, _pallas
+from adamjax.kernels import _backend, _blocks, _compile, _cpu, _fused
 
 pytestmark = pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler")
 
@@ -525,13 +525,13 @@ def test_without_a_compiler(compiler, said, monkeypatch, forgetful, tmp_path):
 
 
 @pytest.mark.parametrize("nesterov", [False, True])
-def test_the_gpu_kernel_reads_its_numbers_where_they_were_put(nesterov):
-    """Here, for with a JAX that is too old for the kernel none of its own tests would say so."""
+def test_the_pallas_kernels_read_their_numbers_where_they_were_put(nesterov):
+    """Here, for with a JAX that is too old for the kernels none of their own tests would say so."""
     adam = adam_scalars(adamjax.scale_by_adam(nesterov=nesterov), jnp.float32(3))
     numbers = _backend.StepScalars(adam, *map(jnp.float32, range(5)))
-    row = _pallas.KERNEL.scalars(_backend.StepVariant(nesterov, None, True, True), numbers)
+    row = _blocks.scalars_of(_backend.StepVariant(nesterov, None, True, True), numbers)
     assert all(np.shape(x) == () for x in row)
-    found = _pallas._step_scalars(row)
+    found = _blocks.step_scalars(row)
     if not nesterov:  # then nothing is looked ahead to
         found = found._replace(adam=found.adam._replace(c1_next=None))
     assert_equal(found, numbers)
