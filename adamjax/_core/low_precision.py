@@ -113,9 +113,9 @@ def _straight_through(
 def ulp(x: Array, dtype: np.dtype) -> Array:
     """Return the spacing of a low-precision `dtype` around the float32 array `x`: a power of two."""
     info = jnp.finfo(dtype)
-    exponent = (lax.bitcast_convert_type(x, jnp.uint32) >> 23) & np.uint32(0xFF)
-    exponent = jnp.maximum(exponent, np.uint32(_lowest_exponent(dtype)))
-    return lax.bitcast_convert_type((exponent - np.uint32(info.nmant)) << 23, jnp.float32)
+    exponent = (lax.bitcast_convert_type(x, jnp.int32) >> 23) & np.int32(0xFF)
+    exponent = jnp.maximum(exponent, np.int32(_lowest_exponent(dtype)))
+    return lax.bitcast_convert_type((exponent - np.int32(info.nmant)) << 23, jnp.float32)
 
 
 def ulp_at_zero(dtype: np.dtype) -> float:

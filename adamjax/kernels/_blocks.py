@@ -1,13 +1,12 @@
 """The step of blocks of a quantised moment that a Pallas kernel has loaded, by operations that Mosaic has."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import reduce
 from typing import Any
 
 import jax
-import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
@@ -15,12 +14,34 @@ from jax import Array, lax
 from adamjax._core import low_precision, trees
 from adamjax._core.low_precision import Dither
 from adamjax._core.numerics import Decay, clip_finite
-from adamjax._core.quantization import QuantizedArray, RatioCode, Rounding
+from adamjax._core.quantization import QuantizedArray, Rounding
 from adamjax._transforms import moment_storage
 from adamjax._transforms.adam import AdamRule, AdamScalars
 from adamjax._transforms.delivery import add_to_param
 from adamjax._transforms.param_rounding import RoundParam
 from adamjax.kernels._backend import OFFSETS, LeafArrays, StepScalars, StepVariant
+
+
+def is_faster(leaf: LeafArrays) -> bool:
+    """Return whether a kernel steps a parameter faster than XLA."""
+    return any(isinstance(x, QuantizedArray) for x in leaf)
+
+
+def common_reason(leaf: LeafArrays, g: Array) -> str | None:
+    """Return the reason why no kernel can step a parameter whose moments are quantised, or None."""
+    p, *moments, _ = leaf
+    for name, array in (("parameter", p), ("gradient", g)):
+        if (dtype := trees.dtype_of(array).name) not in ("float32", "bfloat16"):
+            return f"its {name} is {dtype}, and the kernel steps float32, bfloat16"
+    for x in moments:
+        if x is not None and x.dtype != jnp.float32:
+            return f"one of its moments is quantised and the other {x.dtype}, and the kernel steps float32 beside codes"
+    if p.size >= 2**31:
+        return f"it has {p.size} elements, and the kernel counts to 2**31"
+    # If shard_map tracks what varies over devices, it marks Pallas's references as varying, which Pallas rejects.
+    if any(jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves((leaf, g))):
+        return "its parts vary inside of jax.shard_map, and the kernel needs check_vma=False there"
+    return None
 
 
 def scalars_of(variant: StepVariant, scalars: StepScalars) -> Sequence[Any]:
@@ -161,30 +182,17 @@ def _store_first(m: Array, v: Array, like: Any, rounding: Rounding, scales_of: C
 def _store(x: Any, like: Any, rounding: Rounding | None, scales_of: Callable[..., Array]) -> Any:
     if not isinstance(like, QuantizedArray):
         return x
-    code: Any = _RatioCode(*like.code) if like.signed else like.code
-    scales = scales_of(code, x, like)
-    q = code.encode(x, _spread(scales, x.shape), rounding)
-    q = lax.bitcast_convert_type(q + _WHOLE if like.signed else q, jnp.uint32)
+    scales = scales_of(like.code, x, like)
+    q = like.code.encode(x, _spread(scales, x.shape), rounding)
+    q = lax.bitcast_convert_type(q + WHOLE if like.signed else q, jnp.uint32)
     if _is_packed(like, x.shape):
         q = jnp.sum((q & np.uint32(15)) << _shift(x.shape, q.dtype), axis=-1, dtype=jnp.uint32)
     return replace(like, codes=q.astype(like.codes.dtype), scales=scales.astype(like.scales.dtype))
 
 
 # float32 numbers around this one have a spacing of 1, and its low bits are 0. Adding it rounds to an integer, which
-# is then in the low bits, in two's complement. Mosaic has no other way to round.
-_WHOLE = np.float32(3 * 2**22)
-
-
-class _RatioCode(RatioCode):
-    """The codes of ratios, by operations that Mosaic has."""
-
-    def floor(self, x: Array) -> Array:
-        return to_integer(lax.optimization_barrier(x - 0.5))
-
-
-def to_integer(x: Array) -> Array:
-    """Return the nearest integer of a small number, as a float."""
-    return lax.optimization_barrier(x + _WHOLE) - _WHOLE
+# is then in the low bits, in two's complement.
+WHOLE = np.float32(3 * 2**22)
 
 
 def _spread(x: Array, shape: tuple[int, ...]) -> Array:
@@ -193,28 +201,3 @@ def _spread(x: Array, shape: tuple[int, ...]) -> Array:
 
 def _shift(shape: tuple[int, ...], dtype: Any) -> Array:
     return lax.broadcasted_iota(dtype, shape, len(shape) - 1) * np.asarray(4, dtype)
-
-
-def lowered(function: Callable[..., Any], *args: Any, otherwise: Mapping[Any, Callable[..., Array]]) -> Any:
-    """Call `function` without derivative rules, and with other functions in place of a few primitives."""
-    closed, shape = jax.make_jaxpr(function, return_shape=True)(*args)
-    found = _evaluate(closed.jaxpr, closed.consts, jax.tree.leaves(args), otherwise)
-    return jax.tree.unflatten(jax.tree.structure(shape), found)
-
-
-def _evaluate(
-    jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], otherwise: Mapping[Any, Callable[..., Array]]
-) -> list[Any]:
-    values: dict[Any, Any] = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True))
-    for eqn in jaxpr.eqns:
-        operands = [x.val if isinstance(x, jax.extend.core.Literal) else values[x] for x in eqn.invars]
-        inner = eqn.params.get("call_jaxpr", eqn.params.get("jaxpr"))
-        if inner is not None:
-            found = _evaluate(inner.jaxpr, inner.consts, operands, otherwise)
-        elif eqn.primitive in otherwise:
-            found = [otherwise[eqn.primitive](*operands)]
-        else:
-            found = eqn.primitive.bind(*operands, **eqn.params)
-            found = found if eqn.primitive.multiple_results else [found]
-        values.update(zip(eqn.outvars, found, strict=True))
-    return [x.val if isinstance(x, jax.extend.core.Literal) else values[x] for x in jaxpr.outvars]

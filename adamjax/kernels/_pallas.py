@@ -5,11 +5,12 @@ loop finds the largest new moment of each block, and one rounds with it. The ker
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
@@ -17,10 +18,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu
 from jax.extend.core import primitives
 
-from adamjax._core import trees
 from adamjax._core.quantization import QuantizedArray
 from adamjax.kernels._backend import Backend, LeafArrays, LeafSpec, StepVariant, results
-from adamjax.kernels._blocks import axes_of, index_of, lowered, places_of, scalars_of, step_blocks, to_integer
+from adamjax.kernels._blocks import WHOLE, axes_of, common_reason, index_of, places_of, scalars_of, step_blocks
+from adamjax.kernels._blocks import is_faster as is_faster
 
 # Typed as Any: parts of this API are missing in our minimum jax.
 plgpu: Any = mosaic_gpu
@@ -29,20 +30,12 @@ plgpu: Any = mosaic_gpu
 _ROWS, _WARPS = 8, 4
 
 
-def is_faster(leaf: LeafArrays) -> bool:
-    """Return whether the kernel steps a parameter faster than XLA."""
-    return any(isinstance(x, QuantizedArray) for x in leaf)
-
-
 def unsupported_reason(variant: StepVariant, leaf: LeafArrays, g: Array) -> str | None:
     """Return the reason why the kernel cannot step a parameter whose moments are quantised, or None."""
-    p, *moments, _ = leaf
-    for name, array in (("parameter", p), ("gradient", g)):
-        if (dtype := trees.dtype_of(array).name) not in ("float32", "bfloat16"):
-            return f"its {name} is {dtype}, and the kernel steps float32, bfloat16"
-    for x in moments:
-        if x is not None and x.dtype != jnp.float32:
-            return f"one of its moments is quantised and the other {x.dtype}, and the kernel steps float32 beside codes"
+    return common_reason(leaf, g) or _unsupported_blocks(leaf[1:4], g.shape[-1]) or _missing()
+
+
+def _unsupported_blocks(moments: Sequence[Any], length: int) -> str | None:
     sizes = sorted({x.block_size for x in moments if isinstance(x, QuantizedArray)})
     if sizes[0] % 32:
         return f"its moments are quantised in blocks of {sizes[0]}, and the kernel steps multiples of 32"
@@ -52,14 +45,9 @@ def unsupported_reason(variant: StepVariant, leaf: LeafArrays, g: Array) -> str 
         )
     if sizes[-1] % sizes[0]:
         return f"the blocks of its moments, of {sizes[0]} and of {sizes[-1]} numbers, do not begin together"
-    if p.shape[-1] % sizes[-1]:
-        return f"its last axis, {p.shape[-1]}, is no multiple of the {sizes[-1]} numbers in a block"
-    if p.size >= 2**31:
-        return f"it has {p.size} elements, and the kernel counts to 2**31"
-    # If shard_map tracks what varies over devices, it marks Pallas's references as varying, which Pallas rejects.
-    if any(jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves((leaf, g))):
-        return "its parts vary inside of jax.shard_map, and the kernel needs check_vma=False there"
-    return _missing()
+    return (
+        f"its last axis, {length}, is no multiple of the {sizes[-1]} numbers in a block" if length % sizes[-1] else None
+    )
 
 
 @cache
@@ -179,7 +167,7 @@ def _programs(
         read_refs = (*sources, *targets[delivers_update:])
         found = [read(ref, layout) for ref, layout in zip(read_refs, layouts, strict=True)]
         old = jax.tree.unflatten(structure, found[len(given) - delivers_update :])
-        new = lowered(step, *of_one, start, found[0], old, otherwise=_OTHERWISE)
+        new = _lowered(step, *of_one, start, found[0], old)
         for ref, x in zip(targets, jax.tree.leaves(new), strict=True):
             write(ref, x)
 
@@ -213,10 +201,38 @@ def _layouts(rows: _Rows, stored: Any) -> list[Any]:
     ]
 
 
-# What Mosaic does not have, or not as fast.
+def _lowered(function: Callable[..., Any], *args: Any) -> Any:
+    """Call `function` without derivative rules and a few primitives, which Mosaic does not have."""
+    closed, shape = jax.make_jaxpr(function, return_shape=True)(*args)
+    found = _evaluate(closed.jaxpr, closed.consts, jax.tree.leaves(args))
+    return jax.tree.unflatten(jax.tree.structure(shape), found)
+
+
+def _evaluate(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
+    values: dict[Any, Any] = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True))
+    for eqn in jaxpr.eqns:
+        operands = [x.val if isinstance(x, jax.extend.core.Literal) else values[x] for x in eqn.invars]
+        inner = eqn.params.get("call_jaxpr", eqn.params.get("jaxpr"))
+        if inner is not None:
+            found = _evaluate(inner.jaxpr, inner.consts, operands)
+        elif eqn.primitive in _OTHERWISE:
+            found = [_OTHERWISE[eqn.primitive](*operands)]
+        else:
+            found = eqn.primitive.bind(*operands, **eqn.params)
+            found = found if eqn.primitive.multiple_results else [found]
+        values.update(zip(eqn.outvars, found, strict=True))
+    return [x.val if isinstance(x, jax.extend.core.Literal) else values[x] for x in jaxpr.outvars]
+
+
+def _round(x: Array) -> Array:
+    """Round to an integer; all that is rounded is small."""
+    return lax.optimization_barrier(x + WHOLE) - WHOLE
+
+
 _OTHERWISE: dict[Any, Callable[..., Array]] = {
     primitives.is_finite_p: lambda x: jnp.abs(x) < jnp.inf,
-    primitives.round_p: to_integer,  # the numbers that are rounded so are small
+    primitives.round_p: _round,
+    primitives.floor_p: lambda x: _round(lax.optimization_barrier(x - 0.5)),
     # Divide by a scalar with one reciprocal.
     primitives.div_p: lambda x, d: x * (1 / d) if jnp.ndim(d) == 0 else lax.div(x, d),
 }
