@@ -379,11 +379,14 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_each_variant_lowers_without_a_gpu(variant):
-    shape, variant = (16, 384), VARIANTS[variant]
+def call_of_variant(shape, variant):
     if wrapper := variant.get("rounding"):
         residual = RESIDUALS[wrapper] and jnp.zeros(shape, RESIDUALS[wrapper])
         rounding = WRAPPERS[wrapper](adamw())._rounding
         variant = variant | {"dtype": "bfloat16", "residual": residual, "rounding": rounding}
-    assert "mosaic_gpu" in lowered_for_cuda(*call_of(shape, **variant))
+    return call_of(shape, **variant)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_each_variant_lowers_without_a_gpu(variant):
+    assert "mosaic_gpu" in lowered_for_cuda(*call_of_variant((16, 384), VARIANTS[variant]))

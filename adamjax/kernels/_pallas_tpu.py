@@ -16,9 +16,10 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import AxisType
 
-from adamjax._core.quantization import QuantizedArray
-from adamjax.kernels._backend import Backend, LeafArrays, LeafSpec, StepVariant, results
+from adamjax._core.quantization import QuantizedArray, is_divisible
+from adamjax.kernels._backend import Backend, LeafArrays, LeafSpec, StepVariant, is_on_one_device, results
 from adamjax.kernels._blocks import axes_of, common_reason, index_of, places_of, scalars_of, step_blocks
 from adamjax.kernels._blocks import is_faster as is_faster
 
@@ -34,8 +35,15 @@ def unsupported_reason(variant: StepVariant, leaf: LeafArrays, g: Array) -> str 
         if isinstance(x, QuantizedArray) and _CHUNK % x.block_size:
             size = f"blocks of {x.block_size}"
             return f"its moments are quantised in {size}, and the kernel steps {_CHUNK} numbers at a time"
-    if g.shape[-1] % _CHUNK:
-        return f"its last axis, {g.shape[-1]}, is no multiple of {_CHUNK}"
+    sharding = jax.typeof(leaf[0]).sharding
+    if g.shape[-1] % _CHUNK or not is_divisible(g.shape, sharding, _CHUNK):
+        return f"its last axis, {g.shape[-1]}, is no multiple of {_CHUNK} on each device"
+    # libtpu does not call `custom_partitioning`.
+    if AxisType.Explicit not in sharding.mesh.axis_types and not is_on_one_device([g]):
+        return (
+            "on TPUs, XLA cannot spread a kernel over devices: step inside of jax.shard_map, or on a mesh whose axes "
+            "are in Explicit mode"
+        )
     return common_reason(leaf, g)
 
 
@@ -113,7 +121,7 @@ def _read(ref: Any, c: Any) -> Any:
         return None if ref is None else ref[_chunk(c, _CHUNK)]
     if ref.bits == 4:
         pairs = ref.codes[_chunk(c, _CHUNK // 2)].astype(jnp.int32)
-        pairs = _moved(pairs, lambda i, j: i == j >> 1, _CHUNK)
+        pairs = _moved_bytes(pairs, _ones(pairs, lambda i, j: i == j >> 1, _CHUNK))
         codes = (pairs >> 4 * (_lane(pairs.shape) & 1)) & 15
     else:
         codes = ref.codes[_chunk(c, _CHUNK)].astype(jnp.int32)
@@ -128,8 +136,11 @@ def _write(x: Any, ref: Any, c: Any) -> None:
         if ref is not None:
             ref[_chunk(c, _CHUNK)] = x
     elif ref.bits == 4:
-        low = _moved(x.codes & 15, lambda i, j: i == 2 * j, _CHUNK // 2)
-        high = _moved(x.codes & 15, lambda i, j: i == 2 * j + 1, _CHUNK // 2)
+        codes = x.codes & 15
+        low, high = (
+            _moved_bytes(codes, _ones(codes, where, _CHUNK // 2))
+            for where in (lambda i, j: i == 2 * j, lambda i, j: i == 2 * j + 1)
+        )
         ref.codes[_chunk(c, _CHUNK // 2)] = (low | high << 4).astype(ref.codes.dtype)
     else:
         ref.codes[_chunk(c, _CHUNK)] = x.codes.astype(ref.codes.dtype)
@@ -155,18 +166,21 @@ def _scales_of(code: Any, x: Array, like: QuantizedArray) -> Array:
 
 
 def _moved(x: Array, where: Callable[[Array, Array], Array], width: int) -> Array:
-    """Move integers of up to 16 bits from lane i to all lanes j `where` (i, j) is true, among `width` lanes.
+    """Move integers of 16 bits from lane i to all lanes j `where` (i, j) is true, among `width` lanes."""
+    ones = _ones(x, where, width)
+    return _moved_bytes(x & 255, ones) | _moved_bytes(x >> 8, ones) << 8
 
-    They are moved by products of bfloat16, which holds integers of 8 bits.
-    """
+
+def _ones(x: Array, where: Callable[[Array, Array], Array], width: int) -> Array:
+    """Return the matrix that has a one `where` it says so, and zeros."""
     shape = x.shape[-1], width
-    ones = where(lax.broadcasted_iota(jnp.int32, shape, 0), _lane(shape)).astype(jnp.float32).astype(jnp.bfloat16)
+    return where(lax.broadcasted_iota(jnp.int32, shape, 0), _lane(shape)).astype(jnp.float32).astype(jnp.bfloat16)
 
-    def of_bytes(x: Array) -> Array:
-        moved = jnp.dot(x.astype(jnp.float32).astype(jnp.bfloat16), ones, preferred_element_type=jnp.float32)
-        return moved.astype(jnp.int32)
 
-    return of_bytes(x & 255) | of_bytes(x >> 8) << 8
+def _moved_bytes(x: Array, ones: Array) -> Array:
+    """Move integers of 8 bits, which bfloat16 holds."""
+    moved = jnp.dot(x.astype(jnp.float32).astype(jnp.bfloat16), ones, preferred_element_type=jnp.float32)
+    return moved.astype(jnp.int32)
 
 
 def _lane(shape: tuple[int, ...]) -> Array:
