@@ -6,7 +6,19 @@ import numpy as np
 from helpers import assert_equal, by_step, decoded
 from tolerances import FUSED, FUSED_ROUNDED
 
+import adamjax
 from adamjax.storage import QuantizedArray
+
+
+class ByUpdate:
+    """A step that applies what `update` returns."""
+
+    def __init__(self, opt, **extra):
+        self.opt, self.extra = opt, extra
+
+    def step(self, grads, state, params):
+        updates, state = self.opt.update(grads, state, params, **self.extra)
+        return adamjax.apply_updates(params, updates), state
 
 
 def units(x, dtype):

@@ -16,7 +16,7 @@ import adamjax
 from adamjax import checkpoint, schedules, sharding
 from adamjax._transforms.adam import adam_scalars
 from adamjax.interop import torch as optim
-from adamjax.kernels import _backend, _library, _pallas
+from adamjax.kernels import _backend, _blocks, _library
 
 pytestmark = pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler")
 
@@ -495,22 +495,22 @@ def test_what_cannot_be_fused(options, params, why):
 
 
 @pytest.mark.parametrize("nesterov", [False, True])
-def test_the_gpu_kernel_reads_its_numbers_where_they_were_put(nesterov):
-    """Here, for with a JAX that is too old for the kernel none of its own tests would say so."""
+def test_the_pallas_kernels_read_their_numbers_where_they_were_put(nesterov):
+    """Here, for with a JAX that is too old for the kernels none of their own tests would say so."""
     adam = adam_scalars(adamjax.scale_by_adam(nesterov=nesterov), jnp.float32(3))
     numbers = _backend.StepScalars(adam, *map(jnp.float32, range(5)))
-    row = _pallas.KERNEL.scalars(_backend.StepVariant(nesterov, None, True, True), numbers)
+    row = _blocks.scalars_of(_backend.StepVariant(nesterov, None, True, True), numbers)
     assert all(np.shape(x) == () for x in row)
-    found = _pallas._step_scalars(row)
+    found = _blocks.step_scalars(row)
     if not nesterov:  # then nothing is looked ahead to
         found = found._replace(adam=found.adam._replace(c1_next=None))
     assert_equal(found, numbers)
 
 
-def test_elsewhere_than_on_a_cpu(monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+def test_where_there_is_no_kernel(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "metal")
     opt = adamjax.adam(LR, fused=True)
-    with pytest.raises(ValueError, match="on tpu there is no kernel"):
+    with pytest.raises(ValueError, match="on metal there is no kernel"):
         opt.step({"w": BIG}, opt.init({"w": BIG}), {"w": BIG})
 
 

@@ -12,7 +12,7 @@ from flax.training.train_state import TrainState
 from helpers import assert_close, make_mesh
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from same_step import assert_same_steps
+from same_step import ByUpdate, assert_same_steps
 from test_fused import FORMATS, FORMS, GRADS, LR, PARAMS, gradients, numbers
 from test_fused_rounding import WRAPPERS, assert_same, draw
 from tolerances import RECOMPILED
@@ -23,17 +23,6 @@ from adamjax import sharding
 from adamjax.kernels import _fused, _library
 
 pytestmark = pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler")
-
-
-class ByUpdate:
-    """A step that applies what `update` returns."""
-
-    def __init__(self, opt, **extra):
-        self.opt, self.extra = opt, extra
-
-    def step(self, grads, state, params):
-        updates, state = self.opt.update(grads, state, params, **self.extra)
-        return adamjax.apply_updates(params, updates), state
 
 
 def kernels_in(function, *args):

@@ -10,7 +10,8 @@ import pytest
 from helpers import assert_close, assert_equal, by_step, decoded, make_mesh
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from same_step import assert_near_steps, assert_same_steps
+from same_step import ByUpdate, assert_near_moments, assert_near_steps, assert_same_steps
+from test_fused_rounding import WRAPPERS, assert_same
 from tolerances import FUSED_ROUNDED, RECOMPILED
 
 import adamjax
@@ -61,11 +62,11 @@ def gradients(seed, dtype="float32", shapes=SHAPES):
     return jax.tree.map(lambda g, s: (g * s).astype(dtype), numbers(seed, shapes=shapes), scales)
 
 
-def three_steps(make, dtype="float32", coupled=0.0, **kw):
+def three_steps(make, dtype="float32", coupled=0.0, by=lambda opt: opt, **kw):
     fused, plain = make(fused=True, **kw), make(**kw)
     params = numbers(0, dtype)
     state = jax.jit(plain.init)(params)
-    assert_same_steps(fused, plain, state, params, [gradients(i + 1, dtype) for i in range(3)], LR, coupled)
+    assert_same_steps(by(fused), by(plain), state, params, [gradients(i + 1, dtype) for i in range(3)], LR, coupled)
 
 
 def adamw(**kw):
@@ -94,6 +95,48 @@ FORMS = {
 @pytest.mark.parametrize("form", FORMS)
 def test_forms(form):
     three_steps(FORMS[form], coupled=0.1 if form == "coupled" else 0.0, **FORMATS["int4 and int8"])
+
+
+@pytest.mark.parametrize(("format", "dtype"), [("int8", "float32"), ("int4 and int8", "bfloat16")])
+def test_updates(format, dtype):
+    three_steps(adamw, dtype, by=ByUpdate, **FORMATS[format])
+
+
+def test_updates_without_parameters():
+    fused, plain = (adamjax.adam(LR, **kw, **FORMATS["int8"]) for kw in ({"fused": True}, {}))
+    state = plain.init(PARAMS)
+    assert_nearly(*(jax.jit(opt.update)(GRADS, state) for opt in (fused, plain)))
+
+
+@pytest.mark.parametrize("method", ["step", "update"])
+def test_clipped_gradients(method):
+    opts = [adamjax.chain(adamjax.clip_by_global_norm(0.1), opt) for opt in (FUSED_OPT, PLAIN_OPT)]
+    state = opts[1].init(PARAMS)
+    assert_nearly(*(jax.jit(getattr(opt, method))(GRADS, state, PARAMS) for opt in opts))
+
+
+@pytest.mark.numbers
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("wrapper", "by"), [*((wrapper, lambda opt: opt) for wrapper in WRAPPERS), ("kahan", ByUpdate)]
+)
+def test_parameters_that_wrappers_round(wrapper, by):
+    rate = 1e-3
+    fused, plain = (
+        WRAPPERS[wrapper](adamjax.adamw(rate, weight_decay=0.1, **kw, **FORMATS["int8"]))
+        for kw in ({"fused": True}, {})
+    )
+    params = numbers(0, "bfloat16")
+    state = plain.init(params)
+    steps = [jax.jit(by(opt).step) for opt in (fused, plain)]
+    for i in range(2):
+        grads = numbers(i + 1, "bfloat16")
+        found, expected = (step(grads, state, params) for step in steps)
+        assert_same(found, expected, params)
+        for name, g in grads.items():
+            g = np.abs(np.asarray(g, np.float64))
+            assert_near_moments(name, g, found[1].inner[0], expected[1].inner[0], decoded(state.inner[0]))
+        params, state = expected
 
 
 @pytest.mark.skipif(not on_gpu, reason="no GPU")
@@ -174,22 +217,20 @@ def test_nan_reaches_its_block(format):
         np.testing.assert_array_equal(np.isnan(moment), expected)
 
 
-def call_of(shape, format="int8"):
+def call_of(shape, format="int8", dtype="float32", residual=None, **variant):
     """What the step of one leaf is called with, but for the kernel."""
     opt = adamw(**FORMATS[format])
+    variant = _backend.StepVariant(False, None, coupled=False, **{"decays": True} | variant)
     params, grads = numbers(0, shapes={"w": shape}), numbers(1, shapes={"w": shape})
     state = opt.init(params)[0]
     count = state.count + 1
     scalars = opt.transforms[0]._scalars(count.astype(jnp.float32))
-    numbers_ = _backend.StepScalars(scalars, *map(jnp.float32, (1, 0, -LR, -LR * 0.1)))
-    leaf = (params["w"], state.mu["w"], state.nu["w"], None, None)
-    return (
-        _backend.StepVariant(nesterov=False, amsgrad=None, coupled=False, decays=True),
-        leaf,
-        grads["w"],
-        numbers_,
-        moment_dithers(count, 0, *leaf[1:3]),
-    )
+    limit = jnp.float32(1e19) if variant.clips else None
+    numbers_ = _backend.StepScalars(scalars, limit, *map(jnp.float32, (1, 0, -LR, -LR * 0.1)))
+    dithers = moment_dithers(count, 0, state.mu["w"], state.nu["w"])
+    p = params["w"] if variant.reads_param else grads["w"]
+    leaf = (p.astype(dtype), state.mu["w"], state.nu["w"], None, residual)
+    return variant, leaf, grads["w"], numbers_, (*dithers, dithers[0])
 
 
 def test_a_part_has_the_random_numbers_of_the_whole():
@@ -311,6 +352,11 @@ def test_floats_are_left_to_xla(dtype):
     assert_equal(opt.step(params, opt.init(params), params), plain.step(params, plain.init(params), params))
 
 
+def lowered_for_cuda(*call):
+    traced = jax.jit(_backend.step_leaf, static_argnums=(0, 1)).trace(COMPILED, *call)
+    return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
 @pytest.mark.parametrize(
     ("format", "devices"),
     [*((format, 1) for format in FORMATS), ("int8", 8)],
@@ -318,9 +364,29 @@ def test_floats_are_left_to_xla(dtype):
 def test_it_lowers_without_a_gpu(format, devices, monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: devices)
     # Of a shape for each: what is traced for one number of devices is not traced again for another.
-    lowered = (
-        jax.jit(_backend.step_leaf, static_argnums=(0, 1))
-        .trace(COMPILED, *call_of((16, 384 * devices), format))
-        .lower(lowering_platforms=("cuda",))
-    )
-    assert "mosaic_gpu" in lowered.as_text()
+    assert "mosaic_gpu" in lowered_for_cuda(*call_of((16, 384 * devices), format))
+
+
+FLOAT32 = np.dtype(np.float32)
+RESIDUALS = {"kahan": "bfloat16", "master_weights": "float32", "low_bits": "uint16", "stochastic_rounding": None}
+VARIANTS = {
+    "clipped": {"clips": True},
+    "update": {"update": FLOAT32},
+    "update of bfloat16": {"update": np.dtype(jnp.bfloat16), "dtype": "bfloat16"},
+    "update without the parameter": {"update": FLOAT32, "decays": False},
+    **{wrapper: {"rounding": wrapper} for wrapper in WRAPPERS},
+    "update for kahan": {"rounding": "kahan", "update": FLOAT32},
+}
+
+
+def call_of_variant(shape, variant):
+    if wrapper := variant.get("rounding"):
+        residual = RESIDUALS[wrapper] and jnp.zeros(shape, RESIDUALS[wrapper])
+        rounding = WRAPPERS[wrapper](adamw())._rounding
+        variant = variant | {"dtype": "bfloat16", "residual": residual, "rounding": rounding}
+    return call_of(shape, **variant)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_each_variant_lowers_without_a_gpu(variant):
+    assert "mosaic_gpu" in lowered_for_cuda(*call_of_variant((16, 384), VARIANTS[variant]))

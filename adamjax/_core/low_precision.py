@@ -30,6 +30,7 @@ class Dither(NamedTuple):
     seed: Array
     phase: Array  # the advance of u up to this step, times 2**32
     shift: np.uint32 = np.uint32(0)  # upper bits left to another array
+    positions: Array | None = None  # in a part of an array, the index of each element in the whole
 
     def second_array(self) -> "Dither":
         """Return the dither of a second array of the same leaf. It reuses the hashes, the expensive part."""
@@ -48,6 +49,7 @@ def dither(count: Array, number: int, seed: ArrayLike = 0) -> Dither:
 
 def random(index: Array, dither: Dither) -> Array:
     """Return uint32 integers whose upper 23 bits are random. They depend on the global index only."""
+    index = index if dither.positions is None else dither.positions
     return (_hash(index ^ dither.seed) + dither.phase) << dither.shift
 
 
@@ -111,9 +113,9 @@ def _straight_through(
 def ulp(x: Array, dtype: np.dtype) -> Array:
     """Return the spacing of a low-precision `dtype` around the float32 array `x`: a power of two."""
     info = jnp.finfo(dtype)
-    exponent = (lax.bitcast_convert_type(x, jnp.uint32) >> 23) & np.uint32(0xFF)
-    exponent = jnp.maximum(exponent, np.uint32(_lowest_exponent(dtype)))
-    return lax.bitcast_convert_type((exponent - np.uint32(info.nmant)) << 23, jnp.float32)
+    exponent = (lax.bitcast_convert_type(x, jnp.int32) >> 23) & np.int32(0xFF)
+    exponent = jnp.maximum(exponent, np.int32(_lowest_exponent(dtype)))
+    return lax.bitcast_convert_type((exponent - np.int32(info.nmant)) << 23, jnp.float32)
 
 
 def ulp_at_zero(dtype: np.dtype) -> float:

@@ -138,10 +138,15 @@ class KernelExecutor(Executor):
 
 def _platform() -> Any:
     """The module that has the kernel of this platform, if one has."""
+    # Pallas takes its time to import.
     if (backend := jax.default_backend()) == "gpu":
-        from adamjax.kernels import _pallas  # and with it Pallas, which takes its time to import
+        from adamjax.kernels import _pallas
 
         return _pallas
+    if backend == "tpu":
+        from adamjax.kernels import _pallas_tpu
+
+        return _pallas_tpu
     return _cpu if backend == "cpu" else None
 
 

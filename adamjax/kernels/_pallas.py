@@ -6,8 +6,7 @@ loop finds the largest new moment of each block, and one rounds with it. The ker
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from functools import cache, partial, reduce
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -19,13 +18,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu
 from jax.extend.core import primitives
 
-from adamjax._core import low_precision, trees
-from adamjax._core.low_precision import Dither
-from adamjax._core.numerics import Decay, clip_finite
-from adamjax._core.quantization import QuantizedArray, RatioCode, Rounding
-from adamjax._transforms import moment_storage
-from adamjax._transforms.adam import AdamRule, AdamScalars
-from adamjax.kernels._backend import OFFSETS, Backend, LeafArrays, LeafSpec, StepScalars, StepVariant
+from adamjax._core.quantization import QuantizedArray
+from adamjax.kernels._backend import Backend, LeafArrays, LeafSpec, StepVariant, results
+from adamjax.kernels._blocks import WHOLE, axes_of, common_reason, index_of, places_of, scalars_of, step_blocks
+from adamjax.kernels._blocks import is_faster as is_faster
 
 # Typed as Any: parts of this API are missing in our minimum jax.
 plgpu: Any = mosaic_gpu
@@ -34,22 +30,12 @@ plgpu: Any = mosaic_gpu
 _ROWS, _WARPS = 8, 4
 
 
-def is_faster(leaf: LeafArrays) -> bool:
-    """Return whether the kernel steps a parameter faster than XLA."""
-    return any(isinstance(x, QuantizedArray) for x in leaf)
-
-
 def unsupported_reason(variant: StepVariant, leaf: LeafArrays, g: Array) -> str | None:
     """Return the reason why the kernel cannot step a parameter whose moments are quantised, or None."""
-    if variant.rounding is not None:
-        return "the kernel of this platform does not round as the wrapper around it does"
-    p, *moments, _ = leaf
-    for name, array in (("parameter", p), ("gradient", g)):
-        if (dtype := trees.dtype_of(array).name) not in ("float32", "bfloat16"):
-            return f"its {name} is {dtype}, and the kernel steps float32, bfloat16"
-    for x in moments:
-        if x is not None and x.dtype != jnp.float32:
-            return f"one of its moments is quantised and the other {x.dtype}, and the kernel steps float32 beside codes"
+    return common_reason(leaf, g) or _unsupported_blocks(leaf[1:4], g.shape[-1]) or _missing()
+
+
+def _unsupported_blocks(moments: Sequence[Any], length: int) -> str | None:
     sizes = sorted({x.block_size for x in moments if isinstance(x, QuantizedArray)})
     if sizes[0] % 32:
         return f"its moments are quantised in blocks of {sizes[0]}, and the kernel steps multiples of 32"
@@ -59,14 +45,9 @@ def unsupported_reason(variant: StepVariant, leaf: LeafArrays, g: Array) -> str 
         )
     if sizes[-1] % sizes[0]:
         return f"the blocks of its moments, of {sizes[0]} and of {sizes[-1]} numbers, do not begin together"
-    if p.shape[-1] % sizes[-1]:
-        return f"its last axis, {p.shape[-1]}, is no multiple of the {sizes[-1]} numbers in a block"
-    if p.size >= 2**31:
-        return f"it has {p.size} elements, and the kernel counts to 2**31"
-    # If shard_map tracks what varies over devices, it marks Pallas's references as varying, which Pallas rejects.
-    if any(jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves((leaf, g))):
-        return "its parts vary inside of jax.shard_map, and the kernel needs check_vma=False there"
-    return _missing()
+    return (
+        f"its last axis, {length}, is no multiple of the {sizes[-1]} numbers in a block" if length % sizes[-1] else None
+    )
 
 
 @cache
@@ -114,17 +95,6 @@ def _rows_of(spec: LeafSpec) -> _Rows:
     return _Rows(min(sizes), max(sizes) // min(sizes), any(bits == 4 for bits, _ in coded))
 
 
-def _scalars(variant: StepVariant, scalars: StepScalars) -> Sequence[Any]:
-    # A number that this variant does without (a correction of the next step, say) keeps its place.
-    used = scalars.adam[:-1], *scalars[1:]  # a kernel steps by the rule of Adam itself, without `extra`
-    return [jnp.float32(0) if x is None else x for x in jax.tree.leaves(used, is_leaf=trees.is_none)]
-
-
-def _step_scalars(row: Sequence[Any]) -> StepScalars:
-    decays = [Decay(*row[i : i + 5]) for i in (0, 5)]
-    return StepScalars(AdamScalars(*decays, *row[10:15]), *row[15:])
-
-
 def _run(spec: LeafSpec, scalars: Array, places: Array, *arrays: Array, interpret: bool = False) -> list[Array]:
     """Step a batch of parameters. Its axes are the leading axes of the scalars."""
     batch = scalars.ndim - 1
@@ -134,151 +104,30 @@ def _run(spec: LeafSpec, scalars: Array, places: Array, *arrays: Array, interpre
     leaf = tuple(rows.cut(x, many) for x in jax.tree.unflatten(spec.structure, (p, *moments)))
     g = rows.cut(g, many)
     scalars = scalars.reshape(many, -1)
-    places = _places(spec.shape, places.reshape(many, -1))
-    step = partial(_step_rows, spec.variant, rows, _axes(part, spec.shape, math.prod(rows.shape)))
+    places = places_of(spec.shape, places.reshape(many, -1))
+    variant = spec.variant
+    axes = axes_of(part, spec.shape, math.prod(rows.shape))
 
+    def step(row: list[Any], places: Any, start: Any, g: Array, leaf: LeafArrays) -> LeafArrays:
+        return step_blocks(variant, row, places, index_of(g.shape, axes, start), g, leaf)
+
+    given, new = (g,), leaf
+    if variant.update is not None:  # it has an array of its own, and the parameter is read at most
+        given, new = (g, leaf[0])[: 1 + variant.reads_param], (lax.empty(g.shape, variant.update), *leaf[1:])
     count = g.shape[1]
     whole = count - count % _ROWS
-    new = _programs(step, rows, whole // _ROWS, scalars, places, g, leaf, interpret) if whole else leaf
+    if whole:
+        new = _programs(step, rows, whole // _ROWS, scalars, places, given, new, variant.update is not None, interpret)
     if count > whole:
         # The kernel has not touched the last rows, which do not fill a program: step them here.
-        rest = jax.tree.map(lambda x: x[:, whole:], (g, new))
+        old = new if variant.update is None else (leaf[0], *new[1:])
+        rest = jax.tree.map(lambda x: x[:, whole:], (g, old))
         of_one = jax.vmap(lambda scalars, places, rest: step(list(scalars), list(places), np.uint32(whole), *rest))
         last = of_one(scalars, places, rest)
         # Without the barrier, XLA would fuse their step with the writes, which then need copies.
         last = lax.optimization_barrier(last)
         new = jax.tree.map(lambda x, y: lax.dynamic_update_slice_in_dim(x, y, whole, 1), new, last)
-    like = [x for i, x in enumerate(arrays) if i != 1]
-    return [x.reshape(y.shape) for x, y in zip(jax.tree.leaves(new), like, strict=True)]
-
-
-def _places(shape: tuple[int, ...], places: Array) -> Array:
-    """Return the seed, the turn and the global index of the first element, for each parameter."""
-    strides = [np.uint32(math.prod(shape[axis + 1 :]) % 2**32) for axis in range(len(shape))]
-    first = reduce(jnp.add, [places[:, OFFSETS + axis] * stride for axis, stride in enumerate(strides)])
-    return jnp.stack([places[:, 0], places[:, 1], first], axis=-1)
-
-
-def _axes(part: Sequence[int], whole: Sequence[int], size: int) -> list[tuple[int, int]]:
-    """Return the rows of `size` along each axis of a shard, and their distance in the global array, innermost first."""
-    axes: list[tuple[int, int]] = [(part[-1] // size, size)]
-    stride = 1
-    for i in reversed(range(len(part) - 1)):
-        stride *= whole[i + 1]
-        count, apart = axes[-1]
-        if count * apart == stride:  # merge adjacent axes without a gap between them
-            axes[-1] = (count * part[i], apart)
-        else:
-            axes.append((part[i], stride))
-    return [(count, apart % 2**32) for count, apart in axes]
-
-
-def _index(shape: tuple[int, ...], axes: list[tuple[int, int]], start: Any) -> Array:
-    """Return the global index of each element in rows of blocks. The first row is row `start`."""
-    row = start.astype(jnp.uint32) + lax.broadcasted_iota(jnp.uint32, shape, 0)
-    index = jnp.zeros(shape, jnp.uint32)
-    for count, apart in axes[:-1]:
-        index = index + lax.rem(row, jnp.full(shape, np.uint32(count))) * np.uint32(apart)
-        row = lax.div(row, jnp.full(shape, np.uint32(count)))
-    index = index + row * np.uint32(axes[-1][1])
-    for axis in range(1, len(shape)):
-        size = math.prod(shape[axis + 1 :])
-        index = index + lax.broadcasted_iota(jnp.uint32, shape, axis) * np.uint32(size)
-    return index
-
-
-def _step_rows(
-    variant: StepVariant, rows: _Rows, axes: Any, row: list[Any], places: Any, start: Any, g: Array, leaf: LeafArrays
-) -> LeafArrays:
-    """Step some rows of one parameter. The first row is row `start`."""
-    seed, phase, first = places
-    dither, scalars = Dither(seed, phase), _step_scalars(row)
-    index = first + _index(g.shape, axes, start)
-    p, *old, _ = leaf
-    wide, g = p.astype(jnp.float32), g.astype(jnp.float32)
-    g = scalars.sign * (clip_finite(g, scalars.limit) if variant.clips else g)
-    if variant.coupled:
-        g = g + scalars.coupled * wide
-    rule, adam = AdamRule(variant.nesterov, variant.amsgrad), scalars.adam
-    g = rule.limited(g)
-    v, v_max = [_load(x, g.shape) for x in old[1:]]
-    m = _load(old[0], g.shape, v)
-    # Neither codes nor float32 are rounded before the step goes on with them.
-    m, v = rule.accumulate(g, m, v, adam)
-    v_max = v_max if v_max is None else rule.maximum(v, v_max, adam)
-    update = scalars.rate * rule.direction(g, m, v, v_max, adam) + (scalars.decay * wide if variant.decays else 0)
-    random = low_precision.random(index, dither), low_precision.random(index, dither.second_array())
-    v_stored = _store(v, old[1], Rounding(random[1]))
-    stored = (
-        _store_first(m, _storable(v, v_stored), old[0], Rounding(random[0], adam.decay1.one_minus_b)),
-        v_stored,
-        _store(v_max, old[2], None),
-    )
-    if variant.update is not None:
-        return update.astype(variant.update), *stored, None
-    # The update is rounded to the dtype of the parameter, and then added.
-    return (wide + update.astype(p.dtype).astype(jnp.float32)).astype(p.dtype), *stored, None
-
-
-def _load(stored: Any, shape: tuple[int, ...], v: Array | None = None) -> Any:
-    """Decode the numbers of a moment; of a first one, given the second."""
-    if not isinstance(stored, QuantizedArray):
-        return stored
-    q = stored.codes.astype(jnp.int32)
-    if stored.bits == 4:
-        q = (_spread(q, shape) >> _shift(shape, q.dtype)) & 15
-    x = stored.code.decode(q, _spread(stored.scales.astype(jnp.int32), shape))
-    return x if v is None else x * stored.unit(v)
-
-
-def _storable(v: Array, stored: Any) -> Array:
-    if not isinstance(stored, QuantizedArray):
-        return v
-    scales = stored.scales.astype(jnp.int32)
-    return jnp.maximum(v, _spread(stored.code.decode(jnp.ones_like(scales), scales), v.shape))
-
-
-def _store_first(m: Array, v: Array, like: Any, rounding: Rounding) -> Any:
-    if not isinstance(like, QuantizedArray):
-        return m
-    ratio, narrowing = moment_storage.ratio_of(m, v, like, rounding.narrowing)
-    return _store(ratio, like, rounding._replace(narrowing=narrowing))
-
-
-def _store(x: Any, like: Any, rounding: Rounding | None) -> Any:
-    if not isinstance(like, QuantizedArray):
-        return x
-    code: Any = _RatioCode(*like.code) if like.signed else like.code
-    maxima = code.maxima(x)
-    for _ in range(x.ndim - like.scales.ndim):
-        maxima = tuple([jnp.max(y, axis=-1) for y in maxima])
-    scales = code.scale(*maxima)
-    q = code.encode(x, _spread(scales, x.shape), rounding)
-    q = lax.bitcast_convert_type(q + _WHOLE if like.signed else q, jnp.uint32)
-    if like.bits == 4:
-        q = jnp.sum((q & np.uint32(15)) << _shift(x.shape, q.dtype), axis=-1, dtype=jnp.uint32)
-    return replace(like, codes=q.astype(like.codes.dtype), scales=scales.astype(like.scales.dtype))
-
-
-# float32 numbers around this one have a spacing of 1, and its low bits are 0. Adding it rounds to an integer, which
-# is then in the low bits, in two's complement. Mosaic has no other way to round.
-_WHOLE = np.float32(3 * 2**22)
-
-
-class _RatioCode(RatioCode):
-    """The codes of ratios, by operations that Mosaic has."""
-
-    def floor(self, x: Array) -> Array:
-        below = lax.optimization_barrier(x - 0.5)
-        return lax.optimization_barrier(below + _WHOLE) - _WHOLE
-
-
-def _spread(x: Array, shape: tuple[int, ...]) -> Array:
-    return lax.broadcast_in_dim(x, shape, tuple(range(x.ndim)))
-
-
-def _shift(shape: tuple[int, ...], dtype: Any) -> Array:
-    return lax.broadcasted_iota(dtype, shape, len(shape) - 1) * np.asarray(4, dtype)
+    return [x.reshape(y.shape) for x, y in zip(jax.tree.leaves(new), results(variant, arrays), strict=True)]
 
 
 def _programs(
@@ -287,13 +136,18 @@ def _programs(
     count: int,
     scalars: Array,
     places: Array,
-    g: Array,
-    leaf: LeafArrays,
+    given: tuple[Array, ...],
+    kept: LeafArrays,
+    delivers_update: bool,
     interpret: bool,
 ) -> LeafArrays:
-    """Run the kernel in place, with `count` programs for each of many parameters."""
-    arrays, structure = jax.tree.flatten(leaf)
-    layouts = [layout for x in (g, *leaf) if x is not None for layout in _layouts(rows, x)]
+    """Run the kernel, with `count` programs for each of many parameters, in place of what is `kept`.
+
+    `given` are the gradient and, if an update is delivered, the parameter. The kernel does not read what is in place
+    of the update. It steps the last of what is given instead: without a parameter, the gradient.
+    """
+    arrays, structure = jax.tree.flatten(kept)
+    layouts = [layout for x in (*given, *kept[delivers_update:]) if x is not None for layout in _layouts(rows, x)]
 
     def read(ref: Any, layout: Any) -> Array:
         return ref[...] if interpret else plgpu.load(ref, layout=layout, optimized=False)
@@ -309,9 +163,12 @@ def _programs(
         which, start = lax.axis_index("many"), lax.axis_index("program") * _ROWS
         of_one = [[table[which, i] for i in range(table.shape[1])] for table in (scalars, places)]
         refs = tuple(ref.at[which, pl.ds(start, _ROWS)] for ref in refs)
-        g, *old = (read(ref, layout) for ref, layout in zip(refs, layouts, strict=True))
-        new = _lowered(step, *of_one, start, g, jax.tree.unflatten(structure, old))
-        for ref, x in zip(refs[1:], jax.tree.leaves(new), strict=True):
+        sources, targets = refs[: len(given)], refs[len(given) :]
+        read_refs = (*sources, *targets[delivers_update:])
+        found = [read(ref, layout) for ref, layout in zip(read_refs, layouts, strict=True)]
+        old = jax.tree.unflatten(structure, found[len(given) - delivers_update :])
+        new = _lowered(step, *of_one, start, found[0], old)
+        for ref, x in zip(targets, jax.tree.leaves(new), strict=True):
             write(ref, x)
 
     @pl.run_state
@@ -319,11 +176,11 @@ def _programs(
         pl.kernel(
             program,
             out_type=(),
-            mesh=plgpu.Mesh(grid=(g.shape[0], count), grid_names=("many", "program")),
+            mesh=plgpu.Mesh(grid=(scalars.shape[0], count), grid_names=("many", "program")),
             compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
             interpret=plgpu.InterpretGPUParams() if interpret else False,
             name="adam_step",
-        )(scalars, places, g, *kept)
+        )(scalars, places, *given, *kept)
 
     return jax.tree.unflatten(structure, in_place(arrays))
 
@@ -367,11 +224,18 @@ def _evaluate(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[An
     return [x.val if isinstance(x, jax.extend.core.Literal) else values[x] for x in jaxpr.outvars]
 
 
+def _round(x: Array) -> Array:
+    """Round to an integer; all that is rounded is small."""
+    return lax.optimization_barrier(x + WHOLE) - WHOLE
+
+
 _OTHERWISE: dict[Any, Callable[..., Array]] = {
     primitives.is_finite_p: lambda x: jnp.abs(x) < jnp.inf,
+    primitives.round_p: _round,
+    primitives.floor_p: lambda x: _round(lax.optimization_barrier(x - 0.5)),
     # Divide by a scalar with one reciprocal.
     primitives.div_p: lambda x, d: x * (1 / d) if jnp.ndim(d) == 0 else lax.div(x, d),
 }
 
-KERNEL = Backend(_scalars, _run)
-INTERPRETED = Backend(_scalars, partial(_run, interpret=True))
+KERNEL = Backend(scalars_of, _run)
+INTERPRETED = Backend(scalars_of, partial(_run, interpret=True))
