@@ -45,8 +45,13 @@ def _exact_update(start: Array, target: Array, dtype: np.dtype) -> tuple[Array, 
     The two differ only where the target is so near to 0, less than 2**-13 of `start`, that
     float32 does not hold the difference.
     """
-    u = target - start
+    u = _difference(target, start)
     return u, low_precision.round_to_nearest(start + u, dtype)
+
+
+def _difference(target: Array, start: Array) -> Array:
+    """The update that takes `start` to `target`; an infinity stays one."""
+    return jnp.where(target == start, 0.0, target - start)
 
 
 @value
@@ -72,7 +77,7 @@ class StochasticRounding(Rounding):
 
 
 def _stochastic_round(start: Array, u: Array, residual: None, dither: Dither, dtype: np.dtype) -> tuple[Array, None]:
-    return low_precision.stochastic_round(start + u, dither, dtype) - start, None
+    return _difference(low_precision.stochastic_round(start + u, dither, dtype), start), None
 
 
 def stochastic_rounding(opt: GradientTransformation, seed: int | Array = 0) -> StochasticRounding:
@@ -196,7 +201,7 @@ def _master(p: Array, residual: Array) -> Array:
 
 def _add_to_master(start: Array, u: Array, residual: Array, dither: Dither, dtype: np.dtype) -> tuple[Array, Array]:
     master = residual + u
-    return low_precision.round_to_nearest(master, dtype) - start, master
+    return _difference(low_precision.round_to_nearest(master, dtype), start), master
 
 
 def _add_to_bits(start: Array, u: Array, residual: Array, dither: Dither, dtype: np.dtype) -> tuple[Array, Array]:
@@ -212,7 +217,7 @@ def _add_to_bits(start: Array, u: Array, residual: Array, dither: Dither, dtype:
         bits = (lax.bitcast_convert_type(master, jnp.uint32) + random) & np.uint32(2**32 - 2**cut)
         master = lax.bitcast_convert_type(bits, jnp.float32)
     target = _upper_half(master)
-    u = jnp.where(target == start, 0.0, target - start)  # an infinity stays one
+    u = _difference(target, start)
     low = (lax.bitcast_convert_type(master, jnp.uint32) >> np.uint32(cut)).astype(residual.dtype)
     # Keep the lower bits only where the update takes the parameter to its upper half; see `_exact_update`.
     return u, jnp.where(_upper_half(start + u) == target, low, residual.dtype.type(0))

@@ -345,3 +345,14 @@ def test_parameters_that_something_else_made_wider(make):
     wider = params | {"b": params["b"].astype(jnp.float32)}
     with pytest.raises(ValueError, match=r"params\['b'\] is float32, and was half precision at init"):
         opt.update(wider, state, wider)
+
+
+@pytest.mark.parametrize("method", ["step", "update"])
+@wrappers
+def test_an_infinite_parameter_stays_one(name, method):
+    opt = ROUNDED[name](adamjax.adam(0.1))
+    p = jnp.asarray([jnp.inf, -jnp.inf, jnp.nan, 1.0], jnp.bfloat16)
+    found, _ = getattr(opt, method)(jnp.ones_like(p), opt.init(p), p)
+    new = found if method == "step" else adamjax.apply_updates(p, found)
+    np.testing.assert_array_equal(np.float32(new[:3]), np.float32(p[:3]))
+    assert new[3] < 1

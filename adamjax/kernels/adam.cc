@@ -949,7 +949,8 @@ struct Job {
   template <class Low>
   void Trim(const Span& span, const float* before, const float* after, const float* difference) const {
     Low* low = kept.Out<Low>(span);
-    for (int64_t i = 0; i < span.n; ++i) {
+    const int64_t n = span.n;  // the compiler takes bytes for aliases of it
+    for (int64_t i = 0; i < n; ++i) {
       if (Upper(Bits(before[i] + difference[i])) != Bits(after[i]) >> 16) low[i] = 0;
     }
   }
