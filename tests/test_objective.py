@@ -1,6 +1,5 @@
 """Tuning of training loops of one's own."""
 
-import gc
 import json
 import math
 import pickle
@@ -501,7 +500,6 @@ def test_eqx_filter_jit_compiles_once():
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_machines_share_a_storage_of_optuna(tmp_path):
     url = f"sqlite:///{tmp_path / 'study.db'}"
     for machine in range(2):
@@ -509,7 +507,6 @@ def test_machines_share_a_storage_of_optuna(tmp_path):
         assert {t.stage for t in found.searched} == {"defaults", "optuna"}
     (summary,) = optuna.get_all_study_summaries(url)
     assert summary.n_trials == 22
-    gc.collect()  # SQLAlchemy leaves it to this to close the database, with a warning
 
 
 def test_progress(capsys):

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import gc
 import json
 import os
 import signal
@@ -420,14 +419,12 @@ class TestOptuna:
         (tmp_path / "trials.jsonl").write_text("".join(lines[:8]))
         assert tuned().to_json() == expected.to_json()
 
-    @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
     def test_machines_share_a_storage(self, tmp_path):
         url = f"sqlite:///{tmp_path / 'study.db'}"
         for _ in range(2):
             small(sampler="optuna:RandomSampler", storage=url, stages=["learning_rate"], confirm=None)
         (summary,) = optuna.get_all_study_summaries(url)
         assert summary.n_trials == 22
-        gc.collect()  # SQLAlchemy leaves it to this to close the database, with a warning
 
     def test_the_learning_rate_has_room(self):
         # Optuna does not leave its range, so the range test may only widen it.
