@@ -14,7 +14,7 @@ updates are float32: the update u of a half precision parameter p is the exact d
 p + u is that parameter, whether added by our `apply_updates`, optax's or flax's (not by equinox's, which
 leaves the sum in float32). Parameters in float32 or wider pass through as if there were no wrapper, and keep nothing.
 
-With ``fused=True`` on a CPU, the kernel rounds the parameters in the same pass.
+With ``fused=True``, the kernel rounds the parameters in the same pass.
 """
 
 from typing import Any, Literal
