@@ -14,7 +14,7 @@ updates are float32: the update u of a half precision parameter p is the exact d
 p + u is that parameter, whether added by our `apply_updates`, optax's or flax's (not by equinox's, which
 leaves the sum in float32). Parameters in float32 or wider pass through as if there were no wrapper, and keep nothing.
 
-With ``fused=True`` on a CPU, the kernel rounds the parameters in the same pass.
+With ``fused=True``, the kernel rounds the parameters in the same pass.
 """
 
 from typing import Any, Literal
@@ -218,9 +218,9 @@ def _add_to_bits(start: Array, u: Array, residual: Array, dither: Dither, dtype:
         master = lax.bitcast_convert_type(bits, jnp.float32)
     target = _upper_half(master)
     u = _difference(target, start)
-    low = (lax.bitcast_convert_type(master, jnp.uint32) >> np.uint32(cut)).astype(residual.dtype)
+    low = lax.bitcast_convert_type(master, jnp.uint32) >> np.uint32(cut)
     # Keep the lower bits only where the update takes the parameter to its upper half; see `_exact_update`.
-    return u, jnp.where(_upper_half(start + u) == target, low, residual.dtype.type(0))
+    return u, jnp.where(_upper_half(start + u) == target, low, np.uint32(0)).astype(residual.dtype)
 
 
 def _width(low: Array) -> int:
@@ -236,10 +236,9 @@ def _upper_half(x: Array) -> Array:
 
 def _join(p: Array, low: Array) -> Array:
     """The float32 whose `_upper_half` is `p` and whose lower half begins with `low`."""
-    width = _width(low)
-    up = (low >> (width - 1)).astype(jnp.uint32)
-    bits = ((lax.bitcast_convert_type(p.astype(_FLOAT32), jnp.uint32) >> 16) - up) << 16
-    return lax.bitcast_convert_type(bits | low.astype(jnp.uint32) << (16 - width), jnp.float32)
+    width, low = _width(low), low.astype(jnp.uint32)
+    bits = ((lax.bitcast_convert_type(p.astype(_FLOAT32), jnp.uint32) >> 16) - (low >> (width - 1))) << 16
+    return lax.bitcast_convert_type(bits | low << (16 - width), jnp.float32)
 
 
 def master_weights(opt: GradientTransformation, *, low_bits: bool | Literal[8, 16] = False) -> MasterWeights:

@@ -368,7 +368,13 @@ def test_it_lowers_without_a_gpu(format, devices, monkeypatch):
 
 
 FLOAT32 = np.dtype(np.float32)
-RESIDUALS = {"kahan": "bfloat16", "master_weights": "float32", "low_bits": "uint16", "stochastic_rounding": None}
+RESIDUALS = {
+    "kahan": "bfloat16",
+    "master_weights": "float32",
+    "low_bits": "uint16",
+    "low_bits=8": "uint8",
+    "stochastic_rounding": None,
+}
 VARIANTS = {
     "clipped": {"clips": True},
     "update": {"update": FLOAT32},

@@ -145,6 +145,12 @@ def test_it_lowers_without_a_tpu(format):
     assert "tpu_custom_call" in lowered_for_tpu(*call_of((40, 8448), format))
 
 
+def test_it_lowers_in_64_bits_too():
+    with jax.enable_x64(True):
+        text = lowered_for_tpu(*call_of((16, 512)))
+    assert "tpu_custom_call" in text
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_each_variant_lowers_without_a_tpu(variant):
     assert "tpu_custom_call" in lowered_for_tpu(*call_of_variant((16, 512), VARIANTS[variant]))

@@ -93,7 +93,7 @@ def _run(spec: LeafSpec, scalars: Array, places: Array, *arrays: Array, interpre
 
     smem = pl.BlockSpec(memory_space=pltpu.SMEM)
     cut = [x.reshape(many, count, x.shape[-1]) for x in (*given, *kept)]
-    new = pl.pallas_call(
+    step = pl.pallas_call(
         program,
         grid=(many, pl.cdiv(count, rows), pl.cdiv(length, width)),
         in_specs=[smem, smem, *map(part_of, cut)],
@@ -103,7 +103,9 @@ def _run(spec: LeafSpec, scalars: Array, places: Array, *arrays: Array, interpre
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",) * 3),
         interpret=interpret,
         name="adam_step",
-    )(scalars.reshape(many, -1), places_of(spec.shape, places.reshape(many, -1)), *cut)
+    )
+    with jax.enable_x64(False):  # in 64 bits, which Mosaic does not have, loops would count
+        new = step(scalars.reshape(many, -1), places_of(spec.shape, places.reshape(many, -1)), *cut)
     return [x.reshape(y.shape) for x, y in zip(new, like, strict=True)]
 
 
@@ -179,7 +181,9 @@ def _ones(x: Array, where: Callable[[Array, Array], Array], width: int) -> Array
 
 def _moved_bytes(x: Array, ones: Array) -> Array:
     """Move integers of 8 bits, which bfloat16 holds."""
-    moved = jnp.dot(x.astype(jnp.float32).astype(jnp.bfloat16), ones, preferred_element_type=jnp.float32)
+    x = x.astype(jnp.float32).astype(jnp.bfloat16)
+    # Whatever `jax_default_matmul_precision` is: Mosaic has no other for bfloat16.
+    moved = jnp.dot(x, ones, precision=lax.Precision.DEFAULT, preferred_element_type=jnp.float32)
     return moved.astype(jnp.int32)
 
 
