@@ -29,7 +29,7 @@ namespace ffi = xla::ffi;
 namespace {
 
 constexpr int64_t kTile = 1024;  // numbers of each array per tile: whole blocks of codes
-constexpr int64_t kAhead = 512;  // prefetch distance, in numbers
+constexpr int64_t kAhead = 512, kFarAhead = 1024;  // prefetch distances, in numbers: of steps in float32, and of others
 constexpr int64_t kLeast = 16;   // minimum of tiles that a thread takes at a time
 constexpr int64_t kLine = 64;    // bytes of a cache line
 constexpr float kNarrowing = 0.25f;  // of the dither of ratios, by 1 - b1; see ../_transforms/moment_storage.py
@@ -82,6 +82,7 @@ struct Array;
 // The operations of a format. Random rounding is unbiased.
 struct Format {
   void (*load)(const Array&, const Span&, float*);
+  void (*load_mean)(const Array&, const Span&, const float* square, float*);  // of ratios to its root, instead of `load`
   void (*store_nearest)(const Array&, const Span&, const float*);
   void (*store_random)(const Array&, const Span&, const float*, const uint32_t*);
   void (*store_mean)(const Array&, const Span&, const float*, const uint32_t*, float narrowing);
@@ -98,10 +99,11 @@ struct Array {
   const uint16_t* scales_in = nullptr;  // of codes, one per block
   uint16_t* scales_out = nullptr;
   int64_t block = 0, blocks = 0;  // numbers per block, and blocks per row
+  int64_t ahead = kAhead;
 
   int64_t At(const Span& s) const { return s.row * stride + Bytes(s.column); }
   int64_t Bytes(int64_t n) const { return (n * bits + 7) / 8; }
-  const char* Ahead(const Span& s) const { return in + At(s) + Bytes(kAhead); }
+  const char* Ahead(const Span& s) const { return in + At(s) + Bytes(ahead); }
   int64_t Scale(const Span& s) const { return s.row * blocks + s.column / block; }
 
   template <class T>
@@ -133,110 +135,6 @@ struct Array {
     return reinterpret_cast<float*>((out != nullptr ? out : const_cast<char*>(in)) + At(s));
   }
 };
-
-// Half precision: floats of 16 bits. `Nearest` (ties to even) and `Cut` (stochastic rounding) return float32 numbers that
-// `Narrow` stores exactly.
-
-struct BFloat16 {
-  using Raw = uint16_t;
-  static void Widen(int64_t n, const Raw* __restrict__ x, float* __restrict__ to) {
-    for (int64_t i = 0; i < n; ++i) to[i] = Number(uint32_t{x[i]} << 16);
-  }
-  static void Narrow(int64_t n, const float* __restrict__ x, Raw* __restrict__ to) {
-    for (int64_t i = 0; i < n; ++i) to[i] = Bits(x[i]) >> 16;
-  }
-  static float Nearest(float x) {  // NaN stays NaN
-    uint32_t b = Bits(x);
-    return Number(x == x ? b + 0x7FFF + ((b >> 16) & 1) : b | 0x400000);
-  }
-  // Bits whose upper half is the rounded number; for one number or a vector.
-  template <class T, class W>
-  static W CutBits(T x, W bits, W random) {
-    return x == x ? bits + (random >> 16) : bits | 0x400000;
-  }
-  static float Cut(float x, uint32_t random) { return Number(CutBits(x, Bits(x), random)); }
-  static float Saturated(float x) { return x; }
-  static float Settled(float, float rounded) { return rounded; }
-  static float Positive(float, float rounded) { return rounded; }  // unchanged: subnormals are flushed here
-};
-
-#if defined(__FLT16_MAX__)
-struct Float16 {
-  using Raw = _Float16;
-  static void Widen(int64_t n, const Raw* __restrict__ x, float* __restrict__ to) {
-    int64_t i = 0;
-#if defined(__F16C__)  // GCC does not vectorise this by itself
-    for (; i + 8 <= n; i += 8) {
-      _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x + i))));
-    }
-#endif
-    for (; i < n; ++i) to[i] = x[i];
-  }
-  static void Narrow(int64_t n, const float* __restrict__ x, Raw* __restrict__ to) {
-    int64_t i = 0;
-#if defined(__F16C__)
-    for (; i + 8 <= n; i += 8) {
-      __m128i halves = _mm256_cvtps_ph(_mm256_loadu_ps(x + i), _MM_FROUND_TO_NEAREST_INT);
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), halves);
-    }
-#endif
-    for (; i < n; ++i) to[i] = static_cast<Raw>(x[i]);
-  }
-  static float Nearest(float x) { return x; }
-  static float Cut(float x, uint32_t random) {
-    float uniform = static_cast<float>(static_cast<int32_t>(random >> 9)) * 0x1p-23f;
-    float subnormal = std::floor(x * 0x1p24f + uniform) * 0x1p-24f;
-    float normal = Number((Bits(x) + (random >> 19)) & 0xFFFFE000);
-    return x != x ? x : std::fabs(x) < 0x1p-14f ? subnormal : normal;
-  }
-  static float Saturated(float x) {
-    return std::fabs(x) <= 65504 || !(std::fabs(x) < INFINITY) ? x : std::copysign(65504.0f, x);
-  }
-  // Its smallest number is no small first moment.
-  static float Settled(float x, float rounded) { return std::fabs(x) < 0x1p-25f ? 0 : rounded; }
-  static float Positive(float x, float rounded) { return x > 0 && rounded < 0x1p-24f ? 0x1p-24f : rounded; }
-};
-#endif
-
-template <class T>
-void Load(const Array& a, const Span& s, float* to) {
-  T::Widen(s.n, a.In<typename T::Raw>(s), to);
-}
-
-template <class T, class F>
-void Store(const Array& a, const Span& s, F rounded) {
-  alignas(64) float each[kTile];
-  for (int64_t i = 0; i < s.n; ++i) each[i] = rounded(i);
-  T::Narrow(s.n, each, a.Out<typename T::Raw>(s));
-}
-
-template <class T>
-void StoreNearest(const Array& a, const Span& s, const float* x) {
-  Store<T>(a, s, [=](int64_t i) { return T::Nearest(x[i]); });
-}
-
-template <class T>
-void StoreRandom(const Array& a, const Span& s, const float* x, const uint32_t* random) {
-  Store<T>(a, s, [=](int64_t i) { return T::Cut(x[i], random[i]); });
-}
-
-template <class T>
-void StoreMean(const Array& a, const Span& s, const float* x, const uint32_t* random, float) {
-  Store<T>(a, s, [=](int64_t i) { return T::Settled(x[i], T::Cut(T::Saturated(x[i]), random[i])); });
-}
-
-template <class T>
-void StoreSquare(const Array& a, const Span& s, const float* x, const uint32_t* random) {
-  Store<T>(a, s, [=](int64_t i) { return T::Positive(x[i], T::Cut(T::Saturated(x[i]), random[i] << 9)); });
-}
-
-template <class T>
-void StoreMaximum(const Array& a, const Span& s, const float* x) {
-  Store<T>(a, s, [=](int64_t i) { return T::Positive(x[i], T::Nearest(T::Saturated(x[i]))); });
-}
-
-template <class T>
-constexpr Format kFloat{Load<T>, StoreNearest<T>, StoreRandom<T>, StoreMean<T>, StoreSquare<T>, StoreMaximum<T>};
 
 // Vectors, for loops that compilers do not vectorise by themselves.
 
@@ -287,6 +185,7 @@ T Min(T x, T y) {
 }
 
 float Root(float x) { return std::sqrt(x); }
+float TwiceInverseRoot(float x) { return x > 0 ? 2 / std::sqrt(x) : 0; }
 
 // Infinity and NaN stay what they are.
 float Limited(float x, float largest) {
@@ -307,13 +206,12 @@ Floats Max(Floats x, Floats y) { return _mm512_max_ps(x, y); }
 Floats Min(Floats x, Floats y) { return _mm512_min_ps(x, y); }
 uint32_t Largest(Words x) { return _mm512_reduce_max_epu32((__m512i)x); }
 Floats Root(Floats x) { return _mm512_sqrt_ps(x); }
-Floats Floor(Floats x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
-// A square root with four digits, of a number above 0.
-Floats AboutRoot(Floats x) { return x * _mm512_rsqrt14_ps(x); }
-// One over the square root, or 0 where there is none: an estimate, and a step of Newton's method.
-Floats InverseRoot(Floats x) {
+// A square root with four digits, of a number above 0, plus another number.
+Floats RootPlus(Floats x, float y) { return x * _mm512_rsqrt14_ps(x) + y; }
+// Two over the square root, or 0 where there is none: an estimate, and a step of Newton's method.
+Floats TwiceInverseRoot(Floats x) {
   Floats y = _mm512_maskz_rsqrt14_ps(_mm512_cmp_ps_mask(x, Floats{}, _CMP_GT_OQ), x);
-  return y * (1.5f - 0.5f * x * y * y);
+  return y * (3 - x * y * y);
 }
 #else
 #if defined(__AVX2__)
@@ -324,7 +222,6 @@ Ints Min(Ints x, Ints y) { return (Ints)_mm256_min_epi32((__m256i)x, (__m256i)y)
 Floats Max(Floats x, Floats y) { return _mm256_max_ps(x, y); }
 Floats Min(Floats x, Floats y) { return _mm256_min_ps(x, y); }
 Floats Root(Floats x) { return _mm256_sqrt_ps(x); }
-Floats Floor(Floats x) { return _mm256_floor_ps(x); }
 #else
 #if defined(__SSE__)
 Floats Root(Floats x) { return _mm_sqrt_ps(x); }
@@ -334,10 +231,9 @@ Floats Root(Floats x) {
   return x;
 }
 #endif
-Floats Floor(Floats x) { return __builtin_convertvector(__builtin_convertvector(x, Ints), Floats); }  // of x >= 0
 #endif
-Floats AboutRoot(Floats x) { return Root(x); }
-Floats InverseRoot(Floats x) { return x > 0 ? 1 / Root(x) : Floats{}; }
+Floats RootPlus(Floats x, float y) { return Root(x) + y; }
+Floats TwiceInverseRoot(Floats x) { return x > 0 ? 2 / Root(x) : Floats{}; }
 uint32_t Largest(Words x) {
   uint32_t largest = 0;
   for (int64_t i = 0; i < kLanes; ++i) largest = std::max(largest, x[i]);
@@ -382,10 +278,127 @@ Words Hash(Words x) {
 }
 
 // Random numbers by global index; see ../_core/low_precision.py.
-inline Words Random(uint32_t first, const Dither& d) {
+__attribute__((always_inline)) inline Words Random(uint32_t first, const Dither& d) {
   constexpr uint32_t kCount[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   return Hash((Lanes<Words>(kCount) + first) ^ d.seed) + d.turn;
 }
+
+// Half precision: floats of 16 bits. `Nearest` (ties to even) and `Cut` (stochastic rounding) return float32 numbers that
+// `Put` stores exactly.
+
+struct BFloat16 {
+  static Floats Load(const uint16_t* from) { return reinterpret_cast<Floats>(WidenedHalves(from) << 16); }
+  static void Put(uint16_t* to, Floats x) { PutHalves(to, reinterpret_cast<Words>(x) >> 16); }
+  static Floats Nearest(Floats x) {  // NaN stays NaN
+    Words b = reinterpret_cast<Words>(x);
+    return reinterpret_cast<Floats>(x == x ? b + 0x7FFF + ((b >> 16) & 1) : b | 0x400000);
+  }
+  // Bits whose upper half is the rounded number.
+  static Words CutBits(Floats x, Words random) {
+    Words bits = reinterpret_cast<Words>(x);
+    return x == x ? bits + (random >> 16) : bits | 0x400000;
+  }
+  static Floats Cut(Floats x, Words random) { return reinterpret_cast<Floats>(CutBits(x, random)); }
+  static Floats Saturated(Floats x) { return x; }
+  static Floats Settled(Floats, Floats rounded) { return rounded; }
+  static Floats Positive(Floats, Floats rounded) { return rounded; }  // unchanged: subnormals are flushed here
+};
+
+struct Float16 {
+#if defined(__AVX512F__)
+  static Floats Load(const uint16_t* from) { return _mm512_cvtph_ps(Lanes<__m256i>(from)); }
+  static void Put(uint16_t* to, Floats x) { ::Put(to, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT)); }
+#elif defined(__AVX2__) && defined(__F16C__)
+  static Floats Load(const uint16_t* from) { return _mm256_cvtph_ps(Lanes<__m128i>(from)); }
+  static void Put(uint16_t* to, Floats x) { ::Put(to, _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT)); }
+#else
+  static Floats Load(const uint16_t* from) {
+    Words half = WidenedHalves(from), size = half & 0x7FFF;
+    Words normal = (size << 13) + (size < 0x7C00 ? (112u << 23) + Words{} : (224u << 23) + Words{});
+    Words small = reinterpret_cast<Words>(__builtin_convertvector(reinterpret_cast<Ints>(size), Floats) * 0x1p-24f);
+    return reinterpret_cast<Floats>((size < 0x400 ? small : normal) | (half & 0x8000) << 16);
+  }
+  static void Put(uint16_t* to, Floats x) {
+    Words bits = reinterpret_cast<Words>(x), size = bits & 0x7FFFFFFF;
+    Words normal = Min(((size + 0xFFF + ((size >> 13) & 1)) >> 13) - (112u << 10), 0x7C00 + Words{});
+    Words small = reinterpret_cast<Words>(reinterpret_cast<Floats>(size) * 0x1p24f + 0x1p23f) - 0x4B000000;
+    Words half = size < 0x38800000 ? small : size > 0x7F800000 ? 0x7E00 + Words{} : normal;
+    PutHalves(to, half | (bits >> 16 & 0x8000));
+  }
+#endif
+  static Floats Nearest(Floats x) { return x; }
+  static Floats Cut(Floats x, Words random) {
+    Floats y = x * 0x1p24f + __builtin_convertvector(reinterpret_cast<Ints>(random >> 9), Floats) * 0x1p-23f;
+    Floats whole = __builtin_convertvector(__builtin_convertvector(y, Ints), Floats);
+    Words subnormal = reinterpret_cast<Words>((whole > y ? whole - 1 : whole) * 0x1p-24f);
+    Words bits = reinterpret_cast<Words>(x), normal = (bits + (random >> 19)) & 0xFFFFE000;
+    Words rounded = (bits & 0x7FFFFFFF) < 0x38800000 ? subnormal : normal;
+    return reinterpret_cast<Floats>(x != x ? bits : rounded);
+  }
+  static Floats Saturated(Floats x) { return Limited(x, 65504.0f); }
+  // Its smallest number is no small first moment.
+  static Floats Settled(Floats x, Floats rounded) {
+    return (reinterpret_cast<Words>(x) & 0x7FFFFFFF) < 0x33000000 ? Floats{} : rounded;
+  }
+  static Floats Positive(Floats x, Floats rounded) {
+    return (x > 0) & (rounded < 0x1p-24f) ? 0x1p-24f + Floats{} : rounded;
+  }
+};
+
+template <class T>
+void Load(const Array& a, const Span& s, float* to) {
+  const uint16_t* from = a.In<uint16_t>(s);
+  int64_t i = 0;
+  for (; i + kLanes <= s.n; i += kLanes) Put(to + i, T::Load(from + i));
+  if (i == s.n) return;
+  uint16_t last[kLanes] = {};
+  std::memcpy(last, from + i, 2 * (s.n - i));
+  Put(to + i, T::Load(last));
+}
+
+// `rounded` is called with the place of a vector, and its numbers.
+template <class T, class F>
+void Store(const Array& a, const Span& s, const float* x, F rounded) {
+  uint16_t* to = a.Out<uint16_t>(s);
+  int64_t i = 0;
+  for (; i + kLanes <= s.n; i += kLanes) T::Put(to + i, rounded(i, Lanes<Floats>(x + i)));
+  if (i == s.n) return;
+  uint16_t last[kLanes];
+  T::Put(last, rounded(i, Some(x + i, s.n - i)));
+  std::memcpy(to + i, last, 2 * (s.n - i));
+}
+
+template <class T>
+void StoreNearest(const Array& a, const Span& s, const float* x) {
+  Store<T>(a, s, x, [](int64_t, Floats x) { return T::Nearest(x); });
+}
+
+template <class T>
+void StoreRandom(const Array& a, const Span& s, const float* x, const uint32_t* random) {
+  Store<T>(a, s, x, [=](int64_t i, Floats x) { return T::Cut(x, Lanes<Words>(random + i)); });
+}
+
+template <class T>
+void StoreMean(const Array& a, const Span& s, const float* x, const uint32_t* random, float) {
+  Store<T>(a, s, x, [=](int64_t i, Floats x) {
+    return T::Settled(x, T::Cut(T::Saturated(x), Lanes<Words>(random + i)));
+  });
+}
+
+template <class T>
+void StoreSquare(const Array& a, const Span& s, const float* x, const uint32_t* random) {
+  Store<T>(a, s, x, [=](int64_t i, Floats x) {
+    return T::Positive(x, T::Cut(T::Saturated(x), Lanes<Words>(random + i) << 9));
+  });
+}
+
+template <class T>
+void StoreMaximum(const Array& a, const Span& s, const float* x) {
+  Store<T>(a, s, x, [](int64_t, Floats x) { return T::Positive(x, T::Nearest(T::Saturated(x))); });
+}
+
+template <class T>
+constexpr Format kFloat{Load<T>, nullptr, StoreNearest<T>, StoreRandom<T>, StoreMean<T>, StoreSquare<T>, StoreMaximum<T>};
 
 // Codes: see ../_core/quantization.py. A format has two parameters for each block, which follow from its scale, and its
 // scale follows from the maxima of one or two keys of its numbers. All are of vectors: of several blocks, or of one.
@@ -416,7 +429,7 @@ struct Ratios {
 
     static Block Of(Words scale) {
       Floats s = reinterpret_cast<Floats>(scale << 16);
-      return {s * (1 / kUnits), s == 0 ? Floats{} : kUnits / s};
+      return {s * (1 / kUnits), s == 0 ? Floats{} : kUnits * (1 - 0x1p-22f) / s};  // the largest is at most `levels`
     }
   };
 
@@ -426,21 +439,23 @@ struct Ratios {
     return q * (size + kTwice) * block.unit;
   }
 
-  // With T = |q| + levels, y units are T^2 - levels^2. The root need not be exact. If an error puts a number that is very
-  // close to a code on the wrong side of it, the number always becomes that code, instead of almost always. The sign of
-  // the errors changes every 1e-4, so nothing gets stuck.
+  // With t = |q| + levels, |q| (|q| + 2 levels) units are t^2 - levels^2. A number is rounded up if it is above the middle
+  // of its cell by more than the dither, in (-1/2, 1/2) of the width. Its root need not be exact: if an error puts a
+  // number that is very close to a code on the wrong side of it, the number always becomes that code, instead of almost
+  // always. The sign of the errors changes every 1e-4, so nothing gets stuck.
   static Ints Encode(Floats x, const Block& block, Words random, float narrowing) {
-    Floats square = reinterpret_cast<Floats>(Magnitude(x)) * block.per_unit + kTop * kTop;
-    Floats low = Max(Floor(AboutRoot(square)), kTop + Floats{});
-    // The dither is centred at 0, and its width is that of the integers. The threshold is below 1.
-    constexpr float kFull = 0x1p-32f * (1 - 0x1p-23f);
+    constexpr float kWhole = 0x1p23f;  // numbers above are integers, which are in their last bits
+    constexpr float kFull = 0x1p-32f * (1 - 0x1p-18f);
+    constexpr int32_t kZero = 0x4B000000 + kLevels;  // the bits of kWhole + kTop
+    Floats square = reinterpret_cast<Floats>(Magnitude(x)) * block.per_unit + (kTop * kTop - 0.5f);
+    Ints whole = Max(reinterpret_cast<Ints>(RootPlus(square, kWhole - 0.5f)), kZero + Ints{});
+    Floats low = reinterpret_cast<Floats>(whole) - kWhole, next = low + 1;
     Floats width = Max(kFull / 2 + Floats{}, kFull * (1 + kTop * narrowing) - kFull * narrowing * low);
     width = low < 2 * kTop - 1 ? width : kFull + Floats{};
-    Floats threshold = 0.5f + width * __builtin_convertvector(reinterpret_cast<Ints>(random ^ 0x80000000), Floats);
-    low = square - low * low > (2 * low + 1) * threshold ? low + 1 : low;
-    Floats q = Min(low, kTwice + Floats{}) - kTop;
-    q = reinterpret_cast<Floats>(reinterpret_cast<Words>(q) | (reinterpret_cast<Words>(x) & 0x80000000));
-    return __builtin_convertvector(q, Ints);
+    Floats dither = width * (low + next) * __builtin_convertvector(reinterpret_cast<Ints>(random ^ 0x80000000), Floats);
+    Ints q = whole - kZero;
+    q = square - low * next > dither ? q + 1 : q;
+    return reinterpret_cast<Ints>(x) < 0 ? -q : q;
   }
 };
 
@@ -542,8 +557,9 @@ class Blocks {
   alignas(64) uint32_t first_[kTile + kLanes], second_[kTile + kLanes];
 };
 
-template <class C>
-void LoadCodes(const Array& a, const Span& s, float* to) {
+// `put` is called with the place of each vector, and its numbers.
+template <class C, class F>
+void LoadCodes(const Array& a, const Span& s, F put) {
   uint8_t copy[kTile + kLanes];
   const uint8_t* codes = a.In<uint8_t>(s);
   if (s.n % kLanes != 0) {
@@ -554,8 +570,18 @@ void LoadCodes(const Array& a, const Span& s, float* to) {
   const int64_t count = (s.n + a.block - 1) / a.block;
   for (int64_t i = 0; i < count; ++i) scales[i] = a.scales_in[a.Scale(s) + i];
   Blocks<C>(count, scales).ForEach(s.n, a.block, [=](int64_t i, const typename C::Block& block) {
-    Put(to + i, C::Decode(Codes<C>(codes + i * C::kBits / 8), block));
+    put(i, C::Decode(Codes<C>(codes + i * C::kBits / 8), block));
   });
+}
+
+template <int kBits>
+void LoadSquares(const Array& a, const Span& s, float* to) {
+  LoadCodes<Squares<kBits>>(a, s, [=](int64_t i, Floats x) { Put(to + i, x); });
+}
+
+template <int kBits>
+void LoadRatios(const Array& a, const Span& s, const float* square, float* to) {
+  LoadCodes<Ratios<kBits>>(a, s, [=, n = s.n](int64_t i, Floats x) { Put(to + i, x * Root(Some(square + i, n - i))); });
 }
 
 // `encode` is called with a vector of numbers, the parameters of its blocks, and its place.
@@ -616,10 +642,10 @@ void StoreLargest(const Array& a, const Span& s, const float* x) {
 }
 
 template <int kBits>
-constexpr Format kRatios{LoadCodes<Ratios<kBits>>, nullptr, nullptr, StoreRatios<kBits>, nullptr, nullptr};
+constexpr Format kRatios{nullptr, LoadRatios<kBits>, nullptr, nullptr, StoreRatios<kBits>, nullptr, nullptr};
 
 template <int kBits>
-constexpr Format kSquares{LoadCodes<Squares<kBits>>, nullptr, nullptr, nullptr, StoreSquares<kBits>, StoreLargest<kBits>};
+constexpr Format kSquares{LoadSquares<kBits>, nullptr, nullptr, nullptr, nullptr, StoreSquares<kBits>, StoreLargest<kBits>};
 
 // The prefetches during the step of a tile: for each array, the numbers of a later tile.
 struct Ahead {
@@ -728,8 +754,8 @@ struct Form {
       Floats mean = Mean(s, wide(WidenedHalves(m_in + i) << 16), g);
       Floats square = Square(s, wide(WidenedHalves(v_in + i) << 16), g);
       Words random = Random(first + static_cast<uint32_t>(i), d);
-      Words m_bits = BFloat16::CutBits(mean, reinterpret_cast<Words>(mean), random);
-      Words v_bits = BFloat16::CutBits(square, reinterpret_cast<Words>(square), random << 9);
+      Words m_bits = BFloat16::CutBits(mean, random);
+      Words v_bits = BFloat16::CutBits(square, random << 9);
       Floats u = Update(s, g, wide(m_bits & 0xFFFF0000), wide(v_bits & 0xFFFF0000), p);
       PutHalves(m_out + i, m_bits >> 16);
       PutHalves(v_out + i, v_bits >> 16);
@@ -835,8 +861,11 @@ struct Job {
 
   // Set the fields that follow from the arrays.
   void Complete(bool nesterov, bool coupled, bool decays) {
-    for (Array* x : {&p, &g, &m, &v, &top, &kept}) x->stride = x->Bytes(columns);
     rounds = m.format != nullptr || v.format != nullptr;
+    for (Array* x : {&p, &g, &m, &v, &top, &kept}) {
+      x->stride = x->Bytes(columns);
+      x->ahead = rounds ? kFarAhead : kAhead;
+    }
     bool apart = landing == Landing::kNone ? p.format != nullptr : landing == Landing::kCompensated;
     steps = Choose<>(apart, nesterov, maximum, coupled, decays);
     if (maximum) return;
@@ -850,7 +879,7 @@ struct Job {
     Ahead ahead{{p.Ahead(span), g.Ahead(span), m.Ahead(span), v.Ahead(span)},
                 {p.Bytes(kLanes), g.Bytes(kLanes), m.Bytes(kLanes), v.Bytes(kLanes)}};
     for (const Array* x : {&m, &v}) {
-      if (x->block > 0) __builtin_prefetch(x->scales_in + x->Scale(span) + kLanes);
+      if (x->block > 0) __builtin_prefetch(x->scales_in + x->Scale(span) + x->ahead / x->block);
     }
     if (kept.in != nullptr) {
       for (int64_t i = 0; i < kept.Bytes(kTile); i += kLine) __builtin_prefetch(kept.Ahead(span) + i);
@@ -861,12 +890,11 @@ struct Job {
     if (of_vectors != nullptr && span.n % kLanes == 0) {
       of_vectors(span, s, ahead, tile, m, v, d, first);
     } else {
-      tile.m = m.Bring(span, buffers[2]);
       tile.v = v.Bring(span, buffers[3]);
       if (m.block > 0) {
-        for (int64_t i = 0; i < span.n; i += kLanes) {
-          Put(tile.m + i, Lanes<Floats>(tile.m + i) * Root(Some(tile.v + i, span.n - i)));
-        }
+        m.format->load_mean(m, span, tile.v, tile.m);
+      } else {
+        tile.m = m.Bring(span, buffers[2]);
       }
       if (maximum) tile.top = top.Bring(span, buffers[4]);
       bool settles = m.IsNarrow() || v.IsNarrow() || top.IsNarrow();
@@ -894,7 +922,7 @@ struct Job {
   // What is stored of the first moments: codes are of their ratios to the root of the second ones.
   const float* Stored(const Span& span, const Tile& tile, float* buffer) const {
     if (m.block == 0) return tile.m;
-    auto put = [&](int64_t i, Floats v) { Put(buffer + i, Lanes<Floats>(tile.m + i) * InverseRoot(v)); };
+    auto put = [&](int64_t i, Floats v) { Put(buffer + i, 0.5f * Lanes<Floats>(tile.m + i) * TwiceInverseRoot(v)); };
     if (v.format == &kSquares<4>) {  // a block holds no smaller number than its first
       using C = Squares<4>;
       alignas(64) uint32_t scales[kTile + kLanes];
@@ -1006,9 +1034,7 @@ class Operands {
     if (wrong != nullptr) return array;
     if (block == 0) {
       if (type == ffi::BF16) array.format = &kFloat<BFloat16>;
-#if defined(__FLT16_MAX__)
       if (type == ffi::F16) array.format = &kFloat<Float16>;
-#endif
       if (array.format != nullptr) array.bits = 16;
       if (type != ffi::F32 && array.format == nullptr) wrong = "adamjax: unknown dtype";
     } else {
