@@ -647,13 +647,17 @@ constexpr Format kRatios{nullptr, LoadRatios<kBits>, nullptr, nullptr, StoreRati
 template <int kBits>
 constexpr Format kSquares{LoadSquares<kBits>, nullptr, nullptr, nullptr, nullptr, StoreSquares<kBits>, StoreLargest<kBits>};
 
-// The prefetches during the step of a tile: for each array, the numbers of a later tile.
+// The prefetches during the step of a tile: of p, g, m and v, the numbers of a later tile.
 struct Ahead {
-  const char* next[4];
-  int64_t bytes[4];  // of the numbers that are stepped before the next call
+  static constexpr int64_t kNumbers = 16;  // at a time
 
-  void Prefetch() {
-    for (int i = 0; i < 4; ++i) {
+  const char* next[4];
+  int64_t bytes[4];  // of these numbers
+
+  // To be called before each vector, with its place.
+  void Prefetch(int64_t at, int first = 0, int last = 4) {
+    if (kLanes < kNumbers && at % kNumbers != 0) return;
+    for (int i = first; i < last; ++i) {
       __builtin_prefetch(next[i]);
       next[i] += bytes[i];
     }
@@ -731,7 +735,9 @@ struct Form {
     const Tile tile = tile_;
     int64_t i = 0;
     for (; i + kLanes <= n; i += kLanes) {
-      if (part == kAll || part == kMoments) ahead.Prefetch();
+      if (part == kAll) ahead.Prefetch(i);
+      if (part == kMoments) ahead.Prefetch(i, 1);
+      if (part == kUpdate) ahead.Prefetch(i, 0, 1);
       At<part, Floats>(i, s, tile);
     }
     for (; i < n; ++i) At<part, float>(i, s, tile);
@@ -749,7 +755,7 @@ struct Form {
     uint16_t *m_out = m.Out<uint16_t>(span), *v_out = v.Out<uint16_t>(span);
     auto wide = [](Words bits) { return reinterpret_cast<Floats>(bits); };
     for (int64_t i = 0; i < n; i += kLanes) {
-      ahead.Prefetch();
+      ahead.Prefetch(i);
       Floats p = Lanes<Floats>(tile.p + i), g = Gradient(s, Lanes<Floats>(tile.g + i), p);
       Floats mean = Mean(s, wide(WidenedHalves(m_in + i) << 16), g);
       Floats square = Square(s, wide(WidenedHalves(v_in + i) << 16), g);
@@ -876,8 +882,9 @@ struct Job {
     const Dither& d = dithers.moments;
     constexpr int64_t kBuffer = kTile + kLanes;  // numbers past the end of a span are read, but not used
     alignas(64) float buffers[7][kBuffer];
+    constexpr int64_t kEach = Ahead::kNumbers;
     Ahead ahead{{p.Ahead(span), g.Ahead(span), m.Ahead(span), v.Ahead(span)},
-                {p.Bytes(kLanes), g.Bytes(kLanes), m.Bytes(kLanes), v.Bytes(kLanes)}};
+                {p.Bytes(kEach), g.Bytes(kEach), m.Bytes(kEach), v.Bytes(kEach)}};
     for (const Array* x : {&m, &v}) {
       if (x->block > 0) __builtin_prefetch(x->scales_in + x->Scale(span) + x->ahead / x->block);
     }
