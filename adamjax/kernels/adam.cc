@@ -267,6 +267,17 @@ template <>
 Bytes Narrowed(Ints x) { return (Bytes)_mm512_cvtepi32_epi8((__m512i)x); }
 template <>
 HalfBytes Narrowed(Pairs x) { return (HalfBytes)_mm_cvtsi128_si64(_mm512_cvtepi64_epi8((__m512i)x)); }
+#elif defined(__AVX2__)
+template <>
+Ints Widened(Integers x) { return (Ints)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)&x)); }
+template <>
+Ints Widened(Bytes x) { return (Ints)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)&x)); }
+// Integers that 16 bits hold.
+__m128i Packed(Ints x) { return _mm_packs_epi32(_mm256_castsi256_si128((__m256i)x), _mm256_extracti128_si256((__m256i)x, 1)); }
+template <>
+Integers Narrowed(Ints x) { return (Integers)_mm_cvtsi128_si64(_mm_packs_epi16(Packed(x), __m128i{})); }
+template <>
+Bytes Narrowed(Ints x) { return (Bytes)_mm_cvtsi128_si64(_mm_packus_epi16(Packed(x), __m128i{})); }
 #endif
 
 Words WidenedHalves(const uint16_t* from) { return Widened<Words>(Lanes<Halves>(from)); }
