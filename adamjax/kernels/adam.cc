@@ -169,6 +169,14 @@ Floats Some(const float* from, int64_t n) {
   return x;
 }
 
+// The same numbers, with zeros after them that fill the last vector.
+const float* Padded(const float* x, int64_t n, float* copy) {
+  if (n % kLanes == 0) return x;
+  std::memcpy(copy, x, 4 * n);
+  std::memset(copy + n, 0, 4 * kLanes);
+  return copy;
+}
+
 template <class V>
 void Put(void* to, V x) {
   std::memcpy(to, &x, sizeof(V));
@@ -592,19 +600,23 @@ void LoadSquares(const Array& a, const Span& s, float* to) {
 
 template <int kBits>
 void LoadRatios(const Array& a, const Span& s, const float* square, float* to) {
-  LoadCodes<Ratios<kBits>>(a, s, [=, n = s.n](int64_t i, Floats x) { Put(to + i, x * Root(Some(square + i, n - i))); });
+  alignas(64) float copy[kTile + kLanes];
+  square = Padded(square, s.n, copy);
+  LoadCodes<Ratios<kBits>>(a, s, [=](int64_t i, Floats x) { Put(to + i, x * Root(Lanes<Floats>(square + i))); });
 }
 
 // `encode` is called with a vector of numbers, the parameters of its blocks, and its place.
 template <class C, class F>
 void StoreCodes(const Array& a, const Span& s, const float* x, F encode) {
+  alignas(64) float padded[kTile + kLanes];
+  x = Padded(x, s.n, padded);
   alignas(64) uint32_t maxima[C::kKeys][kTile + kLanes], scales[kTile + kLanes];
   const int64_t count = (s.n + a.block - 1) / a.block;
   for (int64_t begin = 0, j = 0; begin < s.n; begin += a.block, ++j) {
     const int64_t end = std::min(s.n, begin + a.block);
     Words largest[C::kKeys]{};
     for (int64_t i = begin; i < end; i += kLanes) {
-      const Floats some = Some(x + i, end - i);
+      const Floats some = a.block < kLanes ? Some(x + i, end - i) : Lanes<Floats>(x + i);
       for (int k = 0; k < C::kKeys; ++k) largest[k] = Max(largest[k], C::Key(k, some));
     }
     for (int k = 0; k < C::kKeys; ++k) maxima[k][j] = Largest(largest[k]);
@@ -950,7 +962,9 @@ struct Job {
         put(i, Max(block.Lowest(), Lanes<Floats>(tile.v + i)));
       });
     } else {
-      for (int64_t i = 0; i < span.n; i += kLanes) put(i, Some(tile.v + i, span.n - i));
+      alignas(64) float copy[kTile + kLanes];
+      const float* square = Padded(tile.v, span.n, copy);
+      for (int64_t i = 0; i < span.n; i += kLanes) put(i, Lanes<Floats>(square + i));
     }
     return buffer;
   }
