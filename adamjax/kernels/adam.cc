@@ -466,14 +466,15 @@ struct Ratios {
     constexpr float kWhole = 0x1p23f;  // numbers above are integers, which are in their last bits
     constexpr float kFull = 0x1p-32f * (1 - 0x1p-18f);
     constexpr int32_t kZero = 0x4B000000 + kLevels;  // the bits of kWhole + kTop
-    Floats square = reinterpret_cast<Floats>(Magnitude(x)) * block.per_unit + (kTop * kTop - 0.5f);
+    Floats square = reinterpret_cast<Floats>(Magnitude(x)) * block.per_unit + kTop * kTop;
     Ints whole = Max(reinterpret_cast<Ints>(RootPlus(square, kWhole - 0.5f)), kZero + Ints{});
     Floats low = reinterpret_cast<Floats>(whole) - kWhole, next = low + 1;
     Floats width = Max(kFull / 2 + Floats{}, kFull * (1 + kTop * narrowing) - kFull * narrowing * low);
     width = low < 2 * kTop - 1 ? width : kFull + Floats{};
-    Floats dither = width * (low + next) * __builtin_convertvector(reinterpret_cast<Ints>(random ^ 0x80000000), Floats);
+    Floats centred = __builtin_convertvector(reinterpret_cast<Ints>(random ^ 0x80000000), Floats);
+    Floats threshold = width * (low + next) * centred + 0.5f;
     Ints q = whole - kZero;
-    q = square - low * next > dither ? q + 1 : q;
+    q = square - low * next > threshold ? q + 1 : q;
     return reinterpret_cast<Ints>(x) < 0 ? -q : q;
   }
 };
