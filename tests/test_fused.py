@@ -474,7 +474,7 @@ BIG = jnp.ones((128, 128))
     [
         ({}, BIG.astype(jnp.complex64), "its parameter is complex64, and the kernel steps float32"),
         ({"mu_dtype": adamjax.quantized("int8", 96)}, BIG, "its first moment is quantised in blocks of 96"),
-        ({"nu_dtype": adamjax.quantized("int4", 512)}, BIG, "its second moment is quantised in blocks of 512"),
+        ({"nu_dtype": adamjax.quantized("int4", 2048)}, BIG, "its second moment is quantised in blocks of 2048"),
     ],
 )
 def test_what_cannot_be_fused(options, params, why):

@@ -15,7 +15,7 @@ from adamjax.kernels import _library
 from adamjax.kernels._backend import Backend, LeafArrays, LeafSpec, StepScalars, StepVariant, results
 
 # As in adam.cc.
-_TILE = 256
+_TILE = 1024
 _ROUNDINGS = (None, "stochastic_rounding", "kahan", "master_weights", "low_bits")
 _DTYPES = ("float32", "bfloat16", "float16")
 

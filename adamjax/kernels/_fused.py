@@ -21,11 +21,11 @@ MIN_KERNEL_SIZE = 16384
 
 @value
 class Fused(Chain):
-    """The chain of `adam` or one of its kin, whose `step` and `update` are one pass over memory, on a CPU or a GPU.
+    """The chain of `adam` or one of its kin, whose `step` and `update` are one pass over memory, by a kernel.
 
     `init` and the state are those of the chain. The numbers are too, but for the last digits. Whatever is around it
     calls its kernel: a chain, anywhere in it, `groups`, `skip_nonfinite`, `dynamic_loss_scale`, `zero1`, `offload`,
-    optax's wrappers and the loops of frameworks; on a CPU, also `stochastic_rounding`, `kahan` and `master_weights`.
+    `stochastic_rounding`, `kahan`, `master_weights`, optax's wrappers and the loops of frameworks.
     A `clip_by_global_norm` just before it reads the gradients for the norm, and leaves their scaling to the kernel.
     Code that calls `update` adds the result to the parameters itself, in a second pass; `step` has no need of that.
 
@@ -42,8 +42,12 @@ class Fused(Chain):
 
     On a GPU it is Pallas, for quantised moments. XLA's step of float moments is one pass already, and is taken.
     It needs jax 0.11 and a Hopper or later. Parameters and gradients may be float32 or bfloat16; a moment beside a
-    quantised one is quantised or float32; blocks have a multiple of 64 numbers, and the last axis a multiple of
-    those. Inside `jax.shard_map`, it needs ``check_vma=False``.
+    quantised one is quantised or float32; blocks have a multiple of 32 numbers, beside codes of 4 bits of 64, and
+    the last axis a multiple of those. Inside `jax.shard_map`, it needs ``check_vma=False``.
+
+    On a TPU it is Pallas too, for quantised moments: blocks divide 256, and the last axis is a multiple of 256 on each
+    device. On several TPUs it needs a mesh in Explicit mode, or `jax.shard_map` with ``check_vma=False``. It was
+    compiled for TPUs, and never run on one.
 
     A function with such a step in it can be exported by `jax.export` only if its check for custom calls is
     disabled, and then runs only where the same kernel is loaded.

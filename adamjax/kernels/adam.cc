@@ -28,9 +28,9 @@ namespace ffi = xla::ffi;
 
 namespace {
 
-constexpr int64_t kTile = 256;   // numbers of each array per tile: whole blocks of codes
-constexpr int64_t kAhead = 512;  // prefetch distance, in numbers
-constexpr int64_t kLeast = 64;   // minimum of tiles that a thread takes at a time
+constexpr int64_t kTile = 1024;  // numbers of each array per tile: whole blocks of codes
+constexpr int64_t kAhead = 512, kFarAhead = 1024;  // prefetch distances, in numbers: of steps in float32, and of others
+constexpr int64_t kLeast = 16;   // minimum of tiles that a thread takes at a time
 constexpr int64_t kLine = 64;    // bytes of a cache line
 constexpr float kNarrowing = 0.25f;  // of the dither of ratios, by 1 - b1; see ../_transforms/moment_storage.py
 
@@ -83,6 +83,7 @@ struct Array;
 // The operations of a format. Random rounding is unbiased.
 struct Format {
   void (*load)(const Array&, const Span&, float*);
+  void (*load_mean)(const Array&, const Span&, const float* square, float*);  // of ratios to its root, instead of `load`
   void (*store_nearest)(const Array&, const Span&, const float*);
   void (*store_random)(const Array&, const Span&, const float*, const uint32_t*);
   void (*store_mean)(const Array&, const Span&, const float*, const uint32_t*, float narrowing);
@@ -99,10 +100,11 @@ struct Array {
   const uint16_t* scales_in = nullptr;  // of codes, one per block
   uint16_t* scales_out = nullptr;
   int64_t block = 0, blocks = 0;  // numbers per block, and blocks per row
+  int64_t ahead = kAhead;
 
   int64_t At(const Span& s) const { return s.row * stride + Bytes(s.column); }
   int64_t Bytes(int64_t n) const { return (n * bits + 7) / 8; }
-  const char* Ahead(const Span& s) const { return in + At(s) + Bytes(kAhead); }
+  const char* Ahead(const Span& s) const { return in + At(s) + Bytes(ahead); }
   int64_t Scale(const Span& s) const { return s.row * blocks + s.column / block; }
 
   template <class T>
@@ -135,122 +137,45 @@ struct Array {
   }
 };
 
-// Half precision: floats of 16 bits. `Nearest` (ties to even) and `Cut` (stochastic rounding) return float32 numbers that
-// `Narrow` stores exactly.
-
-struct BFloat16 {
-  using Raw = uint16_t;
-  static void Widen(int64_t n, const Raw* __restrict__ x, float* __restrict__ to) {
-    for (int64_t i = 0; i < n; ++i) to[i] = Number(uint32_t{x[i]} << 16);
-  }
-  static void Narrow(int64_t n, const float* __restrict__ x, Raw* __restrict__ to) {
-    for (int64_t i = 0; i < n; ++i) to[i] = Bits(x[i]) >> 16;
-  }
-  static float Nearest(float x) {  // NaN stays NaN
-    uint32_t b = Bits(x);
-    return Number(x == x ? b + 0x7FFF + ((b >> 16) & 1) : b | 0x400000);
-  }
-  // Bits whose upper half is the rounded number; for one number or a vector.
-  template <class T, class W>
-  static W CutBits(T x, W bits, W random) {
-    return x == x ? bits + (random >> 16) : bits | 0x400000;
-  }
-  static float Cut(float x, uint32_t random) { return Number(CutBits(x, Bits(x), random)); }
-  static float Saturated(float x) { return x; }
-  static float Settled(float, float rounded) { return rounded; }
-  static float Positive(float, float rounded) { return rounded; }  // unchanged: subnormals are flushed here
-};
-
-#if defined(__FLT16_MAX__)
-struct Float16 {
-  using Raw = _Float16;
-  static void Widen(int64_t n, const Raw* __restrict__ x, float* __restrict__ to) {
-    int64_t i = 0;
-#if defined(__F16C__)  // GCC does not vectorise this by itself
-    for (; i + 8 <= n; i += 8) {
-      _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x + i))));
-    }
-#endif
-    for (; i < n; ++i) to[i] = x[i];
-  }
-  static void Narrow(int64_t n, const float* __restrict__ x, Raw* __restrict__ to) {
-    int64_t i = 0;
-#if defined(__F16C__)
-    for (; i + 8 <= n; i += 8) {
-      __m128i halves = _mm256_cvtps_ph(_mm256_loadu_ps(x + i), _MM_FROUND_TO_NEAREST_INT);
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), halves);
-    }
-#endif
-    for (; i < n; ++i) to[i] = static_cast<Raw>(x[i]);
-  }
-  static float Nearest(float x) { return x; }
-  static float Cut(float x, uint32_t random) {
-    float uniform = static_cast<float>(static_cast<int32_t>(random >> 9)) * 0x1p-23f;
-    float subnormal = std::floor(x * 0x1p24f + uniform) * 0x1p-24f;
-    float normal = Number((Bits(x) + (random >> 19)) & 0xFFFFE000);
-    return x != x ? x : std::fabs(x) < 0x1p-14f ? subnormal : normal;
-  }
-  static float Saturated(float x) {
-    return std::fabs(x) <= 65504 || !(std::fabs(x) < INFINITY) ? x : std::copysign(65504.0f, x);
-  }
-  // Its smallest number is no small first moment.
-  static float Settled(float x, float rounded) { return std::fabs(x) < 0x1p-25f ? 0 : rounded; }
-  static float Positive(float x, float rounded) { return x > 0 && rounded < 0x1p-24f ? 0x1p-24f : rounded; }
-};
-#endif
-
-template <class T>
-void Load(const Array& a, const Span& s, float* to) {
-  T::Widen(s.n, a.In<typename T::Raw>(s), to);
-}
-
-template <class T, class F>
-void Store(const Array& a, const Span& s, F rounded) {
-  alignas(64) float each[kTile];
-  for (int64_t i = 0; i < s.n; ++i) each[i] = rounded(i);
-  T::Narrow(s.n, each, a.Out<typename T::Raw>(s));
-}
-
-template <class T>
-void StoreNearest(const Array& a, const Span& s, const float* x) {
-  Store<T>(a, s, [=](int64_t i) { return T::Nearest(x[i]); });
-}
-
-template <class T>
-void StoreRandom(const Array& a, const Span& s, const float* x, const uint32_t* random) {
-  Store<T>(a, s, [=](int64_t i) { return T::Cut(x[i], random[i]); });
-}
-
-template <class T>
-void StoreMean(const Array& a, const Span& s, const float* x, const uint32_t* random, float) {
-  Store<T>(a, s, [=](int64_t i) { return T::Settled(x[i], T::Cut(T::Saturated(x[i]), random[i])); });
-}
-
-template <class T>
-void StoreSquare(const Array& a, const Span& s, const float* x, const uint32_t* random) {
-  Store<T>(a, s, [=](int64_t i) { return T::Positive(x[i], T::Cut(T::Saturated(x[i]), random[i] << 9)); });
-}
-
-template <class T>
-void StoreMaximum(const Array& a, const Span& s, const float* x) {
-  Store<T>(a, s, [=](int64_t i) { return T::Positive(x[i], T::Nearest(T::Saturated(x[i]))); });
-}
-
-template <class T>
-constexpr Format kFloat{Load<T>, StoreNearest<T>, StoreRandom<T>, StoreMean<T>, StoreSquare<T>, StoreMaximum<T>};
-
 // Vectors, for loops that compilers do not vectorise by themselves.
 
+#if defined(__AVX512F__)
 constexpr int64_t kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int64_t kLanes = 8;
+#else
+constexpr int64_t kLanes = 4;
+#endif
 typedef float Floats __attribute__((vector_size(4 * kLanes)));
 typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
+typedef uint64_t Pairs __attribute__((vector_size(4 * kLanes)));  // of words
+typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
+typedef int8_t Integers __attribute__((vector_size(kLanes)));
+typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
+typedef uint8_t HalfBytes __attribute__((vector_size(kLanes / 2)));
 
 template <class V>
 V Lanes(const void* from) {
   V x;
   std::memcpy(&x, from, sizeof(V));
   return x;
+}
+
+// The first `n` numbers; 0 in other lanes.
+Floats Some(const float* from, int64_t n) {
+  if (n >= kLanes) return Lanes<Floats>(from);
+  Floats x{};
+  std::memcpy(&x, from, 4 * n);
+  return x;
+}
+
+// The same numbers, with zeros after them that fill the last vector.
+const float* Padded(const float* x, int64_t n, float* copy) {
+  if (n % kLanes == 0) return x;
+  std::memcpy(copy, x, 4 * n);
+  std::memset(copy + n, 0, 4 * kLanes);
+  return copy;
 }
 
 template <class V>
@@ -269,6 +194,7 @@ T Min(T x, T y) {
 }
 
 float Root(float x) { return std::sqrt(x); }
+float TwiceInverseRoot(float x) { return x > 0 ? 2 / std::sqrt(x) : 0; }
 
 // Infinity and NaN stay what they are.
 float Limited(float x, float largest) {
@@ -286,64 +212,85 @@ Ints Max(Ints x, Ints y) { return (Ints)_mm512_max_epi32((__m512i)x, (__m512i)y)
 Words Min(Words x, Words y) { return (Words)_mm512_min_epu32((__m512i)x, (__m512i)y); }
 Ints Min(Ints x, Ints y) { return (Ints)_mm512_min_epi32((__m512i)x, (__m512i)y); }
 Floats Max(Floats x, Floats y) { return _mm512_max_ps(x, y); }
+Floats Min(Floats x, Floats y) { return _mm512_min_ps(x, y); }
 uint32_t Largest(Words x) { return _mm512_reduce_max_epu32((__m512i)x); }
-uint32_t Smallest(Words x) { return _mm512_reduce_min_epu32((__m512i)x); }
 Floats Root(Floats x) { return _mm512_sqrt_ps(x); }
-// A square root with four digits.
-Floats AboutRoot(Floats x) {
-  x = _mm512_max_ps(x, 1e-30f + Floats{});
-  return x * _mm512_rsqrt14_ps(x);
+// A square root with four digits, of a number above 0, plus another number.
+Floats RootPlus(Floats x, float y) { return x * _mm512_rsqrt14_ps(x) + y; }
+// Two over the square root, or 0 where there is none: an estimate, and a step of Newton's method.
+Floats TwiceInverseRoot(Floats x) {
+  Floats y = _mm512_maskz_rsqrt14_ps(_mm512_cmp_ps_mask(x, Floats{}, _CMP_GT_OQ), x);
+  return y * (3 - x * y * y);
 }
-// One over the square root, or 0 where there is none: an estimate, and a step of Newton's method.
-Floats InverseRoot(Floats x) {
-  Floats y = _mm512_rsqrt14_ps(x);
-  return x > 0 ? y * (1.5f - 0.5f * x * y * y) : Floats{};
-}
-Ints Widened(const int8_t* from) { return (Ints)_mm512_cvtepi8_epi32(Lanes<__m128i>(from)); }
-Ints Widened(const uint8_t* from) { return (Ints)_mm512_cvtepu8_epi32(Lanes<__m128i>(from)); }
-void PutNarrowed(int8_t* to, Ints x) { Put(to, _mm512_cvtsepi32_epi8((__m512i)x)); }
-void PutNarrowed(uint8_t* to, Ints x) { Put(to, _mm512_cvtusepi32_epi8((__m512i)x)); }
-Words WidenedHalves(const uint16_t* from) { return (Words)_mm512_cvtepu16_epi32(Lanes<__m256i>(from)); }
-void PutHalves(uint16_t* to, Words x) { Put(to, _mm512_cvtepi32_epi16((__m512i)x)); }
+#else
+#if defined(__AVX2__)
+Words Max(Words x, Words y) { return (Words)_mm256_max_epu32((__m256i)x, (__m256i)y); }
+Ints Max(Ints x, Ints y) { return (Ints)_mm256_max_epi32((__m256i)x, (__m256i)y); }
+Words Min(Words x, Words y) { return (Words)_mm256_min_epu32((__m256i)x, (__m256i)y); }
+Ints Min(Ints x, Ints y) { return (Ints)_mm256_min_epi32((__m256i)x, (__m256i)y); }
+Floats Max(Floats x, Floats y) { return _mm256_max_ps(x, y); }
+Floats Min(Floats x, Floats y) { return _mm256_min_ps(x, y); }
+Floats Root(Floats x) { return _mm256_sqrt_ps(x); }
+#else
+#if defined(__SSE__)
+Floats Root(Floats x) { return _mm_sqrt_ps(x); }
 #else
 Floats Root(Floats x) {
-  float each[kLanes];
-  Put(each, x);
-  for (float& y : each) y = std::sqrt(y);
-  return Lanes<Floats>(each);
+  for (int64_t i = 0; i < kLanes; ++i) x[i] = std::sqrt(x[i]);
+  return x;
 }
-Floats AboutRoot(Floats x) { return Root(x); }
-Floats InverseRoot(Floats x) { return x > 0 ? 1 / Root(x) : Floats{}; }
+#endif
+#endif
+Floats RootPlus(Floats x, float y) { return Root(x) + y; }
+Floats TwiceInverseRoot(Floats x) { return x > 0 ? 2 / Root(x) : Floats{}; }
 uint32_t Largest(Words x) {
   uint32_t largest = 0;
   for (int64_t i = 0; i < kLanes; ++i) largest = std::max(largest, x[i]);
   return largest;
 }
-uint32_t Smallest(Words x) { return ~Largest(~x); }
-template <class T>
-Ints Widened(const T* from) {
-  int32_t each[kLanes];
-  for (int64_t i = 0; i < kLanes; ++i) each[i] = from[i];
-  return Lanes<Ints>(each);
-}
-template <class T>
-void PutNarrowed(T* to, Ints x) {
-  int32_t each[kLanes];
-  Put(each, x);
-  constexpr int32_t kLargest = std::numeric_limits<T>::max();
-  for (int64_t i = 0; i < kLanes; ++i) to[i] = static_cast<T>(std::min(each[i], kLargest));
-}
-Words WidenedHalves(const uint16_t* from) {
-  uint32_t each[kLanes];
-  for (int64_t i = 0; i < kLanes; ++i) each[i] = from[i];
-  return Lanes<Words>(each);
-}
-void PutHalves(uint16_t* to, Words x) {
-  uint32_t each[kLanes];
-  Put(each, x);
-  for (int64_t i = 0; i < kLanes; ++i) to[i] = static_cast<uint16_t>(each[i]);
-}
 #endif
+
+// Conversions of integers. GCC makes several instructions of the general ones.
+template <class W, class N>
+W Widened(N x) {
+  return __builtin_convertvector(x, W);
+}
+template <class N, class W>
+N Narrowed(W x) {
+  return __builtin_convertvector(x, N);
+}
+#if defined(__AVX512F__)
+template <>
+Words Widened(Halves x) { return (Words)_mm512_cvtepu16_epi32((__m256i)x); }
+template <>
+Ints Widened(Integers x) { return (Ints)_mm512_cvtepi8_epi32((__m128i)x); }
+template <>
+Ints Widened(Bytes x) { return (Ints)_mm512_cvtepu8_epi32((__m128i)x); }
+template <>
+Pairs Widened(HalfBytes x) { return (Pairs)_mm512_cvtepu8_epi64(_mm_loadl_epi64((const __m128i*)&x)); }
+template <>
+Halves Narrowed(Words x) { return (Halves)_mm512_cvtepi32_epi16((__m512i)x); }
+template <>
+Integers Narrowed(Ints x) { return (Integers)_mm512_cvtepi32_epi8((__m512i)x); }
+template <>
+Bytes Narrowed(Ints x) { return (Bytes)_mm512_cvtepi32_epi8((__m512i)x); }
+template <>
+HalfBytes Narrowed(Pairs x) { return (HalfBytes)_mm_cvtsi128_si64(_mm512_cvtepi64_epi8((__m512i)x)); }
+#elif defined(__AVX2__)
+template <>
+Ints Widened(Integers x) { return (Ints)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)&x)); }
+template <>
+Ints Widened(Bytes x) { return (Ints)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)&x)); }
+// Integers that 16 bits hold.
+__m128i Packed(Ints x) { return _mm_packs_epi32(_mm256_castsi256_si128((__m256i)x), _mm256_extracti128_si256((__m256i)x, 1)); }
+template <>
+Integers Narrowed(Ints x) { return (Integers)_mm_cvtsi128_si64(_mm_packs_epi16(Packed(x), __m128i{})); }
+template <>
+Bytes Narrowed(Ints x) { return (Bytes)_mm_cvtsi128_si64(_mm_packus_epi16(Packed(x), __m128i{})); }
+#endif
+
+Words WidenedHalves(const uint16_t* from) { return Widened<Words>(Lanes<Halves>(from)); }
+void PutHalves(uint16_t* to, Words x) { Put(to, Narrowed<Halves>(x)); }
 
 Words Hash(Words x) {
   x *= 0x7FEB352Du;
@@ -351,12 +298,130 @@ Words Hash(Words x) {
 }
 
 // Random numbers by global index; see ../_core/low_precision.py.
-Words Random(uint32_t first, const Dither& d) {
-  Words x = (Words{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} + first) ^ d.seed;
-  return Hash(x) + d.turn;
+__attribute__((always_inline)) inline Words Random(uint32_t first, const Dither& d) {
+  constexpr uint32_t kCount[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  return Hash((Lanes<Words>(kCount) + first) ^ d.seed) + d.turn;
 }
 
-// Codes: see ../_core/quantization.py.
+// Half precision: floats of 16 bits. `Nearest` (ties to even) and `Cut` (stochastic rounding) return float32 numbers that
+// `Put` stores exactly.
+
+struct BFloat16 {
+  static Floats Load(const uint16_t* from) { return reinterpret_cast<Floats>(WidenedHalves(from) << 16); }
+  static void Put(uint16_t* to, Floats x) { PutHalves(to, reinterpret_cast<Words>(x) >> 16); }
+  static Floats Nearest(Floats x) {  // NaN stays NaN
+    Words b = reinterpret_cast<Words>(x);
+    return reinterpret_cast<Floats>(x == x ? b + 0x7FFF + ((b >> 16) & 1) : b | 0x400000);
+  }
+  // Bits whose upper half is the rounded number.
+  static Words CutBits(Floats x, Words random) {
+    Words bits = reinterpret_cast<Words>(x);
+    return x == x ? bits + (random >> 16) : bits | 0x400000;
+  }
+  static Floats Cut(Floats x, Words random) { return reinterpret_cast<Floats>(CutBits(x, random)); }
+  static Floats Saturated(Floats x) { return x; }
+  static Floats Settled(Floats, Floats rounded) { return rounded; }
+  static Floats Positive(Floats, Floats rounded) { return rounded; }  // unchanged: subnormals are flushed here
+};
+
+struct Float16 {
+#if defined(__AVX512F__)
+  static Floats Load(const uint16_t* from) { return _mm512_cvtph_ps(Lanes<__m256i>(from)); }
+  static void Put(uint16_t* to, Floats x) { ::Put(to, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT)); }
+#elif defined(__AVX2__) && defined(__F16C__)
+  static Floats Load(const uint16_t* from) { return _mm256_cvtph_ps(Lanes<__m128i>(from)); }
+  static void Put(uint16_t* to, Floats x) { ::Put(to, _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT)); }
+#else
+  static Floats Load(const uint16_t* from) {
+    Words half = WidenedHalves(from), size = half & 0x7FFF;
+    Words normal = (size << 13) + (size < 0x7C00 ? (112u << 23) + Words{} : (224u << 23) + Words{});
+    Words small = reinterpret_cast<Words>(__builtin_convertvector(reinterpret_cast<Ints>(size), Floats) * 0x1p-24f);
+    return reinterpret_cast<Floats>((size < 0x400 ? small : normal) | (half & 0x8000) << 16);
+  }
+  static void Put(uint16_t* to, Floats x) {
+    Words bits = reinterpret_cast<Words>(x), size = bits & 0x7FFFFFFF;
+    Words normal = Min(((size + 0xFFF + ((size >> 13) & 1)) >> 13) - (112u << 10), 0x7C00 + Words{});
+    Words small = reinterpret_cast<Words>(reinterpret_cast<Floats>(size) * 0x1p24f + 0x1p23f) - 0x4B000000;
+    Words half = size < 0x38800000 ? small : size > 0x7F800000 ? 0x7E00 + Words{} : normal;
+    PutHalves(to, half | (bits >> 16 & 0x8000));
+  }
+#endif
+  static Floats Nearest(Floats x) { return x; }
+  static Floats Cut(Floats x, Words random) {
+    Floats y = x * 0x1p24f + __builtin_convertvector(reinterpret_cast<Ints>(random >> 9), Floats) * 0x1p-23f;
+    Floats whole = __builtin_convertvector(__builtin_convertvector(y, Ints), Floats);
+    Words subnormal = reinterpret_cast<Words>((whole > y ? whole - 1 : whole) * 0x1p-24f);
+    Words bits = reinterpret_cast<Words>(x), normal = (bits + (random >> 19)) & 0xFFFFE000;
+    Words rounded = (bits & 0x7FFFFFFF) < 0x38800000 ? subnormal : normal;
+    return reinterpret_cast<Floats>(x != x ? bits : rounded);
+  }
+  static Floats Saturated(Floats x) { return Limited(x, 65504.0f); }
+  // Its smallest number is no small first moment.
+  static Floats Settled(Floats x, Floats rounded) {
+    return (reinterpret_cast<Words>(x) & 0x7FFFFFFF) < 0x33000000 ? Floats{} : rounded;
+  }
+  static Floats Positive(Floats x, Floats rounded) {
+    return (x > 0) & (rounded < 0x1p-24f) ? 0x1p-24f + Floats{} : rounded;
+  }
+};
+
+template <class T>
+void Load(const Array& a, const Span& s, float* to) {
+  const uint16_t* from = a.In<uint16_t>(s);
+  int64_t i = 0;
+  for (; i + kLanes <= s.n; i += kLanes) Put(to + i, T::Load(from + i));
+  if (i == s.n) return;
+  uint16_t last[kLanes] = {};
+  std::memcpy(last, from + i, 2 * (s.n - i));
+  Put(to + i, T::Load(last));
+}
+
+// `rounded` is called with the place of a vector, and its numbers.
+template <class T, class F>
+void Store(const Array& a, const Span& s, const float* x, F rounded) {
+  uint16_t* to = a.Out<uint16_t>(s);
+  int64_t i = 0;
+  for (; i + kLanes <= s.n; i += kLanes) T::Put(to + i, rounded(i, Lanes<Floats>(x + i)));
+  if (i == s.n) return;
+  uint16_t last[kLanes];
+  T::Put(last, rounded(i, Some(x + i, s.n - i)));
+  std::memcpy(to + i, last, 2 * (s.n - i));
+}
+
+template <class T>
+void StoreNearest(const Array& a, const Span& s, const float* x) {
+  Store<T>(a, s, x, [](int64_t, Floats x) { return T::Nearest(x); });
+}
+
+template <class T>
+void StoreRandom(const Array& a, const Span& s, const float* x, const uint32_t* random) {
+  Store<T>(a, s, x, [=](int64_t i, Floats x) { return T::Cut(x, Lanes<Words>(random + i)); });
+}
+
+template <class T>
+void StoreMean(const Array& a, const Span& s, const float* x, const uint32_t* random, float) {
+  Store<T>(a, s, x, [=](int64_t i, Floats x) {
+    return T::Settled(x, T::Cut(T::Saturated(x), Lanes<Words>(random + i)));
+  });
+}
+
+template <class T>
+void StoreSquare(const Array& a, const Span& s, const float* x, const uint32_t* random) {
+  Store<T>(a, s, x, [=](int64_t i, Floats x) {
+    return T::Positive(x, T::Cut(T::Saturated(x), Lanes<Words>(random + i) << 9));
+  });
+}
+
+template <class T>
+void StoreMaximum(const Array& a, const Span& s, const float* x) {
+  Store<T>(a, s, x, [](int64_t, Floats x) { return T::Positive(x, T::Nearest(T::Saturated(x))); });
+}
+
+template <class T>
+constexpr Format kFloat{Load<T>, nullptr, StoreNearest<T>, StoreRandom<T>, StoreMean<T>, StoreSquare<T>, StoreMaximum<T>};
+
+// Codes: see ../_core/quantization.py. A format has two parameters for each block, which follow from its scale, and its
+// scale follows from the maxima of one or two keys of its numbers. All are of vectors: of several blocks, or of one.
 
 constexpr uint32_t kLargest = 0x7F7FFFFF, kInfinity = 0x7F800000, kNaNs = 0x7FFFFFFF;  // bits of float32 numbers
 
@@ -369,49 +434,49 @@ struct Ratios {
   static constexpr int kLevels = kBits == 8 ? 127 : 7;
   static constexpr int kShift = kBits == 8 ? 0 : 8;  // of q in its four bits
   static constexpr float kTop = kLevels, kTwice = 2 * kLevels, kUnits = 3 * kLevels * kLevels;  // `kUnits` of a scale
+  using Stored = Integers;
 
-  using Integer = int8_t;
+  static constexpr int kKeys = 1;
+  static Words Key(int, Floats x) { return Magnitude(x); }
 
-  struct Maxima {
-    Words top{};
-
-    void Add(Floats x) { top = Max(top, Magnitude(x)); }
-    uint16_t Scale() const {  // NaN for a block with a number that is not finite
-      uint32_t largest = Largest(top);
-      return largest < kInfinity ? std::min(largest + 0xFFFF, kLargest) >> 16 : 0x7FC0;
-    }
-  };
+  static Words Scale(const Words* maxima) {  // NaN for a block with a number that is not finite
+    const Words largest = maxima[0];
+    return largest < kInfinity ? Min(largest + 0xFFFF, kLargest + Words{}) >> 16 : 0x7FC0 + Words{};
+  }
 
   struct Block {
-    float unit, per_unit;
+    Floats unit, per_unit;
 
-    explicit Block(uint16_t scale) {
-      float s = Number(uint32_t{scale} << 16);
-      unit = s * (1 / kUnits);
-      per_unit = s == 0 ? 0 : kUnits / s;
+    static Block Of(Words scale) {
+      Floats s = reinterpret_cast<Floats>(scale << 16);
+      return {s * (1 / kUnits), s == 0 ? Floats{} : kUnits * (1 - 0x1p-22f) / s};  // the largest is at most `levels`
     }
   };
 
-  static Floats Decode(const Integer* codes, const Block& block) {
-    Floats q = __builtin_convertvector(Widened(codes), Floats);
+  static Floats Decode(Ints codes, const Block& block) {
+    Floats q = __builtin_convertvector(codes, Floats);
     Floats size = reinterpret_cast<Floats>(Magnitude(q));
     return q * (size + kTwice) * block.unit;
   }
 
-  // The root need not be exact. If an error puts a number that is very close to a code on the wrong side of it, the
-  // number always becomes that code, instead of almost always. The sign of the errors changes every 1e-4, so nothing
-  // gets stuck.
-  static void Encode(Floats x, const Block& block, Words random, Floats narrowing, Integer* codes) {
-    Words size = Magnitude(x);
-    Floats y = reinterpret_cast<Floats>(size) * block.per_unit;
-    Ints q = __builtin_convertvector(AboutRoot(y + kTop * kTop) - kTop, Ints);
-    Floats low = __builtin_convertvector(q, Floats);
-    Floats width = low < kTop - 1 ? Max(0.5f + Floats{}, 1 - low * narrowing) : 1 + Floats{};
-    // The random bits are the mantissas of numbers in [1, 2).
-    Floats threshold = 0.5f + width * (reinterpret_cast<Floats>(random >> 9 | 0x3F800000) - 1.5f);
-    q = y - low * (low + kTwice) > (2 * low + (kTwice + 1)) * threshold ? q + 1 : q;
-    q = Min(q, kLevels + Ints{});
-    PutNarrowed(codes, reinterpret_cast<Ints>(x) < 0 ? -q : q);
+  // With t = |q| + levels, |q| (|q| + 2 levels) units are t^2 - levels^2. A number is rounded up if it is above the middle
+  // of its cell by more than the dither, in (-1/2, 1/2) of the width. Its root need not be exact: if an error puts a
+  // number that is very close to a code on the wrong side of it, the number always becomes that code, instead of almost
+  // always. The sign of the errors changes every 1e-4, so nothing gets stuck.
+  static Ints Encode(Floats x, const Block& block, Words random, float narrowing) {
+    constexpr float kWhole = 0x1p23f;  // numbers above are integers, which are in their last bits
+    constexpr float kFull = 0x1p-32f * (1 - 0x1p-18f);
+    constexpr int32_t kZero = 0x4B000000 + kLevels;  // the bits of kWhole + kTop
+    Floats square = reinterpret_cast<Floats>(Magnitude(x)) * block.per_unit + kTop * kTop;
+    Ints whole = Max(reinterpret_cast<Ints>(RootPlus(square, kWhole - 0.5f)), kZero + Ints{});
+    Floats low = reinterpret_cast<Floats>(whole) - kWhole, next = low + 1;
+    Floats width = Max(kFull / 2 + Floats{}, kFull * (1 + kTop * narrowing) - kFull * narrowing * low);
+    width = low < 2 * kTop - 1 ? width : kFull + Floats{};
+    Floats centred = __builtin_convertvector(reinterpret_cast<Ints>(random ^ 0x80000000), Floats);
+    Floats threshold = width * (low + next) * centred + 0.5f;
+    Ints q = whole - kZero;
+    q = square - low * next > threshold ? q + 1 : q;
+    return reinterpret_cast<Ints>(x) < 0 ? -q : q;
   }
 };
 
@@ -421,122 +486,174 @@ struct Squares {
   static constexpr int kBits = kNumberBits;
   static constexpr int kLevels = kBits == 8 ? 255 : 15;
   static constexpr int kShift = 0;
+  static constexpr int32_t kLeastShift = 10, kMostShift = 25;
+  using Stored = Bytes;
 
-  using Integer = uint8_t;
+  // The largest, and the smallest without 0: subnormal numbers are flushed to 0.
+  static constexpr int kKeys = 2;
+  static Words Key(int i, Floats x) { return i == 0 ? Magnitude(x) : -Magnitude(x); }
 
-  static constexpr int32_t kLeastShift = 10;
-
-  struct Maxima {
-    Words top{}, bottom = ~Words{};  // without 1, so that 0 is the largest
-
-    void Add(Floats x) {  // subnormal numbers are flushed to 0
-      Words bits = Magnitude(x);
-      top = Max(top, bits);
-      bottom = Min(bottom, bits - 1);
-    }
-    uint16_t Scale() const {
-      constexpr int32_t kRange = kLevels - 2;  // rounding may add one to the largest
-      if (Largest(top) >= kInfinity) return kNaNs >> 19 << 4;
-      const int32_t largest = Largest(top), smallest = static_cast<int32_t>(std::min<uint32_t>(Smallest(bottom), kNaNs - 1)) + 1;
-      const int32_t from = std::min(smallest, largest) & -(1 << 19);
-      const int32_t length = static_cast<int32_t>(Bits(static_cast<float>(largest - from)) >> 23) - 126;
-      int32_t shift = std::clamp(length - kBits, kLeastShift, kLeastShift + 15);
-      if ((largest >> shift) - (from >> shift) > kRange) shift = std::min(shift + 1, kLeastShift + 15);
-      const int32_t least = std::max((largest >> shift) - kRange, 1) << shift;  // not 0
-      return (std::max(from, least) >> 19) << 4 | (shift - kLeastShift);
-    }
-  };
+  static Words Scale(const Words* maxima) {
+    constexpr int32_t kRange = kLevels - 2;  // rounding may add one to the largest
+    const Ints largest = reinterpret_cast<Ints>(maxima[0]), smallest = reinterpret_cast<Ints>(-maxima[1]), one = 1 + Ints{};
+    const Ints from = Min(smallest, largest) & -(1 << 19);
+    const Ints length = (reinterpret_cast<Ints>(__builtin_convertvector(largest - from, Floats)) >> 23) - 126;
+    Ints shift = Min(Max(length - kBits, kLeastShift * one), kMostShift * one);
+    shift = (largest >> shift) - (from >> shift) > kRange ? Min(shift + 1, kMostShift * one) : shift;
+    const Ints least = Max((largest >> shift) - kRange, one) << shift;  // not 0
+    const Ints scale = (Max(from, least) >> 19) << 4 | (shift - kLeastShift);
+    return maxima[0] < kInfinity ? reinterpret_cast<Words>(scale) : (kNaNs >> 19 << 4) + Words{};
+  }
 
   struct Block {
-    int32_t shift, first;
+    Ints before, shift;  // the number before the first one, and the count of the bits without which it is an integer
 
-    explicit Block(uint16_t scale) : shift((scale & 15) + kLeastShift), first((scale >> 4 << 19) >> shift) {}
-    float Lowest() const { return Number(static_cast<uint32_t>(first) << shift); }
+    static Block Of(Words scale) {
+      Ints shift = reinterpret_cast<Ints>(scale & 15) + kLeastShift;
+      return {(reinterpret_cast<Ints>(scale >> 4 << 19) >> shift) - 1, shift};
+    }
+    Floats Lowest() const { return reinterpret_cast<Floats>((before + 1) << shift); }
   };
 
-  static Floats Decode(const Integer* codes, const Block& block) {
-    Ints q = Widened(codes);
-    Floats x = reinterpret_cast<Floats>((block.first + q - 1) << block.shift);
+  static Floats Decode(Ints q, const Block& block) {
+    Floats x = reinterpret_cast<Floats>((block.before + q) << block.shift);
     return q == 0 ? Floats{} : x;
   }
 
-  static void Encode(Floats x, const Block& block, Words random, Integer* codes) {
-    Words bits = Magnitude(x), rounded = bits + (random >> (32 - block.shift));
-    Ints q = reinterpret_cast<Ints>(Min(rounded, kLargest + Words{}) >> block.shift) - (block.first - 1);
-    q = Max(q, 1 + Ints{});
-    if constexpr (kBits == 4) q = Min(q, kLevels + Ints{});  // larger ones become 255 when they are narrowed
-    PutNarrowed(codes, bits == 0 ? Ints{} : q);
+  static Ints Encode(Floats x, const Block& block, Words random) {
+    Words bits = Magnitude(x), rounded = bits + (random >> reinterpret_cast<Words>(32 - block.shift));
+    Ints q = reinterpret_cast<Ints>(Min(rounded, kLargest + Words{})) >> block.shift;
+    q = Min(Max(q - block.before, 1 + Ints{}), kLevels + Ints{});
+    return bits == 0 ? Ints{} : q;
   }
 };
 
-// Two codes per byte, the first in the lower half. Buffers have room for a partner of the last one.
+// The integers of a vector of codes. In four bits there are two per byte, the first in the lower half.
 template <class C>
-void Unpack(int64_t n, const uint8_t* __restrict__ pairs, typename C::Integer* __restrict__ q) {
-  for (int64_t i = 0; i < (n + 1) / 2; ++i) {
-    q[2 * i] = (pairs[i] & 15) - C::kShift;
-    q[2 * i + 1] = (pairs[i] >> 4) - C::kShift;
-  }
+Ints Codes(const uint8_t* from) {
+  if constexpr (C::kBits == 8) return Widened<Ints>(Lanes<typename C::Stored>(from));
+  Pairs pairs = Widened<Pairs>(Lanes<HalfBytes>(from));
+  return reinterpret_cast<Ints>((pairs | pairs << 28) & 0x0000000F0000000F) - C::kShift;
 }
 
 template <class C>
-void Pack(int64_t n, typename C::Integer* __restrict__ q, uint8_t* __restrict__ pairs) {
-  if (n % 2 != 0) q[n] = -C::kShift;
-  for (int64_t i = 0; i < (n + 1) / 2; ++i) pairs[i] = (q[2 * i] + C::kShift) | (q[2 * i + 1] + C::kShift) << 4;
+void PutCodes(uint8_t* to, Ints q) {
+  if constexpr (C::kBits == 8) return Put(to, Narrowed<typename C::Stored>(q));
+  Pairs pairs = reinterpret_cast<Pairs>(q + C::kShift);
+  Put(to, Narrowed<HalfBytes>(pairs | pairs >> 28));
 }
 
+// The parameters of the blocks of a span.
 template <class C>
-void LoadCodes(const Array& a, const Span& s, float* to) {
-  typename C::Integer codes[kTile + kLanes];
-  if constexpr (C::kBits == 4) {
-    Unpack<C>(s.n, a.In<uint8_t>(s), codes);
-  } else {
-    std::memcpy(codes, a.In<uint8_t>(s), s.n);
+class Blocks {
+ public:
+  // From scales, which are widened in `scales`.
+  Blocks(int64_t count, const uint32_t* scales) {
+    for (int64_t i = 0; i < count; i += kLanes) {
+      const typename C::Block some = C::Block::Of(Lanes<Words>(scales + i));
+      std::memcpy(first_ + i, &some, sizeof(Words));
+      std::memcpy(second_ + i, reinterpret_cast<const char*>(&some) + sizeof(Words), sizeof(Words));
+    }
   }
-  const uint16_t* scales = a.scales_in + a.Scale(s);
-  for (int64_t begin = 0; begin < s.n; begin += a.block) {
-    const typename C::Block block(*scales++);
-    for (int64_t i = begin; i < begin + a.block; i += kLanes) Put(to + i, C::Decode(codes + i, block));
+
+  // Call `task` with the place of each vector and the parameters of each of its lanes.
+  template <class F>
+  void ForEach(int64_t n, int64_t size, F task) const {
+    if (size < kLanes) {
+      for (int64_t i = 0; i < n; i += kLanes) {
+        uint32_t each[2][kLanes];
+        for (int64_t j = 0; j < kLanes; ++j) each[0][j] = first_[(i + j) / size], each[1][j] = second_[(i + j) / size];
+        task(i, Lanes<typename C::Block>(each));
+      }
+      return;
+    }
+    for (int64_t begin = 0, j = 0; begin < n; begin += size, ++j) {
+      const Words both[] = {first_[j] + Words{}, second_[j] + Words{}};
+      const typename C::Block block = Lanes<typename C::Block>(both);
+      for (int64_t i = begin; i < std::min(n, begin + size); i += kLanes) task(i, block);
+    }
   }
+
+ private:
+  alignas(64) uint32_t first_[kTile + kLanes], second_[kTile + kLanes];
+};
+
+// `put` is called with the place of each vector, and its numbers.
+template <class C, class F>
+void LoadCodes(const Array& a, const Span& s, F put) {
+  uint8_t copy[kTile + kLanes];
+  const uint8_t* codes = a.In<uint8_t>(s);
+  if (s.n % kLanes != 0) {
+    std::memcpy(copy, codes, a.Bytes(s.n));
+    codes = copy;
+  }
+  alignas(64) uint32_t scales[kTile + kLanes];
+  const int64_t count = (s.n + a.block - 1) / a.block;
+  for (int64_t i = 0; i < count; ++i) scales[i] = a.scales_in[a.Scale(s) + i];
+  Blocks<C>(count, scales).ForEach(s.n, a.block, [=](int64_t i, const typename C::Block& block) {
+    put(i, C::Decode(Codes<C>(codes + i * C::kBits / 8), block));
+  });
 }
 
-// `encode` is called with a vector of numbers, their block, the place of the first, and the place of the codes.
+template <int kBits>
+void LoadSquares(const Array& a, const Span& s, float* to) {
+  LoadCodes<Squares<kBits>>(a, s, [=](int64_t i, Floats x) { Put(to + i, x); });
+}
+
+template <int kBits>
+void LoadRatios(const Array& a, const Span& s, const float* square, float* to) {
+  alignas(64) float copy[kTile + kLanes];
+  square = Padded(square, s.n, copy);
+  LoadCodes<Ratios<kBits>>(a, s, [=](int64_t i, Floats x) { Put(to + i, x * Root(Lanes<Floats>(square + i))); });
+}
+
+// `encode` is called with a vector of numbers, the parameters of its blocks, and its place.
 template <class C, class F>
 void StoreCodes(const Array& a, const Span& s, const float* x, F encode) {
-  typename C::Integer codes[kTile + kLanes];
-  uint16_t* scales = a.scales_out + a.Scale(s);
-  for (int64_t begin = 0; begin < s.n; begin += a.block) {
-    int64_t end = std::min(s.n, begin + a.block);
-    typename C::Maxima maxima;
+  alignas(64) float padded[kTile + kLanes];
+  x = Padded(x, s.n, padded);
+  alignas(64) uint32_t maxima[C::kKeys][kTile + kLanes], scales[kTile + kLanes];
+  const int64_t count = (s.n + a.block - 1) / a.block;
+  for (int64_t begin = 0, j = 0; begin < s.n; begin += a.block, ++j) {
+    const int64_t end = std::min(s.n, begin + a.block);
+    Words largest[C::kKeys]{};
     for (int64_t i = begin; i < end; i += kLanes) {
-      Floats some{};
-      std::memcpy(&some, x + i, 4 * std::min(kLanes, end - i));
-      maxima.Add(some);
+      const Floats some = a.block < kLanes ? Some(x + i, end - i) : Lanes<Floats>(x + i);
+      for (int k = 0; k < C::kKeys; ++k) largest[k] = Max(largest[k], C::Key(k, some));
     }
-    *scales = maxima.Scale();
-    const typename C::Block block(*scales++);
-    for (int64_t i = begin; i < end; i += kLanes) encode(Lanes<Floats>(x + i), block, i, codes + i);
+    for (int k = 0; k < C::kKeys; ++k) maxima[k][j] = Largest(largest[k]);
   }
-  if constexpr (C::kBits == 4) {
-    Pack<C>(s.n, codes, a.Out<uint8_t>(s));
-  } else {
-    std::memcpy(a.Out<uint8_t>(s), codes, s.n);
+  for (int64_t i = 0; i < count; i += kLanes) {
+    Words some[C::kKeys];
+    for (int k = 0; k < C::kKeys; ++k) some[k] = Lanes<Words>(maxima[k] + i);
+    Put(scales + i, C::Scale(some));
   }
+  for (int64_t i = 0; i < count; ++i) a.scales_out[a.Scale(s) + i] = scales[i];
+  uint8_t copy[kTile + kLanes];
+  uint8_t* const out = a.Out<uint8_t>(s);
+  uint8_t* const codes = s.n % kLanes == 0 ? out : copy;
+  Blocks<C>(count, scales).ForEach(s.n, a.block, [=](int64_t i, const typename C::Block& block) {
+    PutCodes<C>(codes + i * C::kBits / 8, encode(Lanes<Floats>(x + i), block, i));
+  });
+  if (codes == out) return;
+  if (s.n * C::kBits % 8 != 0) codes[s.n / 2] &= 15;  // without a partner
+  std::memcpy(out, codes, a.Bytes(s.n));
 }
 
 template <int kBits>
 void StoreRatios(const Array& a, const Span& s, const float* x, const uint32_t* random, float narrowing) {
   using C = Ratios<kBits>;
-  StoreCodes<C>(a, s, x, [=](Floats some, const typename C::Block& block, int64_t i, int8_t* codes) {
-    C::Encode(some, block, Lanes<Words>(random + i), narrowing + Floats{}, codes);
+  StoreCodes<C>(a, s, x, [=](Floats some, const typename C::Block& block, int64_t i) {
+    return C::Encode(some, block, Lanes<Words>(random + i), narrowing);
   });
 }
 
 template <int kBits>
 void StoreSquares(const Array& a, const Span& s, const float* x, const uint32_t* random) {
   using C = Squares<kBits>;
-  StoreCodes<C>(a, s, x, [=](Floats some, const typename C::Block& block, int64_t i, uint8_t* codes) {
+  StoreCodes<C>(a, s, x, [=](Floats some, const typename C::Block& block, int64_t i) {
     Words bits = Lanes<Words>(random + i) << 9;
-    C::Encode(some, block, kBits == 4 ? Hash(bits) : bits, codes);
+    return C::Encode(some, block, kBits == 4 ? Hash(bits) : bits);
   });
 }
 
@@ -544,24 +661,28 @@ void StoreSquares(const Array& a, const Span& s, const float* x, const uint32_t*
 template <int kBits>
 void StoreLargest(const Array& a, const Span& s, const float* x) {
   using C = Squares<kBits>;
-  StoreCodes<C>(a, s, x, [=](Floats some, const typename C::Block& block, int64_t, uint8_t* codes) {
-    C::Encode(some, block, (kBits == 4 ? 0x40000000u : 0x80000000u) + Words{}, codes);
+  StoreCodes<C>(a, s, x, [=](Floats some, const typename C::Block& block, int64_t) {
+    return C::Encode(some, block, (kBits == 4 ? 0x40000000u : 0x80000000u) + Words{});
   });
 }
 
 template <int kBits>
-constexpr Format kRatios{LoadCodes<Ratios<kBits>>, nullptr, nullptr, StoreRatios<kBits>, nullptr, nullptr};
+constexpr Format kRatios{nullptr, LoadRatios<kBits>, nullptr, nullptr, StoreRatios<kBits>, nullptr, nullptr};
 
 template <int kBits>
-constexpr Format kSquares{LoadCodes<Squares<kBits>>, nullptr, nullptr, nullptr, StoreSquares<kBits>, StoreLargest<kBits>};
+constexpr Format kSquares{LoadSquares<kBits>, nullptr, nullptr, nullptr, nullptr, StoreSquares<kBits>, StoreLargest<kBits>};
 
-// The prefetches during the step of a tile: for each array, the numbers of a later tile.
+// The prefetches during the step of a tile: of p, g, m and v, the numbers of a later tile.
 struct Ahead {
-  const char* next[4];
-  int64_t bytes[4];  // of the numbers that are stepped before the next call
+  static constexpr int64_t kNumbers = 16;  // at a time
 
-  void Prefetch() {
-    for (int i = 0; i < 4; ++i) {
+  const char* next[4];
+  int64_t bytes[4];  // of these numbers
+
+  // To be called before each vector, with its place.
+  void Prefetch(int64_t at, int first = 0, int last = 4) {
+    if (kLanes < kNumbers && at % kNumbers != 0) return;
+    for (int i = first; i < last; ++i) {
       __builtin_prefetch(next[i]);
       next[i] += bytes[i];
     }
@@ -641,7 +762,9 @@ struct Form {
     const Tile tile = tile_;
     int64_t i = 0;
     for (; i + kLanes <= n; i += kLanes) {
-      if (part == kAll || part == kMoments) ahead.Prefetch();
+      if (part == kAll) ahead.Prefetch(i);
+      if (part == kMoments) ahead.Prefetch(i, 1);
+      if (part == kUpdate) ahead.Prefetch(i, 0, 1);
       At<part, Floats>(i, s, tile);
     }
     for (; i < n; ++i) At<part, float>(i, s, tile);
@@ -659,72 +782,17 @@ struct Form {
     uint16_t *m_out = m.Out<uint16_t>(span), *v_out = v.Out<uint16_t>(span);
     auto wide = [](Words bits) { return reinterpret_cast<Floats>(bits); };
     for (int64_t i = 0; i < n; i += kLanes) {
-      ahead.Prefetch();
+      ahead.Prefetch(i);
       Floats p = Lanes<Floats>(tile.p + i), g = Gradient(s, Lanes<Floats>(tile.g + i), p);
       Floats mean = Mean(s, wide(WidenedHalves(m_in + i) << 16), g);
       Floats square = Square(s, wide(WidenedHalves(v_in + i) << 16), g);
       Words random = Random(first + static_cast<uint32_t>(i), d);
-      Words m_bits = BFloat16::CutBits(mean, reinterpret_cast<Words>(mean), random);
-      Words v_bits = BFloat16::CutBits(square, reinterpret_cast<Words>(square), random << 9);
+      Words m_bits = BFloat16::CutBits(mean, random);
+      Words v_bits = BFloat16::CutBits(square, random << 9);
       Floats u = Update(s, g, wide(m_bits & 0xFFFF0000), wide(v_bits & 0xFFFF0000), p);
       PutHalves(m_out + i, m_bits >> 16);
       PutHalves(v_out + i, v_bits >> 16);
       kApart ? Put(tile.update + i, u) : Put(tile.p + i, p + u);
-    }
-  }
-
-  // The step of two moments in 8-bit codes, in full vectors. One loop keeps all units of the processor busy.
-  static void StepCodes(const Span& span, const Scalars& scalars, Ahead& ahead_, const Tile& tile_, const Array& m, const Array& v,
-                        const Dither& dither, uint32_t first) {
-    const Scalars s = scalars;
-    Ahead ahead = ahead_;
-    const Tile tile = tile_;
-    const Dither d = dither;
-    const int64_t n = span.n;
-    using M = Ratios<8>;
-    using V = Squares<8>;
-    const int8_t* m_in = m.In<int8_t>(span);
-    const uint8_t* v_in = v.In<uint8_t>(span);
-    int8_t* m_out = m.Out<int8_t>(span);
-    uint8_t* v_out = v.Out<uint8_t>(span);
-    const int64_t m_scale = m.Scale(span), v_scale = v.Scale(span);
-    // Step all numbers of a block of v, which are one or several blocks of m, and keep the new moments for the second
-    // loop, which rounds them.
-    for (int64_t begin = 0, j = v_scale, k = m_scale; begin < n; begin += v.block, ++j) {
-      const int64_t end = std::min(n, begin + v.block);
-      const V::Block v_old(v.scales_in[j]);
-      V::Maxima v_maxima;
-      for (int64_t start = begin; start < end; start += m.block, ++k) {
-        const M::Block m_old(m.scales_in[k]);
-        M::Maxima m_maxima;
-        for (int64_t i = start; i < std::min(end, start + m.block); i += kLanes) {
-          ahead.Prefetch();
-          Floats p = Lanes<Floats>(tile.p + i), g = Gradient(s, Lanes<Floats>(tile.g + i), p);
-          Floats old = V::Decode(v_in + i, v_old);
-          Floats mean = Mean(s, M::Decode(m_in + i, m_old) * (old * InverseRoot(old)), g), square = Square(s, old, g);
-          Floats u = Update(s, g, mean, square, p), ratio = mean * InverseRoot(square);
-          kApart ? Put(tile.update + i, u) : Put(tile.p + i, p + u);
-          m_maxima.Add(ratio);
-          v_maxima.Add(square);
-          Put(tile.m + i, ratio);
-          Put(tile.v + i, square);
-        }
-        m.scales_out[k] = m_maxima.Scale();
-      }
-      v.scales_out[j] = v_maxima.Scale();
-    }
-    const Floats narrowing = s.a1 * kNarrowing + Floats{};
-    for (int64_t begin = 0, j = v_scale, k = m_scale; begin < n; begin += v.block, ++j) {
-      const int64_t end = std::min(n, begin + v.block);
-      const V::Block v_new(v.scales_out[j]);
-      for (int64_t start = begin; start < end; start += m.block, ++k) {
-        const M::Block m_new(m.scales_out[k]);
-        for (int64_t i = start; i < std::min(end, start + m.block); i += kLanes) {
-          Words random = Random(first + static_cast<uint32_t>(i), d);
-          M::Encode(Lanes<Floats>(tile.m + i), m_new, random, narrowing, m_out + i);
-          V::Encode(Lanes<Floats>(tile.v + i), v_new, random << 9, v_out + i);
-        }
-      }
     }
   }
 };
@@ -734,14 +802,14 @@ struct Steps {
   OfNumbers all, moments, top, update;
   using OfVectors = void (*)(const Span&, const Scalars&, Ahead&, const Tile&, const Array&, const Array&, const Dither&,
                              uint32_t);
-  OfVectors codes, bfloat16;
+  OfVectors bfloat16;
 };
 
 template <bool... chosen>
 Steps Choose() {
   using F = Form<chosen...>;
   return {F::template Step<F::kAll>, F::template Step<F::kMoments>, F::template Step<F::kTop>,
-          F::template Step<F::kUpdate>, F::StepCodes, F::StepBFloat16};
+          F::template Step<F::kUpdate>, F::StepBFloat16};
 }
 
 template <bool... chosen, class... Rest>
@@ -828,14 +896,14 @@ struct Job {
 
   // Set the fields that follow from the arrays.
   void Complete(bool nesterov, bool coupled, bool decays) {
-    for (Array* x : {&p, &g, &m, &v, &top, &kept, &update}) x->stride = x->Bytes(columns);
     rounds = m.format != nullptr || v.format != nullptr;
+    for (Array* x : {&p, &g, &m, &v, &top, &kept, &update}) {
+      x->stride = x->Bytes(columns);
+      x->ahead = rounds ? kFarAhead : kAhead;
+    }
     bool apart = landing == Landing::kNone ? p.format != nullptr || update.out != nullptr : landing == Landing::kCompensated;
     steps = Choose<>(apart, nesterov, maximum, coupled, decays);
     if (maximum) return;
-    if (m.block > 0 && v.block > 0 && m.block % kLanes == 0 && v.block % m.block == 0 && m.bits == 8 && v.bits == 8) {
-      of_vectors = steps.codes;
-    }
     if (m.format == &kFloat<BFloat16> && v.format == &kFloat<BFloat16>) of_vectors = steps.bfloat16;
   }
 
@@ -843,10 +911,11 @@ struct Job {
     const Dither& d = dithers.moments;
     constexpr int64_t kBuffer = kTile + kLanes;  // numbers past the end of a span are read, but not used
     alignas(64) float buffers[7][kBuffer];
+    constexpr int64_t kEach = Ahead::kNumbers;
     Ahead ahead{{p.Ahead(span), g.Ahead(span), m.Ahead(span), v.Ahead(span)},
-                {p.Bytes(kLanes), g.Bytes(kLanes), m.Bytes(kLanes), v.Bytes(kLanes)}};
+                {p.Bytes(kEach), g.Bytes(kEach), m.Bytes(kEach), v.Bytes(kEach)}};
     for (const Array* x : {&m, &v}) {
-      if (x->block > 0) __builtin_prefetch(x->scales_in + x->Scale(span) + kLanes);
+      if (x->block > 0) __builtin_prefetch(x->scales_in + x->Scale(span) + x->ahead / x->block);
     }
     if (kept.in != nullptr) {
       for (int64_t i = 0; i < kept.Bytes(kTile); i += kLine) __builtin_prefetch(kept.Ahead(span) + i);
@@ -860,10 +929,11 @@ struct Job {
     if (of_vectors != nullptr && span.n % kLanes == 0) {
       of_vectors(span, s, ahead, tile, m, v, d, first);
     } else {
-      tile.m = m.Bring(span, buffers[2]);
       tile.v = v.Bring(span, buffers[3]);
       if (m.block > 0) {
-        for (int64_t i = 0; i < span.n; ++i) tile.m[i] *= std::sqrt(tile.v[i]);
+        m.format->load_mean(m, span, tile.v, tile.m);
+      } else {
+        tile.m = m.Bring(span, buffers[2]);
       }
       if (maximum) tile.top = top.Bring(span, buffers[4]);
       bool settles = m.IsNarrow() || v.IsNarrow() || top.IsNarrow();
@@ -895,11 +965,19 @@ struct Job {
   // What is stored of the first moments: codes are of their ratios to the root of the second ones.
   const float* Stored(const Span& span, const Tile& tile, float* buffer) const {
     if (m.block == 0) return tile.m;
-    float lowest = 0;  // what the block of v can store
-    for (int64_t i = 0; i < span.n; ++i) {
-      if (v.block > 0 && i % v.block == 0) lowest = Squares<8>::Block(v.scales_out[v.Scale(span) + i / v.block]).Lowest();
-      float root = std::sqrt(lowest > tile.v[i] ? lowest : tile.v[i]);
-      buffer[i] = tile.m[i] / (root == 0 ? INFINITY : root);
+    auto put = [&](int64_t i, Floats v) { Put(buffer + i, 0.5f * Lanes<Floats>(tile.m + i) * TwiceInverseRoot(v)); };
+    if (v.format == &kSquares<4>) {  // a block holds no smaller number than its first
+      using C = Squares<4>;
+      alignas(64) uint32_t scales[kTile + kLanes];
+      const int64_t count = (span.n + v.block - 1) / v.block;
+      for (int64_t i = 0; i < count; ++i) scales[i] = v.scales_out[v.Scale(span) + i];
+      Blocks<C>(count, scales).ForEach(span.n, v.block, [&](int64_t i, const C::Block& block) {
+        put(i, Max(block.Lowest(), Lanes<Floats>(tile.v + i)));
+      });
+    } else {
+      alignas(64) float copy[kTile + kLanes];
+      const float* square = Padded(tile.v, span.n, copy);
+      for (int64_t i = 0; i < span.n; i += kLanes) put(i, Lanes<Floats>(square + i));
     }
     return buffer;
   }
@@ -1083,9 +1161,7 @@ class Operands {
  private:
   void SetFormat(Array& array, ffi::DataType type) {
     if (type == ffi::BF16) array.format = &kFloat<BFloat16>;
-#if defined(__FLT16_MAX__)
     if (type == ffi::F16) array.format = &kFloat<Float16>;
-#endif
     if (array.format != nullptr) array.bits = 16;
     if (type != ffi::F32 && array.format == nullptr) wrong = "adamjax: unknown dtype";
   }
