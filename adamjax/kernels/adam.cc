@@ -1207,8 +1207,10 @@ ffi::Error Impl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> scalars, ffi::Buffer
   job.place.shape.assign(shape.end() - axes, shape.end());
   job.place.whole.assign(whole.begin(), whole.end());
   job.is_whole = job.place.shape == job.place.whole;
-  bool has_codes = block[0] + block[1] + block[2] > 0;
-  job.columns = job.is_whole && !has_codes ? size / batch : shape.back();
+  // Rows that begin with a block each follow each other like one.
+  bool is_one_row = job.is_whole;
+  for (int64_t of_moment : block) is_one_row = is_one_row && (of_moment == 0 || shape.back() % of_moment == 0);
+  job.columns = is_one_row ? size / batch : shape.back();
   job.rows = size / batch / job.columns;
   Operands operands(arrays, results);
   job.maximum = maximum;
