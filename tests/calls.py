@@ -159,7 +159,7 @@ CALLS = {
         {"space": SPACE, "trials": 2}, ("space", "steps", "mode", "storage", "confirm", "range_test", "out")
     ),
     "training.train": Call({"problem": BOWL, "optimizer": OPT, "steps": 2}, ("dtype", "start", "mesh")),
-    "training.step_fn": Call({"loss_fn": abs, "opt": OPT}),
+    "training.step_fn": Call({"loss_fn": abs, "opt": OPT}, ("accumulate_dtype",)),
     "training.keys_of": Call({"seed": 0}),
     "problems.DigitsConvnet": Call(),
     "problems.digits_convnet": Call(),
