@@ -152,7 +152,12 @@ PATHS |= OPTAX | CLIPPED
 
 
 def flash_adamw() -> Any:
-    """Return FlashOptim's AdamW, with a master of 24 bits and moments in 8 bits; None if it is not installed."""
+    """Return FlashOptim's AdamW, with a master of 24 bits and moments in 8 bits; None where it does not run.
+
+    Its kernel is for GPUs and TPUs, and it has no other jitted step.
+    """
+    if jax.default_backend() == "cpu":
+        return None
     try:
         from flashoptim_jax import flash_adamw as make
     except ImportError:

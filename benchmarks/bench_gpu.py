@@ -95,6 +95,8 @@ def tables(quick: bool) -> Iterator[Table]:
         if isinstance(mu, adamjax.storage.Quantized):
             runs[f"adamjax fused{name}"] = Steps(_steps.adamw(mu, nu, fused=True), shape)
     runs["optax"] = Steps(_steps.OPTAX["optax"](), shape)
+    if (flash := _steps.flash_adamw()) is not None:
+        runs["flashoptim-jax, 8 bits"] = Steps(flash, shape)
     calls: dict[str, Run] = dict(runs)
     if (of_torch := torch_steps(shape[0] * shape[1])) is not None:
         calls["torch fused"] = of_torch
