@@ -80,17 +80,24 @@ def attributes(variant: StepVariant) -> dict[str, Any]:
 
 
 def _run(leaf: LeafSpec, scalars: Array, integers: Array, *arrays: Array) -> Any:
-    like = results(leaf.variant, arrays)
-    # In place: scalars and integers come first, and of the arrays the second, the gradient, has no result.
-    aliases = {i + 3: i for i in range(1, len(like))} | ({2: 0} if leaf.variant.update is None else {})
+    variant, like = leaf.variant, results(leaf.variant, arrays)
+    operands = arrays if variant.reads_param else arrays[1:]  # then the gradient stands in place of the parameter, too
+    # In place. Scalars and integers come before the operands. An update takes the memory of its gradient, which most
+    # programs need no more: XLA copies it if they do.
+    first = 2 + len(operands) - len(like)
+    aliases = {first + i: i for i in range(1, len(like))}
+    if variant.update is None:
+        aliases[2] = 0
+    elif variant.update == arrays[1].dtype:
+        aliases[first] = 0
     bits, block = zip(*leaf.formats, strict=True)
     return jax.ffi.ffi_call(_library.target(), like, input_output_aliases=aliases)(
         scalars,
         integers,
-        *arrays,
-        **attributes(leaf.variant),
-        coupled=leaf.variant.coupled,
-        decays=leaf.variant.decays,
+        *operands,
+        **attributes(variant),
+        coupled=variant.coupled,
+        decays=variant.decays,
         whole=np.asarray(leaf.shape, np.int64),
         bits=np.asarray(bits, np.int64),
         block=np.asarray(block, np.int64),

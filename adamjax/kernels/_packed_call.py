@@ -195,10 +195,15 @@ def _run(group: Group, moments: int, *operands: Array) -> list[Array]:
     scalars, integers, *arrays = collectives.pcast_all(*operands)
     params, kept = arrays[:count], arrays[2 * count :]
     new = jax.eval_shape(lambda *x: x, *params, *kept)
-    aliases = {2 + 2 * count + i: count + i for i in range(len(kept))}
+    if not variant.reads_param:
+        arrays = arrays[count:]
+    # In place, as of single arrays.
+    first = 2 + len(arrays) - len(kept) - count
+    aliases = {first + count + i: count + i for i in range(len(kept))}
     if variant.update is None:
         aliases |= {2 + i: i for i in range(count)}
     else:
+        aliases |= {first + i: i for i in range(count) if arrays[first - 2 + i].dtype == variant.update}
         new = [*[x.update(dtype=variant.update) for x in new[:count]], *new[count:]]
     call = jax.ffi.ffi_call(f"{_library.target()}-group", new, input_output_aliases=aliases)
     decays = {name: [getattr(v, name) for v in group.variants] for name in ("coupled", "decays")}

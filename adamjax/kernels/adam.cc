@@ -1189,7 +1189,8 @@ class Operands {
   size_t next_in_ = 0, next_out_ = 0;
 };
 
-// `bits` and `block` describe the codes of the first moment, the second, and its maximum; 0 for floats.
+// A step that delivers an update and has no need of the parameter is given none. `bits` and `block` describe the codes of
+// the first moment, the second, and its maximum; 0 for floats.
 ffi::Error Impl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> scalars, ffi::Buffer<ffi::U32> dithers,
                 ffi::RemainingArgs arrays, ffi::RemainingRets results, bool nesterov, bool maximum, bool as_update,
                 int64_t landing, bool coupled, bool decays, ffi::Span<const int64_t> whole, ffi::Span<const int64_t> bits,
@@ -1214,16 +1215,18 @@ ffi::Error Impl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> scalars, ffi::Buffer
   job.rows = size / batch / job.columns;
   Operands operands(arrays, results);
   job.maximum = maximum;
-  job.p = operands.Take(!as_update, size, job.columns, 0, 0);
+  job.landing = static_cast<Landing>(landing);
+  const bool reads = !as_update || coupled || decays || job.landing != Landing::kNone;
+  if (reads) job.p = operands.Take(!as_update, size, job.columns, 0, 0);
   if (as_update) job.update = operands.TakeResult(size);
   job.g = operands.Take(false, size, job.columns, 0, 0);
+  if (!reads) job.p = job.g;
   Array* const moments[] = {&job.m, &job.v, &job.top};
   const Format* const codes[][2] = {{&kRatios<8>, &kRatios<4>}, {&kSquares<8>, &kSquares<4>}, {&kSquares<8>, &kSquares<4>}};
   for (int i = 0; i < (maximum ? 3 : 2); ++i) {
     *moments[i] = operands.Take(true, size, job.columns, block[i], bits[i]);
     if (block[i] > 0) moments[i]->format = codes[i][bits[i] == 8 ? 0 : 1];
   }
-  job.landing = static_cast<Landing>(landing);
   job.kept = operands.TakeKept(job.landing, size, job.columns);
   if (operands.wrong != nullptr) return ffi::Error::InvalidArgument(operands.wrong);
   job.Complete(nesterov, coupled, decays);
@@ -1250,14 +1253,16 @@ ffi::Error Impl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> scalars, ffi::Buffer
   return ffi::Error::Success();
 }
 
-// The step of several parameters whose moments are concatenated in float arrays. The operands are all parameters, then
-// all gradients, then the moments, and then what is kept of each parameter. `dithers` has the dither of the moments, and
+// The step of several parameters whose moments are concatenated in float arrays. The operands are all parameters, if
+// the step reads them, then all gradients, then the moments, and then what is kept of each parameter. `dithers` has the dither of the moments, and
 // then one for each parameter. `coupled` and `decays` say for each parameter whether it decays.
 ffi::Error Group(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> scalars, ffi::Buffer<ffi::U32> dithers,
                  ffi::RemainingArgs arrays, ffi::RemainingRets results, bool nesterov, bool maximum, bool as_update,
                  int64_t landing, ffi::Span<const int64_t> coupled, ffi::Span<const int64_t> decays) {
   size_t moments = maximum ? 3 : 2, count = coupled.size();
-  if (arrays.size() < moments + 2 * count || scalars.element_count() != kScalars || decays.size() != count ||
+  bool reads = !as_update || static_cast<Landing>(landing) != Landing::kNone;
+  for (size_t i = 0; i < count; ++i) reads = reads || coupled[i] != 0 || decays[i] != 0;
+  if (arrays.size() < moments + (reads ? 2 : 1) * count || scalars.element_count() != kScalars || decays.size() != count ||
       dithers.element_count() != 2 * (count + 1)) {
     return ffi::Error::InvalidArgument("adamjax: scalars of the wrong shape, or too few arrays");
   }
@@ -1275,12 +1280,15 @@ ffi::Error Group(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> scalars, ffi::Buffe
     auto parameter = arrays.get<ffi::AnyBuffer>(i);
     if (!parameter.has_value()) return ffi::Error::InvalidArgument("adamjax: an array is missing");
     jobs[i].columns = parameter->element_count();
-    jobs[i].p = operands.Take(!as_update, jobs[i].columns, jobs[i].columns, 0, 0);
+    if (reads) jobs[i].p = operands.Take(!as_update, jobs[i].columns, jobs[i].columns, 0, 0);
     if (as_update) jobs[i].update = operands.TakeResult(jobs[i].columns);
     starts.push_back(static_cast<uint32_t>(total));
     total += jobs[i].columns;
   }
-  for (Job& job : jobs) job.g = operands.Take(false, job.columns, job.columns, 0, 0);
+  for (Job& job : jobs) {
+    job.g = operands.Take(false, job.columns, job.columns, 0, 0);
+    if (!reads) job.p = job.g;
+  }
   Array Job::*const packed[] = {&Job::m, &Job::v, &Job::top};
   for (size_t i = 0; i < moments; ++i) whole.*packed[i] = operands.Take(true, total, total, 0, 0);
   for (Job& job : jobs) job.kept = operands.TakeKept(job.landing, job.columns, job.columns);
