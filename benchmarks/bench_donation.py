@@ -11,8 +11,9 @@ Micro-batches are those of a multilayer perceptron. Of gradients they need at le
 and the gradient of one leaf, which is added to the sum at once; of activations, those of one micro-batch.
 
 The last table has the training steps of a deep perceptron: how much of its gradients exists at a time, and what XLA
-copies. Rows "stacked" have the layers in one array: `scan` is `step_fn` with a loss that scans over them, and `loop` a
-step whose backward pass steps each layer in its turn, as the guide on speed describes.
+copies. Rows "update" add updates to the parameters, as frameworks do. Rows "stacked" have the layers in one array:
+`scan` is `step_fn` with a loss that scans over them, and `loop` a step whose backward pass steps each layer in its
+turn, as the guide on speed describes.
 """
 
 from collections.abc import Callable, Iterator
@@ -26,7 +27,7 @@ import adamjax
 from adamjax.training import step_fn
 from benchmarks._measure import Run, interleaved, ratio, triads
 from benchmarks._report import Table, command, show
-from benchmarks._steps import INT8, OPTAX, adamw, advance, gradients, nbytes, parameters
+from benchmarks._steps import INT8, OPTAX, ByUpdate, adamw, advance, gradients, nbytes, parameters
 
 Tree = Any
 Arrange = Callable[[Tree, Tree, Tree], tuple[Tree, ...]]  # from (grads, params, state) to the arguments of a step
@@ -143,9 +144,11 @@ def stacked(params: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def by_hand(opt: Any) -> Callable[[Tree, Tree, jax.Array], tuple[Tree, ...]]:
+    step = advance(opt)
+
     def training(params: Tree, state: Tree, x: jax.Array) -> tuple[Tree, ...]:
         value, grads = jax.value_and_grad(listed)(params, x)
-        return *opt.step(grads, state, params), value
+        return *step(grads, params, state), value
 
     return training
 
@@ -171,6 +174,9 @@ def layer_by_layer(opt: Any) -> Callable[[jax.Array, Tree, jax.Array], tuple[Tre
     return training
 
 
+STACKED = ("adamjax", "adamjax fused", "adamjax fused, int8 moments")
+
+
 def deep(count: int, width: int, rounds: int) -> Table:
     """Training steps of many equal layers."""
     runs: dict[str, Run] = {}
@@ -181,17 +187,18 @@ def deep(count: int, width: int, rounds: int) -> Table:
         "adamjax fused": adamw(fused=True),
         "adamjax fused, int8 moments": adamw(INT8, INT8, True),
         "adamjax fused, clip_by_global_norm": adamjax.chain(adamjax.clip_by_global_norm(1.0), adamw(fused=True)),
+        "optax": OPTAX["optax"](),
     }
     for kind, opt in optimizers.items():
-        separate: dict[str, Any] = {
+        made: dict[str, Any] = {
             "by hand": jax.jit(by_hand(opt), donate_argnums=(0, 1)),
-            "step_fn": step_fn(listed, opt),
+            "update": jax.jit(by_hand(ByUpdate(opt)), donate_argnums=(0, 1)),
         }
-        together: dict[str, Any] = {
-            "stacked, scan": step_fn(stacked, opt),
-            "stacked, loop": jax.jit(layer_by_layer(opt), donate_argnums=(0, 1), compiler_options=IN_PLACE),
-        }
-        for name, step in (separate if "clip" in kind else separate | together).items():
+        made |= {"step_fn": step_fn(listed, opt)} if isinstance(opt, adamjax.Transformation) else {}
+        if kind in STACKED:
+            made["stacked, scan"] = step_fn(stacked, opt)
+            made["stacked, loop"] = jax.jit(layer_by_layer(opt), donate_argnums=(0, 1), compiler_options=IN_PLACE)
+        for name, step in made.items():
             params: Tree = [jnp.full((width, width), 1 / width) for _ in range(count)]
             params = jnp.stack(params) if "stacked" in name else params
             state = jax.vmap(opt.init)(params) if "loop" in name else opt.init(params)
