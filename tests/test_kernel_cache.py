@@ -360,7 +360,9 @@ STEP = """
 import warnings
 import jax.numpy as jnp, numpy as np
 import adamjax
+from adamjax.kernels import _prebuilt
 
+_prebuilt.files = dict  # as in a checkout, wherever adamjax is installed from
 params = {"w": jnp.ones((128, 128))}
 opt, plain = adamjax.adam(fused=True), adamjax.adam()
 with warnings.catch_warnings(record=True) as warned:
