@@ -352,3 +352,19 @@ def test_what_no_kernel_can_serve_is_said_by_path_and_reason():
     assert len(said) == 1
     plain = adamjax.adam(LR)
     assert_close(found[1], plain.update(params, plain.init(params), params), RECOMPILED)
+
+
+def test_gradients_that_are_still_needed_keep_their_memory(one_device):
+    """Updates take it otherwise: of arrays that are passed, and of those that the program reads afterwards."""
+    g = jnp.full(1 << 15, 2.0)
+    for opt, grads in (
+        (adamjax.adam(LR, fused=True), [g]),
+        (adamjax.packed(adamjax.adam(LR, fused=True)), [g[:99]] * 9),
+    ):
+        state = opt.init(grads)
+        eager, _ = opt.update(grads, state)
+        compiled, total = jax.jit(lambda g, s, opt=opt: (opt.update(g, s)[0], jax.tree.map(jnp.sum, g)))(grads, state)
+        assert_close(eager, jax.tree.map(lambda g: jnp.full_like(g, -LR), grads), RECOMPILED)
+        assert_close(compiled, eager, RECOMPILED)
+        assert_close(total, [jnp.float32(2.0 * x.size) for x in grads], RECOMPILED)
+        assert_close(grads, [jnp.full_like(x, 2.0) for x in grads], RECOMPILED)
