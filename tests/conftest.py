@@ -39,6 +39,15 @@ def compiled_once(tmp_path_factory):
 
 
 @pytest.fixture
+def one_device(monkeypatch):
+    """As if there were no others: groups are then stepped without being put together."""
+    jax.clear_caches()
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    yield
+    jax.clear_caches()
+
+
+@pytest.fixture
 def lenient():
     """JAX's ordinary promotion rules, for the libraries that rely on them."""
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):

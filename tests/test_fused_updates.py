@@ -216,14 +216,6 @@ def matrices(params):
     return jax.tree.map(lambda p: p.ndim > 1, params)
 
 
-@pytest.fixture
-def one_device(monkeypatch):
-    jax.clear_caches()
-    monkeypatch.setattr(jax, "device_count", lambda: 1)
-    yield
-    jax.clear_caches()
-
-
 @pytest.mark.parametrize("method", ["step", "update"])
 @pytest.mark.parametrize("options", [{"mask": matrices}, {"maximize": True}])
 def test_packed_groups(method, options, one_device):

@@ -453,15 +453,6 @@ COMPILER = pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"
 MANY = {"layers": [(40, 50)] * 18, "biases": [(7,), ()], "large": (130, 130)}
 
 
-@pytest.fixture
-def one_device(monkeypatch):
-    """As if there were no others: groups are then stepped without being put together."""
-    jax.clear_caches()
-    monkeypatch.setattr(jax, "device_count", lambda: 1)
-    yield
-    jax.clear_caches()
-
-
 def fused_pair(make=adamjax.adamw, **options):
     return adamjax.packed(make(LR, fused=True, **options)), adamjax.packed(make(LR, **options))
 

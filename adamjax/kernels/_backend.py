@@ -181,9 +181,15 @@ def step_scalars(functions: Functions, operands: Sequence[Any]) -> tuple[StepSca
     return StepScalars(adam, limit, sign, coupled, rate, decay), dithers
 
 
-def arrays_of(variant: StepVariant, functions: Functions, leaf: Leaf) -> LeafArrays:
+def moments_of(functions: Functions, states: Sequence[Any]) -> tuple[Moment, Moment, Moment | None]:
+    """The moments that a program that was recognised steps."""
+    return states[_moments_number(functions)]
+
+
+def arrays_of(
+    variant: StepVariant, functions: Functions, leaf: Leaf, moments: tuple[Moment, Moment, Moment | None]
+) -> LeafArrays:
     """The arrays that a program that was recognised steps; the gradient, where it needs no parameter."""
-    moments = leaf.states[_moments_number(functions)]
     if variant.rounding is not None:
         own, residual = leaf.states[functions[-1][0]]
         return (own, *moments, residual)
@@ -203,7 +209,7 @@ def _run_kernel(
     variant = variant_of(functions)
     assert variant is not None
     scalars, dithers = step_scalars(functions, operands)
-    leaf = arrays_of(variant, functions, Leaf(-1, u, p, states))
+    leaf = arrays_of(variant, functions, Leaf(-1, u, p, states), moments_of(functions, states))
     new, m, v, v_max, residual = step_leaf(backend, variant, leaf, u, scalars, dithers)
     after = list(states)
     after[_moments_number(functions)] = (m, v, v_max)

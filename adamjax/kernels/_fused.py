@@ -103,7 +103,7 @@ class KernelExecutor(Executor):
             return self._require_supported(leaf.index, f"on {jax.default_backend()} there is no kernel")
         variant = _backend.variant_of(functions)
         assert variant is not None
-        arrays = _backend.arrays_of(variant, functions, leaf)
+        arrays = _backend.arrays_of(variant, functions, leaf, _backend.moments_of(functions, leaf.states))
         if not platform.is_faster(arrays):
             return False
         why = _backend.unsupported_placement(leaf.u) or platform.unsupported_reason(variant, arrays, leaf.u)
@@ -121,7 +121,7 @@ class KernelExecutor(Executor):
         if _platform() is not _cpu or any(u is None for u in given) or not _backend.is_on_one_device(given):
             return False
         for leaf in leaves:
-            arrays = _packed_call.arrays_of(group, leaf, packed_state)
+            arrays = _backend.arrays_of(group.variant, group.functions, leaf, packed_state)
             if not self._require_supported(leaf.index, _cpu.unsupported_reason(group.variant, arrays, leaf.u)):
                 return False
         return True

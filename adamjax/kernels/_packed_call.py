@@ -18,7 +18,7 @@ from adamjax._transforms.moment_storage import Moment
 from adamjax._transforms.param_rounding import RoundParam
 from adamjax._transforms.weight_decay import add_scaled_param
 from adamjax.kernels import _backend, _library
-from adamjax.kernels._backend import Functions, LeafArrays, LeafSpec, StepVariant
+from adamjax.kernels._backend import Functions, LeafSpec, StepVariant
 from adamjax.kernels._cpu import KERNEL, attributes
 
 PackedMoments = tuple[Moment, Moment, Moment | None]
@@ -91,7 +91,7 @@ def run_group(
 ) -> tuple[list[Done], PackedMoments]:
     """Run the program of a group by the kernel: the result of each leaf, and the new moments."""
     operands = program.before[group.most].operands, program.together.operands, program.after[group.most].operands
-    arrays = [arrays_of(group, leaf, moments) for leaf in leaves]
+    arrays = [_backend.arrays_of(group.variant, group.functions, leaf, moments) for leaf in leaves]
     params, residuals = [x[0] for x in arrays], [x[-1] for x in arrays]
     rounds = group.variant.rounding is not None
     dithers = [x.operands[-1] for x in program.after] if rounds else []
@@ -101,14 +101,6 @@ def run_group(
         for of_leaf, p, residual in zip(states, params, kept, strict=True):
             of_leaf[group.functions[-1][0]] = (p, residual)
     return list(zip(new, states, strict=True)), moments
-
-
-def arrays_of(group: Group, leaf: Leaf, moments: PackedMoments) -> LeafArrays:
-    """The arrays of a leaf, with the moments of the whole group; the gradient, where the group needs no parameter."""
-    if group.variant.rounding is not None:
-        own, residual = leaf.states[group.functions[-1][0]]
-        return (own, *moments, residual)
-    return (leaf.p if group.variant.reads_param else leaf.u, *moments, None)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -126,7 +118,7 @@ def _of_kernel(
     floats = _backend.pack_scalars(KERNEL, group.variant, scalars)
     integers = _backend.pack_dithers([_backend.first_dither(of_moments[:2]), *dithers], 2 * (1 + count))
     stored = [x for x in residuals if x is not None]
-    new = _batched(group, len(kept))(floats, integers, *params, *grads, *kept, *stored)
+    new = _batched(group)(floats, integers, *params, *grads, *kept, *stored)
     m, v, *v_max = new[count : count + len(kept)]
     return new[:count], new[count + len(kept) :] or residuals, (m, v, v_max[0] if v_max else None)
 
@@ -160,8 +152,8 @@ def _of_xla(
 
 
 @cache
-def _batched(group: Group, moments: int) -> Any:
-    """The kernel for the arrays of a group and so many moments in one array each; mapped by `jax.vmap`, for many."""
+def _batched(group: Group) -> Any:
+    """The kernel for the arrays of a group; mapped by `jax.vmap`, for many of them."""
     count, variant = len(group.variants), group.variant
 
     def as_one(scalars: Array, integers: Array, *arrays: Array) -> list[Array]:
@@ -175,7 +167,7 @@ def _batched(group: Group, moments: int) -> Any:
 
     @custom_vmap
     def step_all(*operands: Array) -> list[Array]:
-        return _run(group, moments, *operands)
+        return _run(group, *operands)
 
     @step_all.def_vmap
     def _(size: int, is_mapped: list[bool], *operands: Array) -> tuple[list[Array], list[bool]]:
@@ -190,7 +182,7 @@ def _batched(group: Group, moments: int) -> Any:
     return step_all
 
 
-def _run(group: Group, moments: int, *operands: Array) -> list[Array]:
+def _run(group: Group, *operands: Array) -> list[Array]:
     variant, count = group.variant, len(group.variants)
     scalars, integers, *arrays = collectives.pcast_all(*operands)
     params, kept = arrays[:count], arrays[2 * count :]
