@@ -15,6 +15,8 @@ from jax.sharding import PartitionSpec as P
 from same_step import ByUpdate, assert_same_steps
 from test_fused import FORMATS, FORMS, GRADS, LR, PARAMS, gradients, numbers
 from test_fused_rounding import WRAPPERS, assert_same, draw
+from test_packed import MANY
+from test_packed import numbers as many
 from tolerances import RECOMPILED
 
 import adamjax
@@ -203,15 +205,6 @@ def test_clipping_is_limited_as_in_the_plain_step():
         assert_close(found, expected, 4 * RECOMPILED)
 
 
-PACKED = {"layers": [(40, 50)] * 18, "biases": [(7,), ()], "large": (130, 130)}
-
-
-def many(seed, dtype="float32"):
-    rng = np.random.default_rng(seed)
-    is_shape = lambda x: isinstance(x, tuple)  # noqa: E731
-    return jax.tree.map(lambda shape: jnp.asarray(rng.normal(size=shape), dtype), PACKED, is_leaf=is_shape)
-
-
 def matrices(params):
     return jax.tree.map(lambda p: p.ndim > 1, params)
 
@@ -222,7 +215,7 @@ def test_packed_groups(method, options, one_device):
     """Whether a leaf decays may differ in a group."""
     make = adamjax.adam if "mask" in options else adamjax.adamw
     fused, plain = (adamjax.packed(make(LR, weight_decay=0.1, **options, **kw)) for kw in ({"fused": True}, {}))
-    params, grads = many(0), many(1)
+    params, grads = many(0, shapes=MANY), many(1, shapes=MANY)
     state = plain.init(params)
     lowered = jax.jit(getattr(fused, method)).lower(grads, state, params).as_text()
     assert lowered.count(f"{_library.target()}-group") == 2
@@ -237,7 +230,7 @@ def test_packed_groups_inside_of_wrappers(wrapper, method, one_device):
         adamjax.chain(CLIP, WRAPPERS[wrapper](adamjax.packed(adamjax.adamw(LR, weight_decay=0.1, mask=matrices, **kw))))
         for kw in ({"fused": True}, {})
     )
-    params, grads = many(0, "bfloat16"), many(1, "bfloat16")
+    params, grads = many(0, "bfloat16", MANY), many(1, "bfloat16", MANY)
     state = plain.init(params)
     lowered = jax.jit(getattr(fused, method)).lower(grads, state, params).as_text()
     assert lowered.count(f"{_library.target()}-group") == 2
@@ -263,7 +256,7 @@ def test_packed_groups_inside_of_wrappers_where_jax_takes_them(one_device):
         updates, _ = opt.update(params, opt.init(params), params)
         return sum(jnp.sum(u.astype(jnp.float32) ** 2) for u in jax.tree.leaves(updates))
 
-    params = many(0, "bfloat16")
+    params = many(0, "bfloat16", MANY)
     found, expected = (jax.jit(jax.grad(lambda r, kw=kw: loss(r, params, **kw)))(0.1) for kw in ({"fused": True}, {}))
     assert_close(found, expected, 1e-3)
 
