@@ -12,6 +12,8 @@ from adamjax import sharding as sharding
 from adamjax import storage as storage
 from adamjax import training as training
 from adamjax import tuning as tuning
+from adamjax._core.files import DamagedFileError as DamagedFileError
+from adamjax._core.locks import FolderInUseError as FolderInUseError
 from adamjax._core.version import __version__ as __version__
 from adamjax._transforms.adam import scale_by_adam as scale_by_adam
 from adamjax._transforms.adamax import scale_by_adamax as scale_by_adamax

@@ -3,7 +3,6 @@
 import itertools
 import json
 import math
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from adamjax._core import files
 from adamjax._core.optional import require
 
 Record = dict[str, Any]  # a step and the measurements made there, by name
@@ -32,10 +32,10 @@ class RunFolder:
         self.path = path
         self.records: list[Record] = list(records or ())
         if records is not None:
-            replace(metrics, "".join(map(_line, self.records)))
+            files.replace(metrics, "".join(map(_line, self.records)))
 
     def write_config(self, config: Record) -> None:
-        replace(self.path / "config.json", json.dumps(config, indent=2) + "\n")
+        files.replace(self.path / "config.json", json.dumps(config, indent=2) + "\n")
 
     def log(self, record: Record) -> None:
         self.records.append(record)
@@ -70,14 +70,6 @@ def read_metrics(path: Path) -> list[Record]:
     lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
     records = [json.loads(line) for line in lines if line.endswith("\n")]
     return [{k: math.nan if x is None else x for k, x in record.items()} for record in records]
-
-
-def replace(path: Path, text: str) -> None:
-    """Replace the file as a whole: a reader finds the old one or the new one, even after a crash."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(path.name + ".new")
-    new.write_text(text)
-    os.replace(new, path)
 
 
 def _line(record: Record) -> str:

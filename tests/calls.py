@@ -34,7 +34,11 @@ def public():
                 x = getattr(module, name, None)
                 if not name.startswith("_") and getattr(x, "__module__", "").startswith("adamjax"):
                     found.setdefault(x, f"{suffix}.{name}".removeprefix("."))
-    return {name: x for x, name in found.items() if callable(x)}
+    return {name: x for x, name in found.items() if callable(x) and not _is_error(x)}
+
+
+def _is_error(x):
+    return isinstance(x, type) and issubclass(x, Exception)
 
 
 class Call(NamedTuple):

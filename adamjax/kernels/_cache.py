@@ -3,8 +3,9 @@
 import hashlib
 import os
 import tempfile
-from contextlib import suppress
 from pathlib import Path
+
+from adamjax._core import files
 
 
 class UnusableCacheError(RuntimeError):
@@ -84,20 +85,12 @@ def keep(made: Path, key: str) -> Path:
         # Without this, a crash of the machine may leave the new name on a file without its content.
         with made.open("rb+") as file:
             os.fsync(file.fileno())
-        return _replace(made, path / f"adam-{key}-{_digest(made)}.so")
+        kept_as = path / f"adam-{key}-{_digest(made)}.so"
+        os.replace(made, kept_as)
+        files.sync_folder(path)
+        return kept_as
     except OSError as error:
         raise _unwritable(path, error) from error
-
-
-def _replace(made: Path, path: Path) -> Path:
-    os.replace(made, path)
-    with suppress(OSError):  # some file systems cannot
-        descriptor = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-    return path
 
 
 def _digest(path: Path) -> str:

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 import jax
 
-from adamjax.run_folder import broadcast, replace
+from adamjax._core import files
+from adamjax.run_folder import broadcast
 from adamjax.tuning._space import Setting, stable_repr
 
 # Names of stages: of the first trial, and of the runs with fresh seeds.
@@ -132,7 +133,7 @@ class Journal:
 
     def _write_decisions(self) -> None:
         if self.path is not None and jax.process_index() == 0:
-            replace(self.path / "tune.json", json.dumps(self.decisions, indent=2, allow_nan=False) + "\n")
+            files.replace(self.path / "tune.json", json.dumps(self.decisions, indent=2, allow_nan=False) + "\n")
 
 
 def parse_decisions(text: str, path: Path) -> Json:
