@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -53,7 +53,8 @@ class ProcessGroup(NamedTuple):
             with _signals.stop_on_signals(stopped.set):
                 yield stopped.is_set
             return
-        if not jax.config.read("jax_enable_preemption_service"):
+        config: Any = jax.config  # whose options are added at run time
+        if not config.jax_enable_preemption_service:
             with _signals.stop_on_signals(stopped.set):
                 yield lambda: bool(multihost_utils.process_allgather(np.asarray(stopped.is_set())).any())
             return
