@@ -177,11 +177,13 @@ def _run_as_leader(run: _PreparedRun, folder: RunFolder, options: Options) -> in
         try:
             for report in run.reports:
                 record = _record(report, rate, options)
-                with _flags.errors_for_users():
+                try:
                     folder.log(record)
                     if run.checkpoints.is_due(report):
                         folder.sync()
                         run.checkpoints.save(report, run.path)
+                except OSError as error:  # a full disk, say
+                    raise CommandError(str(error)) from error
                 shown = [f"{name} {record[name]:.3g}" for name in ("loss", "learning_rate") if name in record]
                 shown += diagnosis.add(report.step, record, report.stats)
                 bar.set_postfix_str(", ".join(shown), refresh=False)
