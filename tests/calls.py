@@ -220,4 +220,5 @@ FILES = [
     "checkpoint.restore",
     "checkpoint.steps",
     "diagnostics.LogWriter",
+    "training.stop_on_signals",
 ]  # see their own tests

@@ -1,10 +1,7 @@
 """`adamjax train --distributed`: one run of many processes, over all their devices."""
 
-import itertools
 import os
-import signal
 import sys
-import threading
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,12 +9,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from adamjax import training
 from adamjax._core import checks
-from adamjax.cli import _signals, _watch
+from adamjax.cli import _watch
 from adamjax.cli._flags import CommandError, Flags, Options, flag
 
 # These flags say where a run takes place. They do not change its result, and are not kept with it.
@@ -52,22 +48,8 @@ class ProcessGroup(NamedTuple):
     @contextmanager
     def stop_on_signals(self) -> Iterator[Callable[[], bool]]:
         """Yield a function that tells whether a signal asked any process to stop. All call it after each update."""
-        timer = self.timer
-        if timer is None:
-            stopped = threading.Event()
-            with _signals.stop_on_signals(stopped.set):
-                yield stopped.is_set
-            return
-        updates = itertools.count()
-
-        def stop() -> bool:
-            timer.progress()
-            return multihost_utils.reached_preemption_sync_point(next(updates))
-
-        # JAX's preemption service hears SIGTERM in any process, and tells all of them the same update to stop after.
-        others = [number for number in _signals.STOPS if number != signal.SIGTERM]
-        with _signals.stop_on_signals(lambda: os.kill(os.getpid(), signal.SIGTERM), others):
-            yield stop
+        with training.stop_on_signals() as stop:
+            yield stop if self.timer is None else self.timer.around(stop)
 
     @contextmanager
     def watched(self, folder: Path | None) -> Iterator[None]:

@@ -5,7 +5,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import jax
@@ -40,8 +40,14 @@ class StallTimer:
         self._limit, self._left, self._stopped = seconds, seconds, threading.Event()
         threading.Thread(target=self._count, name="adamjax-stall", daemon=True).start()
 
-    def progress(self) -> None:
-        self._left = self._limit
+    def around(self, stop: Callable[[], bool]) -> Callable[[], bool]:
+        """Return a function like `stop`, which is called after each update: every call is progress."""
+
+        def progress() -> bool:
+            self._left = self._limit
+            return stop()
+
+        return progress
 
     def stop(self) -> None:
         self._stopped.set()
