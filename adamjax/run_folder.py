@@ -7,12 +7,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
-from jax.experimental import multihost_utils
-
 from adamjax._core import files
 from adamjax._core.optional import require
+from adamjax._core.processes import broadcast as broadcast
 
 Record = dict[str, Any]  # a step and the measurements made there, by name
 
@@ -76,16 +73,6 @@ def _line(record: Record) -> str:
     """Return a record as a line of JSON; numbers that are not finite become null, since JSON has no NaN."""
     line = {k: None if isinstance(x, float) and not math.isfinite(x) else x for k, x in record.items()}
     return json.dumps(line) + "\n"
-
-
-def broadcast(text: str) -> str:
-    """Return the first process's text on every process."""
-    if jax.process_count() == 1:
-        return text
-    encoded = text.encode(errors="surrogateescape")  # as in paths
-    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(encoded))))
-    padded = np.frombuffer(encoded[:size].ljust(size, b"\0"), np.uint8)
-    return bytes(multihost_utils.broadcast_one_to_all(padded)).decode(errors="surrogateescape")
 
 
 def next_free(parent: Path, kind: str) -> Path:
