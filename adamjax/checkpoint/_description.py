@@ -63,7 +63,9 @@ def read(folder: Path, step: int) -> Description:
     try:
         found = files.json_object(files.read(path), path, _UNREADABLE)
     except (FileNotFoundError, IsADirectoryError) as error:
-        message = f"{folder} is not a checkpoint of adamjax: it has no description to be read"
+        message = (
+            f"{folder} is not a checkpoint of adamjax: it has no description to be read, {_step_folder.DESCRIPTION}"
+        )
         raise DamagedFileError(path, message, step) from error
     except DamagedFileError as error:
         raise DamagedFileError(path, str(error), step) from error

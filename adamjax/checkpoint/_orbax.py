@@ -36,8 +36,8 @@ def is_damage(error: Exception) -> bool:
     return number is None or number in _OF_CONTENT
 
 
-def sentence(number: int | None, message: str) -> OSError:
+def sentence(number: int, message: str) -> OSError:
     """Return an error of the operating system whose text is the message, without the number."""
-    error = OSError(message) if number is None else OSError(number, message)  # the class depends on the number
-    error.args, error.strerror = (message,), None
+    error = type(OSError(number, message))(message)  # the class depends on the number
+    error.errno = number
     return error

@@ -94,8 +94,7 @@ def restore(
         _description.refuse_others(folder, description, here, new_hyperparameters)
         if not (folder / _step_folder.ARRAYS).is_dir():
             raise DamagedFileError(folder / _step_folder.ARRAYS, f"{folder} is damaged: it has no arrays", step)
-        if verify:
-            _verify_files(folder, step, description)
+        _verify_files(folder, step, description, content=verify)
         items = _read_arrays(folder, step, _arrays.by_path(params, state, model_state), is_whole=verify)
         if verify:
             _verify_arrays(folder, step, description, items)
@@ -121,16 +120,18 @@ def _other_step(directory: str | os.PathLike[str], damaged: int) -> str:
 def _is_whole(folder: Path, step: int) -> bool:
     try:
         description = _description.read(folder, step)
-        _verify_files(folder, step, description)
+        _verify_files(folder, step, description, content=True)
     except (ValueError, OSError):
         return False
     return (folder / _step_folder.ARRAYS).is_dir()
 
 
-def _verify_files(folder: Path, step: int, description: _description.Description) -> None:
+def _verify_files(folder: Path, step: int, description: _description.Description, *, content: bool) -> None:
     if "digests" not in description:  # an earlier version saved it
+        if (path := _step_folder.unreadable_file(folder)) is not None:
+            raise DamagedFileError(path, f"{path} is damaged (it is not a file)", step)
         return
-    found = _step_folder.first_damaged(folder, description["digests"]["files"])
+    found = _step_folder.first_damaged(folder, description["digests"]["files"], content=content)
     if found is not None:
         path = folder / found[0]
         raise DamagedFileError(path, f"{path} is damaged ({found[1]})", step)

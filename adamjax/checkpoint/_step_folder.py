@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from itertools import repeat
 from pathlib import Path
 
 import jax
@@ -66,7 +67,8 @@ def commit(folder: Path, final: Path) -> None:
     for path in (*(path for path in folder.rglob("*") if path.is_dir()), folder):
         files.sync_folder(path)
     os.rename(folder, final)
-    files.sync_folder(final.parent)
+    for parent in (final.parent, final.parent.parent):  # the directory may be new
+        files.sync_folder(parent)
 
 
 def remove_before(directory: Path, keep: int) -> None:
@@ -110,8 +112,18 @@ def seal(folder: Path) -> FileDigests:
     }
 
 
-def first_damaged(folder: Path, digests: FileDigests) -> tuple[str, str] | None:
+def unreadable_file(folder: Path) -> Path | None:
+    """Return a file that is neither a file nor a folder, such as a pipe, at which a reader would wait for ever."""
+    return next((path for path in folder.rglob("*") if not path.is_file() and not path.is_dir()), None)
+
+
+def first_damaged(folder: Path, digests: FileDigests, *, content: bool) -> tuple[str, str] | None:
     """Return the first file that is not as it was sealed, and what is wrong with it; all processes share the work.
+
+    Args:
+      folder: The folder of the step.
+      digests: Those of its files.
+      content: False to look at types and sizes only.
 
     Raises:
       OSError: A file cannot be read.
@@ -119,7 +131,7 @@ def first_damaged(folder: Path, digests: FileDigests) -> tuple[str, str] | None:
     names = list(digests)
     wrong = np.full(1, len(names) * len(_PROBLEMS), np.uint32)
     with processes.together():
-        for i, problem in _problems(folder, digests, names):
+        for i, problem in _problems(folder, digests, names, content):
             wrong[0] = min(wrong[0], i * len(_PROBLEMS) + problem)
     found = int(processes.gather(wrong).min())
     if found == len(names) * len(_PROBLEMS):
@@ -130,10 +142,11 @@ def first_damaged(folder: Path, digests: FileDigests) -> tuple[str, str] | None:
 _PROBLEMS = ("it is missing", "it is not a file", "its size is wrong", "its content is not what was saved")
 
 
-def _problems(folder: Path, digests: FileDigests, names: Sequence[str]) -> Iterator[tuple[int, int]]:
+def _problems(folder: Path, digests: FileDigests, names: Sequence[str], content: bool) -> Iterator[tuple[int, int]]:
     mine = _mine(names)
     with ThreadPoolExecutor(_THREADS) as pool:
-        found = pool.map(_problem, (folder / names[i] for i in mine), (digests[names[i]] for i in mine))
+        expected = [digests[names[i]] for i in mine]
+        found = pool.map(_problem, (folder / names[i] for i in mine), expected, repeat(content))
         yield from ((i, problem) for i, problem in zip(mine, found, strict=True) if problem is not None)
 
 
@@ -142,7 +155,7 @@ def _mine(names: Sequence[str]) -> range:
     return range(jax.process_index(), len(names), jax.process_count())
 
 
-def _problem(path: Path, expected: Iterable[int | str]) -> int | None:
+def _problem(path: Path, expected: Iterable[int | str], content: bool) -> int | None:
     try:
         if not path.is_file():
             return 1 if path.exists() else 0
@@ -150,7 +163,7 @@ def _problem(path: Path, expected: Iterable[int | str]) -> int | None:
             size, digest = expected
             if os.fstat(file.fileno()).st_size != size:
                 return 2
-            return 3 if hashlib.file_digest(file, "sha256").hexdigest() != digest else None
+            return 3 if content and hashlib.file_digest(file, "sha256").hexdigest() != digest else None
     except (FileNotFoundError, NotADirectoryError):
         return 0
 
