@@ -14,9 +14,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from helpers import assert_equal
+from kill_and_resume import Train
 
 import adamjax
-from adamjax import DamagedFileError, checkpoint
+from adamjax import DamagedFileError, checkpoint, cli
 from adamjax.checkpoint import _array_digests, _step_folder
 
 OPT = adamjax.adamw(1e-3, mu_dtype=adamjax.quantized("int8"))
@@ -286,3 +287,36 @@ def test_errors_of_the_machine_are_no_damage(saved, monkeypatch):
         patch.setattr(ocp.StandardCheckpointHandler, "restore", Mock(side_effect=MemoryError))
         with pytest.raises(MemoryError):
             restored(saved)
+
+
+def damage_arrays(step):
+    path = max((step / "arrays").rglob("d/*"), key=lambda path: path.stat().st_size)
+    flip(path, np.random.default_rng(0), None)
+    return path
+
+
+def test_resume_goes_on_from_a_whole_step_aloud(tmp_path, capsys):
+    run, directory = tmp_path / "run", tmp_path / "run" / "checkpoints"
+    assert (
+        cli.main(["train", "bowl:BOWL", "--steps=60", "--report-every=4", "--checkpoint-every=20", f"--out={run}"]) == 0
+    )
+    assert checkpoint.steps(directory) == [20, 40, 60]
+    expected = Train().result(run)
+    (directory / "40" / "description" / "metadata").unlink()
+    path = damage_arrays(directory / "60")
+    (directory / "60.damaged").mkdir()
+    capsys.readouterr()
+    assert cli.main(["train", "--resume", str(run)]) == 0
+    said = capsys.readouterr().err
+    assert f"adamjax: {path} is damaged (its content is not what was saved): going on from step 20; see " in said
+    assert (
+        f"it has no description to be read, description/metadata: going on from step 20; see {directory}/40.dam" in said
+    )
+    assert checkpoint.steps(directory) == [20, 40, 60]
+    assert sorted(path.name for path in directory.glob("*.damaged*")) == ["40.damaged", "60.damaged", "60.damaged-2"]
+    assert Train().result(run) == expected
+    for step in (20, 40, 60):
+        damage_arrays(directory / str(step))
+    assert cli.main(["train", "--resume", str(run)]) == 2
+    assert f"no step is whole: without {directory}, --resume starts the run from" in capsys.readouterr().err
+    assert checkpoint.steps(directory) == [20, 40, 60]

@@ -4,19 +4,20 @@ Until a step is complete and on disk, its folder has a name that no reader takes
 """
 
 import hashlib
+import itertools
 import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from itertools import repeat
 from pathlib import Path
 
 import jax
 import numpy as np
 
 from adamjax._core import files, processes
+from adamjax._core.locks import FolderLock
 
 DESCRIPTION = "description/metadata"
 ARRAYS = "arrays"
@@ -83,12 +84,11 @@ def remove_before(directory: Path, keep: int) -> None:
 def set_aside(directory: str | os.PathLike[str], step: int) -> Path:
     """Rename a damaged step, so that it does not count any more; return its new path."""
     folder = folder_of(directory, step)
-    for i in range(1, 1000):
-        aside = folder.with_name(f"{step}.damaged" + (f"-{i}" if i > 1 else ""))
-        if not aside.exists():
-            break
-    os.rename(folder, aside)
-    files.sync_folder(folder.parent)
+    suffixes = itertools.chain([""], (f"-{i}" for i in itertools.count(2)))
+    aside = next(path for x in suffixes if not (path := folder.with_name(f"{step}.damaged{x}")).exists())
+    with FolderLock(folder.parent):
+        os.rename(folder, aside)
+        files.sync_folder(folder.parent)
     return aside
 
 
@@ -146,7 +146,7 @@ def _problems(folder: Path, digests: FileDigests, names: Sequence[str], content:
     mine = _mine(names)
     with ThreadPoolExecutor(_THREADS) as pool:
         expected = [digests[names[i]] for i in mine]
-        found = pool.map(_problem, (folder / names[i] for i in mine), expected, repeat(content))
+        found = pool.map(_problem, (folder / names[i] for i in mine), expected, itertools.repeat(content))
         yield from ((i, problem) for i, problem in zip(mine, found, strict=True) if problem is not None)
 
 

@@ -1,13 +1,16 @@
 """Checkpoints of `adamjax train`: saved during a run, and restored to resume it."""
 
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
 from jax.sharding import Mesh
 
-from adamjax import Transformation, checkpoint, training
-from adamjax._core import checks
+from adamjax import DamagedFileError, Transformation, checkpoint, training
+from adamjax._core import checks, processes
 from adamjax._core.optional import require
+from adamjax._core.typing import PyTree
+from adamjax.checkpoint._step_folder import set_aside
 from adamjax.cli._flags import Options
 from adamjax.problems import Problem
 from adamjax.run_folder import Record, read_metrics
@@ -31,12 +34,34 @@ def load_history(run: Path, problem: Problem, opt: Transformation, options: Opti
         finished = "checkpoint_every" not in options and any(record["step"] == steps for record in records)
         return RunHistory(None, steps, records) if finished else RunHistory(None, 0, [])
     like = training.model_like(problem, options.get("dtype"), mesh)
-    start = checkpoint.restore(run / FOLDER, opt, like.params, model_state=like.state)
+    start = _restore_newest_whole(run / FOLDER, opt, like.params, like.state)
     records = [record for record in records if record["step"] <= start.step]
     # Ctrl-C evaluates at a step at which an uninterrupted run does not.
     if records and start.step % options["evaluate_every"] and start.step < steps:
         records[-1] = {name: x for name, x in records[-1].items() if not name.startswith("val_")}
     return RunHistory(start, start.step, records)
+
+
+def _restore_newest_whole(
+    directory: Path, opt: Transformation, params: PyTree, model_state: PyTree
+) -> checkpoint.Checkpoint:
+    """Restore the newest step that is whole; say which are damaged, and rename them so that later ones can be saved."""
+    damaged: dict[int, DamagedFileError] = {}
+    for step in reversed(checkpoint.steps(directory)):
+        try:
+            start = checkpoint.restore(directory, opt, params, model_state=model_state, step=step)
+        except DamagedFileError as error:
+            damaged[step] = error
+            continue
+        with processes.together():
+            for other, error in damaged.items() if processes.is_first() else ():
+                aside = set_aside(directory, other)
+                # The cause does not offer another step.
+                print(f"adamjax: {error.__cause__}: going on from step {step}; see {aside}", file=sys.stderr)
+        return start
+    first = next(iter(damaged.values()))
+    remedy = f"no step is whole: without {directory}, --resume starts the run from its beginning"
+    raise DamagedFileError(first.path, f"{first.__cause__}; {remedy}", first.step)
 
 
 class Writer:
