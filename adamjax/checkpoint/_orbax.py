@@ -1,0 +1,43 @@
+"""Orbax, imported when it is needed, and its errors in our terms."""
+
+import errno
+import re
+from typing import Any
+
+from adamjax._core.optional import require
+
+# How tensorstore words errors of the operating system.
+_OS_ERROR = re.compile(r"\[OS error (\d+)")
+# Such errors come from content too: the names of files and folders are part of a step.
+_OF_CONTENT = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL}
+
+
+def orbax() -> Any:
+    return require("orbax.checkpoint", "checkpoint", "a checkpoint")
+
+
+def os_error(error: BaseException) -> int | None:
+    """Return the number of the error of the operating system that an error is, or was caused by; None if of none."""
+    found: BaseException | None = error
+    while found is not None:
+        if isinstance(found, OSError) and found.errno is not None:
+            return found.errno
+        if match := _OS_ERROR.search(str(found)):
+            return int(match[1])
+        found = found.__cause__
+    return None
+
+
+def is_damage(error: Exception) -> bool:
+    """Return whether reading can have failed because of what was read, and not because of the machine."""
+    if isinstance(error, (ImportError, MemoryError)) or "RESOURCE_EXHAUSTED" in str(error):
+        return False
+    number = os_error(error)
+    return number is None or number in _OF_CONTENT
+
+
+def sentence(number: int, message: str) -> OSError:
+    """Return an error of the operating system whose text is the message, without the number."""
+    error = type(OSError(number, message))(message)  # the class depends on the number
+    error.errno = number
+    return error
