@@ -151,7 +151,7 @@ class Search:
             raise
 
     def close(self) -> None:
-        """Let other processes write to the folder, as the end of a `with` block does.
+        """Let other processes write to the folder, as the end of a with block does.
 
         No trial can be told after that. The same happens once nothing refers to the search any more.
         """
