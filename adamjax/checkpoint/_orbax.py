@@ -1,19 +1,37 @@
 """Orbax, imported when it is needed, and its errors in our terms."""
 
 import errno
+import logging
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from adamjax._core.optional import require
 
 # How tensorstore words errors of the operating system.
-_OS_ERROR = re.compile(r"\[OS error (\d+)")
+_OS_ERROR = re.compile(r"(?:OS error |os_error_code=')(\d+)")
 # Such errors come from content too: the names of files and folders are part of a step.
 _OF_CONTENT = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL}
 
 
 def orbax() -> Any:
     return require("orbax.checkpoint", "checkpoint", "a checkpoint")
+
+
+@contextmanager
+def without_error_logs() -> Iterator[None]:
+    """Keep orbax from logging the errors of its threads with their tracebacks: they are raised, too."""
+    logger = logging.getLogger("absl")
+
+    def is_less(record: logging.LogRecord) -> bool:
+        return record.levelno < logging.ERROR
+
+    logger.addFilter(is_less)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_less)
 
 
 def os_error(error: BaseException) -> int | None:

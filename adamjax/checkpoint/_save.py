@@ -68,7 +68,8 @@ def save(
                 _step_folder.remove_unfinished(final.parent)
         digests = _array_digests.array_digests(_arrays.flat(items))
         arguments = {_step_folder.ARRAYS: ocp.args.StandardSave(items), "description": ocp.args.JsonSave(description)}
-        with ocp.Checkpointer(ocp.CompositeCheckpointHandler(*arguments)) as checkpointer:
+        handler = ocp.CompositeCheckpointHandler(*arguments)
+        with _orbax.without_error_logs(), ocp.Checkpointer(handler) as checkpointer:
             # It returns when the files are complete: the next training step reuses the memory of the donated arrays.
             checkpointer.save(folder, args=ocp.args.Composite(**arguments))
         sealed = _step_folder.seal(folder)
