@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from helpers import assert_equal
+from helpers import assert_equal, free_port
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 import adamjax
@@ -250,3 +250,90 @@ def test_the_description_has_the_digests(tmp_path):
     assert set(digests["files"]) == there - {"description/metadata"}
     for name, (size, _) in digests["files"].items():
         assert (folder / name).stat().st_size == size
+
+
+TOGETHER = """
+    import errno, os, sys
+    from pathlib import Path
+    import jax, numpy as np
+    from jax.experimental import multihost_utils
+    from jax.sharding import AxisType, NamedSharding, PartitionSpec
+    import adamjax
+    from adamjax import DamagedFileError, checkpoint
+    from adamjax.checkpoint import _step_folder
+
+    directory, port, index = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+    jax.distributed.initialize(f"127.0.0.1:{port}", 2, index)
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Auto,))
+    whole = {"w": np.arange(6000, dtype=np.float32).reshape(60, 100), "b": np.arange(7, dtype=np.float16)}
+    specs = {"w": PartitionSpec("x"), "b": PartitionSpec()}
+    params = {
+        name: jax.make_array_from_callback(x.shape, NamedSharding(mesh, specs[name]), lambda at, x=x: x[at])
+        for name, x in whole.items()
+    }
+    opt = adamjax.adam()
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    state = jax.tree.map(
+        lambda x: jax.make_array_from_callback(x.shape, everywhere, lambda at: np.zeros(x.shape, x.dtype)),
+        jax.eval_shape(opt.init, params),
+    )
+
+    def check(step):
+        found = checkpoint.restore(directory, opt, params, state=state, step=step)
+        for name, x in found.params.items():
+            for shard in x.addressable_shards:
+                np.testing.assert_array_equal(np.asarray(shard.data), whole[name][shard.index])
+
+    check(0)  # which one process saved
+    checkpoint.save(directory, opt, params, state, step=1)
+    check(1)
+
+    commit = _step_folder.commit
+    def full(*_):
+        raise OSError(errno.ENOSPC, "x")
+    _step_folder.commit = full
+    try:
+        checkpoint.save(directory, opt, params, state, step=2)
+    except OSError as error:
+        print(error)
+    _step_folder.commit = commit
+    print(checkpoint.steps(directory))
+    multihost_utils.sync_global_devices("looked")
+    checkpoint.save(directory, opt, params, state, step=2)
+    if index == 0:
+        largest = max((directory / "2").rglob("d/*"), key=lambda path: path.stat().st_size)
+        content = bytearray(largest.read_bytes())
+        content[len(content) // 2] ^= 1
+        largest.write_bytes(content)
+    multihost_utils.sync_global_devices("damaged")
+    try:
+        check(2)
+    except DamagedFileError as error:
+        print(error)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.processes
+def test_two_processes_and_one(tmp_path):
+    params = {"w": jnp.arange(6000.0).reshape(60, 100), "b": jnp.arange(7, dtype=jnp.float16)}
+    state = OPT.init(params)
+    checkpoint.save(tmp_path, OPT, params, state, step=0)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "JAX_NUM_CPU_DEVICES": "1"}
+    command = [sys.executable, "-c", textwrap.dedent(TOGETHER), str(tmp_path), str(free_port())]
+    kwargs = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
+    started = [subprocess.Popen([*command, str(i)], **kwargs) for i in range(2)]
+    said = [process.communicate(timeout=120) for process in started]
+    assert [process.returncode for process in started] == [0, 0], said
+    first, second = ([line for line in out.splitlines() if "[Gloo]" not in line] for out, _ in said)
+    assert first == second
+    assert first[0] == f"step 2 was not saved: No space left on device, in {tmp_path}; step 1 stays whole"
+    assert first[1] == "[0, 1]"
+    assert "is damaged (its content is not what was saved); step 1 is whole: restore(..., step=1)" in first[2]
+    found = checkpoint.restore(tmp_path, OPT, params, step=1)
+    assert_equal((found.params, found.state), (params, state))
+    digests = [
+        json.loads((tmp_path / str(step) / "description" / "metadata").read_text())["digests"] for step in (0, 1)
+    ]
+    assert digests[0]["arrays"] == digests[1]["arrays"]
+    assert any("ocdbt.process_1" in name for name in digests[1]["files"])

@@ -25,7 +25,6 @@ _UNFINISHED = ".adamjax-tmp"
 # Also those of orbax, which earlier versions left behind, and which it makes beside ours.
 _ANY_UNFINISHED = re.compile(r"\d+(\.adamjax-tmp|\.orbax-checkpoint-tmp).*")
 _SHA256_BYTES = 32
-_THREADS = 8
 
 FileDigests = dict[str, list[int | str]]  # by path below the step: size and SHA-256
 
@@ -102,7 +101,7 @@ def seal(folder: Path) -> FileDigests:
     names = processes.broadcast("\n".join(names)).split("\n")
     mine = _mine(names)
     row = np.zeros((len(names), 2 + _SHA256_BYTES // 4), np.uint32)
-    with processes.together(), ThreadPoolExecutor(_THREADS) as pool:
+    with processes.together(), ThreadPoolExecutor() as pool:
         paths = [folder / names[i] for i in mine]
         for i, (size, digest) in zip(mine, pool.map(_sealed, paths), strict=True):
             row[i] = [size >> 32, size & 0xFFFFFFFF, *np.frombuffer(digest, np.uint32)]
@@ -149,7 +148,7 @@ _PROBLEMS = ("it is missing", "it is not a file", "its size is wrong", "its cont
 
 def _problems(folder: Path, digests: FileDigests, *, content: bool) -> list[int | None]:
     """Return what is wrong with each of the files, as an index of `_PROBLEMS`."""
-    with ThreadPoolExecutor(_THREADS) as pool:
+    with ThreadPoolExecutor() as pool:
         paths = [folder / name for name in digests]
         return list(pool.map(_problem, paths, digests.values(), itertools.repeat(content)))
 
