@@ -20,9 +20,18 @@ import adamjax
 from adamjax import DamagedFileError, checkpoint, cli
 from adamjax.checkpoint import _array_digests, _step_folder
 
+# Orbax gives up the reads that it has begun once the first fails. Each complains when it is collected.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 OPT = adamjax.adamw(1e-3, mu_dtype=adamjax.quantized("int8"))
 LIKE = {"w": jnp.zeros((8, 300), jnp.bfloat16), "b": jnp.zeros(3)}
 MODEL_STATE = {"mean": jnp.zeros(5), "dropout": jax.random.key(0)}
+
+
+@pytest.fixture(autouse=True)
+def collected():
+    yield
+    gc.collect()
 
 
 def content(step):
@@ -170,12 +179,7 @@ def test_damage_is_found_and_named(saved, flips):
     assert_right(restored(saved))
 
 
-# Of the reads that orbax began, and gave up with the first that failed.
-given_up = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-
-
 @pytest.mark.slow
-@given_up
 def test_without_verifying_damage_raises_no_raw_error(saved):
     """It may restore wrong numbers."""
     for path in all_damage(saved, flips=8):
@@ -184,7 +188,6 @@ def test_without_verifying_damage_raises_no_raw_error(saved):
             assert isinstance(found, DamagedFileError)
             assert found.step == 40
             assert path.is_relative_to(found.path) or path.name == "metadata"
-    gc.collect()
 
 
 @pytest.fixture(scope="module")
@@ -201,7 +204,6 @@ def without_digests(saved, tmp_path_factory):
 
 
 @pytest.mark.slow
-@given_up
 def test_damage_to_a_step_without_digests_raises_no_raw_error(without_digests):
     assert_right(restored(without_digests))
     for path in all_damage(without_digests, flips=8):
@@ -213,7 +215,6 @@ def test_damage_to_a_step_without_digests_raises_no_raw_error(without_digests):
         elif isinstance(found, ValueError):
             assert path.name == "metadata"
             assert any(text in str(found) for text in ("is of another optimizer", "is of an optimizer", "does not fit"))
-    gc.collect()
 
 
 def test_folders_that_are_none(saved, tmp_path):
