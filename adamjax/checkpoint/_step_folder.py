@@ -37,6 +37,9 @@ def steps(directory: str | os.PathLike[str]) -> list[int]:
 
     Returns:
       Their numbers, in ascending order.
+
+    Raises:
+      OSError: The directory cannot be listed.
     """
     try:
         entries = list(os.scandir(directory))
