@@ -260,7 +260,7 @@ TOGETHER = """
     from jax.sharding import AxisType, NamedSharding, PartitionSpec
     import adamjax
     from adamjax import DamagedFileError, checkpoint
-    from adamjax.checkpoint import _step_folder
+    from adamjax.checkpoint import _save, _step_folder
 
     directory, port, index = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
     jax.distributed.initialize(f"127.0.0.1:{port}", 2, index)
@@ -297,6 +297,15 @@ TOGETHER = """
     except OSError as error:
         print(error)
     _step_folder.commit = commit
+    lock = _save.FolderLock
+    def held(folder):
+        raise adamjax.FolderInUseError(folder, "process 7")
+    _save.FolderLock = held
+    try:
+        checkpoint.save(directory, opt, params, state, step=2)
+    except OSError as error:
+        print(error)
+    _save.FolderLock = lock
     print(checkpoint.steps(directory))
     multihost_utils.sync_global_devices("looked")
     checkpoint.save(directory, opt, params, state, step=2)
@@ -328,8 +337,9 @@ def test_two_processes_and_one(tmp_path):
     first, second = ([line for line in out.splitlines() if "[Gloo]" not in line] for out, _ in said)
     assert first == second
     assert first[0] == f"step 2 was not saved: No space left on device, in {tmp_path}; step 1 stays whole"
-    assert first[1] == "[0, 1]"
-    assert "is damaged (its content is not what was saved); step 1 is whole: restore(..., step=1)" in first[2]
+    assert first[1].startswith(f"{tmp_path} is in use by process 7: wait")
+    assert first[2] == "[0, 1]"
+    assert "is damaged (its content is not what was saved); step 1 is whole: restore(..., step=1)" in first[3]
     found = checkpoint.restore(tmp_path, OPT, params, step=1)
     assert_equal((found.params, found.state), (params, state))
     digests = [

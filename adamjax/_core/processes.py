@@ -60,5 +60,6 @@ def _encoded(error: OSError | ValueError | None) -> np.ndarray:
     if error is None:
         return np.zeros(_ERROR_BYTES, np.uint8)
     text = str(error)[:_ERROR_CHARACTERS]
-    content = json.dumps([isinstance(error, ValueError), getattr(error, "errno", None), text]).encode()
+    number = getattr(error, "errno", None)
+    content = json.dumps([isinstance(error, ValueError), number if isinstance(number, int) else None, text]).encode()
     return np.frombuffer(content.ljust(_ERROR_BYTES, b"\0"), np.uint8)

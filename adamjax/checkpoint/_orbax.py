@@ -38,7 +38,7 @@ def os_error(error: BaseException) -> int | None:
     """Return the number of the error of the operating system that an error is, or was caused by; None if of none."""
     found: BaseException | None = error
     while found is not None:
-        if isinstance(found, OSError) and found.errno is not None:
+        if isinstance(found, OSError) and isinstance(found.errno, int):
             return found.errno
         if match := _OS_ERROR.search(str(found)):
             return int(match[1])
