@@ -59,9 +59,10 @@ def restored(directory, **options):
 
 def assert_right(found, step=40):
     assert found.step == step
+    arrays, key = [found.params, found.state, found.model_state["mean"]], found.model_state["dropout"]
     params, state, model_state = content(step)
-    assert_equal((found.params, found.state, found.model_state["mean"]), (params, state, model_state["mean"]))
-    for is_now, was in ((found.model_state["dropout"], model_state["dropout"]), (found.key, jax.random.key(step))):
+    assert_equal(arrays, [params, state, model_state["mean"]])
+    for is_now, was in ((key, model_state["dropout"]), (found.key, jax.random.key(step))):
         assert is_now.dtype == was.dtype
         np.testing.assert_array_equal(jax.random.key_data(is_now), jax.random.key_data(was))
 

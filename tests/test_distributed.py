@@ -112,22 +112,6 @@ def test_a_killed_process_ends_the_others_and_fewer_go_on(tmp_path):
 
 
 @pytest.mark.slow
-def test_all_go_on_from_the_same_whole_step(tmp_path):
-    out = tmp_path / "run"
-    run = ["--steps=40", "--report-every=10", "--checkpoint-every=10", "--out", str(out)]
-    codes, said = finish(start(run))
-    assert codes == [0, 0], said
-    expected = Train().result(out)
-    damaged = max((out / "checkpoints" / "40").rglob("d/*"), key=lambda path: path.stat().st_size)
-    damaged.write_bytes(damaged.read_bytes()[:-1])
-    codes, said = finish(start(["--resume", str(out)]))
-    assert codes == [0, 0], said
-    assert f"adamjax: {damaged} is damaged (its size is wrong): going on from step 30" in said[0][1]
-    assert "damaged" not in said[1][1]
-    assert Train().result(out) == expected
-
-
-@pytest.mark.slow
 def test_what_one_refuses_ends_all(tmp_path):
     (tmp_path / "metrics.jsonl").touch()
     codes, said = finish(start([*RUN, "--out", str(tmp_path)], slurm=True), timeout=60)
@@ -164,6 +148,22 @@ def test_train_on_a_mesh(spread):
     assert all(p.sharding.is_fully_replicated and p.sharding.mesh == MESH for p in jax.tree.leaves(last.params))
     whole = [x.sharding.is_fully_replicated for x in jax.tree.leaves(last.state) if x.shape == (64, 128)]
     assert whole == [spread(opt) is opt] * 2
+
+
+@pytest.mark.slow
+def test_all_go_on_from_the_same_whole_step(tmp_path):
+    out = tmp_path / "run"
+    run = ["--steps=40", "--report-every=10", "--checkpoint-every=10", "--out", str(out)]
+    codes, said = finish(start(run))
+    assert codes == [0, 0], said
+    expected = Train().result(out)
+    damaged = max((out / "checkpoints" / "40").rglob("d/*"), key=lambda path: path.stat().st_size)
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    codes, said = finish(start(["--resume", str(out)]))
+    assert codes == [0, 0], said
+    assert f"adamjax: {damaged} is damaged (its size is wrong): going on from step 30" in said[0][1]
+    assert "damaged" not in said[1][1]
+    assert Train().result(out) == expected
 
 
 def test_a_run_on_a_mesh_goes_on():

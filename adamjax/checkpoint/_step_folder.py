@@ -39,7 +39,7 @@ def steps(directory: str | os.PathLike[str]) -> list[int]:
       Their numbers, in ascending order.
 
     Raises:
-      OSError: The directory cannot be listed.
+      OSError: The directory cannot be read.
     """
     try:
         entries = list(os.scandir(directory))

@@ -54,10 +54,10 @@ def _restore_newest_whole(
             damaged[step] = error
             continue
         with processes.together():
-            for other, found in damaged.items() if processes.is_first() else ():
+            for other, why in damaged.items() if processes.is_first() else ():
                 aside = set_aside(directory, other)
                 # The cause does not offer another step.
-                print(f"adamjax: {found.__cause__}: going on from step {step}; see {aside}", file=sys.stderr)
+                print(f"adamjax: {why.__cause__}: going on from step {step}; see {aside}", file=sys.stderr)
         return start
     first = next(iter(damaged.values()))
     remedy = f"no step is whole: without {directory}, --resume starts the run from its beginning"
