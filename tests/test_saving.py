@@ -347,3 +347,14 @@ def test_two_processes_and_one(tmp_path):
     ]
     assert digests[0]["arrays"] == digests[1]["arrays"]
     assert any("ocdbt.process_1" in name for name in digests[1]["files"])
+
+
+def test_what_cannot_be_removed_stays(tmp_path, monkeypatch):
+    """The step is saved all the same, and the next save removes the others."""
+    save(tmp_path, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(_save._step_folder.shutil, "rmtree", full)
+        save(tmp_path, 2, keep=1)
+    assert sorted(os.listdir(tmp_path)) == [".lock", "1.adamjax-tmp", "2"]
+    save(tmp_path, 3, keep=1)
+    assert sorted(os.listdir(tmp_path)) == [".lock", "3"]

@@ -48,7 +48,9 @@ def os_error(error: BaseException) -> int | None:
 
 def is_damage(error: Exception) -> bool:
     """Return whether reading can have failed because of what was read, and not because of the machine."""
-    if isinstance(error, (ImportError, MemoryError)) or "RESOURCE_EXHAUSTED" in str(error):
+    if isinstance(error, (ImportError, MemoryError)):
+        return False
+    if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error):  # the memory of a device
         return False
     number = os_error(error)
     return number is None or number in _OF_CONTENT

@@ -76,9 +76,9 @@ def commit(folder: Path, final: Path) -> None:
 
 def remove_before(directory: Path, keep: int) -> None:
     """Remove all but the last steps, so far as they can be removed."""
-    for step in steps(directory)[:-keep]:
-        folder = folder_of(directory, step)
-        with suppress(OSError):  # the next save tries again
+    with suppress(OSError):  # the next save tries again
+        for step in steps(directory)[:-keep]:
+            folder = folder_of(directory, step)
             os.rename(folder, unfinished(folder))
             shutil.rmtree(unfinished(folder))
 
