@@ -18,7 +18,7 @@ from kill_and_resume import Train
 
 import adamjax
 from adamjax import DamagedFileError, checkpoint, cli
-from adamjax.checkpoint import _array_digests, _step_folder
+from adamjax.checkpoint import _array_digests, _description, _step_folder
 
 # Orbax gives up the reads that it has begun once the first fails. Each complains when it is collected.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -259,6 +259,31 @@ def test_a_description_with_wrong_types(without_digests, tmp_path, change):
     with pytest.raises(DamagedFileError, match="step 20 is whole") as caught:
         restored(tmp_path / "there")
     assert (caught.value.path, caught.value.step) == (path, 40)
+
+
+@pytest.mark.parametrize(
+    "digests", [None, [], {"files": {}}, {"files": {"x": 1}, "arrays": {}}, {"files": [], "arrays": 1}]
+)
+def test_digests_with_wrong_types(saved, tmp_path, digests):
+    """As somebody can make them, who also makes the digest of the description."""
+    shutil.copytree(saved, tmp_path / "there")
+    path = tmp_path / "there" / "40" / "description" / "metadata"
+    description = json.loads(path.read_text()) | {"digests": digests}
+    del description["digest"]
+    path.write_text(json.dumps(description | {"digest": _description._digest(description)}))
+    with pytest.raises(DamagedFileError, match="step 20 is whole"):
+        restored(tmp_path / "there")
+
+
+def test_a_later_format_is_no_damage(saved, tmp_path):
+    shutil.copytree(saved, tmp_path / "there")
+    path = tmp_path / "there" / "40" / "description" / "metadata"
+    description = json.loads(path.read_text()) | {"format": 2}
+    del description["digest"]
+    path.write_text(json.dumps(description | {"digest": _description._digest(description)}))
+    with pytest.raises(ValueError, match=r"has format 2, expected 1: update adamjax to restore it$") as caught:
+        restored(tmp_path / "there")
+    assert not isinstance(caught.value, DamagedFileError)
 
 
 def test_wrong_arrays_in_right_files(saved, tmp_path, monkeypatch):
