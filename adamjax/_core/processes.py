@@ -1,5 +1,6 @@
 """Agreement among the processes of one run: what the first says, and the failure of any."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -7,7 +8,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-_MESSAGE_BYTES = 1024
+_ERROR_CHARACTERS = 600
+_ERROR_BYTES = 8192  # in JSON, a character takes up to 12
 
 
 def is_first() -> bool:
@@ -45,11 +47,19 @@ def together() -> Iterator[None]:
         error = raised
     if jax.process_count() == 1:
         return
-    kind = b"" if error is None else b"V" if isinstance(error, ValueError) else b"O"
-    text = kind + (b"" if error is None else str(error).encode(errors="replace"))
-    texts = gather(np.frombuffer(text[:_MESSAGE_BYTES].ljust(_MESSAGE_BYTES, b"\0"), np.uint8))
+    texts = gather(_encoded(error))
     if error is not None:
         raise error
     for row in texts:
-        if found := bytes(row.astype(np.uint8)).rstrip(b"\0").decode(errors="replace"):
-            raise (ValueError if found[0] == "V" else OSError)(found[1:])
+        if found := bytes(row.astype(np.uint8)).rstrip(b"\0"):
+            is_value_error, number, text = json.loads(found)
+            raise ValueError(text) if is_value_error else OSError(text) if number is None else OSError(number, text)
+
+
+def _encoded(error: OSError | ValueError | None) -> np.ndarray:
+    if error is None:
+        return np.zeros(_ERROR_BYTES, np.uint8)
+    text = str(error)[:_ERROR_CHARACTERS]
+    number = getattr(error, "errno", None)
+    content = json.dumps([isinstance(error, ValueError), number if isinstance(number, int) else None, text]).encode()
+    return np.frombuffer(content.ljust(_ERROR_BYTES, b"\0"), np.uint8)

@@ -7,6 +7,7 @@ changed places change; both modulo 2**64. Sums are exact in any order, so each s
 
 import math
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -21,18 +22,29 @@ _INDICES = np.arange(_BLOCK // 4 + 2, dtype=np.uint64)
 
 def array_digests(arrays: Mapping[str, jax.Array]) -> dict[str, str]:
     """Return the digest of each array, in hexadecimal; with many processes, all must call it with the same names."""
-    sums = np.zeros((len(arrays), 2), np.uint64)
-    for total, x in zip(sums, arrays.values(), strict=True):
-        for shard in x.addressable_shards:
-            if shard.replica_id == 0:
-                for block, starts in _blocks(_bytes(np.asarray(shard.data)), shard.index, x.shape):
-                    total += _sums(block, starts)
+    with ThreadPoolExecutor() as pool:
+        sums = np.array(list(pool.map(_sums_here, arrays.values())), np.uint64).reshape(-1, 2)
     # In halves, since JAX may not have integers of 64 bits.
     halves = processes.gather(sums.view(np.uint32))
     totals = np.ascontiguousarray(halves).view(np.uint64).sum(axis=0, dtype=np.uint64)
     return {
         name: f"{plain:016x}{weighted:016x}" for name, (plain, weighted) in zip(arrays, totals.tolist(), strict=True)
     }
+
+
+def _sums_here(x: jax.Array) -> np.ndarray:
+    """Return the part of the sums of an array that its shards in this process add, each by its first copy."""
+    total = np.zeros(2, np.uint64)
+    for shard in x.addressable_shards:
+        if shard.replica_id == 0:
+            for block, starts in _blocks(_bytes(_on_host(shard.data)), shard.index, x.shape):
+                total += _sums(block, starts)
+    return total
+
+
+def _on_host(x: jax.Array) -> np.ndarray:
+    """Return the elements of an array, which keeps no copy of them as it would of its own conversion."""
+    return np.asarray(jax.make_array_from_single_device_arrays(x.shape, x.sharding, [x]))
 
 
 def _bytes(x: np.ndarray) -> np.ndarray:

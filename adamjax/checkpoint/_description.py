@@ -76,8 +76,8 @@ def read(folder: Path, step: int) -> Description:
         raise ValueError(later)
     if not is_whole and version != FORMAT:
         raise DamagedFileError(path, f"{later}; if no later version wrote it, {path} is damaged", step)
-    # What else is there than in a description of an earlier version was sealed, and is damaged now.
-    if not is_whole and not found.keys() <= _BEFORE_DIGESTS:
+    # A description with more than those of earlier versions was sealed, and is damaged now.
+    if not (_has_digests(found) if is_whole else found.keys() <= _BEFORE_DIGESTS):
         raise DamagedFileError(path, f"{path} is damaged (its content is not what was saved): {_UNREADABLE}", step)
     for name in _TREES:
         if not isinstance(found.setdefault(name, schema.tree_schema(name, None)), dict):
@@ -129,6 +129,14 @@ def _is_whole(found: Description) -> bool:
     try:
         return found.get("digest") == _digest({name: x for name, x in found.items() if name != "digest"})
     except RecursionError:  # it nests deeper than any of ours
+        return False
+
+
+def _has_digests(found: Description) -> bool:
+    try:
+        sizes = [size for size, _ in found["digests"]["files"].values()]
+        return all(isinstance(size, int) for size in sizes) and isinstance(found["digests"]["arrays"], dict)
+    except (AttributeError, KeyError, TypeError, ValueError):
         return False
 
 

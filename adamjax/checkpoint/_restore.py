@@ -119,11 +119,10 @@ def _other_step(directory: str | os.PathLike[str], damaged: int) -> str:
 
 def _is_whole(folder: Path, step: int) -> bool:
     try:
-        description = _description.read(folder, step)
-        _verify_files(folder, step, description, content=True)
+        digests = _description.read(folder, step).get("digests", {"files": {}})
+        return _step_folder.is_whole(folder, digests["files"]) and (folder / _step_folder.ARRAYS).is_dir()
     except (ValueError, OSError):
         return False
-    return (folder / _step_folder.ARRAYS).is_dir()
 
 
 def _verify_files(folder: Path, step: int, description: _description.Description, *, content: bool) -> None:
@@ -142,7 +141,7 @@ def _read_arrays(
 ) -> dict[str, _arrays.ByPath]:
     ocp, path = _orbax.orbax(), folder / _step_folder.ARRAYS
     try:
-        with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+        with _orbax.without_error_logs(), ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
             return checkpointer.restore(path, args=ocp.args.StandardRestore(like))
     except Exception as error:
         if _orbax.is_damage(error) or (isinstance(error, MemoryError) and not is_whole):

@@ -3,7 +3,7 @@
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import jax
@@ -68,7 +68,8 @@ def save(
                 _step_folder.remove_unfinished(final.parent)
         digests = _array_digests.array_digests(_arrays.flat(items))
         arguments = {_step_folder.ARRAYS: ocp.args.StandardSave(items), "description": ocp.args.JsonSave(description)}
-        with ocp.Checkpointer(ocp.CompositeCheckpointHandler(*arguments)) as checkpointer:
+        handler = ocp.CompositeCheckpointHandler(*arguments)
+        with _orbax.without_error_logs(), ocp.Checkpointer(handler) as checkpointer:
             # It returns when the files are complete: the next training step reuses the memory of the donated arrays.
             checkpointer.save(folder, args=ocp.args.Composite(**arguments))
         sealed = _step_folder.seal(folder)
@@ -104,7 +105,8 @@ def _in_one_sentence(final: Path) -> Iterator[None]:
         number = _orbax.os_error(error)
         if number is None or not isinstance(error, Exception):
             raise
-        there = _step_folder.steps(final.parent)
-        rest = f"; step {there[-1]} stays whole" if there else ""
+        rest = ""
+        with suppress(OSError):
+            rest = "".join(f"; step {last} stays whole" for last in _step_folder.steps(final.parent)[-1:])
         message = f"step {final.name} was not saved: {os.strerror(number)}, in {final.parent}{rest}"
         raise _orbax.sentence(number, message) from error

@@ -25,7 +25,6 @@ _UNFINISHED = ".adamjax-tmp"
 # Also those of orbax, which earlier versions left behind, and which it makes beside ours.
 _ANY_UNFINISHED = re.compile(r"\d+(\.adamjax-tmp|\.orbax-checkpoint-tmp).*")
 _SHA256_BYTES = 32
-_THREADS = 8
 
 FileDigests = dict[str, list[int | str]]  # by path below the step: size and SHA-256
 
@@ -77,9 +76,9 @@ def commit(folder: Path, final: Path) -> None:
 
 def remove_before(directory: Path, keep: int) -> None:
     """Remove all but the last steps, so far as they can be removed."""
-    for step in steps(directory)[:-keep]:
-        folder = folder_of(directory, step)
-        with suppress(OSError):  # the next save tries again
+    with suppress(OSError):  # the next save tries again
+        for step in steps(directory)[:-keep]:
+            folder = folder_of(directory, step)
             os.rename(folder, unfinished(folder))
             shutil.rmtree(unfinished(folder))
 
@@ -105,7 +104,7 @@ def seal(folder: Path) -> FileDigests:
     names = processes.broadcast("\n".join(names)).split("\n")
     mine = _mine(names)
     row = np.zeros((len(names), 2 + _SHA256_BYTES // 4), np.uint32)
-    with processes.together(), ThreadPoolExecutor(_THREADS) as pool:
+    with processes.together(), ThreadPoolExecutor() as pool:
         paths = [folder / names[i] for i in mine]
         for i, (size, digest) in zip(mine, pool.map(_sealed, paths), strict=True):
             row[i] = [size >> 32, size & 0xFFFFFFFF, *np.frombuffer(digest, np.uint32)]
@@ -131,26 +130,30 @@ def first_damaged(folder: Path, digests: FileDigests, *, content: bool) -> tuple
     Raises:
       OSError: A file cannot be read.
     """
-    names = list(digests)
-    wrong = np.full(1, len(names) * len(_PROBLEMS), np.uint32)
+    names, none = list(digests), len(digests) * len(_PROBLEMS)
+    found = none
     with processes.together():
-        for i, problem in _problems(folder, digests, names, content):
-            wrong[0] = min(wrong[0], i * len(_PROBLEMS) + problem)
-    found = int(processes.gather(wrong).min())
-    if found == len(names) * len(_PROBLEMS):
-        return None
-    return names[found // len(_PROBLEMS)], _PROBLEMS[found % len(_PROBLEMS)]
+        mine = {names[i]: digests[names[i]] for i in _mine(names)}
+        for i, problem in zip(_mine(names), _problems(folder, mine, content=content), strict=True):
+            if problem is not None:
+                found = min(found, i * len(_PROBLEMS) + problem)
+    found = int(processes.gather(np.array([found], np.uint32)).min())
+    return None if found == none else (names[found // len(_PROBLEMS)], _PROBLEMS[found % len(_PROBLEMS)])
+
+
+def is_whole(folder: Path, digests: FileDigests) -> bool:
+    """Return whether all files are as they were sealed; other processes need not call it."""
+    return all(problem is None for problem in _problems(folder, digests, content=True))
 
 
 _PROBLEMS = ("it is missing", "it is not a file", "its size is wrong", "its content is not what was saved")
 
 
-def _problems(folder: Path, digests: FileDigests, names: Sequence[str], content: bool) -> Iterator[tuple[int, int]]:
-    mine = _mine(names)
-    with ThreadPoolExecutor(_THREADS) as pool:
-        expected = [digests[names[i]] for i in mine]
-        found = pool.map(_problem, (folder / names[i] for i in mine), expected, itertools.repeat(content))
-        yield from ((i, problem) for i, problem in zip(mine, found, strict=True) if problem is not None)
+def _problems(folder: Path, digests: FileDigests, *, content: bool) -> list[int | None]:
+    """Return what is wrong with each of the files, as an index of `_PROBLEMS`."""
+    with ThreadPoolExecutor() as pool:
+        paths = [folder / name for name in digests]
+        return list(pool.map(_problem, paths, digests.values(), itertools.repeat(content)))
 
 
 def _mine(names: Sequence[str]) -> range:
