@@ -189,7 +189,7 @@ def check_trial(fields: Mapping[str, Any], question: Mapping[str, Any]) -> None:
     for name, curve in fields["metrics"].items():
         if not steps <= len(curve) <= steps + 1:
             raise ValueError(f"metrics: {checks.shown(name)} has {len(curve)} numbers, expected {steps} or {steps + 1}")
-    check_digest({"error": ""} | fields, question)  # which journals did not always have
+    check_digest({"error": "", **fields}, question)  # which journals did not always have
 
 
 def with_digest(content: Mapping[str, Any], key: object = None) -> dict[str, Any]:
