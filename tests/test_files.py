@@ -164,3 +164,10 @@ def test_a_lock_file_of_another_kind(tmp_path, content, monkeypatch):
     time.sleep(0.1)
     with FolderLock(tmp_path):
         pass
+
+
+def test_a_lock_that_is_collected_while_another_is_made(tmp_path):
+    lock = FolderLock(tmp_path)
+    with FolderLock._guard:
+        lock.__del__()
+    assert not (tmp_path / locks.NAME).read_bytes()

@@ -50,7 +50,7 @@ class FolderLock:
     """
 
     _held: dict[Path, "_Held"] = {}  # noqa: RUF012
-    _guard = threading.Lock()
+    _guard = threading.RLock()  # the garbage collector may release one lock while this thread makes another
 
     def __init__(self, folder: Path) -> None:
         self._key = folder.resolve()
