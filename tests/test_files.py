@@ -1,6 +1,7 @@
 """Files that are written as a whole or not at all, and folders that have one writer."""
 
 import errno
+import gc
 import os
 import pickle
 import signal
@@ -96,9 +97,7 @@ def holder(tmp_path):
 
 
 def test_one_process_a_folder(tmp_path, holder):
-    with pytest.raises(
-        FolderInUseError, match=f"is in use by process {holder.pid} on .* since .* UTC: wait"
-    ):
+    with pytest.raises(FolderInUseError, match=f"is in use by process {holder.pid} on .* since .* UTC: wait"):
         FolderLock(tmp_path)
     holder.send_signal(signal.SIGKILL)
     holder.wait()
@@ -115,6 +114,27 @@ def test_a_lock_ends_with_the_last_that_took_it(tmp_path):
     assert not (tmp_path / locks.NAME).read_bytes()
     with FolderLock(tmp_path) as lock:
         assert lock.stale is None
+
+
+class Garbage:
+    """A lock in a circle, which only the garbage collector finds."""
+
+    def __init__(self, folder):
+        self.lock, self.circle = FolderLock(folder), self
+
+
+def test_a_lock_that_is_garbage_is_released_wherever_it_is_found(tmp_path, monkeypatch):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    monkeypatch.setattr(locks, "_write", lambda *x, write=locks._write: (gc.collect(), write(*x)))
+    for other in ("a", "b"):
+        Garbage(tmp_path / "a")
+        with FolderLock(tmp_path / other):
+            gc.collect()
+            assert (tmp_path / other / locks.NAME).read_bytes()
+        assert not (tmp_path / "a" / locks.NAME).read_bytes()
+        assert not (tmp_path / other / locks.NAME).read_bytes()
+    assert not FolderLock._held
 
 
 @pytest.fixture
@@ -164,10 +184,3 @@ def test_a_lock_file_of_another_kind(tmp_path, content, monkeypatch):
     time.sleep(0.1)
     with FolderLock(tmp_path):
         pass
-
-
-def test_a_lock_that_is_collected_while_another_is_made(tmp_path):
-    lock = FolderLock(tmp_path)
-    with FolderLock._guard:
-        lock.__del__()
-    assert not (tmp_path / locks.NAME).read_bytes()
