@@ -42,7 +42,7 @@ struct Scalars {
   float by_c2, eps_root, eps;  // denominator: sqrt(v by_c2 + eps_root) + eps
   float limit;                 // of a finite gradient as it is given
   float sign, coupled;         // g <- sign g + coupled p; the sign has the factor of clipping, too
-  float decay;                 // p <- p + m / v + decay p
+  float decay, opposed;        // p <- p + m / v + decay p, or opposed decay p where that opposes m / v
   float kept_by_c2;            // factor of v before the maximum; 1 unless the maximum is of corrected moments
   float largest;               // of a finite gradient with decay in it, so that its square is finite
 };
@@ -719,7 +719,10 @@ struct Form {
     T direction = s.of_m * m;
     if (kNesterov) direction += s.of_g * g;
     direction /= Root(largest * s.by_c2 + s.eps_root) + s.eps;
-    return kDecays ? direction + s.decay * p : direction;
+    if (!kDecays) return direction;
+    T decay = s.decay * p;
+    auto opposes = ((direction > 0) & (decay < 0)) | ((direction < 0) & (decay > 0));
+    return direction + (opposes ? s.opposed * decay : decay);
   }
 
   template <class T>
