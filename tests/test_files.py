@@ -1,6 +1,7 @@
 """Files that are written as a whole or not at all, and folders that have one writer."""
 
 import errno
+import gc
 import os
 import pickle
 import signal
@@ -113,6 +114,27 @@ def test_a_lock_ends_with_the_last_that_took_it(tmp_path):
     assert not (tmp_path / locks.NAME).read_bytes()
     with FolderLock(tmp_path) as lock:
         assert lock.stale is None
+
+
+class Garbage:
+    """A lock in a circle, which only the garbage collector finds."""
+
+    def __init__(self, folder):
+        self.lock, self.circle = FolderLock(folder), self
+
+
+def test_a_lock_that_is_garbage_is_released_wherever_it_is_found(tmp_path, monkeypatch):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    monkeypatch.setattr(locks, "_write", lambda *x, write=locks._write: (gc.collect(), write(*x)))
+    for other in ("a", "b"):
+        Garbage(tmp_path / "a")
+        with FolderLock(tmp_path / other):
+            gc.collect()
+            assert (tmp_path / other / locks.NAME).read_bytes()
+        assert not (tmp_path / "a" / locks.NAME).read_bytes()
+        assert not (tmp_path / other / locks.NAME).read_bytes()
+    assert not FolderLock._held
 
 
 @pytest.fixture
