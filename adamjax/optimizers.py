@@ -321,6 +321,7 @@ def _chain_or_fused(fused: FusedMode, *transforms: Transformation) -> Chain:
 
 
 def _decay(weight_decay: ScalarOrSchedule, mask: Mask, cautious: bool, *, flip_sign: bool = False) -> AddDecayedWeights:
+    checks.choice("cautious_weight_decay", cautious, (False, True))
     return AddDecayedWeights(number_or_schedule("weight_decay", weight_decay), mask, flip_sign, cautious)
 
 
