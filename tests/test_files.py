@@ -49,6 +49,16 @@ def test_what_is_appended_is_there_or_not(tmp_path, monkeypatch):
     assert path.read_bytes() == b"on2\n"
 
 
+def test_file_systems_that_cannot_sync_are_written_to(tmp_path, monkeypatch):
+    def refuse(_):
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(files.os, "fsync", refuse)
+    files.replace(tmp_path / "file", b"one\n")
+    files.append(tmp_path / "file", b"two\n")
+    assert files.read(tmp_path / "file") == b"one\ntwo\n"
+
+
 def test_reading_has_limits(tmp_path):
     (tmp_path / "file").write_bytes(b"12345")
     assert files.read(tmp_path / "file", 5) == b"12345"

@@ -183,5 +183,5 @@ def _names(folder: Path) -> Iterator[str]:
 
 def _sealed(path: Path) -> tuple[int, bytes]:
     with open(path, "rb") as file:
-        os.fsync(file.fileno())
+        files.sync(file.fileno())
         return os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").digest()
