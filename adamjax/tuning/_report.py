@@ -109,6 +109,7 @@ class Report:
       execution: How the runs were executed, in words.
       notes: Further remarks, which are part of `warnings`.
       facts: The versions, the device, the date and the wall time, by name.
+      stopped: How far the tuning came, if it was stopped; part of `warnings`, and not saved.
     """
 
     question: Json
@@ -120,6 +121,7 @@ class Report:
     execution: str
     notes: Sequence[str] = ()
     facts: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    stopped: str = ""
 
     @property
     def searched(self) -> list[TrialRecord]:
@@ -215,7 +217,7 @@ class Report:
     @property
     def warnings(self) -> tuple[str, ...]:
         """Reasons to doubt the results, and what to do about them."""
-        warnings = [*self.notes, *(self.range_test.warnings if self.range_test else ())]
+        warnings = [*filter(None, [self.stopped]), *self.notes, *(self.range_test.warnings if self.range_test else ())]
         searched = self.searched
         diverged = sum(t.status == "infeasible" for t in searched) / max(len(searched), 1)
         if diverged >= MANY_DIVERGED:
@@ -379,14 +381,15 @@ class Report:
         path = Path(directory)
         figures = self.figures() if jax.process_index() == 0 else {}
         journal = _journal.Journal(path, self.question, resume=True)
-        journal.decide(
-            defaults=_journal.json_setting(self.defaults),
-            range_test=self.range_test and self.range_test.to_json(),
-            explored={name: list(x) for name, x in self.explored.items()},
-            execution=self.execution,
-            notes=list(self.notes),
-            facts=dict(self.facts),
-        )
+        if "defaults" not in journal.decisions:  # else a tuning that was stopped may go on, and decide the others
+            journal.decide(
+                defaults=_journal.json_setting(self.defaults),
+                range_test=self.range_test and self.range_test.to_json(),
+                explored={name: list(x) for name, x in self.explored.items()},
+                execution=self.execution,
+                notes=list(self.notes),
+                facts=dict(self.facts),
+            )
         journal.write(self.trials)
         if jax.process_index() > 0:
             return
