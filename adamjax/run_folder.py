@@ -1,8 +1,9 @@
 """The folder of a training run: its configuration, its measurements and a plot of them."""
 
-import itertools
+import io
 import json
 import math
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,41 +13,64 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from adamjax._core import files
+from adamjax._core.locks import FolderLock
 from adamjax._core.optional import require
 
 Record = dict[str, Any]  # a step and the measurements made there, by name
+# The losses since the last record, where a run was stopped between two: the next one of the resumed run has them, too.
+PENDING = "pending"
 
 
 class RunFolder:
-    """Writes `config.json`, `metrics.jsonl` and `curves.png`.
+    """Writes `config.json`, `metrics.jsonl` and `curves.png`, as the only process that writes to the folder.
 
-    Measurements are written as they come, so they survive however the run ends. `records` are those to keep of a
-    run that is resumed, or None for a new run, which overwrites nothing.
+    Measurements are written as they come, so they survive however the run ends.
+
+    Raises:
+      FolderInUseError: Another process writes to the folder.
     """
 
-    def __init__(self, path: Path, records: Iterable[Record] | None = None) -> None:
-        metrics = path / "metrics.jsonl"
-        if records is None and metrics.exists():
-            raise FileExistsError(f"{path} already holds a run: choose another --out, or remove it")
+    def __init__(self, path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
         self.path = path
-        self.records: list[Record] = list(records or ())
+        self.records: list[Record] = []
+        self._metrics = path / "metrics.jsonl"
+        self._lock = FolderLock(path)
+        self.stale = self._lock.stale
+
+    def begin(self, records: Iterable[Record] | None = None) -> None:
+        """Begin to write. `records` are those to keep of a run that is resumed; a new run overwrites nothing.
+
+        Raises:
+          FileExistsError: This is a new run, and the folder has one already.
+        """
+        if records is None and os.path.lexists(self._metrics):
+            raise FileExistsError(f"{self.path} already holds a run: choose another --out, or remove it")
         if records is not None:
-            files.replace(metrics, "".join(map(_line, self.records)))
+            self.records = list(records)
+            files.replace(self._metrics, "".join(map(_line, self.records)))
 
     def write_config(self, config: Record) -> None:
         files.replace(self.path / "config.json", json.dumps(config, indent=2) + "\n")
 
     def log(self, record: Record) -> None:
         self.records.append(record)
-        with open(self.path / "metrics.jsonl", "a") as file:
+        with open(self._metrics, "a", encoding="utf-8") as file:
             file.write(_line(record))
+
+    def sync(self) -> None:
+        """Write the measurements to disk: a checkpoint counts on those before it."""
+        files.append(self._metrics, b"")
+
+    def close(self) -> None:
+        """Let other processes write to the folder."""
+        self._lock.release()
 
     def plot(self) -> None:
         """Plot all measurements against the step into `curves.png`, with a panel for each quantity."""
         figures = require("matplotlib.figure", "demo", "drawing curves.png")
         # A validation metric shares the panel of the training metric of that name.
-        names = [name for record in self.records for name in record if name != "step"]
+        names = [name for record in self.records for name in record if name not in ("step", PENDING)]
         panels = dict.fromkeys(["loss", *(name.removeprefix("val_") for name in names)])
         figure = figures.Figure((4.5 * len(panels), 3.5), layout="constrained")
         axes = figure.subplots(1, len(panels), squeeze=False)[0]
@@ -55,27 +79,82 @@ class RunFolder:
                 points = [(r["step"], r[name]) for r in self.records if name in r]
                 if points:
                     axis.plot(*zip(*points, strict=True), style, label="validation" if name != panel else "training")
-            axis.set(xlabel="step", title=panel.replace("_", " "))
+            axis.set_xlabel("step")
+            axis.set_title(panel.replace("_", " "), parse_math=False)
         losses = [y for line in axes[0].lines for y in line.get_ydata() if math.isfinite(y)]
         if min(losses, default=0) >= 0 and any(losses):  # a logarithmic axis has no place for losses below 0
             axes[0].set_yscale("log")
         if axes[0].lines:
             axes[0].legend()
-        figure.savefig(self.path / "curves.png", dpi=120)
+        picture = io.BytesIO()
+        figure.savefig(picture, dpi=120)
+        files.replace(self.path / "curves.png", picture.getvalue())
 
 
 def read_metrics(path: Path) -> list[Record]:
-    """Return the records in the `metrics.jsonl` of a folder, without a last line that was not finished."""
+    """Return the records in the `metrics.jsonl` of a folder: one for each step, in the order of their steps.
+
+    Lines at the end that a crash left unfinished are left out; lines of the same step are one record.
+
+    Raises:
+      DamagedFileError: A line before others is no record.
+    """
     metrics = path / "metrics.jsonl"
-    lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
-    records = [json.loads(line) for line in lines if line.endswith("\n")]
-    return [{k: math.nan if x is None else x for k, x in record.items()} for record in records]
+    try:
+        lines = files.read(metrics).split(b"\n")[:-1]
+    except FileNotFoundError:
+        return []
+    found = [_record(line) for line in lines]
+    last = max((i for i, record in enumerate(found) if record), default=-1)
+    records = dict[int, Record]()
+    for number, record in enumerate(found[: last + 1], start=1):
+        if record is None:
+            raise files.DamagedFileError(
+                metrics, f"line {number} of {metrics} is not a record of a run: remove it, or restore the file"
+            )
+        if record:
+            records[record["step"]] = records.get(record["step"], {}) | record
+    return [records[step] for step in sorted(records)]
+
+
+def _record(line: bytes) -> Record | None:
+    """Return the record that a line has, {} for a blank line, and None for anything else."""
+    if not line.strip():
+        return {}
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict) or type(record.get("step")) is not int or record["step"] < 0:
+        return None
+    try:
+        return {name: _numbers(x) if name == PENDING else _number(x) for name, x in record.items()}
+    except (TypeError, OverflowError):
+        return None
+
+
+def _numbers(x: Any) -> list[float]:
+    if not isinstance(x, list):
+        raise TypeError
+    return [_number(item) for item in x]
+
+
+def _number(x: Any) -> Any:
+    if x is None:
+        return math.nan
+    if type(x) not in (int, float):
+        raise TypeError
+    float(x)  # an int may be too large for one
+    return x
 
 
 def _line(record: Record) -> str:
     """Return a record as a line of JSON; numbers that are not finite become null, since JSON has no NaN."""
-    line = {k: None if isinstance(x, float) and not math.isfinite(x) else x for k, x in record.items()}
-    return json.dumps(line) + "\n"
+    return json.dumps({k: list(map(_finite, x)) if k == PENDING else _finite(x) for k, x in record.items()}) + "\n"
+
+
+def _finite(x: Any) -> Any:
+    return None if isinstance(x, float) and not math.isfinite(x) else x
 
 
 def broadcast(text: str) -> str:
@@ -88,6 +167,18 @@ def broadcast(text: str) -> str:
     return bytes(multihost_utils.broadcast_one_to_all(padded)).decode(errors="surrogateescape")
 
 
-def next_free(parent: Path, kind: str) -> Path:
-    """Return the first path of `kind`-1, `kind`-2, ... that does not exist in `parent`."""
-    return next(path for i in itertools.count(1) if not (path := parent / f"{kind}-{i}").exists())
+def claim(parent: Path, kind: str) -> Path:
+    """Make the first of the folders `kind`-1, `kind`-2, ... in `parent` that does not exist, and return its path.
+
+    Of several processes that ask at once, each gets its own.
+    """
+    parent.mkdir(parents=True, exist_ok=True)
+    number = 1
+    while True:
+        path = parent / f"{kind}-{number}"
+        try:
+            path.mkdir()
+        except FileExistsError:
+            number += 1
+        else:
+            return path

@@ -297,6 +297,8 @@ class Report(NamedTuple):
         there was none, or if the optimizer skips such steps.
       stats: Figures of the next update, if `diagnose` is True and there is a next update.
       model_state: The state of the model, if the problem is `stateful`; the next step reuses its memory, too.
+      stopped: Whether `stop` ends the run here. The report then comes twice: at once, so that it can be saved, and
+        again with metrics, when they are evaluated.
     """
 
     step: int
@@ -307,6 +309,7 @@ class Report(NamedTuple):
     diverged_at: int | None = None
     stats: AdamStats | None = None
     model_state: PyTree = None
+    stopped: bool = False
 
 
 def train(
@@ -333,9 +336,10 @@ def train(
       dtype: Dtype of the parameters; None for the dtypes that `problem.init` returns.
       report_every: Updates between reports.
       evaluate_every: Updates between evaluations.
-      stop: Called at each report, with the same result in all processes; the run ends when it returns True.
+      stop: Called after each update, with the same result in all processes; the run ends when it returns True.
       start: A `Report` or `checkpoint.Checkpoint` of the same run, to continue from. The next step reuses its memory.
         The continued run equals the uninterrupted one to the last bit; batches from the host are skipped up to there.
+        If `stop` ended the run between two reports, only a `Report` has the losses that belong to the next one.
       diagnose: If True, measure the next update at each report (see `adamjax.diagnostics`). That update is then
         computed twice, so that measuring does not change a bit of the run.
       mesh: Devices to train on, with axes in Auto mode: of this process or, after `jax.distributed.initialize`, of many
@@ -379,6 +383,9 @@ def train(
     if mesh is not None:
         task = ShardedTask(task, mesh)
 
+    def is_due(step: int) -> bool:
+        return step == steps or not (step % report_every and step % evaluate_every)
+
     def reports() -> Iterator[Report]:
         advance = TrainStep(partial(update_model, task, transformation, keys), 1)
         measure_next = jax.jit(partial(measured_step, task, transformation, keys), out_shardings=_everywhere(task))
@@ -389,6 +396,7 @@ def train(
             first, state = start.step + 1, start.state
             model = Model(start.params, start.model_state if task.is_stateful else None)
         feed = _Feed(task, seed, max(first, 1) - 1, steps)
+        pending: Any = () if start is None or is_due(start.step) else getattr(start, "losses", ())
         losses: list[Array] = []
         for step in range(first, steps + 1):
             if step:
@@ -396,14 +404,18 @@ def train(
                 losses.append(loss)
                 if task.is_fed and len(losses) > AHEAD:  # or batches would wait for the device, and fill its memory
                     losses[-1 - AHEAD].block_until_ready()
-            if step % report_every and step % evaluate_every and step < steps:
+            stopped = step < steps and stop()
+            if not (stopped or is_due(step)):
                 continue
-            found = np.asarray(jax.device_get(losses), np.float64)
+            found = np.asarray([*pending, *jax.device_get(losses)], np.float64)
+            pending = ()
             losses.clear()
             bad = np.flatnonzero(~np.isfinite(found))
             diverged_at = step - len(found) + int(bad[0]) + 1 if len(bad) and not may_skip(transformation) else None
-            report = Report(step, found, None, model.params, state, diverged_at, None, model.state)
-            last = step == steps or diverged_at is not None or stop()
+            report = Report(step, found, None, model.params, state, diverged_at, None, model.state, stopped)
+            if stopped:
+                yield report
+            last = step == steps or diverged_at is not None or stopped
             if diagnose and not last:
                 report = report._replace(stats=measure_next(model, state, (np.int32(step), feed.peek())))
             if last or step % evaluate_every == 0:

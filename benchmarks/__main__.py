@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from adamjax._core.optional import require
-from adamjax.run_folder import next_free
+from adamjax.run_folder import claim
 from benchmarks._machine import machine
 from benchmarks._plots import draw
 from benchmarks._report import Table, command, measured
@@ -33,7 +33,7 @@ NAMED = ["gpu"]
 def main() -> int:
     given = arguments()
     require("matplotlib", "demo", "plotting the results of the benchmarks")
-    folder = given.out or next_free(Path("runs"), "benchmarks")
+    folder = given.out or claim(Path("runs"), "benchmarks")
     folder.mkdir(parents=True, exist_ok=True)
     facts = machine()
     print("".join(f"{name}: {fact}\n" for name, fact in facts.items()), flush=True)

@@ -30,7 +30,7 @@ from specs import SPECS
 
 import adamjax
 from adamjax import checkpoint, cli
-from adamjax.cli import _train
+from adamjax.cli import _distributed
 from adamjax.run_folder import RunFolder
 from adamjax.training import train
 
@@ -401,24 +401,48 @@ def test_resume(tmp_path, whole, step, lines):
     assert_same_run(folder, whole)
 
 
-def test_resume_after_ctrl_c(tmp_path, whole, monkeypatch, capsys):
-    asked = []
+class StopsAfter(threading.Event):
+    """As if a signal came after it has been asked so often for one."""
 
-    class Pressed(threading.Event):
-        def is_set(self):
-            asked.append(1)
-            return len(asked) > 7
+    def __init__(self, times):
+        super().__init__()
+        self.times = times
 
+    def is_set(self):
+        self.times -= 1
+        return self.times < 0
+
+
+# At a report, between two, and where an evaluation or a checkpoint is due, too.
+@pytest.mark.parametrize(("update", "saved"), [(28, [12, 20, 28]), (30, [12, 20, 30]), (3, [3]), (40, [20, 32, 40])])
+def test_resume_after_a_signal(tmp_path, whole, monkeypatch, capsys, update, saved):
     folder = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(_train, "threading", SimpleNamespace(Event=Pressed))
+        patch.setattr(_distributed, "threading", SimpleNamespace(Event=lambda: StopsAfter(update)))
         assert cli.main([*TRAIN, "--out", str(folder)]) == 130
-    assert f"adamjax train --resume {folder} goes on" in capsys.readouterr().err
-    # It ended where no checkpoint was due, and was evaluated there.
-    assert checkpoint.steps(folder / "checkpoints") == [12, 20, 28]
+    said = capsys.readouterr()
+    assert f"adamjax train --resume {folder} goes on" in said.err
+    assert f"validation after {update} steps" in said.out
+    assert checkpoint.steps(folder / "checkpoints") == saved
     assert "val_loss" in (folder / "metrics.jsonl").read_text().splitlines()[-1]
     assert cli.main(["train", "--resume", str(folder), "--checkpoint-every", "12"]) == 0
     assert_same_run(folder, whole)
+
+
+def test_a_run_that_is_stopped_is_saved_without_being_asked(tmp_path, monkeypatch, capsys):
+    flags = ["train", "bowl:BOWL", "--steps=60", "--report-every=4", "--evaluate-every=20", "--out"]
+    assert cli.main([*flags, str(tmp_path / "whole")]) == 0
+    folder = tmp_path / "run"
+    for update, command in ((30, [*flags, str(folder)]), (12, ["train", "--resume", str(folder)])):
+        with monkeypatch.context() as patch:
+            patch.setattr(_distributed, "threading", SimpleNamespace(Event=lambda n=update: StopsAfter(n)))
+            assert cli.main(command) == 130
+    assert cli.main(["train", "--resume", str(folder)]) == 0
+    for name in ("metrics.jsonl", "curves.png", "config.json"):
+        assert (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    capsys.readouterr()
+    assert cli.main(["train", "--resume", str(folder)]) == 0
+    assert "is finished" in capsys.readouterr().out
 
 
 @pytest.mark.slow

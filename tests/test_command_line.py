@@ -192,6 +192,8 @@ def test_train_calls_an_objective_once(tmp_path, capsys):
     config = json.loads((tmp_path / "own" / "config.json").read_text())
     assert "ScaleByAdam(b1=0.5, b2=0.9" in config["optimizer"]
     again = ["train", "--config", str(tmp_path / "own" / "config.json"), "--out", str(tmp_path / "again")]
+    assert cli.main(again) == 2
+    again.append("--allow-import")
     assert cli.main(again) == 0
     assert read_metrics(tmp_path / "again") == records
 

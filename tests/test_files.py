@@ -96,9 +96,7 @@ def holder(tmp_path):
 
 
 def test_one_process_a_folder(tmp_path, holder):
-    with pytest.raises(
-        FolderInUseError, match=f"is in use by process {holder.pid} on .* since .* UTC: wait"
-    ):
+    with pytest.raises(FolderInUseError, match=f"is in use by process {holder.pid} on .* since .* UTC: wait"):
         FolderLock(tmp_path)
     holder.send_signal(signal.SIGKILL)
     holder.wait()

@@ -19,7 +19,7 @@ from helpers import assert_equal
 import adamjax
 from adamjax import cli, problems
 from adamjax._core.optional import require
-from adamjax.run_folder import RunFolder, next_free
+from adamjax.run_folder import RunFolder, claim
 from adamjax.training import train
 
 
@@ -102,8 +102,13 @@ def test_reports():
         for r in train(Parabola(), adamjax.adam(0.1), steps=25, report_every=10, evaluate_every=15)
     ]
     assert reports == [(0, 0, True), (10, 10, False), (15, 5, True), (20, 5, False), (25, 5, True)]
-    stopped = [r.step for r in train(Parabola(), adamjax.adam(0.1), steps=99, stop=lambda: True)]
-    assert stopped == [0]
+    asked = iter([False] * 13)
+    stopped = [
+        (r.step, len(r.losses), r.metrics is not None, r.stopped)
+        for r in train(Parabola(), adamjax.adam(0.1), steps=99, stop=lambda: next(asked, True))
+    ]
+    # The last one at once, and again with metrics.
+    assert stopped == [(0, 0, True, False), (10, 10, False, False), (13, 3, False, True), (13, 3, True, True)]
     for bad in ({"steps": 0}, {"steps": 1, "report_every": 0}, {"steps": 1, "evaluate_every": -1}):
         with pytest.raises(ValueError, match="must be at least 1"):
             train(Parabola(), adamjax.adam(), **bad)
@@ -401,10 +406,10 @@ def test_missing_extras_name_the_command(monkeypatch, capsys, tmp_path):
 
 
 def test_run_folder_writes_as_it_goes(tmp_path):
-    folder = RunFolder(next_free(tmp_path, "train"))
+    folder = RunFolder(claim(tmp_path, "train"))
     folder.log({"step": 1, "loss": float("inf")})
     assert (tmp_path / "train-1" / "metrics.jsonl").read_text() == '{"step": 1, "loss": null}\n'
-    assert next_free(tmp_path, "train") == tmp_path / "train-2"
+    assert claim(tmp_path, "train") == tmp_path / "train-2"
     folder.plot()
     assert (tmp_path / "train-1" / "curves.png").exists()
 

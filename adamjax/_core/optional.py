@@ -18,6 +18,14 @@ def require(module: str, extra: str, purpose: str) -> Any:
         raise ImportError(f"{purpose} needs {module.split('.')[0]}: run  pip install 'adamjax[{extra}]'") from error
 
 
+def is_installed(module: str) -> bool:
+    try:
+        importlib.import_module(module)
+    except ImportError:
+        return False
+    return True
+
+
 def presented_class(ours: type) -> type:
     """Return the class by which `isinstance` knows a transformation of type `ours`, besides its own.
 

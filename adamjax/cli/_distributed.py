@@ -1,13 +1,16 @@
 """`adamjax train --distributed`: one run of many processes, over all their devices."""
 
+import itertools
 import os
+import signal
 import subprocess
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -16,6 +19,7 @@ from jax.sharding import Mesh
 
 from adamjax import training
 from adamjax._core import checks
+from adamjax.cli import _signals
 from adamjax.cli._flags import CommandError, Flags, Options, flag
 
 # These flags say where a run takes place. They do not change its result, and are not kept with it.
@@ -41,11 +45,24 @@ class ProcessGroup(NamedTuple):
         """Whether this process prints and writes for all."""
         return jax.process_index() == 0
 
-    def any_process(self, stop: Callable[[], bool]) -> Callable[[], bool]:
-        """Return a function that tells whether `stop` is true in any process. All processes must call it."""
+    @contextmanager
+    def stop_on_signals(self) -> Iterator[Callable[[], bool]]:
+        """Yield a function that tells whether a signal asked any process to stop. All call it after each update."""
+        stopped = threading.Event()
         if jax.process_count() == 1:
-            return stop
-        return lambda: bool(multihost_utils.process_allgather(np.asarray(stop())).any())
+            with _signals.stop_on_signals(stopped.set):
+                yield stopped.is_set
+            return
+        config: Any = jax.config  # whose options are added at run time
+        if not config.jax_enable_preemption_service:
+            with _signals.stop_on_signals(stopped.set):
+                yield lambda: bool(multihost_utils.process_allgather(np.asarray(stopped.is_set())).any())
+            return
+        # The service hears SIGTERM in any process, and tells all of them the same update to stop after.
+        others = [number for number in _signals.STOPS if number != signal.SIGTERM]
+        updates = itertools.count()
+        with _signals.stop_on_signals(lambda: os.kill(os.getpid(), signal.SIGTERM), others):
+            yield lambda: multihost_utils.reached_preemption_sync_point(next(updates))
 
     @contextmanager
     def watched(self, folder: Path | None) -> Iterator[None]:

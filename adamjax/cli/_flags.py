@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 from adamjax import schedules, storage
+from adamjax._core.text import printable
 
 OPTIMIZERS = ("adam", "adamax", "adamaxw", "adamw", "amsgrad", "nadam", "nadamw", "radam")
 SCHEDULES = ("constant", "cosine", "inverse_sqrt", "linear", "one_cycle", "warmup_cosine", "warmup_stable_decay")
@@ -78,7 +79,7 @@ class CommandError(Exception):
     """A command cannot be carried out; the message says why, and what to do."""
 
     def show(self) -> int:
-        print(f"adamjax: error: {self}", file=sys.stderr)
+        print(printable(f"adamjax: error: {self}"), file=sys.stderr)
         return 2
 
 

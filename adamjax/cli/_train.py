@@ -1,13 +1,11 @@
 """`adamjax train`."""
 
 import argparse
+import contextlib
 import inspect
-import signal
 import sys
-import threading
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,12 +15,13 @@ import numpy as np
 import adamjax
 from adamjax import safety, schedules, training
 from adamjax._core.optional import require
+from adamjax._core.text import printable
 from adamjax._core.typing import ScheduleLike
 from adamjax.cli import _arguments, _distributed, _flags, _subject, _train_checkpoints, _train_objective, _train_setup
 from adamjax.cli._diagnosis import Diagnosis
-from adamjax.cli._flags import Options
+from adamjax.cli._flags import CommandError, Options
 from adamjax.problems import Problem
-from adamjax.run_folder import Record, RunFolder, broadcast, next_free
+from adamjax.run_folder import PENDING, Record, RunFolder, broadcast, claim
 
 _FAILED, _DIVERGED, _STOPPED = 1, 1, 130
 
@@ -91,13 +90,14 @@ def _add_run_flags(run: argparse._ArgumentGroup) -> None:
         help="continue a run from its last checkpoint (from its start, if it has none); the result is that of an "
         "uninterrupted run, so of its flags only --checkpoint-every and those of the processes can be changed",
     )
+    trust = "import the module of the problem that a config.json names, which runs its code"
+    add("--allow-import", action="store_true", help=trust)
     diagnose = "measure the update after each report, draw diagnostics.png, and print what is wrong at the end"
     add("--diagnose", action="store_true", help=f"{diagnose} (a resumed run: only since it was resumed)")
     add("--tensorboard", action="store_true", help="also write the measurements for TensorBoard")
 
 
 def run(options: Options) -> int:
-    stopped = threading.Event()
     folder = options.get("resume") or options.get("out")
     with _distributed.process_group(options) as group, group.watched(folder):
         with _flags.errors_for_users(options["problem"]):
@@ -105,13 +105,17 @@ def run(options: Options) -> int:
         if _subject.is_objective(subject):
             return _train_objective.run(subject, options)
         options = _DEFAULTS | options
-        with _flags.errors_for_users(options["problem"]):
-            prepared = _prepare(subject, options, group, group.any_process(stopped.is_set))
-        with _set_by_ctrl_c(stopped):
-            return (_run_as_leader if group.is_leader else _run_as_follower)(prepared, options)
+        with group.stop_on_signals() as stop:
+            with _flags.errors_for_users(options["problem"]):
+                prepared = _prepare(subject, options, group, stop)
+            if prepared.folder is None:
+                return _run_as_follower(prepared, options)
+            with contextlib.closing(prepared.folder):
+                return _run_as_leader(prepared, prepared.folder, options)
 
 
 class _PreparedRun(NamedTuple):
+    folder: RunFolder | None  # of the process that writes for all
     path: Path
     schedule: ScheduleLike
     optimizer: adamjax.Transformation
@@ -125,11 +129,11 @@ def _prepare(
 ) -> _PreparedRun:
     schedule = _train_setup.make_schedule(options)
     optimizer = _train_setup.make_optimizer(schedule, options, group.mesh)
-    path = options.get("resume") or options.get("out") or Path(broadcast(str(next_free(Path("runs"), "train"))))
-    history = _train_checkpoints.RunHistory()
+    folder, history = None, _train_checkpoints.RunHistory()
     if "resume" in options:
-        history = _train_checkpoints.load_history(path, problem, optimizer, options, group.mesh)
-    checkpoints = _train_checkpoints.Writer(path, optimizer, options, history.done)
+        folder = _open(options["resume"]) if group.is_leader else None
+        history = _train_checkpoints.load_history(options["resume"], problem, optimizer, options, group.mesh)
+    checkpoints = _train_checkpoints.Writer(optimizer, options, history.done)
     reports = training.train(
         problem,
         optimizer,
@@ -140,45 +144,62 @@ def _prepare(
         diagnose=options.get("diagnose", False),
         mesh=group.mesh,
     )
-    return _PreparedRun(path, schedule, optimizer, history, reports, checkpoints)
-
-
-def _run_as_leader(run: _PreparedRun, options: Options) -> int:
-    """Train in the process that prints and writes for all."""
-    with _flags.errors_for_users():
-        tqdm = require("tqdm", "demo", "the progress bar").tqdm
+    if group.is_leader:
+        require("tqdm", "demo", "the progress bar")
         require("matplotlib", "demo", "drawing curves.png")
-        folder = RunFolder(run.path, run.history.records)
+        folder = folder or _open(options["out"] if "out" in options else claim(Path("runs"), "train"))
+    path = Path(broadcast(str(folder.path if folder else "")))
+    return _PreparedRun(folder, path, schedule, optimizer, history, reports, checkpoints)
+
+
+def _open(path: Path) -> RunFolder:
+    folder = RunFolder(path)
+    if folder.stale is not None:
+        print(f"adamjax: {path} was in use by {folder.stale}, which ended without a word", file=sys.stderr)
+    return folder
+
+
+def _run_as_leader(run: _PreparedRun, folder: RunFolder, options: Options) -> int:
+    """Train in the process that prints and writes for all."""
+    tqdm = require("tqdm", "demo", "the progress bar").tqdm
+    with _flags.errors_for_users():
+        folder.begin(run.history.records)
         diagnosis = Diagnosis(run.path, options)
-    if run.history.done == options["steps"]:
-        folder.plot()
-        print(f"{run.path} is finished: all its {run.history.done} steps are done")
-        return 0
-    _train_setup.write_config(folder, options, run.optimizer)
+        if run.history.done == options["steps"]:
+            folder.plot()
+            print(f"{run.path} is finished: all its {run.history.done} steps are done")
+            return 0
+        _train_setup.write_config(folder, options, run.optimizer)
     rate = jax.jit(run.schedule)
     failure: FloatingPointError | None = None
     failed = False
     with tqdm(total=options["steps"], initial=run.history.done, unit="step", dynamic_ncols=True) as bar:
         try:
             for report in run.reports:
-                record = _record(report, rate)
-                folder.log(record)
+                record = _record(report, rate, options)
+                with _flags.errors_for_users():
+                    folder.log(record)
+                    if run.checkpoints.is_due(report):
+                        folder.sync()
+                        run.checkpoints.save(report, run.path)
                 shown = [f"{name} {record[name]:.3g}" for name in ("loss", "learning_rate") if name in record]
                 shown += diagnosis.add(report.step, record, report.stats)
                 bar.set_postfix_str(", ".join(shown), refresh=False)
                 bar.update(report.step - bar.n)
-                run.checkpoints.save_if_due(report)
-            run.checkpoints.save_if_due(report, last=True)
         except FloatingPointError as error:
             failure = error
-        except Exception:
+        except Exception as error:
             # Of many processes, the group says how to resume.
-            if "checkpoint_every" not in options or jax.process_count() > 1:
+            if jax.process_count() > 1 or ("checkpoint_every" not in options and not isinstance(error, CommandError)):
                 raise
-            traceback.print_exc()
+            bar.close()
+            if isinstance(error, CommandError):
+                error.show()
+            else:
+                traceback.print_exc()
             failed = True
         finally:
-            folder.plot()
+            _draw(folder)
     if failed:
         print(f"adamjax: failed, see above; adamjax train --resume {run.path} goes on", file=sys.stderr)
         return _FAILED
@@ -189,17 +210,25 @@ def _run_as_leader(run: _PreparedRun, options: Options) -> int:
     return _summarize(run, report, rate, options)
 
 
+def _draw(folder: RunFolder) -> None:
+    """Draw the curves of a run that has ended; a full disk is no reason to end it otherwise."""
+    try:
+        folder.plot()
+    except OSError as error:
+        print(f"adamjax: curves.png was not drawn: {error}", file=sys.stderr)
+
+
 def _summarize(run: _PreparedRun, report: training.Report, rate: Callable[[int], jax.Array], options: Options) -> int:
     """Print the result of a run, and return its exit code."""
     if (skipped := safety.skipped(report.state)) is not None:
         print(f"{skipped} steps were skipped because their gradients were not finite")
     metrics = ", ".join(f"{name} {x:.4g}" for name, x in (report.metrics or {}).items())
-    print(f"validation after {report.step} steps: {metrics}")
+    print(printable(f"validation after {report.step} steps: {metrics}"))
     print(f"wrote config.json, metrics.jsonl and curves.png to {run.path}")
     code = _exit_code(report, options)
     if code == _DIVERGED:
         print(_advice(report, rate, options), file=sys.stderr)
-    if code == _STOPPED and "checkpoint_every" in options:
+    if code == _STOPPED and run.checkpoints.can_save:
         print(f"adamjax: stopped; adamjax train --resume {run.path} goes on", file=sys.stderr)
     return code
 
@@ -210,8 +239,8 @@ def _run_as_follower(run: _PreparedRun, options: Options) -> int:
         return 0
     try:
         for report in run.reports:
-            run.checkpoints.save_if_due(report)
-        run.checkpoints.save_if_due(report, last=True)
+            if run.checkpoints.is_due(report):
+                run.checkpoints.save(report, run.path)
     except FloatingPointError:
         return _DIVERGED
     return _exit_code(report, options)
@@ -223,12 +252,20 @@ def _exit_code(report: training.Report, options: Options) -> int:
     return 0 if report.step == options["steps"] else _STOPPED
 
 
-def _record(report: training.Report, rate: Callable[[int], jax.Array]) -> Record:
+def _record(report: training.Report, rate: Callable[[int], jax.Array], options: Options) -> Record:
     record: Record = {"step": report.step}
+    if report.stopped and report.metrics is not None:  # the report that comes again
+        return record | _validation(report)
     if len(report.losses):
         record["loss"] = float(np.mean(report.losses))
         record["learning_rate"] = float(rate(report.step - 1))
-    return record | {f"val_{name}": x for name, x in (report.metrics or {}).items()}
+        if report.stopped and report.step % options["report_every"] and report.step % options["evaluate_every"]:
+            record[PENDING] = report.losses.tolist()
+    return record | _validation(report)
+
+
+def _validation(report: training.Report) -> Record:
+    return {f"val_{name}": x for name, x in (report.metrics or {}).items()}
 
 
 def _advice(report: training.Report, rate: Callable[[int], jax.Array], options: Options) -> str:
@@ -243,18 +280,3 @@ def _advice(report: training.Report, rate: Callable[[int], jax.Array], options: 
         tries.append("--dtype bfloat16 or float32, whose range is larger")
     at = f"at step {step} (learning rate {float(rate(step - 1)):.3g})"
     return f"adamjax: the loss was not finite {at}. Try {', or '.join(tries)}."
-
-
-@contextmanager
-def _set_by_ctrl_c(stopped: threading.Event) -> Iterator[None]:
-    """Set the event at a first Ctrl-C. A second one interrupts as usual."""
-
-    def press(*_: object) -> None:
-        stopped.set()
-        signal.signal(signal.SIGINT, before)
-
-    before = signal.signal(signal.SIGINT, press)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)

@@ -3,14 +3,15 @@
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 from jax.sharding import Mesh
 
 from adamjax import Transformation, checkpoint, training
 from adamjax._core import checks
-from adamjax._core.optional import require
+from adamjax._core.optional import is_installed, require
 from adamjax.cli._flags import Options
 from adamjax.problems import Problem
-from adamjax.run_folder import Record, read_metrics
+from adamjax.run_folder import PENDING, Record, read_metrics
 
 FOLDER = "checkpoints"
 
@@ -18,7 +19,7 @@ FOLDER = "checkpoints"
 class RunHistory(NamedTuple):
     """The part of a run that was done before."""
 
-    start: checkpoint.Checkpoint | None = None
+    start: training.Report | None = None
     done: int = 0  # number of updates that need not be done again
     records: list[Record] | None = None  # the measurements up to there; None for a new run
 
@@ -26,35 +27,60 @@ class RunHistory(NamedTuple):
 def load_history(run: Path, problem: Problem, opt: Transformation, options: Options, mesh: Mesh | None) -> RunHistory:
     """Return the history of the run in a folder, which has these flags, for these devices."""
     records, steps = read_metrics(run), options["steps"]
+    # A run without --checkpoint-every has a checkpoint only if it was stopped before its end.
+    if "checkpoint_every" not in options and any(record["step"] == steps for record in records):
+        return RunHistory(None, steps, records)
     if not ((run / FOLDER).exists() and checkpoint.steps(run / FOLDER)):
-        # A run without checkpoints is either finished or done again.
-        finished = "checkpoint_every" not in options and any(record["step"] == steps for record in records)
-        return RunHistory(None, steps, records) if finished else RunHistory(None, 0, [])
+        return RunHistory(None, 0, [])
     like = training.model_like(problem, options.get("dtype"), mesh)
-    start = checkpoint.restore(run / FOLDER, opt, like.params, model_state=like.state)
-    records = [record for record in records if record["step"] <= start.step]
-    # Ctrl-C evaluates at a step at which an uninterrupted run does not.
-    if records and start.step % options["evaluate_every"] and start.step < steps:
-        records[-1] = {name: x for name, x in records[-1].items() if not name.startswith("val_")}
-    return RunHistory(start, start.step, records)
+    found = checkpoint.restore(run / FOLDER, opt, like.params, model_state=like.state)
+    kept, losses = _records_until(found.step, records, options)
+    start = training.Report(found.step, losses, None, found.params, found.state, model_state=found.model_state)
+    return RunHistory(start, found.step, kept)
+
+
+def _records_until(step: int, records: list[Record], options: Options) -> tuple[list[Record], np.ndarray]:
+    """Return the records up to a checkpoint as an uninterrupted run has them, and the losses that the next one needs.
+
+    A run that was stopped has a record and an evaluation where it would have none.
+    """
+    kept = [record for record in records if record["step"] <= step]
+    if not (kept and kept[-1]["step"] == step < options["steps"]):
+        return kept, np.zeros(0)
+    losses = np.asarray(kept[-1].get(PENDING, ()), np.float64)
+    if PENDING in kept[-1]:
+        kept.pop()
+    elif step % options["evaluate_every"]:
+        kept[-1] = {name: x for name, x in kept[-1].items() if not name.startswith("val_")}
+    return kept, losses
 
 
 class Writer:
-    """Saves checkpoints, if the flags ask for them, at reports: then all losses are in `metrics.jsonl`."""
+    """Saves checkpoints at reports: as often as the flags ask for, at the end, and where the run is stopped."""
 
-    def __init__(self, run: Path, opt: Transformation, options: Options, done: int) -> None:
-        self._directory, self._opt, self._seed, self._last = run / FOLDER, opt, options["seed"], done
+    def __init__(self, opt: Transformation, options: Options, done: int) -> None:
+        self._opt, self._seed, self._steps, self._last = opt, options["seed"], options["steps"], done
         self._every: int | None = options.get("checkpoint_every")
         if self._every is not None:
             checks.count("checkpoint_every", self._every)
             require("orbax.checkpoint", "checkpoint", "--checkpoint-every")
 
-    def save_if_due(self, report: training.Report, *, last: bool = False) -> None:
-        """Save a report if a checkpoint is due or it is the last one, unless it diverged."""
-        if self._every is None or report.diverged_at is not None:
-            return
+    @property
+    def can_save(self) -> bool:
+        """Whether a run that is stopped is saved."""
+        return self._every is not None or is_installed("orbax.checkpoint")
+
+    def is_due(self, report: training.Report) -> bool:
+        """Return whether a report is to be saved; none is that diverged, or that was saved before."""
+        if report.diverged_at is not None or report.step <= self._last:
+            return False
+        if report.stopped:
+            return self.can_save
         # Due steps are multiples of the interval, wherever a run was interrupted.
-        if report.step // self._every > self._last // self._every or (last and report.step > self._last):
-            run = {"step": report.step, "key": self._seed, "model_state": report.model_state}
-            checkpoint.save(self._directory, self._opt, report.params, report.state, **run)
-            self._last = report.step
+        every = self._every
+        return every is not None and (report.step == self._steps or report.step // every > self._last // every)
+
+    def save(self, report: training.Report, run: Path) -> None:
+        about = {"step": report.step, "key": self._seed, "model_state": report.model_state}
+        checkpoint.save(run / FOLDER, self._opt, report.params, report.state, **about)
+        self._last = report.step

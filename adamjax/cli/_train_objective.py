@@ -9,10 +9,10 @@ from typing import Any
 import adamjax
 from adamjax._core import checks
 from adamjax._core.optional import require
-from adamjax.cli import _flags, _train_setup
+from adamjax.cli import _flags, _signals, _train_setup
 from adamjax.cli._diagnosis import Diagnosis
 from adamjax.cli._flags import CommandError, Options
-from adamjax.run_folder import Record, RunFolder, next_free
+from adamjax.run_folder import Record, RunFolder, claim
 
 _REPORTS = "it reports by trial.report(step, value)"
 # Flags that only a problem can follow, and why.
@@ -62,7 +62,8 @@ def run(objective: Callable[..., Any], options: Options) -> int:
         options = _DEFAULTS | options
         optimizer = _train_setup.make_optimizer(_train_setup.make_schedule(options), options)
         require("matplotlib", "demo", "drawing curves.png")
-        folder = RunFolder(options["out"] if "out" in options else next_free(Path("runs"), "train"))
+        folder = RunFolder(options["out"] if "out" in options else claim(Path("runs"), "train"))
+        folder.begin()
         diagnosis = Diagnosis(folder.path, options)
     _train_setup.write_config(folder, options, optimizer)
 
@@ -73,7 +74,8 @@ def run(objective: Callable[..., Any], options: Options) -> int:
         print(f"step {step}: {_listed(metrics)}", flush=True)
 
     try:
-        value = objective(optimizer, Trial(options, optimizer, log))
+        with _signals.interrupted():
+            value = objective(optimizer, Trial(options, optimizer, log))
         with _flags.errors_for_users():
             metrics = _metrics(value, f"{options['problem']} returned")
         reported: int = folder.records[-1]["step"] if folder.records else options.get("steps", 0)
@@ -86,6 +88,7 @@ def run(objective: Callable[..., Any], options: Options) -> int:
     finally:
         folder.plot()
         diagnosis.finish()
+        folder.close()
     print(f"the objective returned {_listed(metrics)}")
     print(f"wrote config.json, metrics.jsonl and curves.png to {folder.path}")
     if all(map(math.isfinite, metrics.values())):

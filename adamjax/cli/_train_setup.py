@@ -7,15 +7,13 @@ import adamjax
 from adamjax import schedules
 from adamjax._core import checks
 from adamjax._core.typing import ScheduleLike
-from adamjax.cli import _distributed, _flags
+from adamjax.cli import _config, _flags
 from adamjax.cli._flags import Options
 from adamjax.run_folder import RunFolder
 from adamjax.sharding import zero1
 
 # Skipped steps allowed in a row. The initial loss scale needs 15 to come down.
 MAX_SKIPPED = 50
-
-_NOT_IN_CONFIG = ("config", "out", "resume", *_distributed.DISTRIBUTED_FLAGS)
 
 
 def make_schedule(options: Options) -> ScheduleLike:
@@ -38,6 +36,6 @@ def make_optimizer(schedule: ScheduleLike, options: Options, mesh: Mesh | None =
 
 
 def write_config(folder: RunFolder, options: Options, optimizer: adamjax.Transformation) -> None:
-    flags = {name: x for name, x in options.items() if name not in _NOT_IN_CONFIG}
+    flags = {name: x for name, x in options.items() if name not in _config.PLACES}
     versions = {"adamjax": adamjax.__version__, "jax": jax.__version__}
     folder.write_config({"flags": flags, "optimizer": repr(optimizer), "versions": versions})

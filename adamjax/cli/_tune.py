@@ -15,7 +15,7 @@ from adamjax._core.typing import GradientTransformation, ScalarOrSchedule
 from adamjax.cli import _arguments, _flags, _subject
 from adamjax.cli._flags import CommandError, Options, Subparsers
 from adamjax.cli._subject import Subject
-from adamjax.run_folder import next_free
+from adamjax.run_folder import claim
 from adamjax.tuning import Space
 from adamjax.tuning._space import OptimizerFactory, Range
 from adamjax.tuning._spec import has_half_precision, optimizer_name
@@ -137,7 +137,7 @@ def lr_range(options: Options) -> int:
 def tune(options: Options) -> int:
     if options["resume"] and "out" not in options:
         raise CommandError("--resume needs --out, the folder to go on with")
-    out = options["out"] if "out" in options else next_free(Path("runs"), "tune")
+    out = options["out"] if "out" in options else claim(Path("runs"), "tune")
     try:
         with _flags.errors_for_users(options["problem"]):
             subject = _subject.load(options)
