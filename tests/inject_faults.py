@@ -1,0 +1,267 @@
+"""Runs on disks that fail end as they should:  python tests/inject_faults.py --times 100
+
+Runs `adamjax.checkpoint.save`, `adamjax train` and `adamjax tune`, lets their disk fail, kills them, cuts the power,
+sends signals and damages their files, and then checks that nothing is lost: what was reported as saved is there, nothing
+wrong is restored, and whatever cannot go on says why. Prints how many faults were tried, and how they ended.
+"""
+
+import argparse
+import errno
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+
+from faults import damage, disk, shim
+
+from faults.programs import Lost, Outcome, Save, Train, Tune
+
+PROGRAMS = {program.name: program for program in (Save, Train, Tune)}
+# Seconds after which a program is said to hang.
+PATIENCE = 60
+
+
+class Bench:
+    """A program, and the faults that it can meet.
+
+    Each fault method is called with a source of chance and the path of a new folder, describes the fault in
+    `self.fault`, and lets the program do its work there. It returns what the program promised until then.
+    """
+
+    def __init__(self, program, scratch):
+        self.program, self.scratch, self.root = program, scratch, scratch / "root"
+        self.shim, self.fault, self.damaged, self.code = shim.Shim(), "", None, 0
+        begun = time.monotonic()
+        with self.shim.recorded(scratch / "record"):
+            program.run(self.root / "recorded", lambda promise: self.shim.mark(json.dumps(promise)))
+        self.seconds = time.monotonic() - begun
+        self.changes = disk.read_record(scratch / "record", self.root)
+        self.count = sum(change.op is not disk.Op.MARK for change in self.changes)
+
+    def check_record(self):
+        """Check that the record lacks nothing: its replay is the folder itself."""
+        again = self.scratch / "replayed"
+        self.disk_after(self.changes).write(again)
+        found, expected = contents(again), contents(self.root)
+        shutil.rmtree(again)
+        assert found == expected, f"the record lacks {sorted(name for name, _ in expected ^ found)}"
+
+    def disk_after(self, changes):
+        made = disk.Disk()
+        for change in changes:
+            made.apply(change)
+        return made
+
+    # Faults while the program runs.
+
+    def _run(self, folder, kind, at, value=0, *, lasting=False):
+        promised = []
+        with self.shim.armed(kind, at, value, lasting=lasting):
+            try:
+                self.code = self.program.run(folder, promised.append)
+            except OSError:
+                self.code = 1
+        return promised
+
+    def error(self, rng, folder):
+        """Changes are refused with an error"""
+        value = rng.choice([errno.ENOSPC, errno.EIO, errno.EROFS, errno.EDQUOT])
+        at, lasting = rng.randint(1, self.count), rng.random() < 0.5
+        self.fault = f"{errno.errorcode[value]} at change {at}{' and all later ones' if lasting else ''}"
+        return self._run(folder, shim.Kind.FAIL, at, value, lasting=lasting)
+
+    def full(self, rng, folder):
+        """The disk is full within a write"""
+        at = rng.randint(1, self.count)
+        self.fault = f"disk full at change {at}"
+        return self._run(folder, shim.Kind.FULL, at, lasting=True)
+
+    def short(self, rng, folder):
+        """Writes write only a part"""
+        at, lasting = rng.randint(1, self.count), rng.random() < 0.5
+        self.fault = f"short write at change {at}{' and all later ones' if lasting else ''}"
+        return self._run(folder, shim.Kind.SHORT, at, lasting=lasting)
+
+    def signal(self, rng, folder):
+        """SIGINT, SIGTERM and SIGHUP"""
+        number = rng.choice([signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+        at, after = rng.randint(1, self.count), rng.uniform(0, self.seconds)
+        if rng.random() < 0.5:
+            self.fault = f"{number.name} at change {at}"
+            return self._run(folder, shim.Kind.SIGNAL, at, number)
+        self.fault = f"{number.name} after {after:.3f} s"
+        timer = threading.Timer(after, os.kill, (os.getpid(), number))
+        promised = []
+        timer.start()
+        try:
+            self.code = self.program.run(folder, promised.append)
+        finally:
+            timer.cancel()
+            timer.join()
+        return promised
+
+    def sigkill(self, rng, folder):
+        """SIGKILL of a process, also within a write"""
+        kind = rng.choice([shim.Kind.TEAR, shim.Kind.KILL_BEFORE, shim.Kind.KILL_AFTER])
+        at = rng.randint(1, self.count)
+        self.fault = f"{kind.name} at change {at}"
+        variables = {"LD_PRELOAD": str(self.scratch / "shim.so"), shim.VARIABLE: str(self.root)}
+        variables |= {"ADAMJAX_FAULTS_KIND": str(int(kind)), "ADAMJAX_FAULTS_AT": str(at)}
+        subprocess.run(
+            [sys.executable, "-m", "adamjax", *self.program.command(folder)],
+            env=os.environ | variables | {"PYTHONPATH": os.pathsep.join(sys.path)},
+            capture_output=True,
+            timeout=PATIENCE,
+            check=False,
+        )
+        return []
+
+    # Faults after which the folder is made from the record.
+
+    def kill(self, rng, folder):
+        """Kills at any change, replayed"""
+        changes = self.changes[: rng.randint(1, len(self.changes))]
+        self.fault = f"killed after change {len(changes)}, {changes[-1].op.name} {changes[-1].path}"
+        if changes[-1].op is disk.Op.WRITE and rng.random() < 0.5:
+            size = rng.randrange(len(changes[-1].data))
+            changes[-1] = changes[-1]._replace(data=changes[-1].data[:size])
+            self.fault += f", of which {size} bytes were written"
+        made = self.disk_after(changes)
+        return self._replay(folder, made, made.write)
+
+    def power(self, rng, folder):
+        """Power losses, replayed"""
+        changes = self.changes[: rng.randint(1, len(self.changes))]
+        journal = rng.choice(list(disk.Journal))
+        last = f"{changes[-1].op.name} {changes[-1].path}"
+        self.fault = f"power lost after change {len(changes)}, {last}; of names that were not synced: {journal.value}"
+        made = self.disk_after(changes)
+        return self._replay(folder, made, lambda target: made.write_after_power_loss(target, rng, journal))
+
+    def _replay(self, folder, made, write):
+        target = self.scratch / "replayed"
+        write(target)
+        if (target / "recorded").exists():
+            (target / "recorded").rename(folder)
+        shutil.rmtree(target)
+        return list(map(json.loads, made.marks))
+
+    def damage(self, rng, folder):
+        """Files that are damaged on disk"""
+        changes = self.changes
+        if rng.random() < 0.5:  # of a run that was killed
+            marks = [i for i, change in enumerate(changes) if change.op is disk.Op.MARK]
+            changes = changes[: rng.choice(marks[len(marks) // 2 :]) + 1]
+        made = self.disk_after(changes)
+        promised = self._replay(folder, made, made.write)
+        files = sorted(path for path in folder.rglob("*") if path.is_file() and path.stat().st_size)
+        # Most files are small ones of checkpoints.
+        folders = sorted({path.parent for path in files})
+        chosen, damage_file = rng.choice(files), rng.choice(damage.KINDS)
+        if rng.random() < 0.5:
+            chosen = rng.choice([path for path in files if path.parent == rng.choice(folders)] or files)
+        self.damaged = str(chosen.relative_to(folder))
+        self.fault = f"{damage_file.__name__} {self.damaged}"
+        damage_file(chosen, [path for path in files if path != chosen], rng)
+        return promised
+
+    def inject(self, method, seed):
+        """Inject a fault; return how it ended."""
+        rng, folder = random.Random(seed), self.root / "faulty"
+        self.fault, self.damaged, self.code = "", None, 0
+        try:
+            promised = method(rng, folder)
+            if not folder.exists():
+                if promised:
+                    raise Lost(f"{promised[-1]} was saved, now there is no folder")
+                return Outcome.SURVIVED
+            outcome = self.program.check(folder, promised[-1] if promised else None, self.damaged)
+            return Outcome.SAID if self.code in (1, 2) and outcome is Outcome.SURVIVED else outcome
+        except KeyboardInterrupt as error:
+            raise Lost("KeyboardInterrupt") from error
+        finally:
+            if folder.exists():
+                shutil.rmtree(folder)
+
+
+def contents(folder):
+    """Return the paths and contents of files, and the paths of folders."""
+    found = ((path, path.read_bytes() if path.is_file() else None) for path in folder.rglob("*"))
+    return {(str(path.relative_to(folder)), content) for path, content in found}
+
+
+# The faults of each program, and how many of each there are for one in `--times`, as they differ in what they cost.
+CAMPAIGNS = {
+    "checkpoint.save": {"error": 4, "full": 4, "short": 4, "kill": 4, "power": 8, "damage": 8},
+    "adamjax train": {"error": 1, "full": 1, "short": 1, "signal": 1, "sigkill": 0.1, "kill": 1, "power": 2, "damage": 2},
+    "adamjax tune": {"error": 1, "full": 1, "short": 1, "signal": 1, "sigkill": 0.1, "kill": 1, "power": 2, "damage": 2},
+}
+
+
+def run_campaign(bench, name, times, seed, say):
+    """Inject faults of one kind; return how many ended how. `None` counts those by which something was lost."""
+    method, ended = getattr(bench, name), Counter()
+    for number in range(times):
+        signal.alarm(PATIENCE)
+        try:
+            ended[bench.inject(method, f"{seed} {name} {number}")] += 1
+        except Lost as error:
+            ended[None] += 1
+            say(f"LOST: {bench.program.name}, {name} {number} of seed {seed}, {bench.fault}: {error}")
+        finally:
+            signal.alarm(0)
+    return ended
+
+
+def hangs(*_):
+    raise Lost(f"it hangs for {PATIENCE} s")
+
+
+def ends(number, _):
+    raise Lost(f"it dies of {signal.Signals(number).name}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--times", type=int, default=20, help="faults of a kind, more of those that are cheap")
+    parser.add_argument("--seed", default="0", help="of what happens when (default: 0)")
+    parser.add_argument("--programs", nargs="+", choices=PROGRAMS, default=list(PROGRAMS), help="default: all")
+    parser.add_argument("--faults", nargs="+", help="kinds of faults, as in: error power (default: all)")
+    options = parser.parse_args()
+    scratch = shim.run_again_with_shim()
+    signal.signal(signal.SIGALRM, hangs)
+    for number in (signal.SIGTERM, signal.SIGHUP):  # a program that handles them does so before they come here
+        signal.signal(number, ends)
+    rows = []
+    for name in options.programs:
+        bench = Bench(PROGRAMS[name](scratch), scratch)
+        bench.check_record()
+        for fault, weight in CAMPAIGNS[name].items():
+            if not options.faults or fault in options.faults:
+                begun = time.monotonic()
+                ended = run_campaign(bench, fault, max(round(weight * options.times), 1), options.seed, print)
+                rows.append((name, getattr(bench, fault).__doc__, ended, time.monotonic() - begun))
+        shutil.rmtree(bench.root)
+        bench.root.mkdir()
+    print(table(rows))
+    shutil.rmtree(scratch)
+    return 1 if any(ended[None] for _, _, ended, _ in rows) else 0
+
+
+def table(rows):
+    """Return the figures as a table of Markdown."""
+    lines = ["| program | fault | tried | survived | said | altered | lost | seconds |", "|---|---|--:|--:|--:|--:|--:|--:|"]
+    for program, fault, ended, seconds in rows:
+        counts = [sum(ended.values()), *(ended[outcome] for outcome in (*Outcome, None))]
+        lines.append(f"| {program} | {fault} | {' | '.join(map(str, counts))} | {seconds:.0f} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
