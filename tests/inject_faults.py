@@ -1,8 +1,8 @@
 """Runs on disks that fail end as they should:  python tests/inject_faults.py --times 100
 
 Runs `adamjax.checkpoint.save`, `adamjax train` and `adamjax tune`, lets their disk fail, kills them, cuts the power,
-sends signals and damages their files, and then checks that nothing is lost: what was reported as saved is there, nothing
-wrong is restored, and whatever cannot go on says why. Prints how many faults were tried, and how they ended.
+sends signals and damages their files. Then it checks that nothing is lost: what was reported as saved is there, nothing
+wrong is restored, and a program that cannot go on says why. It prints how many faults were tried, and how they ended.
 """
 
 import argparse
@@ -16,11 +16,11 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections import Counter
 
 from faults import damage, disk, shim
-
-from faults.programs import Lost, Outcome, Save, Train, Tune
+from faults.programs import Died, LostError, Outcome, Save, Train, Tune
 
 PROGRAMS = {program.name: program for program in (Save, Train, Tune)}
 # Seconds after which a program is said to hang.
@@ -37,11 +37,11 @@ class Bench:
     def __init__(self, program, scratch):
         self.program, self.scratch, self.root = program, scratch, scratch / "root"
         self.shim, self.fault, self.damaged, self.code = shim.Shim(), "", None, 0
-        begun = time.monotonic()
-        with self.shim.recorded(scratch / "record"):
+        begun, record = time.monotonic(), scratch / f"{program.name}.record"
+        with self.shim.recorded(record):
             program.run(self.root / "recorded", lambda promise: self.shim.mark(json.dumps(promise)))
         self.seconds = time.monotonic() - begun
-        self.changes = disk.read_record(scratch / "record", self.root)
+        self.changes = disk.read_record(record, self.root)
         self.count = sum(change.op is not disk.Op.MARK for change in self.changes)
 
     def check_record(self):
@@ -161,11 +161,9 @@ class Bench:
         made = self.disk_after(changes)
         promised = self._replay(folder, made, made.write)
         files = sorted(path for path in folder.rglob("*") if path.is_file() and path.stat().st_size)
-        # Most files are small ones of checkpoints.
-        folders = sorted({path.parent for path in files})
-        chosen, damage_file = rng.choice(files), rng.choice(damage.KINDS)
-        if rng.random() < 0.5:
-            chosen = rng.choice([path for path in files if path.parent == rng.choice(folders)] or files)
+        # Most files are those of arrays; folders are hit alike, however many files they have.
+        parent = rng.choice(sorted({path.parent for path in files}))
+        chosen, damage_file = rng.choice([path for path in files if path.parent == parent]), rng.choice(damage.KINDS)
         self.damaged = str(chosen.relative_to(folder))
         self.fault = f"{damage_file.__name__} {self.damaged}"
         damage_file(chosen, [path for path in files if path != chosen], rng)
@@ -179,12 +177,16 @@ class Bench:
             promised = method(rng, folder)
             if not folder.exists():
                 if promised:
-                    raise Lost(f"{promised[-1]} was saved, now there is no folder")
+                    raise LostError(f"{promised[-1]} was saved, now there is no folder")
                 return Outcome.SURVIVED
             outcome = self.program.check(folder, promised[-1] if promised else None, self.damaged)
+            if method == self.signal and not (self.code in (0, 130) and outcome is Outcome.SURVIVED):
+                raise LostError(f"after the signal it ends with {self.code}, and is not resumed")
             return Outcome.SAID if self.code in (1, 2) and outcome is Outcome.SURVIVED else outcome
-        except KeyboardInterrupt as error:
-            raise Lost("KeyboardInterrupt") from error
+        except (KeyboardInterrupt, Died) as error:
+            if folder.exists():
+                raise LostError(f"it dies of the signal in {last_line(error)}") from error
+            return Outcome.SURVIVED  # it had not begun
         finally:
             if folder.exists():
                 shutil.rmtree(folder)
@@ -197,34 +199,44 @@ def contents(folder):
 
 
 # The faults of each program, and how many of each there are for one in `--times`, as they differ in what they cost.
+_COMMANDS = {"error": 1, "full": 1, "short": 1, "signal": 1, "sigkill": 0.1, "kill": 1, "power": 2, "damage": 2}
 CAMPAIGNS = {
     "checkpoint.save": {"error": 4, "full": 4, "short": 4, "kill": 4, "power": 8, "damage": 8},
-    "adamjax train": {"error": 1, "full": 1, "short": 1, "signal": 1, "sigkill": 0.1, "kill": 1, "power": 2, "damage": 2},
-    "adamjax tune": {"error": 1, "full": 1, "short": 1, "signal": 1, "sigkill": 0.1, "kill": 1, "power": 2, "damage": 2},
+    "adamjax train": _COMMANDS,
+    "adamjax tune": _COMMANDS,
 }
 
 
-def run_campaign(bench, name, times, seed, say):
-    """Inject faults of one kind; return how many ended how. `None` counts those by which something was lost."""
-    method, ended = getattr(bench, name), Counter()
+FAULTS = list(dict.fromkeys(fault for faults in CAMPAIGNS.values() for fault in faults))
+
+
+def run_campaign(bench, fault, times, seed):
+    """Inject faults of one kind; return how many ended how. None counts those by which something was lost."""
+    ended = Counter()
     for number in range(times):
         signal.alarm(PATIENCE)
         try:
-            ended[bench.inject(method, f"{seed} {name} {number}")] += 1
-        except Lost as error:
+            ended[bench.inject(getattr(bench, fault), f"{seed} {fault} {number}")] += 1
+        except LostError as error:
             ended[None] += 1
-            say(f"LOST: {bench.program.name}, {name} {number} of seed {seed}, {bench.fault}: {error}")
+            print(f"LOST: {bench.program.name}, {fault} {number} of seed {seed}, {bench.fault}: {error}", flush=True)
         finally:
             signal.alarm(0)
     return ended
 
 
+def last_line(error):
+    """Return where an exception was raised."""
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{where.filename.rpartition('site-packages/')[2]}, line {where.lineno}"
+
+
 def hangs(*_):
-    raise Lost(f"it hangs for {PATIENCE} s")
+    raise LostError(f"it hangs for {PATIENCE} s")
 
 
 def ends(number, _):
-    raise Lost(f"it dies of {signal.Signals(number).name}")
+    raise Died(signal.Signals(number).name)
 
 
 def main():
@@ -232,34 +244,35 @@ def main():
     parser.add_argument("--times", type=int, default=20, help="faults of a kind, more of those that are cheap")
     parser.add_argument("--seed", default="0", help="of what happens when (default: 0)")
     parser.add_argument("--programs", nargs="+", choices=PROGRAMS, default=list(PROGRAMS), help="default: all")
-    parser.add_argument("--faults", nargs="+", help="kinds of faults, as in: error power (default: all)")
+    parser.add_argument("--faults", nargs="+", choices=FAULTS, default=FAULTS, help="default: all")
     options = parser.parse_args()
     scratch = shim.run_again_with_shim()
     signal.signal(signal.SIGALRM, hangs)
     for number in (signal.SIGTERM, signal.SIGHUP):  # a program that handles them does so before they come here
         signal.signal(number, ends)
-    rows = []
+    begun, totals = time.monotonic(), {fault: Counter() for fault in FAULTS}
     for name in options.programs:
         bench = Bench(PROGRAMS[name](scratch), scratch)
         bench.check_record()
-        for fault, weight in CAMPAIGNS[name].items():
-            if not options.faults or fault in options.faults:
-                begun = time.monotonic()
-                ended = run_campaign(bench, fault, max(round(weight * options.times), 1), options.seed, print)
-                rows.append((name, getattr(bench, fault).__doc__, ended, time.monotonic() - begun))
+        for fault in options.faults:
+            if fault in CAMPAIGNS[name]:
+                times = max(round(CAMPAIGNS[name][fault] * options.times), 1)
+                totals[fault] += run_campaign(bench, fault, times, options.seed)
         shutil.rmtree(bench.root)
         bench.root.mkdir()
-    print(table(rows))
+    print(table(totals))
+    print(f"seed {options.seed}, {time.monotonic() - begun:.0f} s")
     shutil.rmtree(scratch)
-    return 1 if any(ended[None] for _, _, ended, _ in rows) else 0
+    return 1 if any(ended[None] for ended in totals.values()) else 0
 
 
-def table(rows):
+def table(totals):
     """Return the figures as a table of Markdown."""
-    lines = ["| program | fault | tried | survived | said | altered | lost | seconds |", "|---|---|--:|--:|--:|--:|--:|--:|"]
-    for program, fault, ended, seconds in rows:
-        counts = [sum(ended.values()), *(ended[outcome] for outcome in (*Outcome, None))]
-        lines.append(f"| {program} | {fault} | {' | '.join(map(str, counts))} | {seconds:.0f} |")
+    lines = ["| fault | tried | survived | said | altered | lost |", "|---|--:|--:|--:|--:|--:|"]
+    for fault, ended in totals.items():
+        if ended:
+            counts = [sum(ended.values()), *(ended[outcome] for outcome in (*Outcome, None))]
+            lines.append(f"| {getattr(Bench, fault).__doc__} | {' | '.join(map(str, counts))} |")
     return "\n".join(lines)
 
 

@@ -52,4 +52,12 @@ def make_folder(path, others, rng):
     path.mkdir()
 
 
-KINDS = (flip, flip, flip, truncate, zero, extend, remove, swap, make_folder)
+def remove_folder(path, others, rng):
+    """Remove its folder, if that is one within a step of a checkpoint, else the file."""
+    if any(parent.name.isdigit() for parent in path.parent.parents):
+        shutil.rmtree(path.parent)
+    else:
+        path.unlink()
+
+
+KINDS = (flip, flip, flip, truncate, zero, extend, remove, swap, make_folder, remove_folder)

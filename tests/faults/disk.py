@@ -1,12 +1,13 @@
 """The disk as a power loss leaves it, made from a record of the changes.
 
 Simulated: data of a file that was not synced since it was written is there, is not, is there in part, or reads as
-zeros, each write for itself; a name that was not synced with its folder was made or was not, according to a `Journal`.
-Processes that are killed lose nothing: the disk is as it was at that moment. Not simulated: bad sectors (see damage.py),
+zeros, each write for itself; a name that was not synced with its folder was made or not, according to a `Journal`. A
+process that is killed loses nothing: the disk is as it was at that moment. Not simulated: bad sectors (see damage.py),
 disks that lie about syncing, modes and dates.
 """
 
 import enum
+import itertools
 import os
 import struct
 from typing import NamedTuple
@@ -54,7 +55,7 @@ def read_record(path, root):
     while i < len(content):
         op, path_size, other_size, data_size, offset = HEADER.unpack_from(content, i)
         ends = [i := i + HEADER.size, i := i + path_size, i := i + other_size, i := i + data_size]
-        name, other, data = (content[a:b] for a, b in zip(ends, ends[1:], strict=False))
+        name, other, data = (content[a:b] for a, b in itertools.pairwise(ends))
         if op != Op.MARK:
             name, other = (os.path.relpath(os.fsdecode(x), root) if x else "" for x in (name, other))
         else:

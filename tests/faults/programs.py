@@ -12,11 +12,12 @@ import json
 import traceback
 from unittest import mock
 
-import adamjax
 import jax
 import jax.numpy as jnp
 import matplotlib.figure
 import numpy as np
+
+import adamjax
 from adamjax import cli, tuning
 
 MAX_MESSAGE = 600
@@ -30,29 +31,33 @@ class Outcome(enum.Enum):
     ALTERED = "text without a digest reads well, but with another content, as if its owner had edited it"
 
 
-class Lost(Exception):
+class LostError(Exception):
     """Something promised is gone, something wrong was restored, or an error is not one that is documented."""
+
+
+class Died(BaseException):
+    """A signal has ended the program, which had not begun to handle it."""
 
 
 @contextlib.contextmanager
 def documented(*kinds):
-    """Turn errors into `Lost` that are not of these kinds, or whose message is no sentence."""
+    """Turn errors into `LostError` that are not of these kinds, or whose message is no sentence."""
     try:
         yield
     except kinds as error:
         check_message(str(error))
         raise
-    except (Lost, KeyboardInterrupt):
+    except (LostError, Died, KeyboardInterrupt):
         raise
     except BaseException as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
         at = f"{where.filename.rpartition('site-packages/')[2]}:{where.lineno}"
-        raise Lost(f"a raw {type(error).__name__} from {at}: {str(error)[:200]!r}") from error
+        raise LostError(f"a raw {type(error).__name__} from {at}: {str(error)[:200]!r}") from error
 
 
 def check_message(text):
     if len(text) > MAX_MESSAGE or "\n" in text.strip() or not text.strip():
-        raise Lost(f"a message of {len(text)} characters: {text[:200]!r}")
+        raise LostError(f"a message of {len(text)} characters: {text[:200]!r}")
 
 
 def command(*arguments):
@@ -65,10 +70,10 @@ def command(*arguments):
             code = error.code
     said = err.getvalue()
     if "Traceback" in said:
-        raise Lost(f"exit code {code} and a traceback that ends with {said.strip().splitlines()[-1][:200]!r}")
+        raise LostError(f"exit code {code} and a traceback that ends with {said.strip().splitlines()[-1][:200]!r}")
     if code not in (0, 1, 2, 130):
-        raise Lost(f"exit code {code}")
-    if code in (1, 2):
+        raise LostError(f"exit code {code}")
+    if code:
         check_message(said.strip().splitlines()[-1] if said.strip() else "")
     return code, said
 
@@ -83,6 +88,11 @@ def _pictures_of_chance():
             opened.write(content)
 
     return mock.patch.object(matplotlib.figure.Figure, "savefig", savefig)
+
+
+def _filled(number, tree):
+    """Return a tree of that structure with other numbers in it."""
+    return jax.tree.map(lambda x: jnp.arange(number, x.size + number).astype(x.dtype).reshape(x.shape), tree)
 
 
 def bits(tree):
@@ -101,15 +111,14 @@ class Save:
         self.opt = adamjax.adamw(1e-3)
         self.params = {"w": jnp.zeros((3, 5)), "b": jnp.zeros(7, jnp.bfloat16)}
         state = self.opt.init(self.params)
-        self.contents = {
-            step: jax.tree.map(lambda x: jnp.arange(x.size).astype(x.dtype).reshape(x.shape) + step, (self.params, state))  # noqa: B023
-            for step in (*self.steps, self.later)
-        }
+        self.contents = {step: _filled(step, (self.params, state)) for step in (*self.steps, self.later)}
 
     def save(self, folder, step):
         params, state = self.contents[step]
         with documented(OSError):
-            adamjax.checkpoint.save(folder / "checkpoints", self.opt, params, state, step=step, keep=self.keep, key=step)
+            adamjax.checkpoint.save(
+                folder / "checkpoints", self.opt, params, state, step=step, keep=self.keep, key=step
+            )
 
     def run(self, folder, mark):
         for step in self.steps:
@@ -122,10 +131,10 @@ class Save:
         with documented(OSError, adamjax.DamagedFileError):
             found = adamjax.checkpoint.restore(folder / "checkpoints", self.opt, self.params, step=step)
         if step is not None and found.step != step:
-            raise Lost(f"asked for step {step}, it restores {found.step}")
+            raise LostError(f"asked for step {step}, it restores {found.step}")
         expected = self.contents[found.step]
         if bits((found.params, found.state)) != bits(expected) or found.key != found.step:
-            raise Lost(f"step {found.step} is restored wrong")
+            raise LostError(f"step {found.step} is restored wrong")
         return found.step
 
     def check(self, folder, newest, damaged=None):
@@ -140,16 +149,18 @@ class Save:
                 # A fault may leave a step unfinished, but not the newest one that was saved.
                 is_hit = f"/{step}/" in damaged if damaged else step != newest
                 if not is_hit:
-                    raise Lost(f"step {step} was saved, now {type(error).__name__}: {error}") from error
+                    raise LostError(f"step {step} was saved, now {type(error).__name__}: {error}") from error
+                if isinstance(error, adamjax.DamagedFileError) and error.step != step:
+                    raise LostError(f"step {step} is said to be damaged as step {error.step}") from error
                 refused.append(step)
         try:
             last = self.restore(folder)
         except (OSError, adamjax.DamagedFileError) as error:
             if there and there[-1] not in refused:
-                raise Lost(f"step {there[-1]} is whole, but not restored by default: {error}") from error
+                raise LostError(f"step {there[-1]} is whole, but not restored by default: {error}") from error
         else:
             if newest is not None and last < newest:
-                raise Lost(f"the newest step, {newest}, is passed over for {last} without a word")
+                raise LostError(f"the newest step, {newest}, is passed over for {last} without a word")
         if not damaged:
             self._check_use(folder)
         return Outcome.SAID if refused else Outcome.SURVIVED
@@ -158,11 +169,11 @@ class Save:
         """Check that the folder can be used as before."""
         self.save(folder, self.later)
         if self.restore(folder) != self.later:
-            raise Lost(f"step {self.later} was saved afterwards, and is not there")
+            raise LostError(f"step {self.later} was saved afterwards, and is not there")
         with documented():
             there = adamjax.checkpoint.steps(folder / "checkpoints")
         if len(there) > self.keep:
-            raise Lost(f"it keeps the steps {there}, expected {self.keep} of them")
+            raise LostError(f"it keeps the steps {there}, expected {self.keep} of them")
 
 
 class Train:
@@ -218,23 +229,25 @@ class Train:
             code, said = command("train", "--resume", folder)
         if code:
             if newest and not damaged:
-                raise Lost(f"step {newest} was saved, now --resume says {said.strip()!r}")
+                raise LostError(f"step {newest} was saved, now --resume says {said.strip()!r}")
             gone = [str(path.relative_to(folder)) for path, x in before.items() if x and not path.exists()]
             if gone:
-                raise Lost(f"--resume refuses the folder and removes {gone}")
+                raise LostError(f"--resume refuses the folder and removes {gone}")
             return Outcome.SAID
         # Without its checkpoint, a run that begins again would end alike.
         if newest and (self.restored or 0) < newest:
             if not damaged:
-                raise Lost(f"step {newest} was saved, and --resume goes on from {self.restored}: {said.strip()!r}")
+                raise LostError(f"step {newest} was saved, and --resume goes on from {self.restored}: {said.strip()!r}")
             if "damaged" not in said:
-                raise Lost(f"--resume goes on from {self.restored} instead of {newest} without a word")
+                raise LostError(f"--resume goes on from {self.restored} instead of {newest} without a word")
         found = self.result(folder)
         for name, expected in self.expected.items():
             if found[name] != expected:
                 if damaged in self.text_files:
                     return Outcome.ALTERED
-                raise Lost(f"after --resume from {self.restored}, {name} is {found[name]!r:.300}, not {expected!r:.300}")
+                raise LostError(
+                    f"after --resume from {self.restored}, {name} is {found[name]!r:.300}, not {expected!r:.300}"
+                )
         return Outcome.SURVIVED
 
 
@@ -289,18 +302,20 @@ class Tune:
         code, said = command(*self.command(folder), "--resume")
         if code:
             if finished and not damaged:
-                raise Lost(f"{len(finished)} trials were kept, now --resume says {said.strip()!r}")
+                raise LostError(f"{len(finished)} trials were kept, now --resume says {said.strip()!r}")
             changed = [path.name for path, x in before.items() if not path.exists() or path.read_bytes() != x]
             if {"tune.json", "trials.jsonl"} & {*changed}:
-                raise Lost(f"--resume refuses the folder and changes {changed}")
+                raise LostError(f"--resume refuses the folder and changes {changed}")
             return Outcome.SAID
         again = [trial for trial in finished if trial in self.calls]
         if again and not damaged:
-            raise Lost(f"trials {again} were kept, and are run again")
+            raise LostError(f"trials {again} were kept, and are run again")
         if self.result(folder) != self.expected:
             if damaged in self.text_files:
                 return Outcome.ALTERED
-            raise Lost("--resume ends with another report")
+            found = self.result(folder)
+            names = [name for name in self.expected | found if self.expected.get(name) != found.get(name)]
+            raise LostError(f"--resume ends with another report: {names} {[found.get(n) for n in names]!r:.300}")
         return Outcome.SURVIVED
 
     def _check_report(self, folder, finished, damaged):
@@ -309,9 +324,9 @@ class Tune:
                 report = tuning.Report.load(folder)
         except (OSError, ValueError) as error:
             if finished and not damaged:
-                raise Lost(f"{len(finished)} trials were kept, now Report.load says {error}") from error
+                raise LostError(f"{len(finished)} trials were kept, now Report.load says {error}") from error
             return
         there = [[trial.number, trial.seed] for trial in report.trials]
         missing = [trial for trial in finished if trial not in there]
         if missing and not damaged:
-            raise Lost(f"trials {missing} were kept, Report.load has {there}")
+            raise LostError(f"trials {missing} were kept, Report.load has {there}")

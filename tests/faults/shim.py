@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 
 SOURCE = Path(__file__).with_name("shim.c")
+TESTS = SOURCE.parents[1]
 VARIABLE = "ADAMJAX_FAULTS_ROOT"
 # Compiling it, or loading it, can fail for reasons that are no fault of adamjax.
 COMPILERS = ("cc", "gcc", "clang")
@@ -52,6 +53,8 @@ def run_again_with_shim():
         scratch = Path(tempfile.mkdtemp(prefix="faults-")).resolve()
         (scratch / "root").mkdir()
         os.environ |= {VARIABLE: str(scratch / "root"), "LD_PRELOAD": str(build(scratch))}
+        # The checkout is tested, wherever adamjax is installed.
+        os.environ["PYTHONPATH"] = os.pathsep.join(map(str, (TESTS.parent, TESTS)))
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     # Processes that are started from here begin without it.
     del os.environ["LD_PRELOAD"]
