@@ -22,6 +22,8 @@ from collections import Counter
 from faults import damage, disk, shim
 from faults.programs import Died, LostError, Outcome, Save, Train, Tune
 
+from adamjax import DamagedFileError
+
 PROGRAMS = {program.name: program for program in (Save, Train, Tune)}
 # Seconds after which a program is said to hang.
 PATIENCE = 60
@@ -152,14 +154,30 @@ class Bench:
         shutil.rmtree(target)
         return list(map(json.loads, made.marks))
 
-    def damage(self, rng, folder):
-        """Files that are damaged on disk"""
+    def _killed(self, rng, folder):
+        """Make the folder of a run that ended, or was killed after something was promised."""
         changes = self.changes
-        if rng.random() < 0.5:  # of a run that was killed
+        if rng.random() < 0.5:
             marks = [i for i, change in enumerate(changes) if change.op is disk.Op.MARK]
             changes = changes[: rng.choice(marks[len(marks) // 2 :]) + 1]
         made = self.disk_after(changes)
-        promised = self._replay(folder, made, made.write)
+        return self._replay(folder, made, made.write)
+
+    def read(self, rng, folder):
+        """Reads that fail"""
+        promised = self._killed(rng, folder)
+        at, lasting = rng.randint(1, 30), rng.random() < 0.5
+        self.fault = f"EIO at read {at}{' and all later ones' if lasting else ''}"
+        with self.shim.armed(shim.Kind.FAIL_READ, at, errno.EIO, lasting=lasting):
+            try:
+                self.code = self.program.go_on(folder)
+            except (OSError, DamagedFileError):
+                self.code = 1
+        return promised
+
+    def damage(self, rng, folder):
+        """Files that are damaged on disk"""
+        promised = self._killed(rng, folder)
         files = sorted(path for path in folder.rglob("*") if path.is_file() and path.stat().st_size)
         # Most files are those of arrays; folders are hit alike, however many files they have.
         parent = rng.choice(sorted({path.parent for path in files}))
@@ -199,9 +217,19 @@ def contents(folder):
 
 
 # The faults of each program, and how many of each there are for one in `--times`, as they differ in what they cost.
-_COMMANDS = {"error": 1, "full": 1, "short": 1, "signal": 1, "sigkill": 0.1, "kill": 1, "power": 2, "damage": 2}
+_COMMANDS = {
+    "error": 1,
+    "full": 1,
+    "short": 1,
+    "signal": 1,
+    "sigkill": 0.1,
+    "kill": 1,
+    "power": 2,
+    "read": 1,
+    "damage": 2,
+}
 CAMPAIGNS = {
-    "checkpoint.save": {"error": 4, "full": 4, "short": 4, "kill": 4, "power": 8, "damage": 8},
+    "checkpoint.save": {"error": 4, "full": 4, "short": 4, "kill": 4, "power": 8, "read": 4, "damage": 8},
     "adamjax train": _COMMANDS,
     "adamjax tune": _COMMANDS,
 }

@@ -165,6 +165,11 @@ class Save:
             self._check_use(folder)
         return Outcome.SAID if refused else Outcome.SURVIVED
 
+    def go_on(self, folder):
+        """Go on with what is in the folder; return an exit code."""
+        self.restore(folder)
+        return 0
+
     def _check_use(self, folder):
         """Check that the folder can be used as before."""
         self.save(folder, self.later)
@@ -222,6 +227,9 @@ class Train:
 
     def result(self, folder):
         return {"metrics.jsonl": (folder / "metrics.jsonl").read_bytes(), "the last checkpoint": self.last}
+
+    def go_on(self, folder):
+        return command("train", "--resume", folder)[0]
 
     def check(self, folder, newest, damaged=None):
         before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
@@ -293,6 +301,9 @@ class Tune:
 
     def result(self, folder):
         return json.loads((folder / "report.json").read_text())
+
+    def go_on(self, folder):
+        return command(*self.command(folder), "--resume")[0]
 
     def check(self, folder, newest, damaged=None):
         finished = newest or []

@@ -1,7 +1,7 @@
-/* A library to preload that makes the writes below one folder fail, tear and be recorded.
+/* A library to preload that makes reads and writes below one folder fail, and records the writes.
 
-   It stands between a process and the functions of the C library that change files: Python's own calls and those of
-   tensorstore's threads go through it. Below the folder in ADAMJAX_FAULTS_ROOT, each change is counted. From the count
+   It stands between a process and the functions of the C library that change or read files: Python's own calls and
+   those of tensorstore's threads go through it. Below the folder in ADAMJAX_FAULTS_ROOT, each change is counted. From the count
    ADAMJAX_FAULTS_AT on, the next change that the fault ADAMJAX_FAULTS_KIND can hit is hit; with ADAMJAX_FAULTS_LASTING,
    each later one as well. ADAMJAX_FAULTS_VALUE is the number of the error or of the signal. With ADAMJAX_FAULTS_LOG,
    all changes that were made go to that file, with their data, in the order in which they were made. Programs that have
@@ -27,7 +27,7 @@
 
 /* The names and numbers of both are those of shim.py. */
 enum op { CREATE, TRUNCATE, WRITE, SYNC, RENAME, LINK, UNLINK, MKDIR, RMDIR, MARK };
-enum kind { NOTHING, FAIL, FULL, SHORT, TEAR, KILL_BEFORE, KILL_AFTER, SIGNAL };
+enum kind { NOTHING, FAIL, FULL, SHORT, TEAR, KILL_BEFORE, KILL_AFTER, SIGNAL, FAIL_READ };
 
 struct record {
   uint32_t op, path_size, other_size, data_size;
@@ -125,6 +125,7 @@ static int needs_space(enum op op) {
    may write. */
 static enum kind begin(enum op op) {
   pthread_mutex_lock(&lock);
+  if (kind == FAIL_READ) return NOTHING;
   count++;
   int is_hit = kind != NOTHING && count >= at && (lasting || !has_fired);
   if (kind == FAIL && (value == ENOSPC || value == EDQUOT)) is_hit &= needs_space(op);
@@ -260,6 +261,24 @@ ssize_t write(int fd, const void *data, size_t size) {
   struct iovec v = {(void *)data, size};
   return write_vector(fd, &v, 1, -1, 0);
 }
+
+/* Reads are counted only where they are to fail. */
+static int read_fails(int fd) {
+  char path[PATH_MAX];
+  if (kind != FAIL_READ || !path_of(fd, path)) return 0;
+  pthread_mutex_lock(&lock);
+  int is_hit = kind == FAIL_READ && ++count >= at && (lasting || !has_fired);
+  if (is_hit) has_fired = 1;
+  errno = value;
+  pthread_mutex_unlock(&lock);
+  return is_hit;
+}
+
+ssize_t read(int fd, void *data, size_t size) { return read_fails(fd) ? -1 : syscall(SYS_read, fd, data, size); }
+ssize_t pread(int fd, void *data, size_t size, off_t offset) {
+  return read_fails(fd) ? -1 : syscall(SYS_pread64, fd, data, size, offset);
+}
+ssize_t pread64(int fd, void *data, size_t size, off64_t offset) { return pread(fd, data, size, offset); }
 
 /* Copies within the kernel: callers fall back on reading and writing. */
 ssize_t sendfile(int out, int in, off_t *offset, size_t size) {

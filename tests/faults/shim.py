@@ -27,6 +27,7 @@ class Kind(enum.IntEnum):
     KILL_BEFORE = 5
     KILL_AFTER = 6
     SIGNAL = 7
+    FAIL_READ = 8  # a read is refused with an error, instead of a change
 
 
 def why_not():
