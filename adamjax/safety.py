@@ -31,6 +31,7 @@ from adamjax._transforms.moments import find_moments
 _SCALES = [2.0**k for k in range(25)]
 # Skipped steps in a row that the scale of the loss cannot explain: after one fewer, it is 1 from wherever it began.
 MAX_OF_SCALE = len(_SCALES)
+_COUNTED = 2**31  # steps that the int32 counts of the state can tell apart
 
 
 class _PlaceholderPaths:
@@ -120,7 +121,8 @@ class SkipNonfinite(MaySkip):
                 stacklevel=4,
             )
         if self.max_consecutive is not None:
-            self._replace_field("max_consecutive", checks.count("max_consecutive", self.max_consecutive))
+            limit = checks.count("max_consecutive", self.max_consecutive, below=_COUNTED)
+            self._replace_field("max_consecutive", limit)
         collectives.check_axis_name(self.axis_name)
 
     def _init(self, params: PyTree) -> SkipState:
@@ -282,7 +284,7 @@ class DynamicLossScale(MaySkip):
         if not (isinstance(initial, float) and initial in _SCALES):
             raise ValueError(f"Invalid initial value: {self.initial!r}; initial must be a power of two from 1 to 2**24")
         self._replace_field("initial", initial)
-        self._replace_field("growth_interval", checks.count("growth_interval", self.growth_interval))
+        self._replace_field("growth_interval", checks.count("growth_interval", self.growth_interval, below=_COUNTED))
 
     def scale(self, loss: Array, state: LossScaleState) -> Array:
         """Return the loss to differentiate: `loss` times the scale of this step, in float32 or wider."""

@@ -2,7 +2,11 @@
 
 import itertools
 import math
+import os
+import signal
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -11,9 +15,10 @@ import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from adamjax._core import checks, low_precision, trees
+from adamjax._core import checks, low_precision, signals, trees
 from adamjax._core.typing import DTypeLike, GradientTransformation, PyTree
 from adamjax._transforms.base import Transformation, as_transformation, contains_foreign, may_skip
 from adamjax.diagnostics import AdamStats, measure
@@ -336,7 +341,8 @@ def train(
       dtype: Dtype of the parameters; None for the dtypes that `problem.init` returns.
       report_every: Updates between reports.
       evaluate_every: Updates between evaluations.
-      stop: Called after each update, with the same result in all processes; the run ends when it returns True.
+      stop: Called after each update, with the same result in all processes; the run ends when it returns True. See
+        `stop_on_signals`.
       start: A `Report` or `checkpoint.Checkpoint` of the same run, to continue from. The next step reuses its memory.
         The continued run equals the uninterrupted one to the last bit; batches from the host are skipped up to there.
         If `stop` ended the run between two reports, only a `Report` has the losses that belong to the next one.
@@ -426,6 +432,42 @@ def train(
                 return
 
     return reports()
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[Callable[[], bool]]:
+    """Stop `train` at a signal: Ctrl-C, SIGTERM, by which schedulers preempt a job, or SIGHUP.
+
+    The run ends after the update that is running, and its last reports can be saved. A second Ctrl-C interrupts at
+    once. Signals that the process ignores, as under nohup, stay ignored. After `jax.distributed.initialize`, a signal
+    to any process stops all of them after the same update, by JAX's preemption service, which hears SIGTERM until the
+    process ends. In a thread other than the main one, signals are left as they are.
+
+    Returns:
+      A context manager that gives the `stop` of `train` or `tune`. All processes must call it equally often.
+
+    Raises:
+      RuntimeError: There are many processes, and JAX's preemption service is switched off
+        (jax_enable_preemption_service).
+
+    >>> import adamjax
+    >>> from adamjax import training
+    >>> with training.stop_on_signals() as stop:
+    ...     for report in training.train(adamjax.problems.digits(), adamjax.adam(), steps=20, stop=stop):
+    ...         pass  # save it if report.stopped
+    >>> report.stopped
+    False
+    """
+    if jax.process_count() == 1:
+        stopped = threading.Event()
+        with signals.calls_on_signals(stopped.set):
+            yield stopped.is_set
+        return
+    asked = itertools.count()
+    # The service hears SIGTERM by itself.
+    others = [number for number in signals.STOPS if number != signal.SIGTERM]
+    with signals.calls_on_signals(lambda: os.kill(os.getpid(), signal.SIGTERM), others):
+        yield lambda: multihost_utils.reached_preemption_sync_point(next(asked))
 
 
 class ShardedTask(Task):

@@ -34,11 +34,7 @@ def public():
                 x = getattr(module, name, None)
                 if not name.startswith("_") and getattr(x, "__module__", "").startswith("adamjax"):
                     found.setdefault(x, f"{suffix}.{name}".removeprefix("."))
-    return {name: x for x, name in found.items() if callable(x) and not _is_error(x)}
-
-
-def _is_error(x):
-    return isinstance(x, type) and issubclass(x, Exception)
+    return {name: x for x, name in found.items() if callable(x)}
 
 
 class Call(NamedTuple):
@@ -204,7 +200,7 @@ METHODS = {
 HELD = ["AdamState", "ScheduleState", "rounding.RoundingState", "storage.QuantizedArray", "storage.Precision"]
 HELD += ["storage.PackedTree"]
 HELD += ["tuning.Best", "tuning.Confirmed", "tuning.Report", "tuning.Sweep", "tuning.Trial", "tuning.TrialRecord"]
-HELD += ["tuning.Pruned"]
+HELD += ["tuning.Pruned", "DamagedFileError", "FolderInUseError"]
 HELD += ["training.Report", "training.TrainStep", "training.Keys", "checkpoint.Checkpoint", "kernels.Kernel"]
 HELD += ["diagnostics.AdamStats", "diagnostics.LeafStats", "diagnostics.Finding"]
 HELD += ["schedules.PlateauState", "sharding.Zero1State", "interop.torch.NAdamState"]
@@ -224,4 +220,5 @@ FILES = [
     "checkpoint.restore",
     "checkpoint.steps",
     "diagnostics.LogWriter",
+    "training.stop_on_signals",
 ]  # see their own tests

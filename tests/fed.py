@@ -1,6 +1,7 @@
 """Problems whose batches come from the host, and what a loader can do to them."""
 
 import itertools
+import time
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +43,16 @@ class Fed:
     def evaluate(self, params, state):
         loss = jnp.mean((params["x"].astype(jnp.float32) - 3) ** 2)
         return {"loss": loss, "mean": state["mean"].sum(), "count": state["count"].astype(jnp.float32)}
+
+
+class HangsInTheSecondProcess(Fed):
+    """The same, whose data do not go on in one process."""
+
+    def batches(self, seed):
+        for i, batch in enumerate(super().batches(seed)):
+            if i == 20 and jax.process_index() == 1:
+                time.sleep(1000)
+            yield batch
 
 
 class FedOnHost(Fed):

@@ -29,8 +29,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from specs import SPECS
 
 import adamjax
-from adamjax import checkpoint, cli
-from adamjax.cli import _distributed
+from adamjax import checkpoint, cli, training
 from adamjax.run_folder import RunFolder
 from adamjax.training import train
 
@@ -418,7 +417,7 @@ class StopsAfter(threading.Event):
 def test_resume_after_a_signal(tmp_path, whole, monkeypatch, capsys, update, saved):
     folder = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(_distributed, "threading", SimpleNamespace(Event=lambda: StopsAfter(update)))
+        patch.setattr(training, "threading", SimpleNamespace(Event=lambda: StopsAfter(update)))
         assert cli.main([*TRAIN, "--out", str(folder)]) == 130
     said = capsys.readouterr()
     assert f"adamjax train --resume {folder} goes on" in said.err
@@ -435,7 +434,7 @@ def test_a_run_that_is_stopped_is_saved_without_being_asked(tmp_path, monkeypatc
     folder = tmp_path / "run"
     for update, command in ((30, [*flags, str(folder)]), (12, ["train", "--resume", str(folder)])):
         with monkeypatch.context() as patch:
-            patch.setattr(_distributed, "threading", SimpleNamespace(Event=lambda n=update: StopsAfter(n)))
+            patch.setattr(training, "threading", SimpleNamespace(Event=lambda n=update: StopsAfter(n)))
             assert cli.main(command) == 130
     assert cli.main(["train", "--resume", str(folder)]) == 0
     for name in ("metrics.jsonl", "curves.png", "config.json"):

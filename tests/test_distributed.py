@@ -23,13 +23,16 @@ RUN = ["--steps=60", "--report-every=5", "--evaluate-every=20", "--checkpoint-ev
 RUN += ["--dtype=bfloat16", "--rounding=kahan", "--mu-dtype=int8", "--skip-nonfinite=5", "--diagnose"]
 
 
-def start(arguments, processes=2, devices=1, slurm=False):
-    """Processes with so many devices each, which are one run: told so by flags, or as Slurm tells."""
+def start(arguments, processes=2, devices=1, slurm=False, only=range):
+    """Processes with so many devices each, which are one run: told so by flags, or as Slurm tells.
+
+    `only` says which of them, and when each.
+    """
     command = [sys.executable, "-m", "adamjax", "train", "--distributed", *arguments]
     paths = os.pathsep.join([os.path.dirname(__file__), *sys.path])
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": paths}
     port, started = free_port(), []
-    for i in range(processes):
+    for i in only(processes):
         place = ["--coordinator", f"127.0.0.1:{port}", "--processes", str(processes), "--process-id", str(i)]
         job = {"JOB_ID": str(port), "NTASKS": str(processes), "PROCID": str(i), "LOCALID": str(i)}
         job["STEP_NODELIST"] = "localhost"
@@ -72,13 +75,14 @@ def one(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.processes
-def test_two_processes_that_a_signal_stops_are_one_with_two_devices(one, tmp_path):
+@pytest.mark.parametrize(("number", "heard_by"), [(signal.SIGINT, 1), (signal.SIGTERM, 0)])
+def test_two_processes_that_a_signal_stops_are_one_with_two_devices(one, tmp_path, number, heard_by):
     """One of them gets the signal; two others go on, to what would have come."""
     out = tmp_path / "run"
     started = start([*RUN, "--out", str(out)])
     wait_for(lambda: (out / "metrics.jsonl").exists() and (out / "metrics.jsonl").read_text().count("\n") > 1, started)
-    started[1].send_signal(signal.SIGINT)
-    codes, said = finish(started)
+    started[heard_by].send_signal(number)
+    codes, said = finish(started, timeout=30)
     assert codes == [130, 130], said
     assert f"adamjax train --resume {out} goes on" in said[0][1]
     codes, said = finish(start(["--resume", str(out)]))
@@ -90,25 +94,70 @@ def test_two_processes_that_a_signal_stops_are_one_with_two_devices(one, tmp_pat
 
 
 @pytest.mark.slow
-def test_a_killed_process_ends_the_others_and_fewer_go_on(tmp_path):
-    """Of four, two; to the loss of one device, without any of this."""
+@pytest.mark.parametrize(("before", "killed", "after"), [(4, 2, 2), (2, 0, 4)])
+def test_a_killed_process_ends_the_others_and_another_number_goes_on(tmp_path, before, killed, after):
+    """To the loss of one device, without any of this."""
     out, steps = tmp_path / "run", 60
-    started = start([f"--steps={steps}", "--checkpoint-every=10", "--out", str(out)], processes=4)
+    started = start([f"--steps={steps}", "--checkpoint-every=10", "--out", str(out)], processes=before)
     wait_for((out / "checkpoints" / "10").exists, started)
-    started[2].kill()
-    codes, said = finish(started, timeout=60)
-    assert codes[2] == -signal.SIGKILL
+    started[killed].kill()
+    codes, said = finish(started, timeout=90)
+    assert codes[killed] == -signal.SIGKILL
     for i, (code, (_, errors)) in enumerate(zip(codes, said, strict=True)):
         assert code != 0
-        assert f"adamjax: process {i} of 4 ended before the run did" in errors.splitlines()[-1]
+        assert f"adamjax: process {i} of {before} ended before the run did" in errors.splitlines()[-1]
         assert f"Started again with --resume {out}" in errors.splitlines()[-1]
-    codes, said = finish(start(["--resume", str(out)]))
-    assert codes == [0, 0], said
+    codes, said = finish(start(["--resume", str(out)], processes=after))
+    assert codes == [0] * after, said
     arguments = ["train", f"--steps={steps}", "--out", str(tmp_path / "alone")]
     assert cli.main(arguments) == 0
     found, expected = read_metrics(out), read_metrics(tmp_path / "alone")
     assert found[-1]["step"] == steps
     assert_close(found, expected, PROCESSES)
+
+
+@pytest.mark.slow
+@pytest.mark.processes
+def test_a_pause_changes_nothing(one, tmp_path):
+    out = tmp_path / "run"
+    started = start([*RUN, "--out", str(out)])
+    wait_for((out / "metrics.jsonl").exists, started)
+    started[0].send_signal(signal.SIGSTOP)
+    time.sleep(15)
+    started[0].send_signal(signal.SIGCONT)
+    codes, said = finish(started, timeout=120)
+    assert codes == [0, 0], said
+    assert Train().result(out) == Train().result(one)
+
+
+@pytest.mark.slow
+@pytest.mark.processes
+def test_a_process_that_comes_late_is_waited_for_and_one_that_does_not_is_not(tmp_path):
+    def late(processes):
+        for i in range(processes):
+            yield i
+            time.sleep(5 * (i + 1 < processes))
+
+    codes, said = finish(start(["--steps=2", "--out", str(tmp_path / "run")], only=late))
+    assert codes == [0, 0], said
+    for i in range(2):
+        (code,), ((_, errors),) = finish(start(["--start-timeout=3"], only=lambda _, i=i: [i]), timeout=60)
+        assert code != 0
+        assert f"adamjax: process {i} of 2 did not meet the others within 3 s: start all of" in errors.splitlines()[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.processes
+def test_a_process_that_hangs_ends_all(tmp_path):
+    out = tmp_path / "run"
+    flags = ["--steps=40", "--report-every=1", "--checkpoint-every=5", "--stall-timeout=20", "--out", str(out)]
+    codes, said = finish(start(["fed:HangsInTheSecondProcess", *flags]), timeout=120)
+    assert all(codes)
+    for i, (_, errors) in enumerate(said):
+        assert f"adamjax: process {i} of 2 ended before the run did" in errors.splitlines()[-1]
+        assert f"Started again with --resume {out}" in errors.splitlines()[-1]
+    assert any("made no update for 20 s, so one of them hangs" in errors for _, errors in said)
+    assert adamjax.checkpoint.steps(out / "checkpoints")
 
 
 @pytest.mark.slow

@@ -272,6 +272,16 @@ def test_optax_lets_through_what_comes_too_often():
         ),
         (lambda: adamjax.dynamic_loss_scale(adamjax.adam(), initial=3.0), ValueError, "Invalid initial value: 3.0"),
         (
+            lambda: adamjax.dynamic_loss_scale(adamjax.adam(), growth_interval=2**31),
+            ValueError,
+            "Invalid growth_interval value: 2147483648; growth_interval must be below 2147483648",
+        ),
+        (
+            lambda: adamjax.skip_nonfinite(adamjax.adam(), max_consecutive=10**14),
+            ValueError,
+            "max_consecutive must be below 2147483648",
+        ),
+        (
             lambda: adamjax.dynamic_loss_scale(adamjax.adam(), growth_interval=0),
             ValueError,
             "growth_interval must be at",

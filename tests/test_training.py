@@ -17,7 +17,8 @@ import pytest
 from helpers import assert_equal
 
 import adamjax
-from adamjax import cli, problems
+from adamjax import cli, problems, training
+from adamjax._core import signals
 from adamjax._core.optional import require
 from adamjax.run_folder import RunFolder, claim
 from adamjax.training import train
@@ -403,6 +404,27 @@ def test_missing_extras_name_the_command(monkeypatch, capsys, tmp_path):
     monkeypatch.setitem(sys.modules, "tqdm", None)
     assert cli.main(["train", "--out", str(tmp_path / "run")]) == 2
     assert "pip install 'adamjax[demo]'" in capsys.readouterr().err
+
+
+def test_signals_stop_a_run_in_python():
+    handlers = {number: signal.getsignal(number) for number in signals.STOPS}
+    for number in signals.STOPS:
+        with training.stop_on_signals() as stop:
+            assert not stop()
+            reports = []
+            for report in train(Parabola(), adamjax.adam(0.1), steps=99, stop=stop):
+                reports.append((report.step, report.stopped, report.metrics is not None))
+                if len(reports) == 2:
+                    os.kill(os.getpid(), number)
+            assert stop()
+        assert reports == [(0, False, True), (10, False, False), (11, True, False), (11, True, True)]
+    with training.stop_on_signals() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):  # who is asked twice does not wait
+            os.kill(os.getpid(), signal.SIGINT)
+    with signals.interrupted(), pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert {number: signal.getsignal(number) for number in signals.STOPS} == handlers
 
 
 def test_run_folder_writes_as_it_goes(tmp_path):

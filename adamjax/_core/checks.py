@@ -60,11 +60,13 @@ def number(name: str, x: object, *, low: float = 0.0, below: float = math.inf) -
     return x
 
 
-def count(name: str, x: object, least: int = 1) -> int:
+def count(name: str, x: object, least: int = 1, below: int | None = None) -> int:
     if isinstance(x, bool) or not isinstance(x, (int, np.integer)):
         raise TypeError(f"Invalid {name} value: {shown(x)}; {name} must be an int")
     if x < least:
         raise ValueError(f"Invalid {name} value: {shown(x)}; {name} must be at least {least}")
+    if below is not None and x >= below:
+        raise ValueError(f"Invalid {name} value: {shown(x)}; {name} must be below {below}")
     return int(x)
 
 

@@ -16,7 +16,7 @@ class DamagedFileError(ValueError):
     """A file is damaged, or is not one that adamjax wrote.
 
     Attributes:
-      path: The file or folder, a `pathlib.Path`.
+      path: The file or folder, a pathlib.Path.
       step: The step of the checkpoint that it belongs to; None for other files.
     """
 

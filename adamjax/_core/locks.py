@@ -23,7 +23,7 @@ class FolderInUseError(OSError):
     """Another process writes to the folder.
 
     Attributes:
-      path: The folder, a `pathlib.Path`.
+      path: The folder, a pathlib.Path.
       holder: The process, its machine, and since when, in words.
     """
 

@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code.
 
     0: success. 1: the training diverged, every trial did, or no learning rate can be suggested. 2: the
-    command could not start. 130: Ctrl-C stopped it.
+    command could not start. 130: a signal stopped it.
     """
     try:
         options = _parse(arguments)

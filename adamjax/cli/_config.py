@@ -11,7 +11,7 @@ from adamjax._core.text import printable
 from adamjax.cli._flags import CommandError, Options, flag
 
 # They say where a run takes place and what may run there, which no file decides. A resumed run may change some.
-_MOVES = ("resume", "allow_import", "coordinator", "processes", "process_id")
+_MOVES = ("resume", "allow_import", "coordinator", "processes", "process_id", "start_timeout", "stall_timeout")
 PLACES = ("config", "out", *_MOVES)
 _LIMIT = 1 << 20  # bytes
 # Other spellings of flags that have a name of their own, and what is none of a run.

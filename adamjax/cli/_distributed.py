@@ -1,25 +1,19 @@
 """`adamjax train --distributed`: one run of many processes, over all their devices."""
 
-import itertools
 import os
-import signal
-import subprocess
 import sys
-import threading
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from adamjax import training
 from adamjax._core import checks
-from adamjax.cli import _signals
+from adamjax.cli import _watch
 from adamjax.cli._flags import CommandError, Flags, Options, flag
 
 # These flags say where a run takes place. They do not change its result, and are not kept with it.
@@ -27,18 +21,24 @@ DISTRIBUTED_FLAGS: Flags = {
     "coordinator": {"metavar": "HOST:PORT", "help": "address at which the processes meet: a free port of process 0"},
     "processes": {"type": int, "help": "number of processes; 1: only this one, with all its devices"},
     "process_id": {"type": int, "help": "number of this process, from 0"},
+    "start_timeout": {"type": int, "help": "seconds to wait for the other processes at the start (default: 300)"},
+    "stall_timeout": {
+        "type": int,
+        "help": "seconds without an update after which a process gives up, as one that waits for another in vain does; "
+        "compilation and evaluations must be shorter (default: 3600)",
+    },
 }
+_START_SECONDS, _STALL_SECONDS = 300, 3600
 
-# With a longer timeout, a lost process goes unnoticed; with a shorter one, a slow process is taken for lost.
-_HEARTBEAT_SECONDS = 10
-# A watching process prints the message, since JAX or a signal may end this one before it could.
-_WATCH = "import sys; sys.stdin.read() or print(sys.argv[1], file=sys.stderr)"
+# With a longer timeout, a lost process goes unnoticed; with a shorter one, a paused process is taken for lost.
+_HEARTBEAT_SECONDS = 40
 
 
 class ProcessGroup(NamedTuple):
     """The processes of a run, seen from one of them."""
 
     mesh: Mesh | None = None  # of all their devices; None if the run is not distributed, but on one device
+    timer: _watch.StallTimer | None = None  # None for one process
 
     @property
     def is_leader(self) -> bool:
@@ -48,29 +48,16 @@ class ProcessGroup(NamedTuple):
     @contextmanager
     def stop_on_signals(self) -> Iterator[Callable[[], bool]]:
         """Yield a function that tells whether a signal asked any process to stop. All call it after each update."""
-        stopped = threading.Event()
-        if jax.process_count() == 1:
-            with _signals.stop_on_signals(stopped.set):
-                yield stopped.is_set
-            return
-        config: Any = jax.config  # whose options are added at run time
-        if not config.jax_enable_preemption_service:
-            with _signals.stop_on_signals(stopped.set):
-                yield lambda: bool(multihost_utils.process_allgather(np.asarray(stopped.is_set())).any())
-            return
-        # The service hears SIGTERM in any process, and tells all of them the same update to stop after.
-        others = [number for number in _signals.STOPS if number != signal.SIGTERM]
-        updates = itertools.count()
-        with _signals.stop_on_signals(lambda: os.kill(os.getpid(), signal.SIGTERM), others):
-            yield lambda: multihost_utils.reached_preemption_sync_point(next(updates))
+        with training.stop_on_signals() as stop:
+            yield stop if self.timer is None else self.timer.around(stop)
 
     @contextmanager
     def watched(self, folder: Path | None) -> Iterator[None]:
-        """Have another process explain, if this one ends early for any reason, how to resume the run in `folder`.
+        """End this process in bounded time, and explain an early end: how to resume the run in `folder`.
 
         `folder` is None if it is still to be chosen.
         """
-        if jax.process_count() == 1:
+        if self.timer is None:
             yield
             return
         message = (
@@ -79,15 +66,9 @@ class ProcessGroup(NamedTuple):
             f"Started again with --resume {folder or 'and its folder'}, on any number of processes, the run goes on "
             "from its last checkpoint."
         )
-        # A session of its own, so that Ctrl-C does not end it.
-        command = [sys.executable, "-c", _WATCH, message]
-        watch = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
-        try:
+        with _watch.explained(message):
             yield
-        except CommandError:
-            watch.communicate(b"done")
-            raise
-        watch.communicate(b"done")
+            self.timer.stop()
 
 
 @contextmanager
@@ -99,12 +80,14 @@ def process_group(options: Options) -> Iterator[ProcessGroup]:
                 raise CommandError(f"{flag(name)} is for --distributed, which was not given")
         yield ProcessGroup()
         return
-    _initialize(options.get("coordinator"), options.get("processes"), options.get("process_id"))
-    group = ProcessGroup(training.data_mesh())
+    _initialize(options)
+    alone = jax.process_count() == 1
+    timer = None if alone else _watch.StallTimer(options.get("stall_timeout", _STALL_SECONDS))
+    group = ProcessGroup(training.data_mesh(), timer)
     try:
         yield group
     except BaseException as error:
-        if jax.process_count() == 1:
+        if alone:
             raise
         # An orderly exit would wait for the other processes, which wait for this one.
         if isinstance(error, CommandError):
@@ -117,19 +100,43 @@ def process_group(options: Options) -> Iterator[ProcessGroup]:
         os._exit(code)
 
 
-def _initialize(coordinator: str | None, processes: int | None, process_id: int | None) -> None:
+def _initialize(options: Options) -> None:
+    coordinator, processes, process_id = (options.get(name) for name in ("coordinator", "processes", "process_id"))
     try:
-        if processes is not None:
-            checks.count("processes", processes)
-        if process_id is not None:
-            checks.count("process_id", process_id, least=0)
-        if processes == 1:
-            return
-        if processes is not None and process_id is not None and process_id >= processes:
+        for name, least in (("processes", 1), ("process_id", 0), ("start_timeout", 1), ("stall_timeout", 1)):
+            if name in options:
+                checks.count(name, options[name], least)
+        if processes is not None and process_id is not None and process_id >= processes > 1:
             raise ValueError(f"Invalid process_id value: {process_id}; it must be below --processes, {processes}")
-        jax.distributed.initialize(coordinator, processes, process_id, heartbeat_timeout_seconds=_HEARTBEAT_SECONDS)
-    except (RuntimeError, TypeError, ValueError) as error:
-        raise CommandError(
-            f"--distributed: {error} (outside of Slurm, Open MPI, Kubernetes and the other clusters that JAX "
-            "knows, it needs --coordinator, --processes and --process-id)"
-        ) from error
+    except (TypeError, ValueError) as error:
+        raise CommandError(f"--distributed: {error}") from error
+    if processes == 1:
+        return
+    # By which signals stop a run, whatever the environment says.
+    jax.config.update("jax_enable_preemption_service", True)
+    seconds = options.get("start_timeout", _START_SECONDS)
+    with _watch.explained(_not_met(options, seconds)):
+        try:
+            jax.distributed.initialize(
+                coordinator,
+                processes,
+                process_id,
+                initialization_timeout=seconds,
+                heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
+            )
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise CommandError(
+                f"--distributed: {error} (outside of Slurm, Open MPI, Kubernetes and the other clusters that JAX "
+                "knows, it needs --coordinator, --processes and --process-id)"
+            ) from error
+
+
+def _not_met(options: Options, seconds: int) -> str:
+    """Return the message of a process that did not meet the others."""
+    known = {"process_id", "processes"} <= options.keys()
+    numbers = f" {options['process_id']} of {options['processes']}" if known else ""
+    return (
+        f"adamjax: process{numbers} did not meet the others within {seconds} s: start all of them with the same "
+        "--coordinator and --processes and each its own --process-id, at about the same time, or wait longer by "
+        "--start-timeout; what the run had done before is in its folder, and --resume goes on"
+    )

@@ -177,11 +177,13 @@ def _run_as_leader(run: _PreparedRun, folder: RunFolder, options: Options) -> in
         try:
             for report in run.reports:
                 record = _record(report, rate, options)
-                with _flags.errors_for_users():
+                try:
                     folder.log(record)
                     if run.checkpoints.is_due(report):
                         folder.sync()
                         run.checkpoints.save(report, run.path)
+                except OSError as error:  # a full disk, say
+                    raise CommandError(str(error)) from error
                 shown = [f"{name} {record[name]:.3g}" for name in ("loss", "learning_rate") if name in record]
                 shown += diagnosis.add(report.step, record, report.stats)
                 bar.set_postfix_str(", ".join(shown), refresh=False)
@@ -189,25 +191,35 @@ def _run_as_leader(run: _PreparedRun, folder: RunFolder, options: Options) -> in
         except FloatingPointError as error:
             failure = error
         except Exception as error:
+            known = error if isinstance(error, CommandError) else _out_of_memory(error)
             # Of many processes, the group says how to resume.
-            if jax.process_count() > 1 or ("checkpoint_every" not in options and not isinstance(error, CommandError)):
+            if jax.process_count() > 1 or ("checkpoint_every" not in options and known is None):
                 raise
             bar.close()
-            if isinstance(error, CommandError):
-                error.show()
-            else:
+            if known is None:
                 traceback.print_exc()
+            else:
+                known.show()
             failed = True
         finally:
             _draw(folder)
-    if failed:
+    if failed and run.checkpoints.has_saved:
         print(f"adamjax: failed, see above; adamjax train --resume {run.path} goes on", file=sys.stderr)
+    if failed:
         return _FAILED
     diagnosis.finish()
     if failure is not None:
         print(f"adamjax: {failure}", file=sys.stderr)
         return _DIVERGED
     return _summarize(run, report, rate, options)
+
+
+def _out_of_memory(error: Exception) -> CommandError | None:
+    """Return the error in one line, if the device has too little memory for the run."""
+    first = str(error).partition("\n")[0].rstrip(".")
+    if not isinstance(error, jax.errors.JaxRuntimeError) or "RESOURCE_EXHAUSTED" not in first:
+        return None
+    return CommandError(f"{first}: try a smaller --batch-size, or moments of fewer bits (--mu-dtype, --nu-dtype)")
 
 
 def _draw(folder: RunFolder) -> None:

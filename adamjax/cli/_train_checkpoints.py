@@ -70,6 +70,10 @@ class Writer:
         """Whether a run that is stopped is saved."""
         return self._every is not None or is_installed("orbax.checkpoint")
 
+    @property
+    def has_saved(self) -> bool:
+        return self._last > 0
+
     def is_due(self, report: training.Report) -> bool:
         """Return whether a report is to be saved; none is that diverged, or that was saved before."""
         if report.diverged_at is not None or report.step <= self._last:

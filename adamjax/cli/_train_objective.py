@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import adamjax
-from adamjax._core import checks
+from adamjax._core import checks, signals
 from adamjax._core.optional import require
-from adamjax.cli import _flags, _signals, _train_setup
+from adamjax.cli import _flags, _train_setup
 from adamjax.cli._diagnosis import Diagnosis
 from adamjax.cli._flags import CommandError, Options
 from adamjax.run_folder import Record, RunFolder, claim
@@ -74,7 +74,7 @@ def run(objective: Callable[..., Any], options: Options) -> int:
         print(f"step {step}: {_listed(metrics)}", flush=True)
 
     try:
-        with _signals.interrupted():
+        with signals.interrupted():
             value = objective(optimizer, Trial(options, optimizer, log))
         with _flags.errors_for_users():
             metrics = _metrics(value, f"{options['problem']} returned")

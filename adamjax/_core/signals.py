@@ -1,4 +1,4 @@
-"""Signals that ask a command to stop: Ctrl-C, and those by which schedulers and closing terminals end it."""
+"""Signals that ask a process to stop: Ctrl-C, and those by which schedulers and closing terminals end it."""
 
 import signal
 import threading
@@ -13,7 +13,7 @@ Handler = Callable[[int, FrameType | None], object]
 
 
 @contextmanager
-def stop_on_signals(stop: Callable[[], object], numbers: Sequence[int] = STOPS) -> Iterator[None]:
+def calls_on_signals(stop: Callable[[], object], numbers: Sequence[int] = STOPS) -> Iterator[None]:
     """Call `stop` at a signal. A second Ctrl-C interrupts as usual; other signals only ask again."""
 
     def ask(number: int, _: FrameType | None) -> None:
