@@ -39,20 +39,32 @@ class Bench:
     def __init__(self, program, scratch):
         self.program, self.scratch, self.root = program, scratch, scratch / "root"
         self.shim, self.fault, self.damaged, self.code = shim.Shim(), "", None, 0
-        begun, record = time.monotonic(), scratch / f"{program.name}.record"
-        with self.shim.recorded(record):
-            program.run(self.root / "recorded", lambda promise: self.shim.mark(json.dumps(promise)))
+        begun = time.monotonic()
+        whole = self._record(lambda folder, mark: program.run(folder, mark))
         self.seconds = time.monotonic() - begun
-        self.changes = disk.read_record(record, self.root)
-        self.count = sum(change.op is not disk.Op.MARK for change in self.changes)
+        self.count = sum(change.op is not disk.Op.MARK for change in whole)
+        self.records = [whole]
+        if "signal" in CAMPAIGNS[program.name]:
+            self.records.append(self._record(self._stop_and_go_on))
 
-    def check_record(self):
-        """Check that the record lacks nothing: its replay is the folder itself."""
-        again = self.scratch / "replayed"
-        self.disk_after(self.changes).write(again)
+    def _record(self, work):
+        """Return the changes that some work makes; their replay is the folder itself, so the record lacks nothing."""
+        record, folder, again = self.scratch / "record", self.root / "recorded", self.scratch / "replayed"
+        record.unlink(missing_ok=True)
+        with self.shim.recorded(record):
+            work(folder, lambda promise: self.shim.mark(json.dumps(promise)))
+        changes = disk.read_record(record, self.root)
+        self.disk_after(changes).write(again)
         found, expected = contents(again), contents(self.root)
-        shutil.rmtree(again)
         assert found == expected, f"the record lacks {sorted(name for name, _ in expected ^ found)}"
+        shutil.rmtree(folder)
+        shutil.rmtree(again)
+        return changes
+
+    def _stop_and_go_on(self, folder, mark):
+        with self.shim.armed(shim.Kind.SIGNAL, self.count // 2, signal.SIGINT):
+            assert self.program.run(folder, mark) == 130
+        assert self.program.go_on(folder, mark) == 0
 
     def disk_after(self, changes):
         made = disk.Disk()
@@ -126,9 +138,13 @@ class Bench:
 
     # Faults after which the folder is made from the record.
 
+    def _until_a_moment(self, rng):
+        changes = rng.choice(self.records)
+        return changes[: rng.randint(1, len(changes))]
+
     def kill(self, rng, folder):
         """Kills at any change, replayed"""
-        changes = self.changes[: rng.randint(1, len(self.changes))]
+        changes = self._until_a_moment(rng)
         self.fault = f"killed after change {len(changes)}, {changes[-1].op.name} {changes[-1].path}"
         if changes[-1].op is disk.Op.WRITE and rng.random() < 0.5:
             size = rng.randrange(len(changes[-1].data))
@@ -139,7 +155,7 @@ class Bench:
 
     def power(self, rng, folder):
         """Power losses, replayed"""
-        changes = self.changes[: rng.randint(1, len(self.changes))]
+        changes = self._until_a_moment(rng)
         journal = rng.choice(list(disk.Journal))
         last = f"{changes[-1].op.name} {changes[-1].path}"
         self.fault = f"power lost after change {len(changes)}, {last}; of names that were not synced: {journal.value}"
@@ -156,7 +172,7 @@ class Bench:
 
     def _killed(self, rng, folder):
         """Make the folder of a run that ended, or was killed after something was promised."""
-        changes = self.changes
+        changes = rng.choice(self.records)
         if rng.random() < 0.5:
             marks = [i for i, change in enumerate(changes) if change.op is disk.Op.MARK]
             changes = changes[: rng.choice(marks[len(marks) // 2 :]) + 1]
@@ -170,7 +186,7 @@ class Bench:
         self.fault = f"EIO at read {at}{' and all later ones' if lasting else ''}"
         with self.shim.armed(shim.Kind.FAIL_READ, at, errno.EIO, lasting=lasting):
             try:
-                self.code = self.program.go_on(folder)
+                self.code = self.program.go_on(folder, lambda _: None)
             except (OSError, DamagedFileError):
                 self.code = 1
         return promised
@@ -281,7 +297,6 @@ def main():
     begun, totals = time.monotonic(), {fault: Counter() for fault in FAULTS}
     for name in options.programs:
         bench = Bench(PROGRAMS[name](scratch), scratch)
-        bench.check_record()
         for fault in options.faults:
             if fault in CAMPAIGNS[name]:
                 times = max(round(CAMPAIGNS[name][fault] * options.times), 1)

@@ -7,6 +7,7 @@ writes as much as it is to write, since drawing takes longer than all the rest.
 
 import contextlib
 import enum
+import gc
 import io
 import json
 import traceback
@@ -68,14 +69,17 @@ def command(*arguments):
             code = cli.main(list(map(str, arguments)))
         except SystemExit as error:
             code = error.code
+        if code:  # exceptions that nobody has looked at are said when they are collected
+            gc.collect()
     said = err.getvalue()
     if "Traceback" in said:
-        raise LostError(f"exit code {code} and a traceback that ends with {said.strip().splitlines()[-1][:200]!r}")
+        raise LostError(f"exit code {code} and a traceback: ... {said[said.rindex('Traceback') :][-600:]!r}")
     if code not in (0, 1, 2, 130):
         raise LostError(f"exit code {code}")
+    lines = [line for line in said.splitlines() if line.startswith("adamjax:")]
     if code:
-        check_message(said.strip().splitlines()[-1] if said.strip() else "")
-    return code, said
+        check_message(lines[-1] if lines else "")
+    return code, "\n".join(lines)
 
 
 def _pictures_of_chance():
@@ -165,7 +169,7 @@ class Save:
             self._check_use(folder)
         return Outcome.SAID if refused else Outcome.SURVIVED
 
-    def go_on(self, folder):
+    def go_on(self, folder, mark):
         """Go on with what is in the folder; return an exit code."""
         self.restore(folder)
         return 0
@@ -228,8 +232,9 @@ class Train:
     def result(self, folder):
         return {"metrics.jsonl": (folder / "metrics.jsonl").read_bytes(), "the last checkpoint": self.last}
 
-    def go_on(self, folder):
-        return command("train", "--resume", folder)[0]
+    def go_on(self, folder, mark):
+        with self._watched(mark):
+            return command("train", "--resume", folder)[0]
 
     def check(self, folder, newest, damaged=None):
         before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
@@ -237,7 +242,7 @@ class Train:
             code, said = command("train", "--resume", folder)
         if code:
             if newest and not damaged:
-                raise LostError(f"step {newest} was saved, now --resume says {said.strip()!r}")
+                raise LostError(f"step {newest} was saved, now --resume says {said!r}")
             gone = [str(path.relative_to(folder)) for path, x in before.items() if x and not path.exists()]
             if gone:
                 raise LostError(f"--resume refuses the folder and removes {gone}")
@@ -245,7 +250,7 @@ class Train:
         # Without its checkpoint, a run that begins again would end alike.
         if newest and (self.restored or 0) < newest:
             if not damaged:
-                raise LostError(f"step {newest} was saved, and --resume goes on from {self.restored}: {said.strip()!r}")
+                raise LostError(f"step {newest} was saved, and --resume goes on from {self.restored}: {said!r}")
             if "damaged" not in said:
                 raise LostError(f"--resume goes on from {self.restored} instead of {newest} without a word")
         found = self.result(folder)
@@ -290,8 +295,12 @@ class Tune:
             cls.calls.append([trial.number, trial.seed])
 
     def run(self, folder, mark):
-        Tune.calls, Tune.mark = [], staticmethod(mark)
-        code = command(*self.command(folder))[0]
+        Tune.calls = []
+        return self._run(self.command(folder), mark)
+
+    def _run(self, arguments, mark):
+        Tune.mark = staticmethod(mark)
+        code = command(*arguments)[0]
         if code == 0:
             mark(list(self.calls))
         return code
@@ -302,8 +311,8 @@ class Tune:
     def result(self, folder):
         return json.loads((folder / "report.json").read_text())
 
-    def go_on(self, folder):
-        return command(*self.command(folder), "--resume")[0]
+    def go_on(self, folder, mark):
+        return self._run([*self.command(folder), "--resume"], mark)
 
     def check(self, folder, newest, damaged=None):
         finished = newest or []
@@ -313,7 +322,7 @@ class Tune:
         code, said = command(*self.command(folder), "--resume")
         if code:
             if finished and not damaged:
-                raise LostError(f"{len(finished)} trials were kept, now --resume says {said.strip()!r}")
+                raise LostError(f"{len(finished)} trials were kept, now --resume says {said!r}")
             changed = [path.name for path, x in before.items() if not path.exists() or path.read_bytes() != x]
             if {"tune.json", "trials.jsonl"} & {*changed}:
                 raise LostError(f"--resume refuses the folder and changes {changed}")
