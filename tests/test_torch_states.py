@@ -368,7 +368,9 @@ def test_files_that_are_none_of_torch(tmp_path, monkeypatch):
     text = json.dumps({"state": {}}).encode()
     for data in (b"", text, b"not a state\n" * 9, whole[: len(whole) // 2], flipped(whole, begin + 400)):
         path.write_bytes(data)
-        with pytest.raises(ValueError, match=r"adam\.pt is damaged, or not a file of torch\.save or safetensors: give"):
+        with pytest.raises(
+            adamjax.DamagedFileError, match=r"adam\.pt is damaged, or not a file of torch\.save or safetensors: give"
+        ):
             read(path)
     saved(tmp_path, {"state": Unsafe()})
     with pytest.raises(ValueError, match=r"adam\.pt would run code of its own .*mkdir.*torch\.load"):
@@ -395,7 +397,7 @@ def test_safetensors_files(tmp_path):
     assert first_moments(optim.import_state(optim.adam(), params, other)) == {"l1/weight": 1, "l2/weight": 2}
     for data in (b"", b"text" * 9, other.read_bytes()[:-1]):
         path.write_bytes(data)
-        with pytest.raises(ValueError, match=r"^\S+ is damaged, or not a safetensors file"):
+        with pytest.raises(adamjax.DamagedFileError, match=r"^\S+ is damaged, or not a safetensors file"):
             optim.import_state(optim.adam(), params, path)
 
 

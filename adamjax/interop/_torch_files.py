@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from adamjax._core.files import DamagedFileError
 from adamjax._core.optional import require
 
 StateDict = Mapping[str, Any] | str | os.PathLike[str]
@@ -201,7 +202,7 @@ def _load_safetensors(path: Path) -> dict[str, np.ndarray]:
     except KeyError as error:
         raise ValueError(f"{path} has arrays of dtype {error}, which are no moments that can be read here") from None
     except safetensors.SafetensorError as error:
-        raise ValueError(f"{path} is damaged, or not a safetensors file: {error}") from None
+        raise DamagedFileError(path, f"{path} is damaged, or not a safetensors file: {error}") from None
 
 
 def _load_torch(path: Path) -> Any:
@@ -219,9 +220,10 @@ def _load_torch(path: Path) -> Any:
                 f"{path} would run code of its own when it is loaded ({unsafe.group(1)}), and import_state runs none: "
                 "if you trust it, give torch.load(path, weights_only=False) in place of the path"
             ) from None
-        raise ValueError(
+        raise DamagedFileError(
+            path,
             f"{path} is damaged, or not a file of torch.save or safetensors: give what torch.save(optimizer."
-            "state_dict(), path) wrote"
+            "state_dict(), path) wrote",
         ) from None
 
 
