@@ -86,6 +86,7 @@ def adamw(
     amsgrad: bool | AMSGrad = False,
     maximize: bool = False,
     decay_schedule: DecaySchedule = "lr",
+    cautious_weight_decay: bool = False,
     fused: FusedMode = False,
 ) -> Chain:
     """Adam with decoupled weight decay (Loshchilov & Hutter, 2019).
@@ -100,6 +101,8 @@ def adamw(
         lr * weight_decay of a parameter (optax, torch). "independent": only the shape of the
         learning rate's schedule, lr / peak, so that a new learning rate needs no new weight decay;
         with a constant learning rate the factor is 1. A schedule whose peak is unknown raises.
+      cautious_weight_decay: If True, a number decays only where that does not oppose its update (Chen et al., 2025);
+        see `add_decayed_weights`.
 
     Returns:
       A transformation whose state is a tuple that starts with an `AdamState`; `update` needs
@@ -109,7 +112,7 @@ def adamw(
       ValueError, TypeError: An argument is out of range or of the wrong kind.
 
     References:
-      Loshchilov & Hutter, 2019, https://arxiv.org/abs/1711.05101.
+      Loshchilov & Hutter, 2019, https://arxiv.org/abs/1711.05101; Chen et al., 2025, https://arxiv.org/abs/2510.12402.
 
     >>> import adamjax
     >>> adamjax.adamw(3e-4, weight_decay=0.1).transforms[1:]
@@ -118,8 +121,9 @@ def adamw(
     moments = scale_by_adam(b1, b2, eps, eps_root, mu_dtype, nu_dtype=nu_dtype, nesterov=nesterov, amsgrad=amsgrad)
     direction = with_coupled_decay(moments, 0.0, None, maximize)
     if checks.choice("decay_schedule", decay_schedule, ("lr", "independent")) == "lr":
-        return _chain_or_fused(fused, direction, _decay(weight_decay, mask), ScaleByLearningRate(learning_rate))
-    decay = _decay(_decay_like(learning_rate, weight_decay), mask, flip_sign=True)
+        decay = _decay(weight_decay, mask, cautious_weight_decay)
+        return _chain_or_fused(fused, direction, decay, ScaleByLearningRate(learning_rate))
+    decay = _decay(_decay_like(learning_rate, weight_decay), mask, cautious_weight_decay, flip_sign=True)
     return _chain_or_fused(fused, direction, ScaleByLearningRate(learning_rate), decay)
 
 
@@ -200,6 +204,7 @@ def nadamw(
     mask: Mask = None,
     *,
     nu_dtype: MomentFormat = None,
+    cautious_weight_decay: bool = False,
 ) -> Chain:
     """`nadam` with decoupled weight decay.
 
@@ -212,7 +217,10 @@ def nadamw(
     Raises:
       ValueError, TypeError: An argument is out of range or of the wrong kind.
     """
-    return adamw(learning_rate, b1, b2, eps, eps_root, mu_dtype, weight_decay, mask, nu_dtype=nu_dtype, nesterov=True)
+    return adamw(
+        learning_rate, b1, b2, eps, eps_root, mu_dtype, weight_decay, mask,
+        nu_dtype=nu_dtype, nesterov=True, cautious_weight_decay=cautious_weight_decay,
+    )  # fmt: skip
 
 
 def radam(
@@ -283,6 +291,7 @@ def adamaxw(
     *,
     mu_dtype: MomentFormat = None,
     nu_dtype: MomentFormat = None,
+    cautious_weight_decay: bool = False,
 ) -> Chain:
     """`adamax` with decoupled weight decay.
 
@@ -290,6 +299,7 @@ def adamaxw(
       learning_rate: A number or a schedule.
       b1, b2, eps, mu_dtype, nu_dtype: See `scale_by_adamax`.
       weight_decay, mask: See `add_decayed_weights`.
+      cautious_weight_decay: See `adamw`.
 
     Returns:
       A transformation whose state is a tuple that starts with an `AdamState`; `update` needs
@@ -300,7 +310,7 @@ def adamaxw(
     """
     return chain(
         scale_by_adamax(b1, b2, eps, mu_dtype=mu_dtype, nu_dtype=nu_dtype),
-        _decay(weight_decay, mask),
+        _decay(weight_decay, mask, cautious_weight_decay),
         ScaleByLearningRate(learning_rate),
     )
 
@@ -310,8 +320,9 @@ def _chain_or_fused(fused: FusedMode, *transforms: Transformation) -> Chain:
     return Fused(transforms, fused) if fused else chain(*transforms)
 
 
-def _decay(weight_decay: ScalarOrSchedule, mask: Mask, flip_sign: bool = False) -> AddDecayedWeights:
-    return AddDecayedWeights(number_or_schedule("weight_decay", weight_decay), mask, flip_sign)
+def _decay(weight_decay: ScalarOrSchedule, mask: Mask, cautious: bool, *, flip_sign: bool = False) -> AddDecayedWeights:
+    checks.choice("cautious_weight_decay", cautious, (False, True))
+    return AddDecayedWeights(number_or_schedule("weight_decay", weight_decay), mask, flip_sign, cautious)
 
 
 def _decay_like(learning_rate: ScalarOrSchedule, weight_decay: ScalarOrSchedule) -> ScalarOrSchedule:

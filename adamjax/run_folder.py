@@ -8,13 +8,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
-from jax.experimental import multihost_utils
-
 from adamjax._core import files
 from adamjax._core.locks import FolderLock
 from adamjax._core.optional import require
+from adamjax._core.processes import broadcast as broadcast
 
 Record = dict[str, Any]  # a step and the measurements made there, by name
 # The losses since the last record, where a run was stopped between two: the next one of the resumed run has them, too.
@@ -155,16 +152,6 @@ def _line(record: Record) -> str:
 
 def _finite(x: Any) -> Any:
     return None if isinstance(x, float) and not math.isfinite(x) else x
-
-
-def broadcast(text: str) -> str:
-    """Return the first process's text on every process."""
-    if jax.process_count() == 1:
-        return text
-    encoded = text.encode(errors="surrogateescape")  # as in paths
-    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(encoded))))
-    padded = np.frombuffer(encoded[:size].ljust(size, b"\0"), np.uint8)
-    return bytes(multihost_utils.broadcast_one_to_all(padded)).decode(errors="surrogateescape")
 
 
 def claim(parent: Path, kind: str) -> Path:

@@ -53,7 +53,10 @@ class Train:
         arrays = {f"{tree} {path}": x for tree, part in saved["arrays"].items() for path, x in part.items()}
         files = {name: (folder / name).read_bytes() for name in ("metrics.jsonl", "curves.png")}
         bits = {path: (str(x.dtype), x.shape, np.asarray(x).tobytes()) for path, x in arrays.items()}
-        return {"last checkpoint": step, "description": saved["description"]} | files | bits
+        # Files of equal arrays have other names in each run.
+        description = {name: x for name, x in saved["description"].items() if name != "digest"}
+        description["digests"] = description["digests"]["arrays"]
+        return {"last checkpoint": step, "description": description} | files | bits
 
     def decided(self, folder):
         """A file with what a run decides by measuring time, which its results may depend on."""
@@ -63,7 +66,8 @@ class Train:
         """Where in its life it was killed."""
         if list(folder.glob("checkpoints/*tmp*")):
             return "in a save"
-        steps = [int(path.name) for path in folder.glob("checkpoints/*")]
+        directory = folder / "checkpoints"
+        steps = ocp.utils.checkpoint_steps(directory) if directory.exists() else []
         return f"after step {max(steps, default=0)}"
 
 

@@ -97,10 +97,14 @@ def run(
     coupled=0.0,
     decoupled=0.0,
     independent=0.0,
+    cautious=False,
     maximize=False,
     **rule,
 ):
-    """The parameters after each step. Rates may be functions of the step count from 0."""
+    """The parameters after each step. Rates may be functions of the step count from 0.
+
+    Of cautious decay: Chen et al., 2025, Algorithm 1, where the indicator is that of u x >= 0.
+    """
     p = long(p)
     memory = start(p)
     trajectory = []
@@ -109,7 +113,12 @@ def run(
         g = long(gradient)
         g = (-g if maximize else g) + l2 * p
         found, memory = direction(memory, g, **rule)
-        p = p - lr * found - lr * wd * p - iwd * p
+        decaying = p
+        if cautious and np.iscomplexobj(p):
+            decaying = p.real * (found.real * p.real >= 0) + 1j * p.imag * (found.imag * p.imag >= 0)
+        elif cautious:
+            decaying = p * (found * p >= 0)
+        p = p - lr * found - lr * wd * decaying - iwd * decaying
         trajectory.append(p)
     return trajectory
 

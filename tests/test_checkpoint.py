@@ -144,7 +144,7 @@ def test_the_last_steps_are_kept(tmp_path):
     assert checkpoint.steps(tmp_path) == [7, 12]
     assert checkpoint.restore(tmp_path, opt, params, step=7).params["w"][0] == 7
     for step in (12, 3):
-        with pytest.raises(ValueError, match=f"Invalid step value: {step}; .* has step 12 already: remove that"):
+        with pytest.raises(ValueError, match=f"Invalid step value: {step}; .* has step 12 already: if another run"):
             checkpoint.save(tmp_path, opt, params, opt.init(params), step=step)
     for arguments, name in (({"step": -1}, "step"), ({"step": 13, "keep": 0}, "keep")):
         with pytest.raises(ValueError, match=f"Invalid {name} value"):
@@ -247,8 +247,8 @@ def test_what_is_no_whole_step_is_refused(tmp_path):
     (tmp_path / "cut" / "1" / "description" / "metadata").write_text("{")
     for name, message in (
         ("another", "1 is not a checkpoint of adamjax: it has no description"),
-        ("no arrays", "1 is damaged: it has no arrays; restore another step"),
-        ("cut", "1 is not a checkpoint of adamjax: it has no description"),
+        ("no arrays", "1 is damaged: it has no arrays; no other step there is whole"),
+        ("cut", r"1/description/metadata is damaged \(Expecting .*\): the step cannot be restored; no other"),
     ):
         with pytest.raises(ValueError, match=message):
             checkpoint.restore(tmp_path / name, OPT, params)

@@ -199,6 +199,22 @@ def test_train_on_a_mesh(spread):
     assert whole == [spread(opt) is opt] * 2
 
 
+@pytest.mark.slow
+def test_all_go_on_from_the_same_whole_step(tmp_path):
+    out = tmp_path / "run"
+    run = ["--steps=40", "--report-every=10", "--checkpoint-every=10", "--out", str(out)]
+    codes, said = finish(start(run))
+    assert codes == [0, 0], said
+    expected = Train().result(out)
+    damaged = max((out / "checkpoints" / "40").rglob("d/*"), key=lambda path: path.stat().st_size)
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    codes, said = finish(start(["--resume", str(out)]))
+    assert codes == [0, 0], said
+    assert f"adamjax: {damaged} is damaged (its size is wrong): going on from step 30" in said[0][1]
+    assert "damaged" not in said[1][1]
+    assert Train().result(out) == expected
+
+
 def test_a_run_on_a_mesh_goes_on():
     mesh = make_mesh(AxisType.Auto, (4,), ("a",))
     opt = sharding.zero1(adamjax.adamw(1e-2), axis="a", mesh=mesh)

@@ -1,6 +1,7 @@
 """Files that are written as a whole or not at all, and folders that have one writer."""
 
 import errno
+import gc
 import os
 import pickle
 import signal
@@ -46,6 +47,16 @@ def test_what_is_appended_is_there_or_not(tmp_path, monkeypatch):
     assert path.read_bytes() == b"one\n"
     assert files.append(path, b"2\n", after=2) == 4
     assert path.read_bytes() == b"on2\n"
+
+
+def test_file_systems_that_cannot_sync_are_written_to(tmp_path, monkeypatch):
+    def refuse(_):
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(files.os, "fsync", refuse)
+    files.replace(tmp_path / "file", b"one\n")
+    files.append(tmp_path / "file", b"two\n")
+    assert files.read(tmp_path / "file") == b"one\ntwo\n"
 
 
 def test_reading_has_limits(tmp_path):
@@ -113,6 +124,27 @@ def test_a_lock_ends_with_the_last_that_took_it(tmp_path):
     assert not (tmp_path / locks.NAME).read_bytes()
     with FolderLock(tmp_path) as lock:
         assert lock.stale is None
+
+
+class Garbage:
+    """A lock in a circle, which only the garbage collector finds."""
+
+    def __init__(self, folder):
+        self.lock, self.circle = FolderLock(folder), self
+
+
+def test_a_lock_that_is_garbage_is_released_wherever_it_is_found(tmp_path, monkeypatch):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    monkeypatch.setattr(locks, "_write", lambda *x, write=locks._write: (gc.collect(), write(*x)))
+    for other in ("a", "b"):
+        Garbage(tmp_path / "a")
+        with FolderLock(tmp_path / other):
+            gc.collect()
+            assert (tmp_path / other / locks.NAME).read_bytes()
+        assert not (tmp_path / "a" / locks.NAME).read_bytes()
+        assert not (tmp_path / other / locks.NAME).read_bytes()
+    assert not FolderLock._held
 
 
 @pytest.fixture

@@ -62,7 +62,7 @@ def assert_same_run(packed, plain, params=None, grads=(1, 2, 3), tolerance=RECOM
 
 # Packing sees whether there is a maximum, and what is before and after the moments in the chain; the rule that steps
 # them is elementwise, of whatever optimizer.
-@pytest.mark.parametrize("name", [*KINDS, "amsgrad paper nesterov"])
+@pytest.mark.parametrize("name", [*KINDS, "amsgrad paper nesterov", "adamw cautious"])
 def test_the_numbers_are_those_of_the_optimizer_inside(name):
     opt = SPECS[name].make()
     assert_same_run(adamjax.packed(opt, BELOW), opt)

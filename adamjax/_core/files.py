@@ -1,5 +1,6 @@
 """Files that hold what was written, or are said to be damaged: durable writing, and reading with limits."""
 
+import errno
 import json
 import os
 import tempfile
@@ -37,7 +38,7 @@ def replace(path: Path, content: str | bytes) -> None:
         with open(descriptor, "wb") as file:
             file.write(content.encode(errors="surrogateescape") if isinstance(content, str) else content)
             file.flush()
-            os.fsync(file.fileno())
+            sync(file.fileno())
         os.replace(new, path)
     sync_folder(path.parent)
 
@@ -71,7 +72,7 @@ def append(path: Path, content: bytes, after: int | None = None) -> int:
         try:
             file.write(content)
             file.flush()
-            os.fsync(file.fileno())
+            sync(file.fileno())
         except OSError:
             with suppress(OSError):  # leave no part of it, which the next one would follow
                 file.truncate(start)
@@ -79,6 +80,15 @@ def append(path: Path, content: bytes, after: int | None = None) -> int:
     if is_new:
         sync_folder(path.parent)
     return start + len(content)
+
+
+def sync(descriptor: int) -> None:
+    """Write an open file to disk, if its file system can do that when it is told."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+            raise
 
 
 def sync_folder(path: Path) -> None:

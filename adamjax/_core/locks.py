@@ -5,10 +5,11 @@ import os
 import socket
 import threading
 import time
+from collections import deque
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from adamjax._core import files
 from adamjax._core.text import printable
@@ -49,30 +50,46 @@ class FolderLock:
       FolderInUseError: Another process holds it.
     """
 
-    _held: dict[Path, "_Held"] = {}  # noqa: RUF012
+    _held: ClassVar[dict[Path, "_Held"]] = {}
     _guard = threading.Lock()
+    _released: ClassVar[deque[Path]] = deque()  # the folders of locks that were released, or are garbage
 
     def __init__(self, folder: Path) -> None:
-        self._key = folder.resolve()
         self.stale: str | None = None
+        self._key: Path | None = None  # None if this object holds nothing
+        key = folder.resolve()
         with self._guard:
-            held = self._held.get(self._key)
+            held = self._held.get(key)
             if held is None or held.pid != os.getpid():  # a fork does not inherit it
-                held = self._held[self._key] = _Held(folder)
+                held = self._held[key] = _Held(folder)
                 self.stale = held.stale
             held.count += 1
-        self._released = False
+            self._key = key
+        self._let_go()
 
     def release(self) -> None:
-        with self._guard:
-            if self._released:
-                return
-            self._released = True
-            held = self._held.get(self._key)
-            if held is not None and held.pid == os.getpid():
-                held.count -= 1
-                if not held.count:
-                    self._held.pop(self._key).close()
+        key, self._key = self._key, None
+        if key is not None:
+            self._released.append(key)
+            self._let_go()
+
+    @classmethod
+    def _let_go(cls) -> None:
+        """Release what is to be released. If another call is at it, or takes a lock, that one does so at its end.
+
+        Never wait: the garbage collector may call this in the middle of another call.
+        """
+        while cls._released and cls._guard.acquire(blocking=False):
+            try:
+                while cls._released:
+                    key = cls._released.popleft()
+                    held = cls._held.get(key)
+                    if held is not None and held.pid == os.getpid():
+                        held.count -= 1
+                        if not held.count:
+                            cls._held.pop(key).close()
+            finally:
+                cls._guard.release()
 
     def __enter__(self) -> "FolderLock":
         return self

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
@@ -25,13 +26,14 @@ class DecayLeaves(LeafTransform):
 
     factor: Callable[[np.dtype], Any]  # from a dtype, the factor in it
     decays: Sequence[bool | None] | None  # for each leaf whether it decays; None for all
+    cautious: bool = False  # whether a number decays only if that agrees with its update
     state: PyTree = ()  # the transformation's state after the step
 
     def ops_for(self, index: int, dtype: np.dtype, p: Any) -> Sequence[LeafOp]:
         if self.decays is not None and self.decays[index] is False:
             return ()
         dtype = trees.compute_dtype(dtype, trees.dtype_of(p))
-        return (LeafOp(add_scaled_param, self.factor(dtype), dtype),)
+        return (LeafOp(add_agreeing_param if self.cautious else add_scaled_param, self.factor(dtype), dtype),)
 
 
 def add_scaled_param(u: Array, p: Array, state: Any, factor: Array) -> tuple[Array, Any]:
@@ -39,11 +41,36 @@ def add_scaled_param(u: Array, p: Array, state: Any, factor: Array) -> tuple[Arr
     return u.astype(factor.dtype) + factor * p.astype(factor.dtype), state
 
 
+def add_agreeing_param(u: Array, p: Array, state: Any, factor: Array) -> tuple[Array, Any]:
+    """A `LeafFunction`: like `add_scaled_param`, but only where that does not oppose the update."""
+    u, decay = u.astype(factor.dtype), factor * p.astype(factor.dtype)
+    return u + agreeing(decay, u), state
+
+
+def agreeing(decay: Array, u: Array) -> Array:
+    """Return the decay where it does not oppose the update, and 0 elsewhere; of complex numbers, part by part."""
+    if jnp.iscomplexobj(decay) or jnp.iscomplexobj(u):
+        return jax.lax.complex(agreeing(decay.real, u.real), agreeing(decay.imag, u.imag))
+    # No product, which could underflow.
+    opposes = ((u > 0) & (decay < 0)) | ((u < 0) & (decay > 0))
+    return jnp.where(opposes, jnp.zeros_like(decay), decay)
+
+
+ADDS_PARAM = (add_scaled_param, add_agreeing_param)
+
+
 def _decay_leaves(
-    updates: Leaves, params: Leaves | None, weight_decay: Any, mask: Any, sign: int, state: PyTree = ()
+    updates: Leaves,
+    params: Leaves | None,
+    weight_decay: Any,
+    mask: Any,
+    sign: int,
+    *,
+    cautious: bool = False,
+    state: PyTree = (),
 ) -> DecayLeaves:
     decays = None if mask is None or params is None else updates.column(mask_tree(mask, params.tree))
-    return DecayLeaves(signed_factor("weight_decay", weight_decay, sign, updates), decays, state)
+    return DecayLeaves(signed_factor("weight_decay", weight_decay, sign, updates), decays, cautious, state)
 
 
 @value
@@ -53,10 +80,12 @@ class AddDecayedWeights(Scheduled):
     weight_decay: ScalarOrSchedule
     mask: Mask = static_field(default=None)
     flip_sign: bool = static_field(default=False)
+    cautious: bool = static_field(default=False)
 
     def __post_init__(self) -> None:
         self._replace_field("weight_decay", number_or_schedule("weight_decay", self.weight_decay, low=-math.inf))
         self._replace_field("mask", _as_mask(self.mask))
+        checks.choice("cautious", self.cautious, (False, True))
 
     @property
     def _schedule(self) -> ScalarOrSchedule:
@@ -66,10 +95,13 @@ class AddDecayedWeights(Scheduled):
         checks.params_given(params, updates, type(self).__name__)
         weight_decay, state = self._current_value(state)
         sign = -1 if self.flip_sign else 1
-        return [_decay_leaves(updates, params, weight_decay, self.mask, sign, state)]
+        decay = _decay_leaves(updates, params, weight_decay, self.mask, sign, cautious=self.cautious, state=state)
+        return [decay]
 
 
-def add_decayed_weights(weight_decay: ScalarOrSchedule = 0.0, mask: Mask = None) -> AddDecayedWeights:
+def add_decayed_weights(
+    weight_decay: ScalarOrSchedule = 0.0, mask: Mask = None, *, cautious: bool = False
+) -> AddDecayedWeights:
     """Add `weight_decay * params` to the updates.
 
     After Adam and before the learning rate, this is decoupled weight decay (Loshchilov & Hutter,
@@ -80,14 +112,20 @@ def add_decayed_weights(weight_decay: ScalarOrSchedule = 0.0, mask: Mask = None)
         one too (it drives the parameters away from 0); the optimizers refuse it.
       mask: The leaves that decay: a tree of True and False with the structure of the parameters (or a
         prefix of it), or a function that makes one of them. None for all.
+      cautious: If True, a number decays only where that does not oppose its update: where the update would take it
+        away from 0, the decay leaves it alone. Of complex numbers, that is said of each part.
 
     Returns:
       A transformation that needs `params`; its state counts the steps where `weight_decay` is a
       schedule.
 
     Raises:
-      ValueError, TypeError: `weight_decay` is not such a number, or the mask holds something else;
-        at the first update, if the mask does not fit the parameters, or those are missing.
+      ValueError, TypeError: `weight_decay` is not such a number, the mask holds something else, or `cautious` is not
+        a bool; at the first update, if the mask does not fit the parameters, or those are missing.
+
+    References:
+      Loshchilov & Hutter, 2019, https://arxiv.org/abs/1711.05101; Chen et al., 2025, Cautious Weight Decay, Algorithm
+      1, https://arxiv.org/abs/2510.12402.
 
     >>> import adamjax, jax.numpy as jnp
     >>> params = {"kernel": jnp.array([[10.0]]), "bias": jnp.array([10.0])}
@@ -95,7 +133,7 @@ def add_decayed_weights(weight_decay: ScalarOrSchedule = 0.0, mask: Mask = None)
     >>> opt.update({"kernel": jnp.ones((1, 1)), "bias": jnp.ones(1)}, opt.init(params), params)[0]
     {'bias': Array([1.], dtype=float32), 'kernel': Array([[6.]], dtype=float32)}
     """
-    return AddDecayedWeights(weight_decay, mask)
+    return AddDecayedWeights(weight_decay, mask, cautious=cautious)
 
 
 class NegateLeaves(LeafTransform):

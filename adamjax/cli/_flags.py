@@ -49,6 +49,10 @@ HYPERPARAMETERS: Flags = {
         "choices": ("lr", "independent"),
         "help": "factor of the weight decay: lr, the learning rate; independent, its part of the peak (default: lr)",
     },
+    "cautious_weight_decay": {
+        "action": argparse.BooleanOptionalAction,
+        "help": "let a number decay only where that does not oppose its update",
+    },
     "mu_dtype": {"choices": FORMATS, "help": "storage format of the first moment (default: float32, or wider)"},
     "nu_dtype": {"choices": FORMATS, "help": "storage format of the second moment (default: float32, or wider)"},
     "nesterov": {"action": argparse.BooleanOptionalAction, "help": "look ahead by one step, as Nesterov's momentum"},

@@ -1,14 +1,17 @@
 """Checkpoints of `adamjax train`: saved during a run, and restored to resume it."""
 
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from jax.sharding import Mesh
 
-from adamjax import Transformation, checkpoint, training
-from adamjax._core import checks
+from adamjax import DamagedFileError, Transformation, checkpoint, training
+from adamjax._core import checks, processes
 from adamjax._core.optional import is_installed, require
+from adamjax._core.typing import PyTree
+from adamjax.checkpoint._step_folder import set_aside
 from adamjax.cli._flags import Options
 from adamjax.problems import Problem
 from adamjax.run_folder import PENDING, Record, read_metrics
@@ -33,7 +36,7 @@ def load_history(run: Path, problem: Problem, opt: Transformation, options: Opti
     if not ((run / FOLDER).exists() and checkpoint.steps(run / FOLDER)):
         return RunHistory(None, 0, [])
     like = training.model_like(problem, options.get("dtype"), mesh)
-    found = checkpoint.restore(run / FOLDER, opt, like.params, model_state=like.state)
+    found = _restore_newest_whole(run / FOLDER, opt, like.params, like.state)
     kept, losses = _records_until(found.step, records, options)
     start = training.Report(found.step, losses, None, found.params, found.state, model_state=found.model_state)
     return RunHistory(start, found.step, kept)
@@ -53,6 +56,28 @@ def _records_until(step: int, records: list[Record], options: Options) -> tuple[
     elif step % options["evaluate_every"]:
         kept[-1] = {name: x for name, x in kept[-1].items() if not name.startswith("val_")}
     return kept, losses
+
+
+def _restore_newest_whole(
+    directory: Path, opt: Transformation, params: PyTree, model_state: PyTree
+) -> checkpoint.Checkpoint:
+    """Restore the newest step that is whole; say which are damaged, and rename them so that later ones can be saved."""
+    damaged: dict[int, DamagedFileError] = {}
+    for step in reversed(checkpoint.steps(directory)):
+        try:
+            start = checkpoint.restore(directory, opt, params, model_state=model_state, step=step)
+        except DamagedFileError as error:
+            damaged[step] = error
+            continue
+        with processes.together():
+            for other, why in damaged.items() if processes.is_first() else ():
+                aside = set_aside(directory, other)
+                # The cause does not offer another step.
+                print(f"adamjax: {why.__cause__}: going on from step {step}; see {aside}", file=sys.stderr)
+        return start
+    first = next(iter(damaged.values()))
+    remedy = f"no step is whole: without {directory}, --resume starts the run from its beginning"
+    raise DamagedFileError(first.path, f"{first.__cause__}; {remedy}", first.step)
 
 
 class Writer:

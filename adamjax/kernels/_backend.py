@@ -26,7 +26,7 @@ from adamjax._transforms.learning_rate import scale_update
 from adamjax._transforms.moment_storage import Moment
 from adamjax._transforms.moments import StepLeaf
 from adamjax._transforms.param_rounding import ParamRounding, RoundParam
-from adamjax._transforms.weight_decay import add_scaled_param, negate
+from adamjax._transforms.weight_decay import ADDS_PARAM, add_agreeing_param, add_scaled_param, negate
 
 Functions = tuple[tuple[int, LeafFunction], ...]
 LeafArrays = tuple[Array, Moment, Moment, Moment | None, Array | None]  # p, m, v, v_max, and the residual of p
@@ -43,6 +43,7 @@ class StepVariant(NamedTuple):
     rounding: ParamRounding | None = None  # the way that the parameter takes the update, if it is not just added
     update: np.dtype | None = None  # the dtype of the update to deliver; None to deliver the new parameter
     clips: bool = False  # whether the gradient is clipped first
+    cautious: bool = False  # whether a number decays only if that agrees with its update
 
     @property
     def reads_param(self) -> bool:
@@ -113,7 +114,7 @@ def split(functions: Functions) -> Split | None:
     first, end = at, at + 1
     for takes in (_adds_param, _negates, _clips):
         first -= first > 0 and takes(body[first - 1])
-    while end < len(body) and (_adds_param(body[end]) or body[end] is scale_update):
+    while end < len(body) and (_decays(body[end], body[at:end]) or body[end] is scale_update):
         end += 1
     end += end < len(body) and _delivers(body[end])
     return Split(slice(0, first), slice(first, end), slice(end, len(body)))
@@ -121,6 +122,13 @@ def split(functions: Functions) -> Split | None:
 
 def _adds_param(function: LeafFunction) -> bool:
     return function is add_scaled_param
+
+
+def _decays(function: LeafFunction, before: Sequence[LeafFunction]) -> bool:
+    """Whether a kernel can add the parameter: to what was added before, if neither depends on signs."""
+    return (_adds_param(function) and add_agreeing_param not in before) or (
+        function is add_agreeing_param and not any(map(ADDS_PARAM.__contains__, before))
+    )
 
 
 def _negates(function: LeafFunction) -> bool:
@@ -150,10 +158,11 @@ def variant_of(functions: Functions) -> StepVariant | None:
         rule.nesterov,
         rule.amsgrad,
         coupled=add_scaled_param in body[:at],
-        decays=add_scaled_param in body[at:],
+        decays=any(map(ADDS_PARAM.__contains__, body[at:])),
         rounding=last.rounding if is_rounded else None,
         update=last.dtype if isinstance(last, RoundTo) else update,
         clips=clip_leaf in body,
+        cautious=add_agreeing_param in body,
     )
 
 
@@ -176,7 +185,7 @@ def step_scalars(functions: Functions, operands: Sequence[Any]) -> tuple[StepSca
             rate, decay = rate * x, decay * x
         elif function is add_scaled_param and adam is None:
             coupled = x
-        elif function is add_scaled_param:
+        elif function in ADDS_PARAM:
             decay = decay + x
     return StepScalars(adam, limit, sign, coupled, rate, decay), dithers
 

@@ -19,6 +19,7 @@ from adamjax._transforms import moment_storage
 from adamjax._transforms.adam import AdamRule, AdamScalars
 from adamjax._transforms.delivery import add_to_param
 from adamjax._transforms.param_rounding import RoundParam
+from adamjax._transforms.weight_decay import agreeing
 from adamjax.kernels._backend import OFFSETS, LeafArrays, StepScalars, StepVariant
 
 
@@ -130,7 +131,10 @@ def step_blocks(
     # Neither codes nor float32 are rounded before the step goes on with them.
     m, v = rule.accumulate(g, m, v, adam)
     v_max = v_max if v_max is None else rule.maximum(v, v_max, adam)
-    update = scalars.rate * rule.direction(g, m, v, v_max, adam) + (scalars.decay * wide if variant.decays else 0)
+    update = scalars.rate * rule.direction(g, m, v, v_max, adam)
+    if variant.decays:
+        decay = scalars.decay * wide
+        update = update + (agreeing(decay, update) if variant.cautious else decay)
     random = low_precision.random(index, dither), low_precision.random(index, dither.second_array())
     v_stored = _store(v, old[1], Rounding(random[1]), scales_of)
     rounding = Rounding(random[0], adam.decay1.one_minus_b)

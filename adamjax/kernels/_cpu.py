@@ -65,7 +65,8 @@ def _scalars(variant: StepVariant, scalars: StepScalars) -> tuple[Any, ...]:
     # With decay in it, a gradient is limited afterwards.
     limit = jnp.float32(np.finfo(float32).max) if variant.coupled else largest
     gradient = limit if scalars.limit is None else scalars.limit, scalars.sign, scalars.coupled
-    return (*mean, *square, *gradient, scalars.decay, max_by_c2, largest)
+    cautious = -one if variant.cautious else one
+    return (*mean, *square, *gradient, scalars.decay, cautious, max_by_c2, largest)
 
 
 def attributes(variant: StepVariant) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from adamjax._core.packing import concat, split
 from adamjax._transforms.leafwise import Done, Executor, GroupProgram, Leaf, LeafProgram
 from adamjax._transforms.moment_storage import Moment
 from adamjax._transforms.param_rounding import RoundParam
-from adamjax._transforms.weight_decay import add_scaled_param
+from adamjax._transforms.weight_decay import ADDS_PARAM
 from adamjax.kernels import _backend, _library
 from adamjax.kernels._backend import Functions, LeafSpec, StepVariant
 from adamjax.kernels._cpu import KERNEL, attributes
@@ -57,7 +57,7 @@ def _of_leaf(program: LeafProgram, decays: bool, dither: Dither | None) -> LeafP
     rows = [
         (number, function, dither if isinstance(function, RoundParam) else operand)
         for (number, function), operand in zip(*program, strict=True)
-        if decays or function is not add_scaled_param
+        if decays or function not in ADDS_PARAM
     ]
     return LeafProgram(tuple([(number, f) for number, f, _ in rows]), [operand for *_, operand in rows])
 
@@ -75,7 +75,7 @@ def _group_of(leaves: tuple[tuple[Functions, Functions], ...], together: Functio
 
 
 def _without_decay(functions: Functions) -> list[Any]:
-    return [f for _, f in functions if f is not add_scaled_param]
+    return [f for _, f in functions if f not in ADDS_PARAM]
 
 
 def group_of(program: GroupProgram) -> Group | None:

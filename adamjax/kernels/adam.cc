@@ -43,6 +43,7 @@ struct Scalars {
   float limit;                 // of a finite gradient as it is given
   float sign, coupled;         // g <- sign g + coupled p; the sign has the factor of clipping, too
   float decay;                 // p <- p + m / v + decay p
+  float cautious;              // -1 for no decay where that opposes m / v, else 1
   float kept_by_c2;            // factor of v before the maximum; 1 unless the maximum is of corrected moments
   float largest;               // of a finite gradient with decay in it, so that its square is finite
 };
@@ -204,6 +205,17 @@ Floats Limited(Floats x, float largest) {
   Words bits = reinterpret_cast<Words>(x), size = bits & 0x7FFFFFFF;
   Words limited = Bits(largest) | (bits & 0x80000000);
   return reinterpret_cast<Floats>((size > Bits(largest)) & (size < 0x7F800000) ? limited : bits);
+}
+
+// Where `cautious` is negative, 0 in place of a decay whose sign is not that of the update. Of a product that is 0, the
+// sum with 0 is positive.
+float Agreeing(float decay, float update, float cautious) {
+  return cautious < 0 && decay * update < 0 ? 0 : decay;
+}
+Floats Agreeing(Floats decay, Floats update, float cautious) {
+  Words product = reinterpret_cast<Words>(decay * update + 0.0f);
+  Words opposed = reinterpret_cast<Words>(reinterpret_cast<Ints>(product & Bits(cautious)) >> 31);
+  return reinterpret_cast<Floats>(reinterpret_cast<Words>(decay) & ~opposed);
 }
 
 #if defined(__AVX512F__)
@@ -719,7 +731,8 @@ struct Form {
     T direction = s.of_m * m;
     if (kNesterov) direction += s.of_g * g;
     direction /= Root(largest * s.by_c2 + s.eps_root) + s.eps;
-    return kDecays ? direction + s.decay * p : direction;
+    if (!kDecays) return direction;
+    return direction + Agreeing(s.decay * p, direction, s.cautious);
   }
 
   template <class T>

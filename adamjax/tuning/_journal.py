@@ -1,21 +1,28 @@
 """The record of one run of a tuning, and the folder that keeps all of them."""
 
+import codecs
+import contextlib
 import dataclasses
 import json
 import math
-import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 
-from adamjax._core import files
+from adamjax._core import checks, files
+from adamjax._core.files import DamagedFileError
+from adamjax._core.locks import FolderInUseError, FolderLock
 from adamjax.run_folder import broadcast
 from adamjax.tuning._space import Setting, stable_repr
+from adamjax.tuning._stored import DIGEST, check_decisions, check_trial, with_digest
 
 # Names of stages: of the first trial, and of the runs with fresh seeds.
 DEFAULTS, CONFIRM = "defaults", "confirm"
+
+DECISIONS, TRIALS = "tune.json", "trials.jsonl"
+_FIRST_BYTES = b'{"number": '  # of a trial
 
 Json = dict[str, Any]
 
@@ -76,31 +83,55 @@ class Journal:
     line for each trial. Both stay readable however the process ends: an unfinished line is dropped
     when the next one is written. With several processes, the first one reads and writes. Without a `path`,
     nothing is kept. A folder that holds a tuning is refused unless `resume`, or if its question is another.
+    No other process can write to the folder until `close`.
     """
 
     def __init__(self, path: Path | None, question: Json, *, resume: bool) -> None:
         self.path = path
         self.decisions: Json = {"question": question, "notes": []}
         self._trials: dict[tuple[int, int], TrialRecord] = {}
-        self._finished_bytes = 0  # of trials.jsonl, up to the end of the last finished line
+        self._size = 0  # of trials.jsonl, up to the end of the last finished line
+        self._lock: FolderLock | None = None
         if path is None:
             return
-        decisions, lines = map(broadcast, read_files(path) if jax.process_index() == 0 else ("", ""))
+        try:
+            self._begin(path, question, resume=resume)
+        except BaseException:
+            self.close()
+            raise
+
+    def _begin(self, path: Path, question: Json, *, resume: bool) -> None:
+        decisions, lines = _of_first_process(path, self._open)
         if not decisions:
             self._write_decisions()
             return
         if not resume:
             raise FileExistsError(f"{path} already holds a tuning: resume it, or choose another folder")
-        self.decisions = parse_decisions(decisions, path)
-        for name, here in question.items():
-            there = self.decisions["question"].get(name)
-            if there != here:
-                raise ValueError(
-                    f"{path} holds another tuning: its {name} is {there!r}, here it is {here!r}; choose another folder"
-                )
-        for trial in parse_trials(lines, path):
-            self._trials[trial.number, trial.seed] = trial
-        self._finished_bytes = len(lines.encode())
+        found = parse_decisions(decisions, path)
+        check_question(found["question"], question, path)
+        self.decisions = found
+        self._add(lines)
+
+    def _open(self, path: Path) -> tuple[bytes, bytes]:
+        """Make the folder, keep other processes from it, and return the content of its files."""
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise FileExistsError(
+                f"{path} is, or lies in, something that is not a folder: choose another one"
+            ) from None
+        self._lock = FolderLock(path)
+        return read_files(path)
+
+    def close(self) -> None:
+        """Let other processes write to the folder."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    @property
+    def has_trials(self) -> bool:
+        return bool(self._trials)
 
     def get(self, candidate: Candidate) -> TrialRecord | None:
         """Return the record of a run that has ended already, else None."""
@@ -126,46 +157,148 @@ class Journal:
 
     def write(self, trials: Iterable[TrialRecord]) -> None:
         """Keep trials that have ended; leave those that are kept already as they are."""
+        trials = list(trials)
+        if jax.process_index() == 0:
+            self._catch_up()
         new = {(t.number, t.seed): t for t in trials if (t.number, t.seed) not in self._trials}
-        self._trials |= new
         if self.path is not None and new and jax.process_index() == 0:
-            self._finished_bytes = append_trials(self.path / "trials.jsonl", self._finished_bytes, new.values())
+            lines = "".join(_line(t, self.decisions["question"]) for t in new.values())
+            self._size = files.append(self.path / TRIALS, lines.encode(), self._size)
+        self._trials |= new
+
+    def _catch_up(self) -> None:
+        """Read what another journal of this process has written."""
+        if self.path is None:
+            return
+        if self._lock is None:
+            raise ValueError(f"the tuning in {self.path} was closed, so nothing can be told any more: open it again")
+        file = self.path / TRIALS
+        size = file.stat().st_size if file.exists() else 0
+        if size < self._size:
+            remedy = "restore it from a copy, or choose another folder"
+            raise DamagedFileError(file, f"{file} was cut or removed while it was in use: {remedy}")
+        if size > self._size:
+            self._add(read_files(self.path)[1])
+
+    def _add(self, lines: bytes) -> None:
+        """Take the trials of the file, of which these are the finished lines."""
+        if self.path is not None and len(lines) > self._size:
+            for trial in parse_trials(lines, self.path, self.decisions["question"]):
+                self._trials.setdefault((trial.number, trial.seed), trial)
+            self._size = len(lines)
 
     def _write_decisions(self) -> None:
         if self.path is not None and jax.process_index() == 0:
-            files.replace(self.path / "tune.json", json.dumps(self.decisions, indent=2, allow_nan=False) + "\n")
+            content = json.dumps(with_digest(self.decisions), indent=2, allow_nan=False)
+            files.replace(self.path / DECISIONS, content + "\n")
 
 
-def parse_decisions(text: str, path: Path) -> Json:
+def keep(path: Path, question: Json, decisions: Json, trials: Sequence[TrialRecord]) -> None:
+    """Write what a report knows of a tuning to a folder, which may hold the tuning.
+
+    If the tuning runs in another process and has these trials, nothing is written: that process writes.
+    """
     try:
-        decisions = dict(json.loads(text))
-        decisions["question"]["optimizer"], decisions["notes"]
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path / 'tune.json'} is damaged ({error!r}): choose another folder") from error
-    return decisions
+        with contextlib.closing(Journal(path, question, resume=True)) as journal:
+            # What a report does not know, the tuning may still have to decide.
+            journal.decide(**{name: x for name, x in decisions.items() if x})
+            journal.write(trials)
+    except FolderInUseError:
+        there, lines = read_files(path)
+        found = parse_decisions(there, path)["question"]
+        check_question(found, question, path)
+        held = {(t.number, t.seed) for t in parse_trials(lines, path, found)}
+        if not held.issuperset((t.number, t.seed) for t in trials):
+            raise
 
 
-def parse_trials(lines: str, path: Path) -> list[TrialRecord]:
-    trials = []
-    for i, line in enumerate(lines.splitlines(), start=1):
+def _of_first_process(path: Path, read: Callable[[Path], tuple[bytes, bytes]]) -> tuple[bytes, bytes]:
+    """Return what the first process reads, on all; if it raises an error, raise one with the same text on all."""
+    found, raised, text = (b"", b""), None, ""
+    if jax.process_index() == 0:
         try:
-            fields = json.loads(line)
-            curves = {k: null_to_nan(x) for k, x in fields["metrics"].items()}
-            trials.append(TrialRecord(**fields | {"losses": null_to_nan(fields["losses"]), "metrics": curves}))
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"line {i} of {path / 'trials.jsonl'} is not a trial ({error!r}): remove it") from error
-    return trials
+            found = read(path)
+        except (OSError, ValueError) as error:
+            raised, text = error, str(error) or repr(error)
+    if text := broadcast(text):
+        raise raised or DamagedFileError(path, text)
+    first, second = (broadcast(x.decode(errors="surrogateescape")) for x in found)
+    return first.encode(errors="surrogateescape"), second.encode(errors="surrogateescape")
 
 
-def append_trials(path: Path, finished_bytes: int, trials: Iterable[TrialRecord]) -> int:
-    """Write a line for each trial after the first `finished_bytes`, and sync the file; return its new size."""
-    lines = "".join(json.dumps(json_trial(t), allow_nan=False) + "\n" for t in trials).encode()
-    with open(path, "ab") as file:
-        file.truncate(finished_bytes)
-        file.write(lines)
-        file.flush()
-        os.fsync(file.fileno())
-    return finished_bytes + len(lines)
+def check_question(there: Json, here: Json, path: Path) -> None:
+    """Check that a folder holds the tuning that it is to hold.
+
+    Raises:
+      ValueError: It holds another one.
+    """
+    for name, x in here.items():
+        if there.get(name) != x:
+            raise ValueError(
+                f"{path} holds another tuning: its {name} is {there.get(name)!r}, here it is {x!r}; "
+                "choose another folder"
+            )
+
+
+def parse_decisions(content: bytes, path: Path) -> Json:
+    """Return the checked content of `tune.json`, without its digest.
+
+    Raises:
+      DamagedFileError: It is not as a tuning wrote it.
+    """
+    file, remedy = path / DECISIONS, "restore it from a copy, or choose another folder"
+    decisions = files.json_object(content, file, remedy)
+    try:
+        check_decisions(decisions)
+    except ValueError as error:
+        raise DamagedFileError(file, f"{file} is damaged ({error}): {remedy}") from error
+    return {name: x for name, x in decisions.items() if name != DIGEST}
+
+
+def parse_trials(lines: bytes, path: Path, question: Json) -> list[TrialRecord]:
+    """Return the trials in the finished lines of `trials.jsonl`, each run once.
+
+    Raises:
+      DamagedFileError: A line is not as the tuning with this question wrote it, or contradicts another one.
+    """
+    file = path / TRIALS
+    found = dict[tuple[int, int], tuple[int, Json]]()
+    for i, line in enumerate(lines.removeprefix(codecs.BOM_UTF8).split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        where = f"line {i} of {file}"
+        try:
+            fields = _parse_trial(line, question)
+        except ValueError as error:
+            remedy = "remove it, and its run is made again; or restore the file from a copy"
+            raise DamagedFileError(file, f"{where} is not a trial ({error}): {remedy}") from error
+        first, before = found.setdefault((fields["number"], fields["seed"]), (i, fields))
+        if before != fields:
+            raise DamagedFileError(file, f"{where} contradicts line {first}, which is the same run: remove one of them")
+    return [_trial(fields) for _, fields in found.values()]
+
+
+def _parse_trial(line: bytes, question: Json) -> Json:
+    """Return the checked fields in a line, without its digest."""
+    if b"\0" in line:
+        raise ValueError("it has zeros, which a crash may leave")
+    try:
+        fields = json.loads(line.decode())
+    except RecursionError:
+        raise ValueError("it nests too deeply") from None
+    if not isinstance(fields, dict):
+        raise ValueError(f"it is {checks.shown(fields)}")
+    check_trial(fields, question)
+    return {name: x for name, x in fields.items() if name != DIGEST}
+
+
+def _trial(fields: Json) -> TrialRecord:
+    curves = {name: null_to_nan(x) for name, x in fields["metrics"].items()}
+    return TrialRecord(**fields | {"losses": null_to_nan(fields["losses"]), "metrics": curves})
+
+
+def _line(trial: TrialRecord, question: Json) -> str:
+    return json.dumps(with_digest(json_trial(trial), question), allow_nan=False) + "\n"
 
 
 def json_trial(trial: TrialRecord) -> Json:
@@ -194,10 +327,38 @@ def null_to_nan(curve: Iterable[float | None]) -> list[float]:
     return [math.nan if x is None else x for x in curve]
 
 
-def read_files(path: Path) -> tuple[str, str]:
-    """Return the text of `tune.json` and the finished lines of `trials.jsonl`; empty if there is no such file."""
-    decisions, trials = path / "tune.json", path / "trials.jsonl"
-    if not decisions.exists() and trials.exists():
-        raise ValueError(f"{trials} has no tune.json beside it: choose another folder")
-    lines = trials.read_text() if trials.exists() else ""
-    return decisions.read_text() if decisions.exists() else "", lines[: lines.rfind("\n") + 1]
+def read_files(path: Path) -> tuple[bytes, bytes]:
+    """Return the content of `tune.json` and the finished lines of `trials.jsonl`; empty if there is no such file.
+
+    Raises:
+      DamagedFileError: A file cannot be read, there are trials without a `tune.json`, or the end of `trials.jsonl` is
+        not a line that a crash left unfinished.
+    """
+    decisions, trials = _read(path / DECISIONS), _read(path / TRIALS) or b""
+    if trials.strip() and not decisions:
+        state = "a tune.json that is empty" if decisions is not None else "no tune.json"
+        raise DamagedFileError(
+            path / DECISIONS,
+            f"{path / TRIALS} has {state} beside it: restore it from a copy, or choose another folder",
+        )
+    finished = trials[: trials.rfind(b"\n") + 1]
+    rest = trials[len(finished) :].rstrip(b"\0\r")  # some file systems leave zeros after a crash
+    if not (_FIRST_BYTES.startswith(rest) or rest.startswith(_FIRST_BYTES)) or min(rest, default=32) < 32:
+        line = f"line {finished.count(10) + 1} of {path / TRIALS}"
+        raise DamagedFileError(
+            path / TRIALS, f"{line} has no end, and is not a trial: remove it, or choose another folder"
+        )
+    return decisions or b"", finished
+
+
+def _read(path: Path) -> bytes | None:
+    """Return the content of a file; None if there is none."""
+    try:
+        return files.read(path)
+    except FileNotFoundError:
+        return None
+    except DamagedFileError as error:
+        raise DamagedFileError(path, f"{error}: restore it from a copy, or choose another folder") from error
+    except OSError as error:
+        reason = f"{path} cannot be read ({error.strerror}): make it readable, or choose another folder"
+        raise DamagedFileError(path, reason) from error

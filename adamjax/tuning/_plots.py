@@ -72,7 +72,7 @@ class PlotData(NamedTuple):
     def axes(self) -> dict[str, Axis]:
         """The axes of the arguments that take more than one value, by name."""
         names = dict.fromkeys(k for t in self.trials for k in t.setting)
-        values = {name: [t.setting[name] for t in self.trials] for name in names}
+        values = {name: [t.setting.get(name) for t in self.trials] for name in names}
         return {name: make_axis(name, x) for name, x in values.items() if len(set(map(repr, x))) > 1}
 
     @property
@@ -112,7 +112,7 @@ def make_axis(name: str, values: Sequence[object]) -> Axis:
         ticks = [x if len(x) <= MAX_TICK_LENGTH else f"{x[: MAX_TICK_LENGTH - 3]}..." for x in names]
         return Axis(name, "linear", np.asarray([float(names.index(repr(x))) for x in values]), ticks)
     x = np.asarray(values, float)
-    if name in ("b1", "b2"):
+    if name in ("b1", "b2") and x.max() < 1:
         return Axis(f"1 - {name}", "log", 1 - x, None)
     return Axis(name, "log" if x.min() > 0 and x.max() > 10 * x.min() else "linear", x, None)
 

@@ -33,6 +33,7 @@ from adamjax.tuning._mesh_runner import make_runner
 from adamjax.tuning._objective import Objective, Outcome, RunTrials, check_objective, first_losses, run_here
 from adamjax.tuning._space import OptimizerFactory
 from adamjax.tuning._spec import is_problem
+from adamjax.tuning._stored import is_range_test
 from adamjax.tuning._sweep import Curves, evenly_spaced, make_optimizer
 from adamjax.tuning._trial import Trial
 
@@ -209,7 +210,13 @@ class LrRange:
 
     @classmethod
     def from_json(cls, content: Json) -> "LrRange":
-        """Return the `LrRange` that `to_json` wrote."""
+        """Return the `LrRange` that `to_json` wrote.
+
+        Raises:
+          ValueError: It is none.
+        """
+        if not is_range_test(content):
+            raise ValueError(f"Invalid content value: {checks.shown(content)}; content must be what to_json returns")
         return cls(np.asarray(content["learning_rates"]), np.asarray(null_to_nan(content["losses"])), content["mode"])
 
     def __repr__(self) -> str:

@@ -1,6 +1,8 @@
 """The report of a tuning: the best setting, how certain it is, tables and plots."""
 
 import dataclasses
+import inspect
+import io
 import json
 import math
 import os
@@ -17,14 +19,15 @@ import jaxlib
 import numpy as np
 
 from adamjax import optimizers
-from adamjax._core import checks
+from adamjax._core import checks, files
+from adamjax._core.files import DamagedFileError
 from adamjax._core.optional import require
 from adamjax._core.typing import GradientTransformation
 from adamjax._core.version import __version__
 from adamjax._transforms.schedule import Schedule
 from adamjax.tuning import _journal, _plots
 from adamjax.tuning._confirmed import Confirmed
-from adamjax.tuning._courses import Scheduled, is_scheduled
+from adamjax.tuning._courses import Scheduled, course_schedule, is_scheduled
 from adamjax.tuning._html import page
 from adamjax.tuning._journal import CONFIRM, Json, TrialRecord
 from adamjax.tuning._plots import PlotData
@@ -227,10 +230,12 @@ class Report:
             return (*warnings, f"{self._none_good}: there is no best setting")
         best = self.best.arguments
         for name, (low, high) in self.explored.items():
+            if not isinstance(best.get(name), (int, float)):
+                continue
             fraction = _plots.make_axis(name, [low, high, best[name]]).fractions[2]
             # If the default value is the best, nothing suggests looking beyond the edge.
             is_low, is_high = fraction < EDGE and low != 0, fraction > 1 - EDGE  # nothing lies below 0
-            if best[name] != self.defaults[name] and (is_low or is_high):
+            if best[name] != self.defaults.get(name) and (is_low or is_high):
                 ends = f"{low:.3g} to {high:.3g}"
                 warnings.append(f"the best {name}, {best[name]:.3g}, lies on the edge of what was searched ({ends})")
         return (*warnings, *self._doubts(best))
@@ -373,27 +378,28 @@ class Report:
         Trials that the folder holds already are left as they are. All processes must call this; the first one writes.
 
         Raises:
-          ValueError, FileExistsError: The folder holds another tuning.
+          ValueError, FileExistsError: The folder holds another tuning, or is not a folder.
+          DamagedFileError: The folder holds a damaged one.
+          FolderInUseError: The folder lacks some of the trials, and another process writes to it.
           ImportError: matplotlib, or scikit-learn, is not installed.
         """
         path = Path(directory)
         figures = self.figures() if jax.process_index() == 0 else {}
-        journal = _journal.Journal(path, self.question, resume=True)
-        journal.decide(
-            defaults=_journal.json_setting(self.defaults),
-            range_test=self.range_test and self.range_test.to_json(),
-            explored={name: list(x) for name, x in self.explored.items()},
-            execution=self.execution,
-            notes=list(self.notes),
-            facts=dict(self.facts),
-        )
-        journal.write(self.trials)
+        decisions = {
+            "defaults": _journal.json_setting(self.defaults),
+            "range_test": self.range_test and self.range_test.to_json(),
+            "explored": {name: list(x) for name, x in self.explored.items()},
+            "execution": self.execution,
+            "notes": list(self.notes),
+            "facts": dict(self.facts),
+        }
+        _journal.keep(path, self.question, decisions, self.trials)
         if jax.process_index() > 0:
             return
-        for name, figure in figures.items():
-            figure.savefig(path / f"{name}.png", dpi=120)
-        pictures = {name: (path / f"{name}.png").read_bytes() for name in figures}
-        (path / "report.json").write_text(self.to_json() + "\n")
+        pictures = {name: _png(figure) for name, figure in figures.items()}
+        for name, picture in pictures.items():
+            files.replace(path / f"{name}.png", picture)
+        files.replace(path / "report.json", self.to_json() + "\n")
         confirming = sum(t.stage == CONFIRM for t in self.trials)
         runs = f"{len(self.searched)} of the search, {confirming} with fresh seeds"
         content = page(
@@ -408,7 +414,7 @@ class Report:
             question=self.question,
             facts={"runs": runs, "execution": self.execution} | dict(self.facts),
         )
-        (path / "report.html").write_text(content, encoding="utf-8")
+        files.replace(path / "report.html", content.encode(errors="replace"))
 
     @classmethod
     def load(cls, directory: str | Path) -> "Report":
@@ -417,7 +423,8 @@ class Report:
         Arguments other than numbers, strings, bools and None are read as the text that they print as.
 
         Raises:
-          ValueError: The folder holds no tuning, or is damaged.
+          ValueError: The folder holds no tuning.
+          DamagedFileError: A file of it is damaged or cannot be read; the message names it, and the line.
         """
         path = Path(directory)
         decisions, lines = _journal.read_files(path)
@@ -425,11 +432,12 @@ class Report:
             raise ValueError(f"{path} holds no tuning: it has no tune.json")
         content = _journal.parse_decisions(decisions, path)
         question, curve = content["question"], content.get("range_test")
-        package, _, name = question["optimizer"].rpartition(".")
-        make = getattr(optimizers, name, None) if package == "adamjax" else None
-        if make is not None and (course := question.get("schedule", "constant")) != "constant":
-            make = Scheduled(make, course, question["steps"])
-        trials, defaults = _journal.parse_trials(lines, path), content.get("defaults", {})
+        trials, defaults = _journal.parse_trials(lines, path, question), content.get("defaults", {})
+        make = _optimizer_named(question["optimizer"])
+        course, steps = question.get("schedule", "constant"), question.get("steps")
+        if course != "constant":
+            _check_courses(trials, course, steps, path)
+            make = make and Scheduled(make, course, steps)
         range_test, explored = curve and LrRange.from_json(curve), content.get("explored", {})
         execution, notes, facts = content.get("execution", ""), content["notes"], content.get("facts", {})
         return cls(question, trials, defaults, make, range_test, explored, execution, notes, facts)
@@ -476,6 +484,30 @@ class Report:
             schedule=self.question.get("schedule", "constant"),
             steps=self.question.get("steps"),
         )
+
+
+def _optimizer_named(name: str) -> OptimizerFactory | None:
+    """Return the optimizer of this package that an expression names; None for any other."""
+    package, _, attribute = name.rpartition(".")
+    found = getattr(optimizers, attribute, None) if package == "adamjax" else None
+    return found if inspect.isfunction(found) and found.__module__ == optimizers.__name__ else None
+
+
+def _check_courses(trials: Sequence[TrialRecord], course: str, steps: int, path: Path) -> None:
+    """Check that the learning rate of each setting can take its course."""
+    for t in trials:
+        try:
+            course_schedule(course, steps, t.setting)
+        except (KeyError, OverflowError, TypeError, ValueError) as error:
+            file = path / _journal.TRIALS
+            message = f"the setting of trial {t.number} in {file} has no schedule ({error}): remove its lines"
+            raise DamagedFileError(file, message) from error
+
+
+def _png(figure: "Figure") -> bytes:
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=120)
+    return picture.getvalue()
 
 
 def _commonest_error(failed: Sequence[TrialRecord]) -> str:

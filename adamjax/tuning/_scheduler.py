@@ -41,7 +41,11 @@ class TrialScheduler:
             if halving is True and not fits:
                 journal.note("no halving: the settings of a round do not fit in memory at once")
             journal.decide(order=runner.order, halving=fits and (pays if halving == "auto" else halving))
-        runner.order = journal.decisions["order"]
+        order = journal.decisions["order"]
+        if (order == "mesh") != (runner.order == "mesh"):
+            began = 'with execution="mesh"' if order == "mesh" else 'without execution="mesh"'
+            raise ValueError(f"the tuning in {journal.path} began {began}: go on like that, or choose another folder")
+        runner.order = order
         journal.decide(execution=runner.execution)
         if not journal.decisions["halving"]:
             self._rungs = []

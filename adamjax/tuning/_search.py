@@ -5,6 +5,7 @@ import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Self
 
 from adamjax._core import checks
 from adamjax.optimizers import adamw
@@ -65,7 +66,9 @@ class Search:
       ValueError: An argument is out of range, `mode` is missing or unknown, Optuna refuses the storage, or the folder
         holds another search.
       TypeError: An argument has a wrong type, or `optimizer` does not take a setting.
-      FileExistsError: The folder holds a search, and `resume` is False.
+      FileExistsError: The folder holds a search, and `resume` is False; or it is not a folder.
+      DamagedFileError: A file of the folder is damaged; the message names it, and the line.
+      FolderInUseError: Another process has a search or a tuning with this folder.
       ImportError: A package of the extra `tune` is not installed.
 
     >>> import math
@@ -129,7 +132,6 @@ class Search:
             None if spec.is_staged or spec.has_model else open_study(sampler, storage, name, mode=mode, seed=seed)
         )
         self.journal: Journal = Journal(None if out is None else Path(out), spec.question, resume=resume)
-        self.journal.decide(defaults=json_setting(spec.defaults))
         self._prunes, self._narrows = halving is not False, space is None
         self._strategy: Strategy | None = None
         self._exhausted = False
@@ -140,8 +142,35 @@ class Search:
         self._queue = deque[Candidate]()  # what is to be asked next
         self._asked: dict[Run, Candidate] = {}
         self._ended: dict[Run, TrialRecord] = {}
-        if range_test is not None:
-            self.narrow(range_test)
+        try:
+            self._decide_defaults(json_setting(spec.defaults))
+            if range_test is not None:
+                self.narrow(range_test)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Let other processes write to the folder, as the end of a with block does.
+
+        No trial can be told after that. The same happens once nothing refers to the search any more.
+        """
+        self.journal.close()
+
+    def _decide_defaults(self, defaults: Setting) -> None:
+        before = self.journal.decisions.get("defaults", defaults)
+        if self.journal.has_trials and before != defaults:
+            raise ValueError(
+                f"{self.journal.path} holds another tuning: its defaults are {before}, here they are {defaults}; "
+                "choose another folder"
+            )
+        self.journal.decide(defaults=defaults)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     @property
     def size(self) -> int:

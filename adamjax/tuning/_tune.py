@@ -146,7 +146,9 @@ def tune(
         `optimizer` does not take a setting, or an objective cannot be pickled for the executor.
       RuntimeError: The executor is broken and cannot be made again, or the worker of the first trial died twice.
       Exception: Whatever the objective raises in the first trial.
-      FileExistsError: The folder holds a tuning, and `resume` is False.
+      FileExistsError: The folder holds a tuning, and `resume` is False; or it is not a folder.
+      DamagedFileError: A file of the folder is damaged; the message names it, and the line.
+      FolderInUseError: Another process has a tuning with this folder.
       ImportError: A package of the extra `tune` is not installed.
 
     References:
@@ -198,16 +200,17 @@ def tune(
         confirm=confirm, halving=halving, schedule=schedule, range_test=given, problem=problem,
         out=out, resume=resume, metric=metric, mode=mode, seed=seed,
     )  # fmt: skip
-    tests = isinstance(range_test, str) and "range_test" not in search.journal.decisions
-    if runner is not None:
-        _tune_problem(search, runner, tests=tests, halving=halving, progress=progress)
-    elif not is_problem(problem):
-        _tune_objective(search, problem, executor, tests=tests, progress=progress)
-    if "facts" not in search.journal.decisions:
-        search.journal.decide(facts=run_facts() | {"wall time": f"{time.perf_counter() - begin:.0f} s"})
-    report = search.report()
-    if out is not None:
-        report.save(out)
+    with search:
+        tests = isinstance(range_test, str) and "range_test" not in search.journal.decisions
+        if runner is not None:
+            _tune_problem(search, runner, tests=tests, halving=halving, progress=progress)
+        elif not is_problem(problem):
+            _tune_objective(search, problem, executor, tests=tests, progress=progress)
+        if "facts" not in search.journal.decisions:
+            search.journal.decide(facts=run_facts() | {"wall time": f"{time.perf_counter() - begin:.0f} s"})
+        report = search.report()
+        if out is not None:
+            report.save(out)
     return report
 
 
