@@ -52,7 +52,7 @@ class RunFolder:
 
     def log(self, record: Record) -> None:
         self.records.append(record)
-        with open(self._metrics, "a", encoding="utf-8") as file:
+        with files.naming(self._metrics), open(self._metrics, "a", encoding="utf-8") as file:
             file.write(_line(record))
 
     def sync(self) -> None:

@@ -34,13 +34,24 @@ class DamagedFileError(ValueError):
 def replace(path: Path, content: str | bytes) -> None:
     """Replace a file as a whole, and make its folder: a reader finds the old file or the new one, after any crash."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _new_file(path) as (descriptor, new):
+    with naming(path), _new_file(path) as (descriptor, new):
         with open(descriptor, "wb") as file:
             file.write(content.encode(errors="surrogateescape") if isinstance(content, str) else content)
             file.flush()
             sync(file.fileno())
         os.replace(new, path)
     sync_folder(path.parent)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Have errors of the machine name the file, as those of a write to an open file do not."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 @contextmanager
@@ -66,7 +77,7 @@ def _umask() -> int:
 def append(path: Path, content: bytes, after: int | None = None) -> int:
     """Write at the end of a file, or after so many bytes of it; return its new size once that is on disk."""
     is_new = not path.exists()
-    with open(path, "ab") as file:
+    with naming(path), open(path, "ab") as file:
         start = file.seek(0, os.SEEK_END) if after is None else after
         file.truncate(start)
         try:
