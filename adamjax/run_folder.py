@@ -64,10 +64,6 @@ class RunFolder:
         kept = {str(i): x for i, x in read_stops(self.path).items()} | {str(step): list(map(_finite, losses))}
         files.replace(self.path / _STOPS, json.dumps(kept))
 
-    def finish(self) -> None:
-        """Remove what only a run that goes on needs."""
-        (self.path / _STOPS).unlink(missing_ok=True)
-
     def close(self) -> None:
         """Let other processes write to the folder."""
         self._lock.release()

@@ -428,26 +428,29 @@ def test_resume_after_a_signal(tmp_path, whole, monkeypatch, capsys, update, sav
     assert_same_run(folder, whole)
 
 
-def test_a_stop_is_remembered_until_the_run_ends(tmp_path, whole, monkeypatch):
-    """Also if the resumed run is killed before its next checkpoint."""
+def test_a_stop_is_remembered(tmp_path, whole, monkeypatch):
+    """If the resumed run is killed before its next checkpoint, or if its later checkpoints are damaged."""
     folder = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(training, "threading", SimpleNamespace(Event=lambda: StopsAfter(30)))
+        patch.setattr(training, "threading", SimpleNamespace(Event=lambda: StopsAfter(53)))
         assert cli.main([*TRAIN, "--out", str(folder)]) == 130
 
     def log(self, record):
         before(self, record)
-        if record["step"] == 36:
+        if record["step"] == 56:
             raise KeyboardInterrupt
 
     before = RunFolder.log
     with monkeypatch.context() as patch:
         patch.setattr(RunFolder, "log", log)
         assert cli.main(["train", "--resume", str(folder)]) == 130
-    assert checkpoint.steps(folder / "checkpoints")[-1] == 30
+    assert checkpoint.steps(folder / "checkpoints")[-1] == 53
     assert cli.main(["train", "--resume", str(folder)]) == 0
     assert_same_run(folder, whole)
-    assert not (folder / "stops.json").exists()
+    assert checkpoint.steps(folder / "checkpoints")[-2:] == [53, 60]
+    shutil.rmtree(folder / "checkpoints" / "60" / "arrays")
+    assert cli.main(["train", "--resume", str(folder)]) == 0
+    assert_same_run(folder, whole)
 
 
 def test_a_run_that_is_stopped_is_saved_without_being_asked(tmp_path, monkeypatch, capsys):

@@ -3,6 +3,8 @@
 import errno
 import logging
 import re
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,24 +15,42 @@ from adamjax._core.optional import require
 _OS_ERROR = re.compile(r"(?:OS error |os_error_code=')(\d+)")
 # Such errors come from content too: the names of files and folders are part of a step.
 _OF_CONTENT = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL}
+# After a failure, until the threads have ended.
+_STRAGGLING_SECONDS = 0.1
 
 
 def orbax() -> Any:
+    logging.getLogger("asyncio").addFilter(_is_news)  # a second time, it does nothing
     return require("orbax.checkpoint", "checkpoint", "a checkpoint")
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether a message of asyncio is not about a write of orbax that failed beside another, whose error is raised."""
+    text = record.getMessage()
+    return not ("never retrieved" in text and "OCDBT database" in text)
 
 
 @contextmanager
 def without_error_logs() -> Iterator[None]:
-    """Keep orbax from logging the errors of its threads with their tracebacks: they are raised, too."""
-    logger = logging.getLogger("absl")
+    """Keep the threads of orbax and tensorstore from printing errors with their tracebacks: they are raised, too."""
 
     def is_less(record: logging.LogRecord) -> bool:
         return record.levelno < logging.ERROR
 
+    def hook(found: Any) -> None:  # by which threads that outlive orbax's event loop complain
+        if "Event loop is closed" not in str(found.exc_value):
+            before(found)
+
+    before, logger = sys.unraisablehook, logging.getLogger("absl")
+    sys.unraisablehook = hook
     logger.addFilter(is_less)
     try:
         yield
+    except BaseException:
+        time.sleep(_STRAGGLING_SECONDS)
+        raise
     finally:
+        sys.unraisablehook = before
         logger.removeFilter(is_less)
 
 

@@ -210,8 +210,6 @@ def _run_as_leader(run: _PreparedRun, folder: RunFolder, options: Options) -> in
     if failed:
         return _FAILED
     diagnosis.finish()
-    if report.step == options["steps"]:
-        folder.finish()
     if failure is not None:
         print(f"adamjax: {failure}", file=sys.stderr)
         return _DIVERGED
