@@ -18,7 +18,7 @@ from faults.disk import Change, Disk, Journal, Op
 from adamjax._core import files
 
 TESTS = Path(__file__).parent
-IN_CI = 8
+IN_CI = 4
 TIMES = int(os.environ.get("ADAMJAX_FAULTS", IN_CI))
 needs_shim = pytest.mark.skipif(shim.why_not() is not None, reason=str(shim.why_not()))
 
