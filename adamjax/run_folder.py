@@ -14,8 +14,8 @@ from adamjax._core.optional import require
 from adamjax._core.processes import broadcast as broadcast
 
 Record = dict[str, Any]  # a step and the measurements made there, by name
-# The losses since the last record, where a run was stopped between two: the next one of the resumed run has them, too.
-PENDING = "pending"
+# The losses since the last record, by the step at which a run was stopped between two: the next record has them, too.
+_STOPS = "stops.json"
 
 
 class RunFolder:
@@ -28,7 +28,7 @@ class RunFolder:
     """
 
     def __init__(self, path: Path) -> None:
-        path.mkdir(parents=True, exist_ok=True)
+        files.make_folder(path)
         self.path = path
         self.records: list[Record] = []
         self._metrics = path / "metrics.jsonl"
@@ -59,6 +59,15 @@ class RunFolder:
         """Write the measurements to disk: a checkpoint counts on those before it."""
         files.append(self._metrics, b"")
 
+    def keep_losses(self, step: int, losses: Iterable[float]) -> None:
+        """Keep the losses since the last record, for the next record of a run that is stopped at this step."""
+        kept = {str(i): x for i, x in read_stops(self.path).items()} | {str(step): list(map(_finite, losses))}
+        files.replace(self.path / _STOPS, json.dumps(kept))
+
+    def finish(self) -> None:
+        """Remove what only a run that goes on needs."""
+        (self.path / _STOPS).unlink(missing_ok=True)
+
     def close(self) -> None:
         """Let other processes write to the folder."""
         self._lock.release()
@@ -67,7 +76,7 @@ class RunFolder:
         """Plot all measurements against the step into `curves.png`, with a panel for each quantity."""
         figures = require("matplotlib.figure", "demo", "drawing curves.png")
         # A validation metric shares the panel of the training metric of that name.
-        names = [name for record in self.records for name in record if name not in ("step", PENDING)]
+        names = [name for record in self.records for name in record if name != "step"]
         panels = dict.fromkeys(["loss", *(name.removeprefix("val_") for name in names)])
         figure = figures.Figure((4.5 * len(panels), 3.5), layout="constrained")
         axes = figure.subplots(1, len(panels), squeeze=False)[0]
@@ -114,6 +123,25 @@ def read_metrics(path: Path) -> list[Record]:
     return [records[step] for step in sorted(records)]
 
 
+def read_stops(path: Path) -> dict[int, list[float]]:
+    """Return the losses that `RunFolder.keep_losses` kept, by step.
+
+    Raises:
+      DamagedFileError: The file is damaged.
+    """
+    stops = path / _STOPS
+    remedy = "remove it; then the next loss in metrics.jsonl is the mean of fewer updates"
+    try:
+        found = files.json_object(files.read(stops), stops, remedy)
+        return {int(step): list(map(_number, losses)) for step, losses in found.items()}
+    except FileNotFoundError:
+        return {}
+    except files.DamagedFileError:
+        raise
+    except (TypeError, ValueError, OverflowError) as error:
+        raise files.DamagedFileError(stops, f"{stops} is damaged (it has no losses by step): {remedy}") from error
+
+
 def _record(line: bytes) -> Record | None:
     """Return the record that a line has, {} for a blank line, and None for anything else."""
     if not line.strip():
@@ -125,15 +153,9 @@ def _record(line: bytes) -> Record | None:
     if not isinstance(record, dict) or type(record.get("step")) is not int or record["step"] < 0:
         return None
     try:
-        return {name: _numbers(x) if name == PENDING else _number(x) for name, x in record.items()}
+        return {name: _number(x) for name, x in record.items()}
     except (TypeError, OverflowError):
         return None
-
-
-def _numbers(x: Any) -> list[float]:
-    if not isinstance(x, list):
-        raise TypeError
-    return [_number(item) for item in x]
 
 
 def _number(x: Any) -> Any:
@@ -147,7 +169,7 @@ def _number(x: Any) -> Any:
 
 def _line(record: Record) -> str:
     """Return a record as a line of JSON; numbers that are not finite become null, since JSON has no NaN."""
-    return json.dumps({k: list(map(_finite, x)) if k == PENDING else _finite(x) for k, x in record.items()}) + "\n"
+    return json.dumps({name: _finite(x) for name, x in record.items()}) + "\n"
 
 
 def _finite(x: Any) -> Any:
@@ -159,7 +181,7 @@ def claim(parent: Path, kind: str) -> Path:
 
     Of several processes that ask at once, each gets its own.
     """
-    parent.mkdir(parents=True, exist_ok=True)
+    files.make_folder(parent)
     number = 1
     while True:
         path = parent / f"{kind}-{number}"
@@ -168,4 +190,5 @@ def claim(parent: Path, kind: str) -> Path:
         except FileExistsError:
             number += 1
         else:
+            files.sync_folder(parent)
             return path

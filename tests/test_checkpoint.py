@@ -428,6 +428,28 @@ def test_resume_after_a_signal(tmp_path, whole, monkeypatch, capsys, update, sav
     assert_same_run(folder, whole)
 
 
+def test_a_stop_is_remembered_until_the_run_ends(tmp_path, whole, monkeypatch):
+    """Also if the resumed run is killed before its next checkpoint."""
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "threading", SimpleNamespace(Event=lambda: StopsAfter(30)))
+        assert cli.main([*TRAIN, "--out", str(folder)]) == 130
+
+    def log(self, record):
+        before(self, record)
+        if record["step"] == 36:
+            raise KeyboardInterrupt
+
+    before = RunFolder.log
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "log", log)
+        assert cli.main(["train", "--resume", str(folder)]) == 130
+    assert checkpoint.steps(folder / "checkpoints")[-1] == 30
+    assert cli.main(["train", "--resume", str(folder)]) == 0
+    assert_same_run(folder, whole)
+    assert not (folder / "stops.json").exists()
+
+
 def test_a_run_that_is_stopped_is_saved_without_being_asked(tmp_path, monkeypatch, capsys):
     flags = ["train", "bowl:BOWL", "--steps=60", "--report-every=4", "--evaluate-every=20", "--out"]
     assert cli.main([*flags, str(tmp_path / "whole")]) == 0

@@ -29,7 +29,7 @@ def test_a_file_is_replaced_as_a_whole(tmp_path, monkeypatch):
     for broken in ("fsync", "replace"):
         with monkeypatch.context() as patch:
             patch.setattr(files.os, broken, fail)
-            with pytest.raises(OSError, match="No space left on device: '.*deep/file'"):
+            with pytest.raises(OSError, match=r"No space left on device: '.*deep/file'"):
                 files.replace(path, "new")
         assert os.listdir(path.parent) == ["file"]
         assert path.read_text() == "old"

@@ -14,7 +14,7 @@ import pytest
 
 import adamjax
 from adamjax import cli
-from adamjax.run_folder import PENDING, RunFolder, claim, read_metrics
+from adamjax.run_folder import RunFolder, claim, read_metrics, read_stops
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), *sys.path])}
 
@@ -147,8 +147,8 @@ def test_measurements_are_read_whatever_a_crash_left(tmp_path, content):
     "line",
     [
         *(b"\xff", b"[1]", b"1", b"{", b'{"loss": 1}', b'{"step": "1"}', b'{"step": true}', b'{"step": -1}'),
-        *(b'{"step": 1.0}', b'{"step": 1, "loss": "x"}', b'{"step": 1, "loss": [1]}', b'{"step": 1, "pending": 3}'),
-        *(b'{"step": 1, "pending": ["x"]}', b'{"step": 1, "loss": 1' + b"0" * 400 + b"}", b"[" * 99_999),
+        *(b'{"step": 1.0}', b'{"step": 1, "loss": "x"}', b'{"step": 1, "loss": [1]}'),
+        *(b'{"step": 1, "loss": 1' + b"0" * 400 + b"}", b"[" * 99_999),
     ],
 )
 def test_lines_that_are_no_measurements_are_named(tmp_path, line):
@@ -163,13 +163,18 @@ def test_lines_that_are_no_measurements_are_named(tmp_path, line):
 def test_the_losses_between_two_reports_are_kept_to_the_last_bit(tmp_path):
     losses = [1 / 3, float("nan"), float(np.float32(0.1)), 1e-300]
     folder = RunFolder(tmp_path)
-    folder.log({"step": 4, PENDING: losses})
-    folder.log({"step": 4, "val_loss": 1.0})
-    (record,) = read_metrics(tmp_path)
-    np.testing.assert_array_equal(record[PENDING], losses)
-    folder.plot()
-    folder.begin([record])
-    np.testing.assert_array_equal(read_metrics(tmp_path)[0][PENDING], losses)
+    assert read_stops(tmp_path) == {}
+    folder.keep_losses(4, losses)
+    folder.keep_losses(7, [1.0])
+    found = read_stops(tmp_path)
+    assert found.keys() == {4, 7}
+    np.testing.assert_array_equal(found[4], losses)
+    for content in ("", "[]", '{"x": [1]}', '{"4": 1}', '{"4": ["x"]}', '{"4": [1' + "0" * 400 + "]}"):
+        (tmp_path / "stops.json").write_text(content)
+        with pytest.raises(adamjax.DamagedFileError, match=r"stops.json is damaged \(.*\): remove it"):
+            read_stops(tmp_path)
+    folder.finish()
+    assert read_stops(tmp_path) == {}
 
 
 def test_names_of_metrics_are_drawn_as_they_are(tmp_path):

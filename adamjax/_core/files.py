@@ -1,6 +1,7 @@
 """Files that hold what was written, or are said to be damaged: durable writing, and reading with limits."""
 
 import errno
+import itertools
 import json
 import os
 import tempfile
@@ -33,7 +34,7 @@ class DamagedFileError(ValueError):
 
 def replace(path: Path, content: str | bytes) -> None:
     """Replace a file as a whole, and make its folder: a reader finds the old file or the new one, after any crash."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     with naming(path), _new_file(path) as (descriptor, new):
         with open(descriptor, "wb") as file:
             file.write(content.encode(errors="surrogateescape") if isinstance(content, str) else content)
@@ -41,6 +42,14 @@ def replace(path: Path, content: str | bytes) -> None:
             sync(file.fileno())
         os.replace(new, path)
     sync_folder(path.parent)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it, as far as they do not exist; no crash undoes it."""
+    missing = list(itertools.takewhile(lambda folder: not folder.exists(), (path, *path.parents)))
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        sync_folder(folder.parent)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import jax
 
-from adamjax._core import checks, processes
+from adamjax._core import checks, files, processes
 from adamjax._core.locks import FolderInUseError, FolderLock
 from adamjax._core.typing import GradientTransformation, PyTree
 from adamjax.checkpoint import _array_digests, _arrays, _description, _orbax, _step_folder
@@ -62,7 +62,7 @@ def save(
     with ExitStack() as until_saved, _in_one_sentence(final):
         with processes.together():
             if processes.is_first():
-                final.parent.mkdir(parents=True, exist_ok=True)
+                files.make_folder(final.parent)
                 until_saved.enter_context(FolderLock(final.parent))
                 _refuse_earlier(directory, step)
                 _step_folder.remove_unfinished(final.parent)

@@ -1,6 +1,7 @@
 """The command line: `adamjax train`, `tune`, `lr-range`, `report` and `kernels`."""
 
 import argparse
+import sys
 from collections.abc import Sequence
 
 from adamjax._core.version import __version__
@@ -31,6 +32,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(COMMANDS[options.pop("command")](options))
     except CommandError as error:
         return error.show()
+    except KeyboardInterrupt:
+        print("adamjax: stopped", file=sys.stderr)
+        return 130
 
 
 def _parse(arguments: Sequence[str] | None) -> Options:

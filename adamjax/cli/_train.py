@@ -21,7 +21,7 @@ from adamjax.cli import _arguments, _distributed, _flags, _subject, _train_check
 from adamjax.cli._diagnosis import Diagnosis
 from adamjax.cli._flags import CommandError, Options
 from adamjax.problems import Problem
-from adamjax.run_folder import PENDING, Record, RunFolder, broadcast, claim
+from adamjax.run_folder import Record, RunFolder, broadcast, claim
 
 _FAILED, _DIVERGED, _STOPPED = 1, 1, 130
 
@@ -176,8 +176,10 @@ def _run_as_leader(run: _PreparedRun, folder: RunFolder, options: Options) -> in
     with tqdm(total=options["steps"], initial=run.history.done, unit="step", dynamic_ncols=True) as bar:
         try:
             for report in run.reports:
-                record = _record(report, rate, options)
+                record = _record(report, rate)
                 try:
+                    if report.stopped and report.metrics is None and _is_between_records(report.step, options):
+                        folder.keep_losses(report.step, report.losses.tolist())
                     folder.log(record)
                     if run.checkpoints.is_due(report):
                         folder.sync()
@@ -208,6 +210,8 @@ def _run_as_leader(run: _PreparedRun, folder: RunFolder, options: Options) -> in
     if failed:
         return _FAILED
     diagnosis.finish()
+    if report.step == options["steps"]:
+        folder.finish()
     if failure is not None:
         print(f"adamjax: {failure}", file=sys.stderr)
         return _DIVERGED
@@ -264,16 +268,18 @@ def _exit_code(report: training.Report, options: Options) -> int:
     return 0 if report.step == options["steps"] else _STOPPED
 
 
-def _record(report: training.Report, rate: Callable[[int], jax.Array], options: Options) -> Record:
+def _record(report: training.Report, rate: Callable[[int], jax.Array]) -> Record:
     record: Record = {"step": report.step}
     if report.stopped and report.metrics is not None:  # the report that comes again
         return record | _validation(report)
     if len(report.losses):
         record["loss"] = float(np.mean(report.losses))
         record["learning_rate"] = float(rate(report.step - 1))
-        if report.stopped and report.step % options["report_every"] and report.step % options["evaluate_every"]:
-            record[PENDING] = report.losses.tolist()
     return record | _validation(report)
+
+
+def _is_between_records(step: int, options: Options) -> bool:
+    return bool(step % options["report_every"] and step % options["evaluate_every"])
 
 
 def _validation(report: training.Report) -> Record:

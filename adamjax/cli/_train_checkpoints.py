@@ -14,7 +14,7 @@ from adamjax._core.typing import PyTree
 from adamjax.checkpoint._step_folder import set_aside
 from adamjax.cli._flags import Options
 from adamjax.problems import Problem
-from adamjax.run_folder import PENDING, Record, read_metrics
+from adamjax.run_folder import Record, read_metrics, read_stops
 
 FOLDER = "checkpoints"
 
@@ -37,25 +37,26 @@ def load_history(run: Path, problem: Problem, opt: Transformation, options: Opti
         return RunHistory(None, 0, [])
     like = training.model_like(problem, options.get("dtype"), mesh)
     found = _restore_newest_whole(run / FOLDER, opt, like.params, like.state)
-    kept, losses = _records_until(found.step, records, options)
+    stops = read_stops(run)
+    kept = _records_until(found.step, records, stops, options)
+    losses = np.asarray(stops.get(found.step, ()), np.float64)
     start = training.Report(found.step, losses, None, found.params, found.state, model_state=found.model_state)
     return RunHistory(start, found.step, kept)
 
 
-def _records_until(step: int, records: list[Record], options: Options) -> tuple[list[Record], np.ndarray]:
-    """Return the records up to a checkpoint as an uninterrupted run has them, and the losses that the next one needs.
+def _records_until(step: int, records: list[Record], stops: dict[int, list[float]], options: Options) -> list[Record]:
+    """Return the records up to a checkpoint as an uninterrupted run has them.
 
     A run that was stopped has a record and an evaluation where it would have none.
     """
     kept = [record for record in records if record["step"] <= step]
     if not (kept and kept[-1]["step"] == step < options["steps"]):
-        return kept, np.zeros(0)
-    losses = np.asarray(kept[-1].get(PENDING, ()), np.float64)
-    if PENDING in kept[-1]:
-        kept.pop()
-    elif step % options["evaluate_every"]:
+        return kept
+    if step in stops:
+        return kept[:-1]
+    if step % options["evaluate_every"]:
         kept[-1] = {name: x for name, x in kept[-1].items() if not name.startswith("val_")}
-    return kept, losses
+    return kept
 
 
 def _restore_newest_whole(

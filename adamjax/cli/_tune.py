@@ -11,6 +11,8 @@ from pathlib import Path
 
 import adamjax
 from adamjax import schedules, tuning
+from adamjax._core import signals
+from adamjax._core.text import printable
 from adamjax._core.typing import GradientTransformation, ScalarOrSchedule
 from adamjax.cli import _arguments, _flags, _subject
 from adamjax.cli._flags import CommandError, Options, Subparsers
@@ -106,7 +108,7 @@ def _add_format(parser: argparse._ActionsContainer) -> None:
 def lr_range(options: Options) -> int:
     if "learning_rate" in options:
         raise CommandError("--fix learning_rate means nothing to lr-range, which varies it: leave it out")
-    with _flags.errors_for_users(options["problem"]):
+    with signals.interrupted(), _flags.errors_for_users(options["problem"]):
         subject, make = _subject.load(options), getattr(adamjax, options["optimizer"])
         if _subject.is_objective(subject) and "steps" in options:
             raise CommandError(
@@ -137,9 +139,14 @@ def lr_range(options: Options) -> int:
 def tune(options: Options) -> int:
     if options["resume"] and "out" not in options:
         raise CommandError("--resume needs --out, the folder to go on with")
-    out = options["out"] if "out" in options else claim(Path("runs"), "tune")
+    folders = list[Path]()
+
+    def folder() -> Path:
+        folders.append(options["out"] if "out" in options else claim(Path("runs"), "tune"))
+        return folders[0]
+
     try:
-        with _flags.errors_for_users(options["problem"]):
+        with signals.interrupted(), _flags.errors_for_users(options["problem"]):
             subject = _subject.load(options)
             if not _subject.is_objective(subject):
                 options = {"steps": 300} | options
@@ -154,14 +161,18 @@ def tune(options: Options) -> int:
                 optimizer=optimizer,
                 space=_space(subject, optimizer, stages, options),
                 stages=stages,
-                out=out,
+                out=folder,
                 progress=True,
                 **given,
             )
     except KeyboardInterrupt:
-        print(f"adamjax: stopped; the same command with --out {out} --resume goes on", file=sys.stderr)
+        if not folders:
+            raise
+        print(
+            printable(f"adamjax: stopped; the same command with --out {folders[0]} --resume goes on"), file=sys.stderr
+        )
         return 130
-    return _show(report, out, options["format"])
+    return _show(report, folders[0], options["format"])
 
 
 def report(options: Options) -> int:

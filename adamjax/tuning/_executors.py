@@ -16,21 +16,26 @@ from typing import Any
 from adamjax._core import checks
 from adamjax.tuning._objective import Objective, Outcome, call_remotely, describe
 from adamjax.tuning._spec import optimizer_name
+from adamjax.tuning._stop import Check, go_on
 from adamjax.tuning._trial import Trial
 
 Executor = Any  # a concurrent.futures.Executor, what resembles one, or a function that makes one
-POLL_SECONDS = 0.1  # between looks at futures that are not of concurrent.futures
+POLL_SECONDS = 0.1  # between looks at futures, and at whether to stop
+END_SECONDS = 2  # that worker processes have to end
 
 
 class Workers(contextlib.AbstractContextManager["Workers"]):
     """Runs trials of an objective by an executor, which is made again when it breaks.
 
-    Executors that this made are shut down at the end, others are left to their owner. Instead of a process pool that
-    would fork, an equal one that spawns is used: JAX has threads, which hang in processes that are forked.
+    Executors that this made are shut down at the end, others are left to their owner. Trials that still run then,
+    because the tuning was stopped or failed, are not waited for: processes of a pool that this made are ended. Instead
+    of a process pool that would fork, an equal one that spawns is used: JAX has threads, which hang in processes that
+    are forked.
     """
 
-    def __init__(self, executor: Executor, objective: Objective) -> None:
-        self._objective = objective
+    def __init__(self, executor: Executor, objective: Objective, check: Check = go_on) -> None:
+        self._objective, self._check = objective, check
+        self._running = dict[Any, Trial]()
         is_factory = isinstance(executor, type) or not hasattr(executor, "submit")
         self._make: Callable[[], Any] | None = executor if is_factory else _maker_of_equals(executor)
         self._executor, self._own = (executor(), True) if is_factory else (executor, False)
@@ -47,8 +52,14 @@ class Workers(contextlib.AbstractContextManager["Workers"]):
         return type(self._executor).__name__
 
     def __exit__(self, *_: object) -> None:
-        if self._own and hasattr(self._executor, "shutdown"):
+        if not self._own or not hasattr(self._executor, "shutdown"):
+            return
+        if all(future.done() for future in self._running):
             self._executor.shutdown()
+        else:
+            workers = list((getattr(self._executor, "_processes", None) or {}).values())
+            self._executor.shutdown(wait=False)
+            _end(workers)
 
     def run(self, trials: Iterable[Trial]) -> Generator[Outcome, None, None]:
         """Run trials side by side; yield their outcomes as they come.
@@ -56,10 +67,11 @@ class Workers(contextlib.AbstractContextManager["Workers"]):
         A trial whose worker died is tried once more after the others, alone: the death of a worker of a process pool
         takes trials with it that have no part in it. If its worker dies again, it has failed.
         """
-        waiting, running, died = deque(trials), dict[Any, Trial](), list[Trial]()
+        waiting, running, died = deque(trials), self._running, list[Trial]()
         room = getattr(self._executor, "_max_workers", None) or len(waiting)
         try:
             while waiting or running:
+                self._check()
                 while waiting and len(running) < room:
                     try:
                         running[self._submit(waiting[0])] = waiting[0]
@@ -68,7 +80,7 @@ class Workers(contextlib.AbstractContextManager["Workers"]):
                             raise
                         break  # results first: they are lost if the tuning ends here
                     waiting.popleft()
-                for future in _wait_for_one(running):
+                for future in self._wait_for_one(running):
                     trial = running.pop(future)
                     outcome = self._outcome(future, trial)
                     if outcome.died:
@@ -76,13 +88,24 @@ class Workers(contextlib.AbstractContextManager["Workers"]):
                     else:
                         yield outcome
             for trial in died:
+                self._check()
                 future = self._submit(trial)
                 running[future] = trial
-                _wait_for_one(running)
+                self._wait_for_one(running)
                 yield self._outcome(running.popitem()[0], trial)
         finally:
             for future in running:
                 future.cancel()
+
+    def _wait_for_one(self, futures: Iterable[Any]) -> list[Any]:
+        """Wait until at least one of the futures is done; return those that are.
+
+        Raises:
+          Stopped: The check says so meanwhile.
+        """
+        while not (done := _done_soon(list(futures))):
+            self._check()
+        return done
 
     def _submit(self, trial: Trial) -> Any:
         call = call_remotely, self._objective, trial, uuid.uuid4().hex
@@ -189,11 +212,21 @@ def _equal_pool(pool: Any) -> ProcessPoolExecutor:
     return ProcessPoolExecutor(pool._max_workers, context, pool._initializer, pool._initargs, max_tasks_per_child=limit)
 
 
-def _wait_for_one(futures: Iterable[Any]) -> list[Any]:
-    """Wait until at least one of the futures is done; return those that are."""
-    futures = list(futures)
+def _done_soon(futures: list[Any]) -> list[Any]:
+    """Return the futures that are done; wait a moment for one if there are none."""
     if all(isinstance(f, Future) for f in futures):
-        return list(wait(futures, return_when=FIRST_COMPLETED).done)
-    while not (done := [f for f in futures if f.done()]):
+        return list(wait(futures, POLL_SECONDS, FIRST_COMPLETED).done)
+    if not (done := [f for f in futures if f.done()]):
         time.sleep(POLL_SECONDS)
     return done
+
+
+def _end(workers: list[Any]) -> None:
+    """End processes, and wait for them: those that do not end when asked, as some in native code, are killed."""
+    for worker in workers:
+        worker.terminate()
+    for worker in workers:
+        worker.join(END_SECONDS)
+        if worker.is_alive():
+            worker.kill()
+            worker.join()

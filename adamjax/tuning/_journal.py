@@ -115,7 +115,7 @@ class Journal:
     def _open(self, path: Path) -> tuple[bytes, bytes]:
         """Make the folder, keep other processes from it, and return the content of its files."""
         try:
-            path.mkdir(parents=True, exist_ok=True)
+            files.make_folder(path)
         except (FileExistsError, NotADirectoryError):
             raise FileExistsError(
                 f"{path} is, or lies in, something that is not a folder: choose another one"
@@ -153,7 +153,9 @@ class Journal:
             self._write_decisions()
 
     def note(self, text: str) -> None:
-        self.decide(notes=[*self.decisions["notes"], text])
+        """Keep a remark for the report, once: a tuning that was killed may make it again."""
+        if text not in self.decisions["notes"]:
+            self.decide(notes=[*self.decisions["notes"], text])
 
     def write(self, trials: Iterable[TrialRecord]) -> None:
         """Keep trials that have ended; leave those that are kept already as they are."""

@@ -25,6 +25,7 @@ from adamjax.tuning._population import (
     metric_names,
     structure_of,
 )
+from adamjax.tuning._stop import Check, go_on
 
 
 class MeshRunner:
@@ -63,6 +64,7 @@ class MeshRunner:
         capacity: int | None = None,
         wanted: np.ndarray | None = None,
         survivors: Callable[[np.ndarray, int], np.ndarray] | None = None,
+        check: Check = go_on,
     ) -> Iterator[tuple[np.ndarray, int, Results]]:
         """Train and evaluate each of `opts` with each of `seeds`; yield as `PopulationRunner.run` does.
 
@@ -71,7 +73,7 @@ class MeshRunner:
         for i, opt in enumerate(opts):
             if wanted is not None and not wanted[i]:
                 continue
-            curves = [list(self._run(opt, int(seed), eval_steps)) for seed in seeds]
+            curves = [list(self._run(opt, int(seed), eval_steps, check)) for seed in seeds]
             for point in range(len(eval_steps)):
                 losses, metrics, diverged_at = zip(*(curve[point] for curve in curves), strict=True)
                 named = {name: np.asarray([[m[name]] for m in metrics]) for name in self.metrics}
@@ -80,7 +82,7 @@ class MeshRunner:
                     break
 
     def _run(
-        self, opt: Transformation, seed: int, eval_steps: np.ndarray
+        self, opt: Transformation, seed: int, eval_steps: np.ndarray, check: Check
     ) -> Iterator[tuple[float, dict[str, float], int]]:
         init, advance = self._compiled(opt)
         numbers = jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(float)), opt)
@@ -93,6 +95,7 @@ class MeshRunner:
             return advance(np.int32(first), np.int32(last), numbers, SeedInputs(keys, fed), member)
 
         for blocks in BatchSource(self.task, np.asarray([seed]), eval_steps).blocks():
+            check()
             member, loss = mean_losses(advance_block, member, blocks)
             yield float(loss), self._evaluate(member.model), int(member.diverged_at)
 

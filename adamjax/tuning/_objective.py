@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from adamjax.tuning._journal import DEFAULTS, Candidate
 from adamjax.tuning._space import OptimizerFactory, Setting
+from adamjax.tuning._stop import Check, go_on
 from adamjax.tuning._sweep import make_optimizer
 from adamjax.tuning._trial import PRUNED, Pruned, Trial, Value, as_metrics
 
@@ -87,9 +88,11 @@ def describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".removesuffix(": ")
 
 
-def run_here(objective: Objective, trials: Iterable[Trial]) -> Generator[Outcome, None, None]:
+def run_here(objective: Objective, trials: Iterable[Trial], *, check: Check = go_on) -> Generator[Outcome, None, None]:
     """Run trials one after another in this process."""
-    return (call_objective(objective, trial) for trial in trials)
+    for trial in trials:
+        check()
+        yield call_objective(objective, trial)
 
 
 def check_first(outcome: Outcome) -> None:

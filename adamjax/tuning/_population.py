@@ -22,6 +22,7 @@ from adamjax.problems._check import checked
 from adamjax.problems._task import Model, Task
 from adamjax.training import Keys, keys_of, update_model
 from adamjax.tuning._blocks import BatchSource, Block, mean_losses
+from adamjax.tuning._stop import Check, go_on
 
 EXECUTIONS = ("auto", "map", "vmap", "sharded", "mesh")
 
@@ -138,6 +139,7 @@ class PopulationRunner:
         capacity: int | None = None,
         wanted: np.ndarray | None = None,
         survivors: Callable[[np.ndarray, int], np.ndarray] | None = None,
+        check: Check = go_on,
     ) -> Iterator[tuple[np.ndarray, int, Results]]:
         """Train each of `opts` (equal in structure) with each of `seeds`, and evaluate them at `eval_steps`.
 
@@ -149,6 +151,7 @@ class PopulationRunner:
             still run, since the last digits of a run can depend on its position in the program.
           survivors: Called after each evaluation with the indices of the settings and its number; returns which of
             them go on (bool). If half of the program's capacity is enough for them, they move to such a program.
+          check: Called before the steps up to each evaluation; it may raise, to stop.
         """
         capacity = len(opts) if capacity is None else capacity
         source = BatchSource(self.task, seeds, eval_steps)
@@ -163,6 +166,7 @@ class PopulationRunner:
             members = program.init(population, keys)
             slots = np.arange(len(indices))
             for point, (last, blocks) in enumerate(zip(eval_steps, source.blocks(), strict=True)):
+                check()
                 advance = partial(self._advance, program.advance, population, keys)
                 members, losses = mean_losses(advance, members, blocks)
                 metrics = self._evaluate(program, population, keys, members, slots)

@@ -112,6 +112,7 @@ class Report:
       execution: How the runs were executed, in words.
       notes: Further remarks, which are part of `warnings`.
       facts: The versions, the device, the date and the wall time, by name.
+      stopped: How far the tuning came, if it was stopped; part of `warnings`, and not saved.
     """
 
     question: Json
@@ -123,6 +124,7 @@ class Report:
     execution: str
     notes: Sequence[str] = ()
     facts: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    stopped: str = ""
 
     @property
     def searched(self) -> list[TrialRecord]:
@@ -218,7 +220,7 @@ class Report:
     @property
     def warnings(self) -> tuple[str, ...]:
         """Reasons to doubt the results, and what to do about them."""
-        warnings = [*self.notes, *(self.range_test.warnings if self.range_test else ())]
+        warnings = [*filter(None, [self.stopped]), *self.notes, *(self.range_test.warnings if self.range_test else ())]
         searched = self.searched
         diverged = sum(t.status == "infeasible" for t in searched) / max(len(searched), 1)
         if diverged >= MANY_DIVERGED:

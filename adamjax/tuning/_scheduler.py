@@ -1,6 +1,5 @@
 """The scheduler of trials: it runs a round in one program, prunes it if that pays, and keeps each trial as it ends."""
 
-import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -8,9 +7,10 @@ from typing import Any
 import numpy as np
 
 from adamjax._transforms.base import Transformation
-from adamjax.tuning._journal import CONFIRM, DEFAULTS, Candidate, Journal, TrialRecord
+from adamjax.tuning._journal import CONFIRM, DEFAULTS, Candidate, TrialRecord
 from adamjax.tuning._mesh_runner import Runner
-from adamjax.tuning._spec import Spec
+from adamjax.tuning._search import Search
+from adamjax.tuning._stop import Check
 from adamjax.tuning._sweep import Curves, evenly_spaced, group_by_structure, make_optimizer, undefined
 
 POINTS = 20  # of a learning curve
@@ -21,8 +21,10 @@ SAVED_BY_HALVING = 0.5  # fraction of the time
 class TrialScheduler:
     """Runs the trials of a problem. Trials that the journal holds are not run again."""
 
-    def __init__(self, spec: Spec, runner: Runner, journal: Journal, bar: Any) -> None:
-        self._spec, self._runner, self._journal, self._bar = spec, runner, journal, bar
+    def __init__(self, search: Search, runner: Runner, check: Check, bar: Any) -> None:
+        spec = search.spec
+        self._spec, self._journal, self._record = spec, search.journal, search.record
+        self._runner, self._check, self._bar = runner, check, bar
         self._steps = spec.steps or 0
         self._eval_steps = evenly_spaced(self._steps, POINTS)
         self._sign = 1 if spec.mode == "min" else -1
@@ -50,26 +52,27 @@ class TrialScheduler:
         if not journal.decisions["halving"]:
             self._rungs = []
 
-    def run(self, candidates: Sequence[Candidate]) -> list[TrialRecord]:
-        """Run a round, each setting with each seed; return the records in the order of the candidates."""
+    def run(self, candidates: Sequence[Candidate]) -> None:
+        """Run a round, each setting with each seed; the search is told each trial as it ends.
+
+        Raises:
+          Stopped: The check says so.
+        """
         seeds = list(dict.fromkeys(c.seed for c in candidates))
         settings = list({c.number: c for c in candidates}.values())
         rungs = [] if candidates[0].stage == CONFIRM else self._rungs
         opts = [make_optimizer(self._spec.optimizer, c.setting, c.number) for c in settings]
-        ended: dict[int, list[TrialRecord]] = {}
         for group in group_by_structure(opts):
-            ended |= self._run_group([settings[i] for i in group], [opts[i] for i in group], seeds, rungs)
-        return [record for c in settings for record in ended[c.number]]
+            self._run_group([settings[i] for i in group], [opts[i] for i in group], seeds, rungs)
 
     def _run_group(
         self, candidates: list[Candidate], opts: list[Transformation], seeds: Sequence[int], rungs: list[int]
-    ) -> dict[int, list[TrialRecord]]:
-        """Run candidates in one program, unless all have ended before; return the trials of each, by number."""
+    ) -> None:
+        """Run candidates in one program, unless all have ended before."""
         eval_steps, runner = self._eval_steps, self._runner
         curves = Curves(runner, len(candidates), len(seeds), eval_steps)
-        ended = {c.number: trials for c in candidates if (trials := self._from_journal(c, seeds))}
-        wanted = np.asarray([c.number not in ended for c in candidates])
-        self._update_bar(len(ended) * len(seeds), 0)
+        wanted = np.asarray([not self._has_ended(c, seeds) for c in candidates])
+        self._update_bar((~wanted).sum() * len(seeds), 0)
 
         def survivors(rows: np.ndarray, point: int) -> np.ndarray:
             """Return which rows go on after a point; record the trials of the others."""
@@ -80,19 +83,16 @@ class TrialScheduler:
                 # A metric that is not defined yet says nothing: it is judged at the end.
                 stays &= np.isin(rows, self._better_half(candidates, values)) | ~np.isfinite(values[rows])
             stopped = rows[~stays & wanted[rows]]
-            new = {candidates[i].number: self._trials(candidates[i], i, curves, seeds, point) for i in stopped}
-            self._journal.write(itertools.chain.from_iterable(new.values()))
-            ended.update(new)
-            self._update_bar(len(new) * len(seeds), point + 1)
+            new = [trial for i in stopped for trial in self._trials(candidates[i], i, curves, seeds, point)]
+            self._record(*new)
+            self._update_bar(len(new), point + 1)
             return np.asarray(stays)
 
         capacity = self._capacity_for(len(candidates))
-        for rows, point, results in runner.run(
-            opts, np.asarray(seeds, np.int32), eval_steps, capacity=capacity, wanted=wanted, survivors=survivors
-        ):
+        limits: dict[str, Any] = {"capacity": capacity, "wanted": wanted, "survivors": survivors, "check": self._check}
+        for rows, point, results in runner.run(opts, np.asarray(seeds, np.int32), eval_steps, **limits):
             curves.record(rows, point, results)
             self._update_bar(wanted[rows].sum() * len(seeds), point, point + 1)
-        return ended
 
     def _better_half(self, candidates: Sequence[Candidate], values: np.ndarray) -> np.ndarray:
         """Return the rows of the better half of the candidates with a finite value, the defaults always included."""
@@ -108,11 +108,9 @@ class TrialScheduler:
             capacity = -(-capacity // 2)
         return capacity
 
-    def _from_journal(self, candidate: Candidate, seeds: Sequence[int]) -> list[TrialRecord]:
-        """Return the trials of a candidate if all have ended before, else none."""
-        runs = (candidate._replace(seed=seed) for seed in seeds)
-        trials = [trial for run in runs if (trial := self._journal.get(run)) is not None]
-        return trials if len(trials) == len(seeds) else []
+    def _has_ended(self, candidate: Candidate, seeds: Sequence[int]) -> bool:
+        """Return whether a candidate has ended before with all seeds."""
+        return all(self._journal.get(candidate._replace(seed=seed)) is not None for seed in seeds)
 
     def _trials(
         self, candidate: Candidate, row: int, curves: Curves, seeds: Sequence[int], point: int

@@ -3,11 +3,12 @@
 import dataclasses
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Self
 
 from adamjax._core import checks
+from adamjax._core.processes import broadcast, is_first
 from adamjax.optimizers import adamw
 from adamjax.tuning._courses import OWN, TYPICAL, Scheduled, is_scheduled, with_course
 from adamjax.tuning._journal import CONFIRM, DEFAULTS, Candidate, Journal, TrialRecord, json_setting
@@ -42,6 +43,7 @@ MARGIN = 3.0  # factor by which the search of the learning rate exceeds the band
 CONSTANT_RATES = (0.03, 0.1, 0.3)  # relative to the peak of a schedule: what to confirm beside it
 
 Run = tuple[int, int]  # number of the setting, and seed
+Folder = str | Path | None | Callable[[], Path]
 
 
 class Search:
@@ -58,7 +60,7 @@ class Search:
       halving: "auto" or True: `Trial.report` ends trials that are worse than the others. False: none end early.
       range_test: A range test of the learning rate, to search around its band unless a `space` is given; see `narrow`.
       problem: A problem or an objective that the trials train, or a name for it, which the report has.
-      out: Folder that keeps each trial as soon as it is told; None to keep nothing.
+      out: Folder that keeps each trial as soon as it is told, or a function that makes it; None to keep nothing.
       resume: Whether to continue a search that the folder holds. Trials that it was told are not asked again; others
         are, with the same number, arguments and seed. If False, such a folder is refused.
 
@@ -95,7 +97,7 @@ class Search:
         schedule: str = "auto",
         range_test: LrRange | None = None,
         problem: Subject = "search",
-        out: str | Path | None = None,
+        out: Folder = None,
         resume: bool = True,
         metric: str = "loss",
         mode: str | None = None,
@@ -131,7 +133,7 @@ class Search:
         self._study = (
             None if spec.is_staged or spec.has_model else open_study(sampler, storage, name, mode=mode, seed=seed)
         )
-        self.journal: Journal = Journal(None if out is None else Path(out), spec.question, resume=resume)
+        self.journal: Journal = Journal(_made(out), spec.question, resume=resume)
         self._prunes, self._narrows = halving is not False, space is None
         self._strategy: Strategy | None = None
         self._exhausted = False
@@ -244,10 +246,10 @@ class Search:
         # Not the trial's own arguments: objectives may have changed them.
         self.record(dataclasses.replace(trial.record(value, error), setting=asked.setting))
 
-    def record(self, record: TrialRecord) -> None:
-        """Keep the record of a run that has ended."""
-        self.journal.write([record])
-        self._ended[record.number, record.seed] = record
+    def record(self, *records: TrialRecord) -> None:
+        """Keep the records of runs that have ended."""
+        self.journal.write(records)
+        self._ended |= {(record.number, record.seed): record for record in records}
 
     def ended(self, number: int, seed: int) -> TrialRecord | None:
         """Return the record of a run, also one that the folder held; None if it has not ended."""
@@ -270,6 +272,11 @@ class Search:
         if self.journal.decisions.get("range_test", content) != content:
             raise ValueError("Invalid range_test value: the search has another one already; choose another folder")
         self.journal.decide(range_test=content)
+
+    @property
+    def ended_count(self) -> int:
+        """The number of trials that have ended."""
+        return len(self._ended)
 
     def report(self) -> Report:
         """Return the report of the trials told so far."""
@@ -484,6 +491,13 @@ class Search:
             return NO_MEDIANS
         runs = [(c.number, c.seed) for c in self._proposed]
         return Medians.of([self._ended[run] for run in runs if run in self._ended], self.spec.metric)
+
+
+def _made(out: Folder) -> Path | None:
+    """Return the path of a folder; the first process makes it, if it is to be made."""
+    if callable(out):
+        return Path(broadcast(str(out()) if is_first() else ""))
+    return None if out is None else Path(out)
 
 
 def _check_range_test(range_test: object) -> None:

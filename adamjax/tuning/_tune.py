@@ -1,10 +1,10 @@
 """The tuning itself: a range test, the search, then the best few and the defaults again with fresh seeds."""
 
 import contextlib
+import dataclasses
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from jax.sharding import Mesh
@@ -22,9 +22,10 @@ from adamjax.tuning._optuna import Sampler, Storage
 from adamjax.tuning._range_test import OBJECTIVE_RATES, LrRange, lr_range_test, objective_range_test, range_test_steps
 from adamjax.tuning._report import Report, run_facts
 from adamjax.tuning._scheduler import TrialScheduler
-from adamjax.tuning._search import Search
+from adamjax.tuning._search import Folder, Search
 from adamjax.tuning._space import OptimizerFactory, Space
 from adamjax.tuning._spec import RACE, Confirm, is_problem
+from adamjax.tuning._stop import Check, Stopped
 from adamjax.tuning._strategy import Stages
 from adamjax.tuning._sweep import progress_bar
 from adamjax.tuning._trial import Trial
@@ -49,8 +50,9 @@ def tune(
     schedule: str = "auto",
     range_test: LrRange | str | None = "auto",
     executor: Executor = None,
-    out: str | Path | None = None,
+    out: Folder = None,
     resume: bool = True,
+    stop: Callable[[], bool] = lambda: False,
     metric: str = "loss",
     mode: str | None = None,
     seed: int = 0,
@@ -124,9 +126,15 @@ def tune(
         function, or as a `ProcessPoolExecutor` with equal arguments; others end the tuning, which goes on with `out`.
         A process pool that would fork is replaced by an equal one that spawns its processes, since JAX's threads hang
         in processes that are forked: a script needs `if __name__ == "__main__":`.
-      out: Folder for the report, and for each trial as soon as it ends; None to write nothing.
+      out: Folder for the report, and for each trial as soon as it ends; or a function that makes it, which is called
+        once the other arguments are accepted. None to write nothing.
       resume: Whether to continue a tuning that the folder holds. The result is that of an uninterrupted
         run, unless other machines share the study. If False, such a folder is refused.
+      stop: Called between trials of an objective, and while workers run them; for a problem, between the steps at which
+        a round is evaluated. It must give the same result in all processes. When it returns True, the tuning ends:
+        trials that run are given up, `out` keeps those that have ended, and `resume` goes on from there. The report is
+        returned, not saved, and its first warning says how far the tuning came. See
+        `adamjax.training.stop_on_signals`.
       metric: The metric, at the end of a run, that settings are judged by: a name in what `evaluate` of the problem or
         the objective returns.
       mode: "min" or "max", whichever value is better. None means "min" for the loss; other metrics need it.
@@ -180,6 +188,7 @@ def tune(
     """
     begin = time.perf_counter()
     checks.choice("progress", progress, (False, True))
+    checks.function("stop", stop)
     if out is not None:
         for module in ("matplotlib", "sklearn"):
             require(module, "tune", "the report")
@@ -202,31 +211,44 @@ def tune(
     )  # fmt: skip
     with search:
         tests = isinstance(range_test, str) and "range_test" not in search.journal.decisions
-        if runner is not None:
-            _tune_problem(search, runner, tests=tests, halving=halving, progress=progress)
-        elif not is_problem(problem):
-            _tune_objective(search, problem, executor, tests=tests, progress=progress)
+        check = partial(_check_stop, stop)
+        try:
+            if runner is not None:
+                _tune_problem(search, runner, check, tests=tests, halving=halving, progress=progress)
+            elif not is_problem(problem):
+                _tune_objective(search, problem, executor, check, tests=tests, progress=progress)
+        except Stopped:
+            came = f"the tuning was stopped with {search.ended_count} of {search.size} trials"
+            goes_on = "" if search.journal.path is None else f"; tune goes on with out={str(search.journal.path)!r}"
+            return dataclasses.replace(search.report(), stopped=came + goes_on)
         if "facts" not in search.journal.decisions:
             search.journal.decide(facts=run_facts() | {"wall time": f"{time.perf_counter() - begin:.0f} s"})
         report = search.report()
-        if out is not None:
-            report.save(out)
+        if search.journal.path is not None:
+            report.save(search.journal.path)
     return report
 
 
-def _tune_problem(search: Search, runner: Runner, *, tests: bool, halving: bool | str, progress: bool) -> None:
+def _check_stop(stop: Callable[[], bool]) -> None:
+    if stop():
+        raise Stopped
+
+
+def _tune_problem(
+    search: Search, runner: Runner, check: Check, *, tests: bool, halving: bool | str, progress: bool
+) -> None:
     """Run the trials of a problem, a round in one program."""
     if tests:
+        check()
         search.narrow(_range_test(search, runner.mesh if isinstance(runner, MeshRunner) else None))
     with progress_bar((search.spec.steps or 0) * search.size, shown=progress) as bar:
         if halving == "auto" and isinstance(search.spec.optimizer, Scheduled):
             halving = False  # before the rate has decayed, a loss says little about that at the end
-        scheduler = TrialScheduler(search.spec, runner, search.journal, bar)
+        scheduler = TrialScheduler(search, runner, check, bar)
         largest, rounds = search.plan()
         scheduler.prepare(capacity=largest + 1, rounds=rounds, halving=halving)
         while candidates := search.next_round():
-            for record in scheduler.run(candidates):
-                search.record(record)
+            scheduler.run(candidates)
 
 
 def _range_test(search: Search, mesh: Mesh | None) -> LrRange | None:
@@ -263,15 +285,17 @@ def _check_for_objective(objective: Objective, executor: Executor, **others: obj
         raise TypeError(f"Invalid executor value: {executor!r}; {kind}")
 
 
-def _tune_objective(search: Search, objective: Objective, executor: Executor, *, tests: bool, progress: bool) -> None:
+def _tune_objective(
+    search: Search, objective: Objective, executor: Executor, check: Check, *, tests: bool, progress: bool
+) -> None:
     """Run the trials of an objective: the defaults, a range test, and then round after round."""
     with contextlib.ExitStack() as stack:
-        workers = None if executor is None else stack.enter_context(Workers(executor, objective))
+        workers = None if executor is None else stack.enter_context(Workers(executor, objective, check))
         search.journal.decide(execution=HERE if workers is None else f"side by side by a {workers.name}")
         bar = stack.enter_context(progress_bar(search.size, shown=progress))
         if bar is not None:
             bar.unit = "trial"
-        run = partial(run_here, objective) if workers is None else workers.run
+        run = partial(run_here, objective, check=check) if workers is None else workers.run
         defaults = search.ask_defaults()
         if defaults is not None:
             _run_trials(search, run, [defaults], bar)
