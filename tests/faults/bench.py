@@ -14,7 +14,7 @@ import traceback
 from collections import Counter
 
 from adamjax import DamagedFileError
-from faults import damage, disk, known, shim
+from faults import damage, disk, shim
 from faults.programs import Died, LostError, Outcome
 
 # Seconds after which a program is said to hang.
@@ -38,7 +38,7 @@ class Bench:
         self.seconds = time.monotonic() - begun
         self.count = sum(change.op is not disk.Op.MARK for change in whole)
         self.records = [whole]
-        if program.is_command and not (known.PENDING_LOSSES_ARE_LOST and program.name == "adamjax train"):
+        if program.is_command:
             self.records.append(self._record(self._stop_and_go_on))
 
     def _record(self, work):
@@ -53,7 +53,7 @@ class Bench:
         assert found == expected, f"the record lacks {sorted(name for name, _ in expected ^ found)}"
         shutil.rmtree(folder)
         shutil.rmtree(again)
-        return _with_folders_synced(changes) if known.NEW_FOLDERS_ARE_NOT_SYNCED else changes
+        return changes
 
     def _stop_and_go_on(self, folder, mark):
         with self.shim.armed(shim.Kind.SIGNAL, self.count // 2, signal.SIGINT):
@@ -99,8 +99,6 @@ class Bench:
     def signal(self, rng, folder):
         """SIGINT, SIGTERM and SIGHUP"""
         number = rng.choice([signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-        if known.TUNE_IGNORES_SIGNALS and self.program.name == "adamjax tune":
-            number = signal.SIGINT
         at, after = rng.randint(1, self.count), rng.uniform(0, self.seconds)
         if rng.random() < 0.5:
             self.fault = f"{number.name} at change {at}"
@@ -244,16 +242,6 @@ def _contents(folder):
     """Return the paths and contents of files, and the paths of folders."""
     found = ((path, path.read_bytes() if path.is_file() else None) for path in folder.rglob("*"))
     return {(str(path.relative_to(folder)), content) for path, content in found}
-
-
-def _with_folders_synced(changes):
-    """Add a sync after the folder of the run, and that of its checkpoints, are made."""
-    synced = []
-    for change in changes:
-        synced.append(change)
-        if change.op is disk.Op.MKDIR and change.path in ("recorded", "recorded/checkpoints"):
-            synced.append(disk.Change(disk.Op.SYNC, os.path.dirname(change.path) or ".", "", 0, b""))
-    return synced
 
 
 def _last_line(error):
