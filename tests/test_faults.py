@@ -12,13 +12,13 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from faults import disk, known, shim
+from faults import disk, shim
 from faults.disk import Change, Disk, Journal, Op
 
 from adamjax._core import files
 
 TESTS = Path(__file__).parent
-IN_CI = 8
+IN_CI = 4
 TIMES = int(os.environ.get("ADAMJAX_FAULTS", IN_CI))
 needs_shim = pytest.mark.skipif(shim.why_not() is not None, reason=str(shim.why_not()))
 
@@ -152,9 +152,6 @@ files = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(files)
 import ctypes
 root = pathlib.Path(os.environ["ADAMJAX_FAULTS_ROOT"])
-if os.environ["ADAMJAX_FAULTS_FOLDER"]:
-    (root / "new").mkdir()
-    files.sync_folder(root)
 size = None
 for i in range(6):
     files.replace(root / "new" / "replaced", str(i) * 1000)
@@ -167,8 +164,7 @@ for i in range(6):
 @needs_shim
 @pytest.mark.parametrize("journal", list(Journal))
 def test_durable_files_survive_power_losses(run, tmp_path, journal):
-    made = "made before" if known.NEW_FOLDERS_ARE_NOT_SYNCED else ""
-    ended = run(WRITES, LOG=tmp_path / "record", FILES=files.__file__, FOLDER=made)
+    ended = run(WRITES, LOG=tmp_path / "record", FILES=files.__file__)
     assert ended.returncode == 0, ended.stderr
     changes = disk.read_record(tmp_path / "record", tmp_path / "root")
     for seed in range(300):
