@@ -1,13 +1,21 @@
 """Signals that ask a process to stop: Ctrl-C, and those by which schedulers and closing terminals end it."""
 
+import multiprocessing
+import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
+from typing import NoReturn
 
 # SIGHUP is not known everywhere.
 STOPS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+
+STOPPED = 130  # exit status of a command that a signal stopped
+PATIENCE = 5.0  # seconds that a command has to end by itself
+_LEFT = b"\0"  # which is no signal
 
 Handler = Callable[[int, FrameType | None], object]
 
@@ -36,6 +44,17 @@ def interrupted() -> Iterator[None]:
         yield
 
 
+def end_process(last_words: str) -> NoReturn:
+    """End the process and those that it started at once, also while a compiled program runs, which crashes an exit."""
+    try:
+        print(last_words, file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        for child in multiprocessing.active_children():
+            child.kill()
+    finally:
+        os._exit(STOPPED)
+
+
 @contextmanager
 def _handled_by(handler: Handler, numbers: Sequence[int]) -> Iterator[None]:
     """Handle signals, but those that are ignored: `nohup` and shells ignore some for a command in the background."""
@@ -52,3 +71,38 @@ def _handled_by(handler: Handler, numbers: Sequence[int]) -> Iterator[None]:
         for number, found in before.items():
             if found is not None:  # one that Python did not set cannot be set again
                 signal.signal(number, found)
+
+
+@contextmanager
+def interrupted_in_time(last_words: Callable[[], str]) -> Iterator[None]:
+    """As `interrupted`, and end the process if a signal has not ended the block after a while.
+
+    Python handles no signal while the main thread waits for a compiled program, and the block may wait for others on
+    its way out.
+    """
+    if threading.current_thread() is not threading.main_thread():  # which alone handles signals
+        yield
+        return
+    reads, writes = os.pipe()
+    os.set_blocking(writes, False)
+    left = threading.Event()
+
+    def watch() -> None:
+        while (received := os.read(reads, 1)) != _LEFT:
+            if received[0] in STOPS and not left.wait(PATIENCE):
+                end_process(last_words())
+
+    watcher = threading.Thread(target=watch, name="adamjax-signals", daemon=True)
+    watcher.start()
+    # Unlike handlers, this hears of a signal at once.
+    before = signal.set_wakeup_fd(writes, warn_on_full_buffer=False)
+    try:
+        with interrupted():
+            yield
+    finally:
+        signal.set_wakeup_fd(before)
+        left.set()
+        os.write(writes, _LEFT)
+        watcher.join()
+        os.close(reads)
+        os.close(writes)

@@ -4,12 +4,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from adamjax._core import signals
 from adamjax._core.version import __version__
 from adamjax.cli import _config, _kernels, _train, _tune
 from adamjax.cli._flags import HYPERPARAMETERS as HYPERPARAMETERS
 from adamjax.cli._flags import OPTIMIZERS as OPTIMIZERS
 from adamjax.cli._flags import SCHEDULES as SCHEDULES
-from adamjax.cli._flags import CommandError, Options
+from adamjax.cli._flags import STOPPED, CommandError, Options
 from adamjax.cli._subject import PROBLEMS as PROBLEMS
 
 COMMANDS = {
@@ -32,9 +33,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(COMMANDS[options.pop("command")](options))
     except CommandError as error:
         return error.show()
-    except KeyboardInterrupt:
-        print("adamjax: stopped", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stopped:
+        last_words = str(stopped) or STOPPED
+        if arguments is None:  # this is the program, and nothing else is to go on
+            signals.end_process(last_words)
+        print(last_words, file=sys.stderr)
+        return signals.STOPPED
 
 
 def _parse(arguments: Sequence[str] | None) -> Options:

@@ -20,6 +20,8 @@ DTYPES = ("bfloat16", "float16", "float32")
 FORMATS = (*DTYPES, "int8", "int4")
 AMSGRAD = ("torch", "corrected", "paper")
 
+STOPPED = "adamjax: stopped"  # what a command says that a signal stopped
+
 Options = dict[str, Any]  # the values of the flags that were given, by name
 Flags = dict[str, dict[str, Any]]  # keyword arguments of `add_argument`, by name of the flag
 Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"

@@ -15,7 +15,7 @@ from adamjax._core import signals
 from adamjax._core.text import printable
 from adamjax._core.typing import GradientTransformation, ScalarOrSchedule
 from adamjax.cli import _arguments, _flags, _subject
-from adamjax.cli._flags import CommandError, Options, Subparsers
+from adamjax.cli._flags import STOPPED, CommandError, Options, Subparsers
 from adamjax.cli._subject import Subject
 from adamjax.run_folder import claim
 from adamjax.tuning import Space
@@ -108,7 +108,7 @@ def _add_format(parser: argparse._ActionsContainer) -> None:
 def lr_range(options: Options) -> int:
     if "learning_rate" in options:
         raise CommandError("--fix learning_rate means nothing to lr-range, which varies it: leave it out")
-    with signals.interrupted(), _flags.errors_for_users(options["problem"]):
+    with signals.interrupted_in_time(lambda: STOPPED), _flags.errors_for_users(options["problem"]):
         subject, make = _subject.load(options), getattr(adamjax, options["optimizer"])
         if _subject.is_objective(subject) and "steps" in options:
             raise CommandError(
@@ -145,8 +145,12 @@ def tune(options: Options) -> int:
         folders.append(options["out"] if "out" in options else claim(Path("runs"), "tune"))
         return folders[0]
 
+    def stopped() -> str:
+        goes_on = "".join(f"; the same command with --out {path} --resume goes on" for path in folders)
+        return printable(f"adamjax: stopped{goes_on}")
+
     try:
-        with signals.interrupted(), _flags.errors_for_users(options["problem"]):
+        with signals.interrupted_in_time(stopped), _flags.errors_for_users(options["problem"]):
             subject = _subject.load(options)
             if not _subject.is_objective(subject):
                 options = {"steps": 300} | options
@@ -166,12 +170,7 @@ def tune(options: Options) -> int:
                 **given,
             )
     except KeyboardInterrupt:
-        if not folders:
-            raise
-        print(
-            printable(f"adamjax: stopped; the same command with --out {folders[0]} --resume goes on"), file=sys.stderr
-        )
-        return 130
+        raise KeyboardInterrupt(stopped()) from None
     return _show(report, folders[0], options["format"])
 
 

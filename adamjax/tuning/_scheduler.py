@@ -88,9 +88,15 @@ class TrialScheduler:
             self._update_bar(len(new), point + 1)
             return np.asarray(stays)
 
-        capacity = self._capacity_for(len(candidates))
-        limits: dict[str, Any] = {"capacity": capacity, "wanted": wanted, "survivors": survivors, "check": self._check}
-        for rows, point, results in runner.run(opts, np.asarray(seeds, np.int32), eval_steps, **limits):
+        for rows, point, results in runner.run(
+            opts,
+            np.asarray(seeds, np.int32),
+            eval_steps,
+            capacity=self._capacity_for(len(candidates)),
+            wanted=wanted,
+            survivors=survivors,
+            check=self._check,
+        ):
             curves.record(rows, point, results)
             self._update_bar(wanted[rows].sum() * len(seeds), point, point + 1)
 

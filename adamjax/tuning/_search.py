@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -464,7 +464,9 @@ class Search:
     def _from_queue(self, count: int) -> list[Trial]:
         """Return up to so many trials of the queue, without those that have ended."""
         asked = list[Trial]()
-        medians = self._medians() if self._queue else NO_MEDIANS
+        # If all of a round is asked at once, those of it that ended before a resumption do not count, as they did not.
+        beside = {(c.number, c.seed) for c in self._queue} if count > 1 else set()
+        medians = self._medians(beside) if self._queue else NO_MEDIANS
         while self._queue and len(asked) < count:
             candidate = self._queue.popleft()
             run = (candidate.number, candidate.seed)
@@ -486,10 +488,11 @@ class Search:
             search=spec.digest,
         )
 
-    def _medians(self) -> Medians:
+    def _medians(self, beside: Collection[Run]) -> Medians:
+        """Return the medians of the trials of the search that have ended, without those `beside` which others run."""
         if not self._prunes:
             return NO_MEDIANS
-        runs = [(c.number, c.seed) for c in self._proposed]
+        runs = [run for c in self._proposed if (run := (c.number, c.seed)) not in beside]
         return Medians.of([self._ended[run] for run in runs if run in self._ended], self.spec.metric)
 
 
