@@ -5,11 +5,14 @@ import json
 import math
 import multiprocessing
 import os
+import signal
 import time
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 
 import pytest
 from bowl import BOWL
+from test_run_folder import start, wait_for
 
 from adamjax import cli
 from adamjax.tuning import tune

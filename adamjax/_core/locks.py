@@ -5,6 +5,7 @@ import os
 import socket
 import threading
 import time
+import weakref
 from collections import deque
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -103,32 +104,40 @@ class FolderLock:
 
 
 class _Held:
-    """A lock that this process holds."""
+    """A lock that this process holds, as long as it has the file open."""
 
     def __init__(self, folder: Path) -> None:
-        self.pid, self.count, self.stale = os.getpid(), 0, None
+        self.pid, self.count = os.getpid(), 0
         path = folder / NAME
-        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o666)
+        # A file object: wherever an interrupt comes, the garbage collector closes it.
+        self._file = open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0)  # noqa: SIM115
         try:
-            self.stale = _take(self._descriptor, path)
-            _write(self._descriptor, {"host": socket.gethostname(), "pid": os.getpid(), "since": time.time()})
+            self.stale = _take(self._file.fileno(), path)
+            _write(self._file.fileno(), {"host": socket.gethostname(), "pid": os.getpid(), "since": time.time()})
         except BaseException:
-            os.close(self._descriptor)
+            self._file.close()
             raise
         self._ended = threading.Event()
-        threading.Thread(target=self._beat, name="adamjax-lock", daemon=True).start()
+        arguments = (weakref.ref(self), self._ended)
+        threading.Thread(target=_beat, args=arguments, name="adamjax-lock", daemon=True).start()
 
-    def _beat(self) -> None:
-        while not self._ended.wait(_BEAT_SECONDS):
-            with suppress(OSError):
-                os.utime(self._descriptor)
+    def beat(self) -> None:
+        """Show that this process lives."""
+        with suppress(OSError, ValueError):
+            os.utime(self._file.fileno())
 
     def close(self) -> None:
         self._ended.set()
+        with suppress(OSError, ValueError):
+            self._file.truncate(0)
         with suppress(OSError):
-            os.ftruncate(self._descriptor, 0)
-        with suppress(OSError):
-            os.close(self._descriptor)
+            self._file.close()
+
+
+def _beat(reference: "weakref.ref[_Held]", ended: threading.Event) -> None:
+    while not ended.wait(_BEAT_SECONDS) and (held := reference()) is not None:
+        held.beat()
+        del held  # while this waits, it must not keep the lock
 
 
 def _take(descriptor: int, path: Path) -> str | None:
