@@ -132,7 +132,7 @@ def lr_range(options: Options) -> int:
         if suggestions:
             print(f"{'usable':12} {result.band[0]:.3g} to {result.band[1]:.3g}")
         for warning in result.warnings:
-            print(f"adamjax: {warning}", file=sys.stderr)
+            print(printable(f"adamjax: {warning}"), file=sys.stderr)
     return 0 if suggestions else 1
 
 
@@ -185,12 +185,12 @@ def _show(report: tuning.Report, out: Path, output_format: str) -> int:
     if output_format == "json":
         print(report.to_json())
     else:
-        print(report.table())
+        print(printable(report.table()))
         if report.ranking:
-            print(f"\n{report.best}\n{report.horizon}\n")
+            print(printable(f"\n{report.best}\n{report.horizon}\n"))
         for warning in report.warnings:
-            print(f"adamjax: {warning}", file=sys.stderr)
-        print(f"wrote report.html, its pictures and trials.jsonl to {out}")
+            print(printable(f"adamjax: {warning}"), file=sys.stderr)
+        print(printable(f"wrote report.html, its pictures and trials.jsonl to {out}"))
     return 0 if report.ranking else 1
 
 

@@ -381,15 +381,16 @@ class Report:
         path = Path(directory)
         figures = self.figures() if jax.process_index() == 0 else {}
         journal = _journal.Journal(path, self.question, resume=True)
-        if "defaults" not in journal.decisions:  # else a tuning that was stopped may go on, and decide the others
+        if "defaults" not in journal.decisions:  # or a tuning that was stopped may go on, and decide the others
             journal.decide(
                 defaults=_journal.json_setting(self.defaults),
                 range_test=self.range_test and self.range_test.to_json(),
                 explored={name: list(x) for name, x in self.explored.items()},
                 execution=self.execution,
                 notes=list(self.notes),
-                facts=dict(self.facts),
             )
+        if self.facts and not self.stopped:
+            journal.decide(facts=dict(self.facts))
         journal.write(self.trials)
         if jax.process_index() > 0:
             return
@@ -411,7 +412,7 @@ class Report:
             question=self.question,
             facts={"runs": runs, "execution": self.execution} | dict(self.facts),
         )
-        (path / "report.html").write_text(content, encoding="utf-8")
+        (path / "report.html").write_text(content, encoding="utf-8", errors="backslashreplace")
 
     @classmethod
     def load(cls, directory: str | Path) -> "Report":
