@@ -11,7 +11,6 @@ wrong is restored, and a program that cannot go on says why. It prints how many 
 """
 
 import argparse
-import os
 import shutil
 import sys
 import time
@@ -30,10 +29,7 @@ def main():
     parser.add_argument("--seed", default="0", help="of what happens when (default: 0)")
     parser.add_argument("--programs", nargs="+", choices=PROGRAMS, default=list(PROGRAMS), help="default: all")
     parser.add_argument("--faults", nargs="+", choices=FAULTS, default=list(FAULTS), help="default: all")
-    parser.add_argument("--known", action="store_true", help="do not avoid the known faults of tests/faults/known.py")
     options = parser.parse_args()
-    if options.known:
-        os.environ["ADAMJAX_FAULTS_KNOWN"] = "1"
     scratch = shim.run_again_with_shim()
     from faults import bench, programs  # by which time the shim is there
 

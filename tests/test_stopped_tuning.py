@@ -69,7 +69,7 @@ def test_a_tuning_of_a_problem_that_is_stopped_goes_on(tmp_path, execution):
     assert first.warnings[0] == (
         f"the tuning was stopped with {counts[1]} of 22 trials; tune goes on with out='{tmp_path / 'stopped'}'"
     )
-    assert not report.warnings[0].startswith("the tuning was stopped")
+    assert not any("stopped" in warning for warning in report.warnings)
 
 
 def test_a_tuning_of_an_objective_that_is_stopped_goes_on(tmp_path):

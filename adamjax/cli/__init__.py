@@ -1,10 +1,11 @@
 """The command line: `adamjax train`, `tune`, `lr-range`, `report` and `kernels`."""
 
 import argparse
+import io
 import sys
 from collections.abc import Sequence
 
-from adamjax._core import signals
+from adamjax._core import signals, text
 from adamjax._core.version import __version__
 from adamjax.cli import _config, _kernels, _train, _tune
 from adamjax.cli._flags import HYPERPARAMETERS as HYPERPARAMETERS
@@ -28,6 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     0: success. 1: the training diverged, every trial did, or no learning rate can be suggested. 2: the
     command could not start. 130: a signal stopped it.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # whose encoding may lack characters that a command prints
+            stream.reconfigure(errors=text.REPLACE)
     try:
         options = _parse(arguments)
         return int(COMMANDS[options.pop("command")](options))

@@ -132,7 +132,7 @@ def lr_range(options: Options) -> int:
         if suggestions:
             print(f"{'usable':12} {result.band[0]:.3g} to {result.band[1]:.3g}")
         for warning in result.warnings:
-            print(f"adamjax: {warning}", file=sys.stderr)
+            print(printable(f"adamjax: {warning}"), file=sys.stderr)
     return 0 if suggestions else 1
 
 
@@ -150,28 +150,29 @@ def tune(options: Options) -> int:
         return printable(f"adamjax: stopped{goes_on}")
 
     try:
-        with signals.interrupted_in_time(stopped), _flags.errors_for_users(options["problem"]):
-            subject = _subject.load(options)
-            if not _subject.is_objective(subject):
-                options = {"steps": 300} | options
-            stages = [names.split(",") for names in options["stages"]] if "stages" in options else "adam"
-            optimizer = _tuned_optimizer(options)
-            names = ("trials", "steps", "sampler", "storage", "confirm", "resume", "metric", "mode", "seed")
-            given: Options = {name: options[name] for name in names if name in options}
-            if "schedule" in options:  # which is part of the optimizer
-                given["schedule"] = "constant"
-            report = tuning.tune(
-                subject,
-                optimizer=optimizer,
-                space=_space(subject, optimizer, stages, options),
-                stages=stages,
-                out=folder,
-                progress=True,
-                **given,
-            )
+        with signals.interrupted_in_time(stopped):
+            with _flags.errors_for_users(options["problem"]):
+                subject = _subject.load(options)
+                if not _subject.is_objective(subject):
+                    options = {"steps": 300} | options
+                stages = [names.split(",") for names in options["stages"]] if "stages" in options else "adam"
+                optimizer = _tuned_optimizer(options)
+                names = ("trials", "steps", "sampler", "storage", "confirm", "resume", "metric", "mode", "seed")
+                given: Options = {name: options[name] for name in names if name in options}
+                if "schedule" in options:  # which is part of the optimizer
+                    given["schedule"] = "constant"
+                report = tuning.tune(
+                    subject,
+                    optimizer=optimizer,
+                    space=_space(subject, optimizer, stages, options),
+                    stages=stages,
+                    out=folder,
+                    progress=True,
+                    **given,
+                )
+            return _show(report, folders[0], options["format"])
     except KeyboardInterrupt:
         raise KeyboardInterrupt(stopped()) from None
-    return _show(report, folders[0], options["format"])
 
 
 def report(options: Options) -> int:
@@ -185,12 +186,12 @@ def _show(report: tuning.Report, out: Path, output_format: str) -> int:
     if output_format == "json":
         print(report.to_json())
     else:
-        print(report.table())
+        print(printable(report.table()))
         if report.ranking:
-            print(f"\n{report.best}\n{report.horizon}\n")
+            print(printable(f"\n{report.best}\n{report.horizon}\n"))
         for warning in report.warnings:
-            print(f"adamjax: {warning}", file=sys.stderr)
-        print(f"wrote report.html, its pictures and trials.jsonl to {out}")
+            print(printable(f"adamjax: {warning}"), file=sys.stderr)
+        print(printable(f"wrote report.html, its pictures and trials.jsonl to {out}"))
     return 0 if report.ranking else 1
 
 

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from adamjax._core.optional import require
+from adamjax._core.text import drawable
 from adamjax.diagnostics._explain import Finding, Series, explain, series
 from adamjax.diagnostics._measure import AdamStats, LeafStats, check_stats
 
@@ -74,8 +75,14 @@ class History:
         figure = figures.Figure(figsize=(15, 8), layout="constrained")
         for axis, (name, title, logarithmic) in zip(figure.subplots(2, 3).flat, _PANELS, strict=True):
             for i, leaf in enumerate(leaves):
-                _draw(axis, leaf, name, color=colors(i / max(len(leaves) - 1, 1)), label=leaf.path or "the parameter")
-            _draw(axis, overall, name, color="black", label=overall.path, linestyle="--")
+                _draw(
+                    axis,
+                    leaf,
+                    name,
+                    color=colors(i / max(len(leaves) - 1, 1)),
+                    label=drawable(leaf.path or "the parameter"),
+                )
+            _draw(axis, overall, name, color="black", label=drawable(overall.path), linestyle="--")
             axis.set(xlabel="step", title=title)
             if not logarithmic:
                 axis.set_ylim(-0.02, 1.02)

@@ -195,15 +195,17 @@ class Journal:
             files.replace(self.path / DECISIONS, content + "\n")
 
 
-def keep(path: Path, question: Json, decisions: Json, trials: Sequence[TrialRecord]) -> None:
+def keep(path: Path, question: Json, decisions: Json, facts: Json, trials: Sequence[TrialRecord]) -> None:
     """Write what a report knows of a tuning to a folder, which may hold the tuning.
 
     If the tuning runs in another process and has these trials, nothing is written: that process writes.
     """
     try:
         with contextlib.closing(Journal(path, question, resume=True)) as journal:
-            # What a report does not know, the tuning may still have to decide.
-            journal.decide(**{name: x for name, x in decisions.items() if x})
+            if "defaults" not in journal.decisions:  # or a tuning that was stopped may go on, and decide the others
+                journal.decide(**decisions)
+            if facts:
+                journal.decide(facts=facts)
             journal.write(trials)
     except FolderInUseError:
         there, lines = read_files(path)

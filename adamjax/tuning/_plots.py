@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from adamjax._core.optional import require
+from adamjax._core.text import drawable
 from adamjax.tuning._confirmed import Confirmed
 from adamjax.tuning._courses import COURSES, course_schedule, is_scheduled
 from adamjax.tuning._journal import DEFAULTS as DEFAULTS_STAGE
@@ -51,6 +52,10 @@ class PlotData(NamedTuple):
     confirmed: Sequence[Confirmed] = ()
     schedule: str = "constant"
     steps: int | None = None
+
+    @property
+    def metric_label(self) -> str:
+        return drawable(f"validation {self.metric}")
 
     @property
     def sign(self) -> int:
@@ -109,12 +114,12 @@ def make_axis(name: str, values: Sequence[object]) -> Axis:
     """Return an axis for the values: logarithmic if they span a decade; for the betas, of 1 - beta."""
     if not all(isinstance(x, (int, float)) and not isinstance(x, bool) for x in values):
         names = sorted({repr(x) for x in values})
-        ticks = [x if len(x) <= MAX_TICK_LENGTH else f"{x[: MAX_TICK_LENGTH - 3]}..." for x in names]
-        return Axis(name, "linear", np.asarray([float(names.index(repr(x))) for x in values]), ticks)
+        ticks = [drawable(x if len(x) <= MAX_TICK_LENGTH else f"{x[: MAX_TICK_LENGTH - 3]}...") for x in names]
+        return Axis(drawable(name), "linear", np.asarray([float(names.index(repr(x))) for x in values]), ticks)
     x = np.asarray(values, float)
     if name in ("b1", "b2") and x.max() < 1:
         return Axis(f"1 - {name}", "log", 1 - x, None)
-    return Axis(name, "log" if x.min() > 0 and x.max() > 10 * x.min() else "linear", x, None)
+    return Axis(drawable(name), "log" if x.min() > 0 and x.max() > 10 * x.min() else "linear", x, None)
 
 
 def confirmation(data: PlotData) -> "Figure | None":
@@ -147,7 +152,7 @@ def confirmation(data: PlotData) -> "Figure | None":
             panel.scatter(np.full(diverged, i), np.full(diverged, end), marker="x", c=INFEASIBLE, clip_on=False)
     labels = [_column_label(c, data) for c in columns]
     panel.set_xticks(at, labels, fontsize="small")
-    panel.set(xlim=(-0.6, len(columns) - 0.4), ylim=limits, yscale=_scale(limits), ylabel=f"validation {data.metric}")
+    panel.set(xlim=(-0.6, len(columns) - 0.4), ylim=limits, yscale=_scale(limits), ylabel=data.metric_label)
     _label_log_axes(panel)
     return figure
 
@@ -167,7 +172,7 @@ def progress(data: PlotData) -> "Figure":
     for i, stage in enumerate(stages):
         chosen = np.asarray([t.stage == stage for t in data.trials])
         colour = DEFAULTS if stage == DEFAULTS_STAGE else UNUSED[i % len(UNUSED)]
-        panel.scatter(numbers[chosen & ~beyond], y[chosen & ~beyond], s=26, color=colour, label=stage)
+        panel.scatter(numbers[chosen & ~beyond], y[chosen & ~beyond], s=26, color=colour, label=drawable(stage))
     if beyond.any():
         marker = "^" if data.mode == "min" else "v"
         label = "beyond the axis, or diverged"
@@ -177,7 +182,7 @@ def progress(data: PlotData) -> "Figure":
     panel.step(
         numbers, np.where(np.isfinite(best), best, np.nan), where="post", color=BEST, linewidth=1, label="best so far"
     )
-    panel.set(xlabel="trial", ylabel=f"validation {data.metric}", ylim=limits, yscale=_scale(limits))
+    panel.set(xlabel="trial", ylabel=data.metric_label, ylim=limits, yscale=_scale(limits))
     _label_log_axes(panel)
     _legend(figure, panel)
     return figure
@@ -220,7 +225,7 @@ def hyperparameters(data: PlotData) -> "Figure":
         if axis.ticks:
             panel.set_xticks(range(len(axis.ticks)), axis.ticks)
         if i % COLUMNS == 0:
-            panel.set_ylabel(f"validation {data.metric}")
+            panel.set_ylabel(data.metric_label)
     if len(panels):
         _legend(figure, panels[0])
     return figure
@@ -244,7 +249,7 @@ def heat_map(data: PlotData) -> "Figure | None":
             panel.set_yticks(range(len(axis.ticks)), axis.ticks)
     worse_end = "max" if data.mode == "min" else "min"
     extend = worse_end if data.beyond.any() else "neither"
-    figure.colorbar(data.colours, ax=list(panels), label=f"validation {data.metric}", extend=extend)
+    figure.colorbar(data.colours, ax=list(panels), label=data.metric_label, extend=extend)
     _legend(figure, panels[0])
     return figure
 
@@ -294,7 +299,7 @@ def parallel(data: PlotData) -> "Figure | None":
         (axis.label, axis.ticks or [f"{x:.3g}" for x in (axis.positions.min(), axis.positions.max())])
         for axis in axes.values()
     ]
-    shown.append((f"validation {data.metric}", [f"{x:.3g}" for x in limits]))
+    shown.append((data.metric_label, [f"{x:.3g}" for x in limits]))
     for at, (_, ticks) in enumerate(shown):
         panel.axvline(at, color="0.4", linewidth=0.8)
         for text, height, side in ((ticks[0], 0.0, "top"), (ticks[-1], 1.0, "bottom")):
@@ -317,7 +322,7 @@ def curves(data: PlotData) -> "Figure | None":
     for marked, colour, label in ((data.defaults, DEFAULTS, "defaults"), (data.best, BEST, "best")):
         if marked is not None:
             panel.plot(*_curve(marked, data.metric), ".-", color=colour, linewidth=2, label=label)
-    panel.set(xlabel="step", ylabel=f"validation {data.metric}", ylim=limits, yscale=_scale(limits))
+    panel.set(xlabel="step", ylabel=data.metric_label, ylim=limits, yscale=_scale(limits))
     _label_log_axes(panel)
     if panel.get_legend_handles_labels()[0]:
         panel.legend()
@@ -342,8 +347,8 @@ def importance(data: PlotData) -> "Figure | None":
     means = np.maximum(permuted.importances_mean, 0)
     order = np.argsort(means, kind="stable")
     figure, (panel,) = _panels(1, width=5.0, height=1.2 + 0.35 * len(axes))
-    panel.barh([list(axes)[i] for i in order], means[order] / max(means.sum(), 1e-12), color="C0")
-    panel.set(xlabel=f"share of the variation of {data.metric}", xlim=(0, 1))
+    panel.barh([drawable(list(axes)[i]) for i in order], means[order] / max(means.sum(), 1e-12), color="C0")
+    panel.set(xlabel=drawable(f"share of the variation of {data.metric}"), xlim=(0, 1))
     return figure
 
 

@@ -1,5 +1,6 @@
 """Range tests: they find the learning rates that train, by one ramped run or by a short run for each."""
 
+import bisect
 import contextlib
 import dataclasses
 import itertools
@@ -27,7 +28,7 @@ from adamjax.problems._check import checked
 from adamjax.problems._task import Model, Task
 from adamjax.schedules import range_test
 from adamjax.training import ShardedTask, TrainStep, data_mesh, initial, keys_of, update_model
-from adamjax.tuning._blocks import BatchSource, Block
+from adamjax.tuning._blocks import BLOCK_STEPS, BatchSource, Block
 from adamjax.tuning._journal import Json, nan_to_null, null_to_nan
 from adamjax.tuning._mesh_runner import make_runner
 from adamjax.tuning._objective import Objective, Outcome, RunTrials, check_objective, first_losses, run_here
@@ -259,7 +260,7 @@ class LrRange:
             )
         if x.argmin() <= self._margin:
             return f"the loss does not fall, unless it begins at its minimum: {self._lower}, or take more steps"
-        if not self._falls(x) or (clearly and not self._falls_clearly(x)):
+        if not self._falls(x) or (clearly and not self._falls_clearly):
             otherwise = ', or a range test with mode="constant"' if self.mode == "ramp" else ""
             return f"the loss falls by no more than its noise: take more steps or larger batches{otherwise}"
         if end is None and x.argmin() >= len(x) - 1 - self._margin:
@@ -273,8 +274,10 @@ class LrRange:
         noise = 2 * np.median(np.abs(self._curve - x))
         return bool(_start(x) - x.min() > max(noise, _ROUNDING * _ulp(self._curve)))
 
-    def _falls_clearly(self, x: np.ndarray) -> bool:
-        """Return whether the smoothed loss `x` falls by more than noise around a constant does."""
+    @cached_property
+    def _falls_clearly(self) -> bool:
+        """Whether the smoothed loss falls by more than noise around a constant does."""
+        x = self.smoothed[: self.diverged_at]
         fall, best = _start(x) - x.min(), int(x.argmin())
         near = max(len(self.losses) // 40, 1)  # points on either side of the minimum
         losses = self._curve[: best + near + 1]
@@ -507,6 +510,8 @@ class _ZeroNonfinite(Transformation):
 def _ramps(task: Task, optimizer: OptimizerFactory, longest: int, seed: int) -> Measure:
     """Measure by a run up to where losses cease to be finite; runs of up to `longest` steps share a program."""
     keys = keys_of(seed)
+    if task.is_fed:
+        longest = min(longest, BLOCK_STEPS)
 
     def run(model: Model, state: PyTree, inputs: tuple[PyTree, Block]) -> tuple[Model, PyTree, jax.Array]:
         opt, (first, last, batches) = inputs
@@ -577,11 +582,31 @@ def _has_trend(x: np.ndarray) -> np.ndarray:
     of those, nine tenths of the pairs must fall.
     """
     n = np.arange(1, len(x) + 1)
-    falling = np.cumsum(
-        [np.sign(x[:i] - x[i]).sum() for i in range(len(x))]
-    )  # the pairs that fall, less those that rise
+    falling = np.cumsum(_falling_pairs(x))
     spread, pairs = np.sqrt(n * (n - 1) * (2 * n + 5) / 18), n * (n - 1) / 2
     return np.asarray(falling - 1 > np.minimum(CLEAR_TREND * spread, 0.8 * (pairs - 1)))
+
+
+def _falling_pairs(x: np.ndarray) -> np.ndarray:
+    """Return, for each point of a curve, how many of those before it lie above it, less those that lie below it."""
+    distinct, ranks = np.unique(x, return_inverse=True)
+    tree = [0] * (len(distinct) + 1)  # Fenwick's, of the points so far by rank
+
+    def count(rank: int) -> int:
+        """Return how many points so far have at most this rank, which counts from 1."""
+        total = 0
+        while rank:
+            total += tree[rank]
+            rank &= rank - 1
+        return total
+
+    pairs = []
+    for i, rank in enumerate((ranks + 1).tolist()):
+        pairs.append(i - count(rank) - count(rank - 1))
+        while rank < len(tree):
+            tree[rank] += 1
+            rank += rank & -rank
+    return np.asarray(pairs)
 
 
 def _ulp(x: np.ndarray) -> float:
@@ -594,7 +619,14 @@ def _median(x: np.ndarray, points: int) -> np.ndarray:
     half = min(max(points // 80, 1), len(x) - 1)
     if half < 1:
         return x
-    return np.median(np.lib.stride_tricks.sliding_window_view(np.pad(x, half, mode="reflect"), 2 * half + 1), axis=1)
+    padded = np.pad(x, half, mode="reflect").tolist()
+    window = sorted(padded[: 2 * half])
+    medians = []
+    for new, old in zip(padded[2 * half :], padded, strict=False):
+        bisect.insort(window, new)
+        medians.append(window[half])
+        del window[bisect.bisect_left(window, old)]
+    return np.asarray(medians)
 
 
 def _average(x: np.ndarray, points: int) -> np.ndarray:

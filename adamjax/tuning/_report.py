@@ -393,9 +393,9 @@ class Report:
             "explored": {name: list(x) for name, x in self.explored.items()},
             "execution": self.execution,
             "notes": list(self.notes),
-            "facts": dict(self.facts),
         }
-        _journal.keep(path, self.question, decisions, self.trials)
+        facts = {} if self.stopped else dict(self.facts)
+        _journal.keep(path, self.question, decisions, facts, self.trials)
         if jax.process_index() > 0:
             return
         pictures = {name: _png(figure) for name, figure in figures.items()}
@@ -416,7 +416,7 @@ class Report:
             question=self.question,
             facts={"runs": runs, "execution": self.execution} | dict(self.facts),
         )
-        files.replace(path / "report.html", content.encode(errors="replace"))
+        files.replace(path / "report.html", content.encode(errors="backslashreplace"))
 
     @classmethod
     def load(cls, directory: str | Path) -> "Report":

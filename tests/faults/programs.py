@@ -9,7 +9,6 @@ import enum
 import gc
 import io
 import json
-import threading
 import traceback
 from unittest import mock
 
@@ -21,7 +20,6 @@ import numpy as np
 import adamjax
 from adamjax import cli, tuning
 from adamjax._core import locks
-from faults import known
 
 MAX_MESSAGE = 600
 
@@ -65,7 +63,7 @@ def check_message(text):
 
 def command(*arguments):
     """Run the command line in this process; return its exit code and what it said on stderr."""
-    out, err = io.StringIO(), _OfMainThread() if known.THREADS_PRINT_TRACEBACKS else io.StringIO()
+    out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), _quick(), documented():
         try:
             code = cli.main(list(map(str, arguments)))
@@ -82,13 +80,6 @@ def command(*arguments):
     if code:
         check_message(lines[-1] if lines else "")
     return code, "\n".join(lines)
-
-
-class _OfMainThread(io.StringIO):
-    """Leaves out the text of other threads."""
-
-    def write(self, text):
-        return super().write(text) if threading.current_thread() is threading.main_thread() else len(text)
 
 
 @contextlib.contextmanager
