@@ -437,6 +437,10 @@ class TestOptuna:
 BAD = [
     ({"trials": 0}, ValueError, "Invalid trials value: 0; trials must be at least 1"),
     ({"steps": 0}, ValueError, "Invalid steps value: 0; steps must be at least 1"),
+    ({"steps": 2**31}, ValueError, "steps must be at most 2,147,483,647, since the updates of a run are counted in 32"),
+    ({"trials": 10**9}, ValueError, "trials must be at most 10,000,000, since the results of all are kept in memory"),
+    ({"confirm": (1, 10**9)}, ValueError, r"Invalid confirm\[1\] value: 1,000,000,000; .* at most 10,000,000"),
+    ({"stop": True}, TypeError, "Invalid stop value: True"),
     ({"steps": 1.5}, TypeError, "Invalid steps value: 1.5; steps must be an int"),
     ({"seed": -1}, ValueError, "Invalid seed value: -1"),
     ({"seed": 2**31 - 2, "confirm": (1, 2)}, ValueError, "Invalid seed value: 2147483646; seed, .*must be below 2"),

@@ -194,8 +194,9 @@ def schedules(data: PlotData) -> "Figure | None":
     finalists = {c.name: c.setting for c in data.confirmed if c.finalist}
     shown = finalists or {f"trial {t.number}": t.setting for t in (data.best, data.defaults) if t is not None}
     shown = {name: setting for name, setting in shown.items() if "learning_rate" in setting}
-    drawn = data.schedule in COURSES and data.steps and data.steps <= MAX_STEPS  # a report may be read from anywhere
-    if not (drawn and any(map(is_scheduled, shown.values()))):
+    if not data.steps or data.steps > MAX_STEPS:  # which a report that was read from a file may say
+        return None
+    if not (data.schedule in COURSES and any(map(is_scheduled, shown.values()))):
         return None
     figure, (panel,) = _panels(1, width=7.0)
     steps = np.unique(np.linspace(0, data.steps, 401).round().astype(int))
