@@ -403,6 +403,16 @@ def test_a_history_is_drawn(tmp_path):
     assert found.explain() == explain(found)
 
 
+def test_paths_that_look_like_formulas_are_drawn_as_they_are(tmp_path):
+    name = r"$\frac{$"
+    params = {name: jnp.ones(2)}
+    opt = adam()
+    found = History()
+    found.append(jax.jit(measure)(params, params, opt.init(params), params))
+    figure = found.plot(tmp_path / "history.png")
+    assert figure.axes[0].lines[0].get_label() == r"\$\frac{\$"
+
+
 def test_figures_are_logged(tmp_path):
     pytest.importorskip("tensorboardX")
     stats = next(iter(history(steps=1)))

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+import tracemalloc
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,44 @@ pytestmark = pytest.mark.numbers
 
 DIGITS = adamjax.problems.digits(hidden=(8,), batch_size=16)
 RATES = np.geomspace(1e-6, 1, 200)
+
+
+def test_memory_grows_with_the_steps_not_with_their_square():
+    rates = np.geomspace(1e-6, 1, 40_000)
+    rng = np.random.default_rng(0)
+    losses = 2 - 1.5 / (1 + (1e-3 / rates) ** 1.5) + 100 * rates**3 + rng.normal(0, 0.1, len(rates))
+    tracemalloc.start()
+    found = LrRange(rates, losses)
+    suggestions = found.suggestions
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert 1e-3 < suggestions["valley"] < 1e-1
+    assert peak < 50 * losses.nbytes
+
+
+@pytest.mark.parametrize("points", [2, 3, 10, 200, 3000])
+def test_statistics_of_curves_are_those_of_their_definitions(points):
+    rng = np.random.default_rng(0)
+    for x in (rng.normal(size=points), rng.integers(0, 5, points).astype(float)):
+        pairs = [np.sign(x[:i] - x[i]).sum() for i in range(points)]
+        np.testing.assert_array_equal(_range_test._falling_pairs(x), pairs)
+        half = min(max(points // 80, 1), points - 1)
+        padded = np.pad(x, half, mode="reflect")
+        medians = [np.median(padded[i : i + 2 * half + 1]) for i in range(points)]
+        np.testing.assert_array_equal(_range_test._median(x, points), medians)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_steps": 10**7 + 1}, "num_steps must be at most 10,000,000, since the whole curve is kept in memory"),
+        ({"num_rates": 10**9, "mode": "constant"}, "num_rates must be at most 10,000,000, since"),
+        ({"num_steps": 2**31, "mode": "constant"}, "num_steps must be at most 2,147,483,647, since"),
+    ],
+)
+def test_sizes_that_no_machine_has_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        lr_range_test(BOWL, **arguments)
 
 
 def curve(rates=RATES, scale=1.0):

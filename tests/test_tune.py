@@ -439,6 +439,10 @@ class TestOptuna:
 BAD = [
     ({"trials": 0}, ValueError, "Invalid trials value: 0; trials must be at least 1"),
     ({"steps": 0}, ValueError, "Invalid steps value: 0; steps must be at least 1"),
+    ({"steps": 2**31}, ValueError, "steps must be at most 2,147,483,647, since the updates of a run are counted in 32"),
+    ({"trials": 10**9}, ValueError, "trials must be at most 10,000,000, since the results of all are kept in memory"),
+    ({"confirm": (1, 10**9)}, ValueError, r"Invalid confirm\[1\] value: 1,000,000,000; .* at most 10,000,000"),
+    ({"stop": True}, TypeError, "Invalid stop value: True"),
     ({"steps": 1.5}, TypeError, "Invalid steps value: 1.5; steps must be an int"),
     ({"seed": -1}, ValueError, "Invalid seed value: -1"),
     ({"seed": 2**31 - 2, "confirm": (1, 2)}, ValueError, "Invalid seed value: 2147483646; seed, .*must be below 2"),
@@ -576,6 +580,29 @@ class TestReport:
         report = dataclasses.replace(report, question=report.question | {"problem": "<script>"})
         report.save(tmp_path)
         assert "<script>" not in (tmp_path / "report.html").read_text()
+
+    def test_names_are_drawn_and_printed_as_they_are(self, report, tmp_path, capsys):
+        name = "$\\frac{$ <b> \x1b[31m"
+        trials = [
+            dataclasses.replace(t, stage=t.stage.replace("list", name), metrics={name: t.metrics["loss"]})
+            for t in report.trials
+        ]
+        question = report.question | {"problem": name, "metric": name, "<b>": name, "steps": 10**18}
+        named = dataclasses.replace(report, question=question, trials=trials, make=None)
+        named.save(tmp_path)
+        page = (tmp_path / "report.html").read_text(encoding="utf-8")
+        assert "<b>" not in page.replace("<figcaption><b>", "")
+        assert cli.main(["report", str(tmp_path)]) == 0
+        said = capsys.readouterr()
+        assert "$\\frac{$ <b> \\x1b[31m" in said.out
+        assert "\x1b" not in said.out + said.err
+
+    @pytest.mark.slow
+    def test_is_printed_in_ascii(self, report, tmp_path):
+        report.save(tmp_path)
+        command = [sys.executable, "-m", "adamjax", "report", str(tmp_path)]
+        said = subprocess.run(command, env=os.environ | {"PYTHONIOENCODING": "ascii"}, capture_output=True, check=True)
+        assert f" +- {report.confirmed[0].spread:.2g}".encode() in said.stdout
 
     def test_difference_to_the_defaults_may_be_noise(self, report):
         from scipy import stats

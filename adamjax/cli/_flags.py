@@ -150,6 +150,8 @@ def errors_for_users(problem: str = "") -> Iterator[None]:
         yield
     except (ImportError, OSError, TypeError, ValueError) as error:
         raise CommandError(f"{error}{_line_in_problem(error, problem)}") from error
+    except MemoryError as error:
+        raise CommandError(f"this machine's memory is too small. {error}".rstrip()) from error
 
 
 def _line_in_problem(error: Exception, problem: str) -> str:

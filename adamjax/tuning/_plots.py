@@ -13,6 +13,7 @@ from adamjax.tuning._confirmed import Confirmed
 from adamjax.tuning._courses import COURSES, course_schedule, is_scheduled
 from adamjax.tuning._journal import DEFAULTS as DEFAULTS_STAGE
 from adamjax.tuning._journal import TrialRecord
+from adamjax.tuning._limits import MAX_STEPS
 from adamjax.tuning._space import Setting
 
 if TYPE_CHECKING:
@@ -193,7 +194,9 @@ def schedules(data: PlotData) -> "Figure | None":
     finalists = {c.name: c.setting for c in data.confirmed if c.finalist}
     shown = finalists or {f"trial {t.number}": t.setting for t in (data.best, data.defaults) if t is not None}
     shown = {name: setting for name, setting in shown.items() if "learning_rate" in setting}
-    if not (data.schedule in COURSES and data.steps and any(map(is_scheduled, shown.values()))):
+    if not data.steps or data.steps > MAX_STEPS:  # which a report that was read from a file may say
+        return None
+    if not (data.schedule in COURSES and any(map(is_scheduled, shown.values()))):
         return None
     figure, (panel,) = _panels(1, width=7.0)
     steps = np.unique(np.linspace(0, data.steps, 401).round().astype(int))

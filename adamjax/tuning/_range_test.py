@@ -28,6 +28,7 @@ from adamjax.problems._check import checked
 from adamjax.problems._task import Model, Task
 from adamjax.schedules import range_test
 from adamjax.training import ShardedTask, TrainStep, data_mesh, initial, keys_of, update_model
+from adamjax.tuning import _limits
 from adamjax.tuning._blocks import BLOCK_STEPS, BatchSource, Block
 from adamjax.tuning._journal import Json, nan_to_null, null_to_nan
 from adamjax.tuning._mesh_runner import make_runner
@@ -379,6 +380,12 @@ def lr_range_test(
     num_rates = rates_by_default if num_rates is None else num_rates
     for name, x in (("num_steps", num_steps), ("num_rates", num_rates)):
         checks.count(name, x, MIN_POINTS)
+    if mode == "ramp":
+        _limits.points("num_steps", num_steps)
+    else:
+        _limits.points("num_rates", num_rates)
+    if is_problem(problem):
+        _limits.steps("num_steps", num_steps)
     checks.function("optimizer", optimizer)
     checks.integer("seed", seed)
     spacing = _Spacing.of(min_lr, max_lr, num_steps if mode == "ramp" else num_rates)

@@ -20,6 +20,7 @@ from adamjax._core.typing import PyTree
 from adamjax.optimizers import adamw
 from adamjax.problems import Problem
 from adamjax.problems._task import Task
+from adamjax.tuning import _limits
 from adamjax.tuning._courses import OWN, Scheduled
 from adamjax.tuning._journal import Json
 from adamjax.tuning._optuna import Sampler, Storage
@@ -57,7 +58,7 @@ class Spec:
     def __post_init__(self) -> None:
         for name, least in (("trials", 1), ("steps", 1), ("seed", 0)):
             if name != "steps" or self.steps is not None:
-                object.__setattr__(self, name, checks.count(name, getattr(self, name), least))
+                object.__setattr__(self, name, self._count(name, getattr(self, name), least))
         if self.confirm is not None:
             object.__setattr__(self, "confirm", _checked_confirm(self.confirm))
         if max(self.seeds) >= 2**31:
@@ -74,6 +75,11 @@ class Spec:
         found = middle | {name: defaults[name] for name in self.space.free if name in defaults}
         # Users who tune nothing keep the rate constant.
         return found | {name: x for name, x in OWN.items() if name in found and isinstance(self.optimizer, Scheduled)}
+
+    def _count(self, name: str, x: object, least: int) -> int:
+        if name == "steps" and is_problem(self.problem):
+            return _limits.steps(name, x, least)
+        return _limits.runs(name, x, least) if name == "trials" else checks.count(name, x, least)
 
     @property
     def race(self) -> list[tuple[int, int]]:
@@ -123,6 +129,11 @@ class Spec:
         return hashlib.sha256(json.dumps(self.question).encode()).hexdigest()[:12]
 
 
+def _checked_pair(name: str, pair: Sequence[int]) -> list[int]:
+    best, seeds = pair
+    return [checks.count(f"{name}[0]", best), _limits.runs(f"{name}[1]", seeds)]
+
+
 def _checked_confirm(confirm: Any) -> list[int] | list[list[int]]:
     """Return a checked pair of a number of settings and one of seeds, or a checked list of such pairs."""
     kind = "confirm must be two ints, or pairs of them with fewer settings and more seeds in each, or None"
@@ -131,8 +142,8 @@ def _checked_confirm(confirm: Any) -> list[int] | list[list[int]]:
     if not all(isinstance(pair, Sequence) and len(pair) == 2 for pair in confirm):
         if len(confirm) != 2:
             raise ValueError(f"Invalid confirm value: {confirm!r}; {kind}")
-        return [checks.count(f"confirm[{i}]", x) for i, x in enumerate(confirm)]
-    pairs = [[checks.count(f"confirm[{i}][{k}]", x) for k, x in enumerate(pair)] for i, pair in enumerate(confirm)]
+        return _checked_pair("confirm", confirm)
+    pairs = [_checked_pair(f"confirm[{i}]", pair) for i, pair in enumerate(confirm)]
     if any(later[0] > first[0] or later[1] <= first[1] for first, later in itertools.pairwise(pairs)):
         raise ValueError(f"Invalid confirm value: {confirm!r}; {kind}")
     return pairs

@@ -16,6 +16,7 @@ from adamjax._core.optional import require
 from adamjax._transforms.base import Transformation, as_transformation
 from adamjax.optimizers import adamw
 from adamjax.problems import Problem
+from adamjax.tuning import _limits
 from adamjax.tuning._mesh_runner import Runner, make_runner
 from adamjax.tuning._population import Results, structure_of
 from adamjax.tuning._space import OptimizerFactory, Setting, Space
@@ -158,9 +159,10 @@ def sweep(
     True
     """
     begin = time.perf_counter()
-    for name, x in (("steps", steps), ("trials", trials), ("points", points)):
-        checks.count(name, x)
-    seed_array = np.asarray(seeds) if np.ndim(seeds) else np.arange(checks.count("seeds", seeds))
+    _limits.steps("steps", steps)
+    _limits.runs("trials", trials)
+    checks.count("points", points)
+    seed_array = np.asarray(seeds) if np.ndim(seeds) else np.arange(_limits.runs("seeds", seeds))
     if seed_array.ndim != 1 or not seed_array.size or not np.issubdtype(seed_array.dtype, np.integer):
         expected = "a number of seeds, or a list of at least one int"
         raise ValueError(f"Invalid seeds value: {seeds!r}; seeds must be {expected}")
@@ -200,6 +202,7 @@ def resolve_mode(metric: str, mode: str | None) -> str:
 
 def evenly_spaced(steps: int, count: int) -> np.ndarray:
     """Return `count` evenly spaced steps, the last one `steps`; fewer if there are not as many steps."""
+    count = min(count, steps)
     return np.unique(np.round(np.linspace(0, steps, count + 1)[1:]).astype(int).clip(1))
 
 
