@@ -73,8 +73,9 @@ def run(objective: Callable[..., Any], options: Options) -> int:
         diagnosis.add(step, record, None)
         print(f"step {step}: {_listed(metrics)}", flush=True)
 
+    stopped = f"adamjax: stopped; what was reported is in {folder.path}"
     try:
-        with signals.interrupted():
+        with signals.interrupted_in_time(lambda: stopped):
             value = objective(optimizer, Trial(options, optimizer, log))
         with _flags.errors_for_users():
             metrics = _metrics(value, f"{options['problem']} returned")
@@ -83,7 +84,7 @@ def run(objective: Callable[..., Any], options: Options) -> int:
         if record not in folder.records[-1:]:
             folder.log(record)
     except KeyboardInterrupt:
-        print(f"adamjax: stopped; what was reported is in {folder.path}", file=sys.stderr)
+        print(stopped, file=sys.stderr)
         return 130
     finally:
         folder.plot()
