@@ -55,9 +55,8 @@ def numbers(path):
     return json.loads((path / "report.json").read_text())
 
 
-@pytest.mark.parametrize("execution", ["vmap", pytest.param("mesh", marks=pytest.mark.slow)])
-def test_a_tuning_of_a_problem_that_is_stopped_goes_on(tmp_path, execution):
-    tuning = partial(small, execution=execution, halving=execution == "vmap")
+def test_a_tuning_of_a_problem_that_is_stopped_goes_on(tmp_path):
+    tuning = partial(small, execution="vmap", halving=True)
     tuning(out=tmp_path / "whole")
     # One round needs 20 calls.
     report, stops = stopped_again_and_again(tuning, tmp_path / "stopped", itertools.repeat(33))
