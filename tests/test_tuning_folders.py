@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from adamjax import DamagedFileError, FolderInUseError
-from adamjax.tuning import Report, Search, tune
+from adamjax.tuning import LrRange, Report, Search, tune
 
 FILES = ("tune.json", "trials.jsonl")
 WRONG: tuple[Any, ...] = (None, True, -1, 2**70, 1.5, 1e300, "x", "", [], [[]], [None], ["x"], {}, {"x": []}, math.nan)
@@ -249,6 +249,26 @@ def takes_or_refuses(folder, where):
     return said != [None] * 3
 
 
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("kind", ["folder", "pipe", "loop"])
+def test_what_is_no_file(whole, tmp_path, name, kind):
+    folder = damaged(whole, tmp_path / "it", **{name.partition(".")[0]: None})
+    make = {"folder": os.mkdir, "pipe": os.mkfifo, "loop": lambda path: os.symlink(path, path)}[kind]
+    make(folder / name)
+    for call in (Report.load, lambda folder: small(out=folder)):
+        with pytest.raises(DamagedFileError, match=rf"{re.escape(str(folder / name))} .*choose another folder"):
+            call(folder)
+
+
+def test_folders_that_are_none(tmp_path):
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(FileExistsError, match="in, something that is not a folder: choose another one"):
+            Search(out=path)
+    with pytest.raises(ValueError, match=r"Invalid content value: {'mode': 'ramp'}"):
+        LrRange.from_json({"mode": "ramp"})
+
+
 HOLDER = """
     import sys
     from test_tuning_folders import objective, small
@@ -292,3 +312,18 @@ def test_an_empty_decision_beside_trials_loses_nothing(whole, tmp_path):
             with pytest.raises(DamagedFileError, match=r"has (no|a) tune.json.* beside it: restore it from a copy"):
                 call()
         assert (folder / "trials.jsonl").read_bytes() == trials
+
+
+def test_searches_of_one_process_share_a_folder(tmp_path):
+    first, second = (Search(trials=5, confirm=None, out=tmp_path) for _ in range(2))
+    trials, others = first.ask_round(), second.ask_round()
+    first.tell(trials[0], 1.0)
+    second.tell(others[1], 2.0)
+    first.tell(trials[2], 3.0)
+    assert [t.number for t in Report.load(tmp_path).trials] == [0, 1, 2]
+    first.close()
+    with pytest.raises(ValueError, match="was closed, so nothing can be told any more"):
+        first.tell(trials[3], 1.0)
+    (tmp_path / "trials.jsonl").write_bytes(b"")
+    with pytest.raises(DamagedFileError, match=r"trials\.jsonl was cut or removed while it was in use"):
+        second.tell(others[3], 1.0)

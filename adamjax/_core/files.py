@@ -150,7 +150,8 @@ def json_object(content: bytes, path: Path, remedy: str) -> dict[str, Any]:
     try:
         found = json.loads(content.decode())
     except (ValueError, RecursionError) as error:
-        reason = "it nests too deeply" if isinstance(error, RecursionError) else error
+        # Not the error itself, which would keep the frames of the callers until the garbage collector comes.
+        reason = "it nests too deeply" if isinstance(error, RecursionError) else str(error)
         raise DamagedFileError(path, f"{path} is damaged ({reason}): {remedy}") from error
     if not isinstance(found, dict):
         raise DamagedFileError(path, f"{path} is damaged (it has {type(found).__name__}, not an object): {remedy}")
