@@ -439,7 +439,7 @@ def stop_on_signals() -> Iterator[Callable[[], bool]]:
     """Stop `train` at a signal: Ctrl-C, SIGTERM, by which schedulers preempt a job, or SIGHUP.
 
     The run ends after the update that is running, and its last reports can be saved. A second Ctrl-C interrupts at
-    once. Signals that the process ignores, as under nohup, stay ignored. After `jax.distributed.initialize`, a signal
+    once. A SIGHUP that the process ignores, as under nohup, stays ignored. After `jax.distributed.initialize`, a signal
     to any process stops all of them after the same update, by JAX's preemption service, which hears SIGTERM until the
     process ends. In a thread other than the main one, signals are left as they are.
 

@@ -94,10 +94,11 @@ def test_two_processes_that_a_signal_stops_are_one_with_two_devices(one, tmp_pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("before", "killed", "after"), [(4, 2, 2), (2, 0, 4)])
-def test_a_killed_process_ends_the_others_and_another_number_goes_on(tmp_path, before, killed, after):
+@pytest.mark.processes
+@pytest.mark.parametrize(("before", "killed", "after", "steps"), [(4, 2, 2, 60), (2, 0, 4, 30)])
+def test_a_killed_process_ends_the_others_and_another_number_goes_on(tmp_path, before, killed, after, steps):
     """To the loss of one device, without any of this."""
-    out, steps = tmp_path / "run", 60
+    out = tmp_path / "run"
     started = start([f"--steps={steps}", "--checkpoint-every=10", "--out", str(out)], processes=before)
     wait_for((out / "checkpoints" / "10").exists, started)
     started[killed].kill()

@@ -407,6 +407,7 @@ def test_missing_extras_name_the_command(monkeypatch, capsys, tmp_path):
 
 
 def test_signals_stop_a_run_in_python():
+    """Ctrl-C also where a shell has had it ignored, for a command in the background."""
     handlers = {number: signal.getsignal(number) for number in signals.STOPS}
     for number in signals.STOPS:
         with training.stop_on_signals() as stop:

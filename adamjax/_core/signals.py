@@ -35,12 +35,12 @@ def calls_on_signals(stop: Callable[[], object], numbers: Sequence[int] = STOPS)
 
 @contextmanager
 def interrupted() -> Iterator[None]:
-    """Let signals other than Ctrl-C raise KeyboardInterrupt, too."""
+    """Let all signals that ask to stop raise KeyboardInterrupt."""
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    with _handled_by(interrupt, STOPS[1:]):
+    with _handled_by(interrupt, STOPS):
         yield
 
 
@@ -57,13 +57,13 @@ def end_process(last_words: str) -> NoReturn:
 
 @contextmanager
 def _handled_by(handler: Handler, numbers: Sequence[int]) -> Iterator[None]:
-    """Handle signals, but those that are ignored: `nohup` and shells ignore some for a command in the background."""
+    """Handle signals, but a SIGHUP that is ignored, as under `nohup`."""
     if threading.current_thread() is not threading.main_thread():  # which alone can set handlers
         yield
         return
     before = {number: signal.getsignal(number) for number in numbers}
     for number, found in before.items():
-        if found is not signal.SIG_IGN:
+        if not (found is signal.SIG_IGN and number == getattr(signal, "SIGHUP", None)):
             signal.signal(number, handler)
     try:
         yield
