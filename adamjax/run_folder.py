@@ -11,7 +11,6 @@ from typing import Any
 from adamjax._core import files
 from adamjax._core.locks import FolderLock
 from adamjax._core.optional import require
-from adamjax._core.processes import broadcast as broadcast
 
 Record = dict[str, Any]  # a step and the measurements made there, by name
 # The losses since the last record, by the step at which a run was stopped between two: the next record has them, too.

@@ -15,15 +15,17 @@ import numpy as np
 import adamjax
 from adamjax import safety, schedules, training
 from adamjax._core.optional import require
+from adamjax._core.processes import broadcast
+from adamjax._core.signals import STOPPED
 from adamjax._core.text import printable
 from adamjax._core.typing import ScheduleLike
 from adamjax.cli import _arguments, _distributed, _flags, _subject, _train_checkpoints, _train_objective, _train_setup
 from adamjax.cli._diagnosis import Diagnosis
 from adamjax.cli._flags import CommandError, Options
 from adamjax.problems import Problem
-from adamjax.run_folder import Record, RunFolder, broadcast, claim
+from adamjax.run_folder import Record, RunFolder, claim
 
-_FAILED, _DIVERGED, _STOPPED = 1, 1, 130
+_FAILED, _DIVERGED = 1, 1
 
 # Flags of a problem. Whether an objective was given them matters, so the parser does not know these values.
 _DEFAULTS: Options = {"steps": 1000, "schedule": "warmup_cosine", "report_every": 10, "evaluate_every": 100}
@@ -242,7 +244,7 @@ def _summarize(run: _PreparedRun, report: training.Report, rate: Callable[[int],
     code = _exit_code(report, options)
     if code == _DIVERGED:
         print(_advice(report, rate, options), file=sys.stderr)
-    if code == _STOPPED and run.checkpoints.can_save:
+    if code == STOPPED and run.checkpoints.can_save:
         print(f"adamjax: stopped; adamjax train --resume {run.path} goes on", file=sys.stderr)
     return code
 
@@ -263,7 +265,7 @@ def _run_as_follower(run: _PreparedRun, options: Options) -> int:
 def _exit_code(report: training.Report, options: Options) -> int:
     if report.diverged_at is not None:
         return _DIVERGED
-    return 0 if report.step == options["steps"] else _STOPPED
+    return 0 if report.step == options["steps"] else STOPPED
 
 
 def _record(report: training.Report, rate: Callable[[int], jax.Array]) -> Record:

@@ -85,7 +85,7 @@ def run(objective: Callable[..., Any], options: Options) -> int:
             folder.log(record)
     except KeyboardInterrupt:
         print(stopped, file=sys.stderr)
-        return 130
+        return signals.STOPPED
     finally:
         folder.plot()
         diagnosis.finish()

@@ -14,7 +14,7 @@ import jax
 from adamjax._core import checks, files
 from adamjax._core.files import DamagedFileError
 from adamjax._core.locks import FolderInUseError, FolderLock
-from adamjax.run_folder import broadcast
+from adamjax._core.processes import broadcast
 from adamjax.tuning._space import Setting, stable_repr
 from adamjax.tuning._stored import DIGEST, check_decisions, check_trial, with_digest
 
