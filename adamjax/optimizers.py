@@ -86,7 +86,7 @@ def adamw(
     amsgrad: bool | AMSGrad = False,
     maximize: bool = False,
     decay_schedule: DecaySchedule = "lr",
-    cautious_weight_decay: bool = False,
+    cautious_decay: bool = False,
     fused: FusedMode = False,
 ) -> Chain:
     """Adam with decoupled weight decay (Loshchilov & Hutter, 2019).
@@ -101,7 +101,7 @@ def adamw(
         lr * weight_decay of a parameter (optax, torch). "independent": only the shape of the
         learning rate's schedule, lr / peak, so that a new learning rate needs no new weight decay;
         with a constant learning rate the factor is 1. A schedule whose peak is unknown raises.
-      cautious_weight_decay: If True, a number decays only where that does not oppose its update (Chen et al., 2025);
+      cautious_decay: If True, a number decays only where that does not oppose its update (Chen et al., 2025);
         see `add_decayed_weights`.
 
     Returns:
@@ -121,9 +121,9 @@ def adamw(
     moments = scale_by_adam(b1, b2, eps, eps_root, mu_dtype, nu_dtype=nu_dtype, nesterov=nesterov, amsgrad=amsgrad)
     direction = with_coupled_decay(moments, 0.0, None, maximize)
     if checks.choice("decay_schedule", decay_schedule, ("lr", "independent")) == "lr":
-        decay = _decay(weight_decay, mask, cautious_weight_decay)
+        decay = _decay(weight_decay, mask, cautious_decay)
         return _chain_or_fused(fused, direction, decay, ScaleByLearningRate(learning_rate))
-    decay = _decay(_decay_like(learning_rate, weight_decay), mask, cautious_weight_decay, flip_sign=True)
+    decay = _decay(_decay_like(learning_rate, weight_decay), mask, cautious_decay, flip_sign=True)
     return _chain_or_fused(fused, direction, ScaleByLearningRate(learning_rate), decay)
 
 
@@ -204,7 +204,7 @@ def nadamw(
     mask: Mask = None,
     *,
     nu_dtype: MomentFormat = None,
-    cautious_weight_decay: bool = False,
+    cautious_decay: bool = False,
 ) -> Chain:
     """`nadam` with decoupled weight decay.
 
@@ -219,7 +219,7 @@ def nadamw(
     """
     return adamw(
         learning_rate, b1, b2, eps, eps_root, mu_dtype, weight_decay, mask,
-        nu_dtype=nu_dtype, nesterov=True, cautious_weight_decay=cautious_weight_decay,
+        nu_dtype=nu_dtype, nesterov=True, cautious_decay=cautious_decay,
     )  # fmt: skip
 
 
@@ -291,7 +291,7 @@ def adamaxw(
     *,
     mu_dtype: MomentFormat = None,
     nu_dtype: MomentFormat = None,
-    cautious_weight_decay: bool = False,
+    cautious_decay: bool = False,
 ) -> Chain:
     """`adamax` with decoupled weight decay.
 
@@ -299,7 +299,7 @@ def adamaxw(
       learning_rate: A number or a schedule.
       b1, b2, eps, mu_dtype, nu_dtype: See `scale_by_adamax`.
       weight_decay, mask: See `add_decayed_weights`.
-      cautious_weight_decay: See `adamw`.
+      cautious_decay: See `adamw`.
 
     Returns:
       A transformation whose state is a tuple that starts with an `AdamState`; `update` needs
@@ -310,7 +310,7 @@ def adamaxw(
     """
     return chain(
         scale_by_adamax(b1, b2, eps, mu_dtype=mu_dtype, nu_dtype=nu_dtype),
-        _decay(weight_decay, mask, cautious_weight_decay),
+        _decay(weight_decay, mask, cautious_decay),
         ScaleByLearningRate(learning_rate),
     )
 
@@ -321,7 +321,7 @@ def _chain_or_fused(fused: FusedMode, *transforms: Transformation) -> Chain:
 
 
 def _decay(weight_decay: ScalarOrSchedule, mask: Mask, cautious: bool, *, flip_sign: bool = False) -> AddDecayedWeights:
-    checks.choice("cautious_weight_decay", cautious, (False, True))
+    checks.choice("cautious_decay", cautious, (False, True))
     return AddDecayedWeights(number_or_schedule("weight_decay", weight_decay), mask, flip_sign, cautious)
 
 

@@ -32,7 +32,7 @@ class RunFolder:
         self.records: list[Record] = []
         self._metrics = path / "metrics.jsonl"
         self._lock = FolderLock(path)
-        self.stale = self._lock.stale
+        self.stale: str | None = self._lock.stale
 
     def begin(self, records: Iterable[Record] | None = None) -> None:
         """Begin to write. `records` are those to keep of a run that is resumed; a new run overwrites nothing.

@@ -24,7 +24,7 @@ RISE_AND_FALL_ORACLE = oracle.warmup_cosine(LR, 5, 40, 1e-3)
 
 
 def _spec(make, *, needs_params=False, with_oracle=None, **keywords):
-    decays = ("weight_decay", "decay_schedule", "cautious_weight_decay", "mask")
+    decays = ("weight_decay", "decay_schedule", "cautious_decay", "mask")
     renamed = {k: v for k, v in keywords.items() if k not in decays}
     return Spec(
         lambda: make(**{"learning_rate": LR} | keywords),
@@ -69,14 +69,14 @@ SPECS = {
     "adamw cautious": _spec(
         adamjax.adamw,
         weight_decay=0.1,
-        cautious_weight_decay=True,
+        cautious_decay=True,
         with_oracle={"decoupled": 0.1, "cautious": True},
         needs_params=True,
     ),
     "adamw cautious independent": _spec(
         adamjax.adamw,
         weight_decay=0.02,
-        cautious_weight_decay=True,
+        cautious_decay=True,
         decay_schedule="independent",
         with_oracle={"independent": 0.02, "cautious": True},
         needs_params=True,

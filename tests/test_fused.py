@@ -104,8 +104,8 @@ def halves(tree):
         {"learning_rate": schedules.cosine(LR, 9), "weight_decay": schedules.linear(0.1, 0.0, 9)},
         {"learning_rate": schedules.cosine(LR, 9), "decay_schedule": "independent", "mask": halves},
         {"mask": halves, "maximize": True, "eps": 1e-3},
-        {"mask": halves, "cautious_weight_decay": True, "weight_decay": 0.1},
-        {"learning_rate": schedules.cosine(LR, 9), "cautious_weight_decay": True, "decay_schedule": "independent"},
+        {"mask": halves, "cautious_decay": True, "weight_decay": 0.1},
+        {"learning_rate": schedules.cosine(LR, 9), "cautious_decay": True, "decay_schedule": "independent"},
     ],
 )
 def test_schedules_and_masks(options):

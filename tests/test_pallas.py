@@ -88,7 +88,7 @@ FORMS = {
     "amsgrad": lambda **kw: adamjax.amsgrad(LR, **kw),
     "corrected": lambda **kw: adamjax.amsgrad(LR, variant="corrected", **kw),
     # Gradient and decay may cancel: without eps_root, what is left of both would be the whole direction.
-    "cautious": lambda **kw: adamjax.adamw(LR, weight_decay=0.1, cautious_weight_decay=True, **kw),
+    "cautious": lambda **kw: adamjax.adamw(LR, weight_decay=0.1, cautious_decay=True, **kw),
     "coupled": lambda **kw: adamjax.adam(LR, weight_decay=0.1, maximize=True, eps_root=1e-4, **kw),
 }
 

@@ -102,7 +102,7 @@ HYPERPARAMETERS: dict[str, tuple[list[Any], list[Any], str]] = {
     "maximize": ([False, True], NO_FLAGS, "maximize"),
     "decoupled_weight_decay": ([False, True], [], "decoupled_weight_decay"),
     "variant": (["torch", "corrected", "paper"], [None, True, "tf"], "variant"),
-    "cautious_weight_decay": ([True, False], NO_FLAGS, "cautious"),
+    "cautious_decay": ([True, False], NO_FLAGS, "cautious"),
     "decay_schedule": (["lr", "independent"], [None, True, "both"], "decay_schedule"),
     "mu_dtype": ([mu for mu, _ in FORMATS.values()], [*NO_DTYPES, "float64"], "mu_dtype"),
     "nu_dtype": ([nu for _, nu in FORMATS.values()], [*NO_DTYPES, "complex64", "float64"], "nu_dtype"),

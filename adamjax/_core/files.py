@@ -24,7 +24,7 @@ class DamagedFileError(ValueError):
 
     def __init__(self, path: str | os.PathLike[str], message: str, step: int | None = None) -> None:
         super().__init__(path, message, step)
-        self.path = Path(path)
+        self.path: Path = Path(path)
         self.step = step
         self._message = message
 

@@ -31,7 +31,8 @@ class FolderInUseError(OSError):
 
     def __init__(self, path: Path, holder: str) -> None:
         super().__init__(path, holder)
-        self.path, self.holder = path, holder
+        self.path: Path = path
+        self.holder: str = holder
 
     def __str__(self) -> str:
         return f"{self.path} is in use by {self.holder}: wait for its end or stop it, or choose another folder"

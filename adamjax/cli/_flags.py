@@ -51,7 +51,7 @@ HYPERPARAMETERS: Flags = {
         "choices": ("lr", "independent"),
         "help": "factor of the weight decay: lr, the learning rate; independent, its part of the peak (default: lr)",
     },
-    "cautious_weight_decay": {
+    "cautious_decay": {
         "action": argparse.BooleanOptionalAction,
         "help": "let a number decay only where that does not oppose its update",
     },
