@@ -7,7 +7,7 @@ import numpy as np
 from jax import Array
 
 from adamjax._core import checks
-from adamjax._core.numerics import Decay, abs_sq, clip_finite, decay, divide_by_real, ema, sqrt_with_zero_slope
+from adamjax._core.numerics import Decay, abs_sq, decay, divide_by_real, ema, sqrt_with_zero_slope
 from adamjax._core.quantization import OF_ITSELF
 from adamjax._core.typing import Scalar
 from adamjax._core.value import precise_field, static_field, value
@@ -27,9 +27,10 @@ class ADOPTRule(AdamRule):
     def accumulate(self, g: Array, m: Array, v: Array, s: Any) -> tuple[Array, Array]:
         """The new moments; the second one has no part in this step."""
         normalised = divide_by_real(g, jnp.maximum(sqrt_with_zero_slope(v), s.eps))
-        # A NaN stays, and an infinity becomes one: limited to a number, it would hide.
-        normalised = clip_finite(normalised, s.extra) + 0 * g
-        return ema(m, normalised, s.decay1), ema(v, abs_sq(g), s.decay2)
+        size = jnp.abs(normalised)
+        # An infinity becomes NaN: limited to a number, it would hide.
+        factor = jnp.where(size > s.extra, s.extra / jnp.where(size > s.extra, size, 1), 1)
+        return ema(m, factor * normalised, s.decay1), ema(v, abs_sq(g), s.decay2)
 
     def direction(self, g: Array, m: Array, v: Array, v_max: Array | None, s: Any) -> Array:
         """The first moment."""

@@ -60,7 +60,7 @@ class StableLeaves(LeafTransform):
 def scale_by_kept(u: Array, p: Any, state: Any, operands: None) -> tuple[Array, Any]:
     """A `LeafFunction`: the update times the factor that the step kept behind the moments."""
     *moments, factor = state
-    return scale(u, factor.astype(u.real.dtype)), tuple(moments)
+    return scale(u, factor.astype(u.dtype)), tuple(moments)
 
 
 @value
