@@ -34,8 +34,9 @@ def _spec(make, *, needs_params=False, with_oracle=None, **keywords):
 
 
 # One of each public optimizer; and with options that change what a chain is made of.
-PUBLIC = ("adam", "amsgrad torch", "adamw", "nadam", "nadamw", "radam", "adamax", "adamaxw")
-PUBLIC += ("ademamix", "simplified_ademamix", "adopt", "adam_atan2", "stable_adamw")
+CLASSIC = ("adam", "amsgrad torch", "adamw", "nadam", "nadamw", "radam", "adamax", "adamaxw")
+SINCE_ADAM = ("ademamix", "simplified_ademamix", "adopt", "adam_atan2", "stable_adamw")
+PUBLIC = (*CLASSIC, *SINCE_ADAM)
 GRID = (*PUBLIC, "adam coupled maximize", "adam coupled schedule", "adamw schedules", "adamw independent")
 
 SPECS = {

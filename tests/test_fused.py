@@ -14,7 +14,7 @@ from tolerances import FUSED_ROUNDED, RECOMPILED
 
 import adamjax
 from adamjax import checkpoint, schedules, sharding
-from adamjax._transforms.adam import adam_scalars
+from adamjax._transforms.adam import AdamRule, adam_scalars
 from adamjax.interop import torch as optim
 from adamjax.kernels import _backend, _blocks, _library
 
@@ -501,7 +501,7 @@ def test_the_pallas_kernels_read_their_numbers_where_they_were_put(nesterov):
     """Here, for with a JAX that is too old for the kernels none of their own tests would say so."""
     adam = adam_scalars(adamjax.scale_by_adam(nesterov=nesterov), jnp.float32(3))
     numbers = _backend.StepScalars(adam, *map(jnp.float32, range(5)))
-    row = _blocks.scalars_of(_backend.StepVariant(nesterov, None, True, True), numbers)
+    row = _blocks.scalars_of(_backend.StepVariant(AdamRule(nesterov), True, True), numbers)
     assert all(np.shape(x) == () for x in row)
     found = _blocks.step_scalars(row)
     if not nesterov:  # then nothing is looked ahead to

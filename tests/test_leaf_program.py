@@ -97,11 +97,11 @@ def test_a_kernel_recognises_the_programs_that_it_can_run():
     params = jnp.ones(4)
     adamw = program_of(adamjax.adamw(LR, nesterov=True), AddToParam(), params)
     assert adamw[-1][1] is add_to_param
-    assert _backend.variant_of(adamw) == _backend.StepVariant(True, None, coupled=False, decays=True)
+    assert _backend.variant_of(adamw) == _backend.StepVariant(AdamRule(nesterov=True), coupled=False, decays=True)
     coupled = program_of(adamjax.adam(LR, weight_decay=0.1, maximize=True, amsgrad="paper"), AddToParam(), params)
-    assert _backend.variant_of(coupled) == _backend.StepVariant(False, "paper", coupled=True, decays=False)
+    assert _backend.variant_of(coupled) == _backend.StepVariant(AdamRule(amsgrad="paper"), coupled=True, decays=False)
     update = program_of(adamjax.adamw(LR), AsUpdate([params]), params)
-    assert _backend.variant_of(update) == _backend.StepVariant(False, None, False, True, update=np.dtype("float32"))
+    assert _backend.variant_of(update) == _backend.StepVariant(AdamRule(), False, True, update=np.dtype("float32"))
     radam = program_of(adamjax.radam(LR), AddToParam(), params)
     assert _backend.split(radam) is _backend.variant_of(radam) is None
 

@@ -15,6 +15,7 @@ from test_fused_rounding import WRAPPERS, assert_same
 from tolerances import FUSED_ROUNDED, RECOMPILED
 
 import adamjax
+from adamjax._transforms.adam import AdamRule
 from adamjax._transforms.moments import moment_dithers
 from adamjax.kernels import _backend, _fused, _pallas
 
@@ -221,7 +222,7 @@ def test_nan_reaches_its_block(format):
 def call_of(shape, format="int8", dtype="float32", residual=None, **variant):
     """What the step of one leaf is called with, but for the kernel."""
     opt = adamw(**FORMATS[format])
-    variant = _backend.StepVariant(False, None, coupled=False, **{"decays": True} | variant)
+    variant = _backend.StepVariant(AdamRule(), coupled=False, **{"decays": True} | variant)
     params, grads = numbers(0, shapes={"w": shape}), numbers(1, shapes={"w": shape})
     state = opt.init(params)[0]
     count = state.count + 1

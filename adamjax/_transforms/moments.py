@@ -9,6 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 import chex
 import jax
 import jax.export
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
@@ -219,26 +220,21 @@ class StepLeaf:
         m_stored, v_stored, third_stored = stored
         rule = self.rule
         chex.assert_equal_shape([x for x in (g, *stored) if x is not None])
-        dtype = trees.compute_dtype(g.dtype, m_stored.dtype, v_stored.dtype)
-        real = trees.real_dtype(dtype)
-        g = rule.limited(g.astype(dtype))
-        v = storage.load(v_stored, real, g)
-        m = storage.load_first(m_stored, v, dtype, g)
+        g, v = self._loaded(g, stored)
         third: Any = None
         if third_stored is not None:
             is_mean = rule.has_slow_mean
-            third = storage.load_first(third_stored, v, dtype, g) if is_mean else storage.load(third_stored, real, g)
-        # Real scalars times complex arrays are meant, even where promotion is strict.
-        with jax.numpy_dtype_promotion("standard") if dtype != real else contextlib.nullcontext():
-            m, v = rule.accumulate(g, m, v, scalars)
-            m = storage.round_first_moment(m, m_stored, dither1)
-            v = storage.round_second_moment(v, v_stored, dither2)
+            third = (
+                storage.load_first(third_stored, v, g.dtype, g) if is_mean else storage.load(third_stored, v.dtype, g)
+            )
+        with _promotion(g):
+            m, v = self._accumulated(g, v, stored, operands)
             if third_stored is not None:
                 third = rule.third(g, v, third, scalars)
                 round_third = storage.round_max if not is_mean else partial(storage.round_first_moment, dither=dither3)
                 third = round_third(third, third_stored)
             direction = rule.direction(g, m, v, third, scalars)
-            factor = rule.factor(g, m, v, scalars) if rule.has_factor else None
+            factor: Any = rule.factor(g, m, v, scalars) if rule.has_factor else None
             if factor is not None and not rule.keeps_factor:
                 direction = factor * direction
         v_new = storage.store(v, v_stored, dither2)
@@ -252,3 +248,29 @@ class StepLeaf:
         new = m_new, v_new, third_new
         chex.assert_trees_all_equal_shapes_and_dtypes(new, stored)
         return direction, (*new, factor) if rule.keeps_factor else new
+
+    def factor(self, g: Array, stored: Any, operands: Any) -> Array:
+        """The factor of the rule, for who steps in another way."""
+        g, v = self._loaded(g, stored)
+        with _promotion(g):
+            return self.rule.factor(g, *self._accumulated(g, v, stored, operands), operands[0])
+
+    def _loaded(self, g: Array, stored: Any) -> tuple[Array, Array]:
+        """The gradient, limited, and the second moment, in the dtypes of the step."""
+        m_stored, v_stored, _ = stored
+        dtype = trees.compute_dtype(g.dtype, m_stored.dtype, v_stored.dtype)
+        g = self.rule.limited(g.astype(dtype))
+        return g, storage.load(v_stored, trees.real_dtype(dtype), g)
+
+    def _accumulated(self, g: Array, v: Array, stored: Any, operands: Any) -> tuple[Array, Array]:
+        """The new moments, rounded as they will be stored if that is to a dtype."""
+        scalars, (dither1, dither2, _) = operands
+        m_stored, v_stored, _ = stored
+        m, v = self.rule.accumulate(g, storage.load_first(m_stored, v, g.dtype, g), v, scalars)
+        m = storage.round_first_moment(m, m_stored, dither1)
+        return m, storage.round_second_moment(v, v_stored, dither2)
+
+
+def _promotion(g: Array) -> Any:
+    """Where promotion is strict, real scalars times complex arrays are meant."""
+    return jax.numpy_dtype_promotion("standard") if jnp.iscomplexobj(g) else contextlib.nullcontext()

@@ -37,6 +37,11 @@ class Packed(Leafwise):
             raise TypeError(
                 f"Invalid inner value: {checks.shown(self.inner)}; inner must keep moments, as scale_by_adam does"
             )
+        if self.inner.rule.has_factor:
+            raise ValueError(
+                f"{checks.shown(self.inner)} steps by a mean over each parameter, and packed would take one over many: "
+                "leave packed out, or the option (cautious=False, or adamw in place of stable_adamw)"
+            )
         self._replace_field("below", checks.count("below", self.below))
 
     def _init(self, params: PyTree) -> PyTree:

@@ -17,8 +17,10 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from adamjax._core import collectives, quantization
 from adamjax._core.low_precision import Dither
 from adamjax._core.quantization import QuantizedArray
-from adamjax._core.typing import AMSGrad
 from adamjax._transforms.adam import AdamRule, AdamScalars
+from adamjax._transforms.ademamix import AdEMAMixRule, SimplifiedAdEMAMixRule
+from adamjax._transforms.adopt import ADOPTRule
+from adamjax._transforms.atan2 import AdamAtan2Rule
 from adamjax._transforms.clipping import clip_leaf
 from adamjax._transforms.delivery import RoundTo, add_to_param
 from adamjax._transforms.leafwise import Leaf, LeafFunction, run_program
@@ -26,6 +28,7 @@ from adamjax._transforms.learning_rate import scale_update
 from adamjax._transforms.moment_storage import Moment
 from adamjax._transforms.moments import StepLeaf
 from adamjax._transforms.param_rounding import ParamRounding, RoundParam
+from adamjax._transforms.stable import StableAdamRule, scale_by_kept
 from adamjax._transforms.weight_decay import ADDS_PARAM, add_agreeing_param, add_scaled_param, negate
 
 Functions = tuple[tuple[int, LeafFunction], ...]
@@ -33,11 +36,14 @@ LeafArrays = tuple[Array, Moment, Moment, Moment | None, Array | None]  # p, m, 
 Dithers = tuple[Dither | None, ...]  # of both moments, and of p if it is rounded by one
 
 
-class StepVariant(NamedTuple):
-    """The static part of a step of Adam, compiled into a kernel."""
+# The rules that kernels know: the C++ kernel all, those for accelerators some.
+RULES = (AdamRule, StableAdamRule, SimplifiedAdEMAMixRule, AdEMAMixRule, ADOPTRule, AdamAtan2Rule)
 
-    nesterov: bool  # those of `AdamRule`
-    amsgrad: AMSGrad | None  # those of `AdamRule`
+
+class StepVariant(NamedTuple):
+    """The static part of a step of Adam or its kin, compiled into a kernel."""
+
+    rule: AdamRule  # the rule of one array
     coupled: bool  # whether the parameter is added to the gradient
     decays: bool  # whether the parameter is added to the direction
     rounding: ParamRounding | None = None  # the way that the parameter takes the update, if it is not just added
@@ -54,7 +60,7 @@ class StepVariant(NamedTuple):
 class StepScalars(NamedTuple):
     """The hyperparameters of a step: float32 scalars."""
 
-    adam: AdamScalars  # those of the moments
+    adam: AdamScalars  # those of the rule
     limit: Any  # the limit of the finite numbers of a gradient that is clipped; None if it is not
     sign: Any  # the factor of the gradient: 1, or -1 to ascend, times that of clipping
     coupled: Any  # the factor of the parameter in the gradient
@@ -106,15 +112,20 @@ class Split(NamedTuple):
 
 @cache
 def split(functions: Functions) -> Split | None:
-    """Find the operations of a leaf program that a kernel can run; None if it has no step of Adam."""
+    """Find the operations of a leaf program that a kernel can run; None if it has no step of a rule that it knows."""
     body = [function for _, function in functions]
-    at = next((i for i, f in enumerate(body) if isinstance(f, StepLeaf) and type(f.rule) is AdamRule), None)
+    at = next((i for i, f in enumerate(body) if isinstance(f, StepLeaf) and type(f.rule) in RULES), None)
     if at is None:
         return None
     first, end = at, at + 1
-    for takes in (_adds_param, _negates, _clips):
-        first -= first > 0 and takes(body[first - 1])
-    while end < len(body) and (_decays(body[end], body[at:end]) or body[end] is scale_update):
+    rule: Any = body[at].rule  # type: ignore[attr-defined]
+    # A factor of a whole array is made of the gradient that the rule is given.
+    takes = (
+        () if rule.has_factor else (_negates, _clips) if type(rule) is not AdamRule else (_adds_param, _negates, _clips)
+    )
+    for is_taken in takes:
+        first -= first > 0 and is_taken(body[first - 1])
+    while end < len(body) and (_decays(body[end], body[at:end]) or body[end] in (scale_update, scale_by_kept)):
         end += 1
     end += end < len(body) and _delivers(body[end])
     return Split(slice(0, first), slice(first, end), slice(end, len(body)))
@@ -155,8 +166,7 @@ def variant_of(functions: Functions) -> StepVariant | None:
     is_rounded = isinstance(last, RoundParam)
     update = None if last is add_to_param or (is_rounded and not last.as_update) else np.dtype(np.float32)
     return StepVariant(
-        rule.nesterov,
-        rule.amsgrad,
+        rule,
         coupled=add_scaled_param in body[:at],
         decays=any(map(ADDS_PARAM.__contains__, body[at:])),
         rounding=last.rounding if is_rounded else None,
@@ -166,8 +176,13 @@ def variant_of(functions: Functions) -> StepVariant | None:
     )
 
 
-def step_scalars(functions: Functions, operands: Sequence[Any]) -> tuple[StepScalars, Dithers]:
-    """Fold the operands of a program that was recognised into the scalars of a step; and its dithers."""
+def step_scalars(
+    functions: Functions, operands: Sequence[Any], factor: Array | None = None
+) -> tuple[StepScalars, Dithers]:
+    """Fold the operands of a program that was recognised into the scalars of a step; and its dithers.
+
+    `factor` is that of the rule, if it has one.
+    """
     limit: Any = None
     sign, coupled, rate, decay = jnp.float32(1), jnp.float32(0), jnp.float32(1), jnp.float32(0)
     adam: Any = None
@@ -175,13 +190,16 @@ def step_scalars(functions: Functions, operands: Sequence[Any]) -> tuple[StepSca
     for (_, function), x in zip(functions, operands, strict=True):
         if isinstance(function, StepLeaf):
             adam, dithers = x
+            if function.rule.has_factor and not function.rule.keeps_factor:
+                rate = rate * factor
         elif isinstance(function, RoundParam):
             dithers = (*dithers, x)
         elif function is clip_leaf:
             sign, limit = x
         elif function is negate:
             sign = -sign
-        elif function is scale_update:
+        elif function in (scale_update, scale_by_kept):
+            x = factor if function is scale_by_kept else x
             rate, decay = rate * x, decay * x
         elif function is add_scaled_param and adam is None:
             coupled = x
@@ -217,14 +235,21 @@ def _run_kernel(
     """Run the step of a leaf program by a kernel: the numbers of `run_program`, but for the last digits."""
     variant = variant_of(functions)
     assert variant is not None
-    scalars, dithers = step_scalars(functions, operands)
-    leaf = arrays_of(variant, functions, Leaf(-1, u, p, states), moments_of(functions, states))
+    moments = moments_of(functions, states)
+    scalars, dithers = step_scalars(functions, operands, _factor(functions, u, moments, operands))
+    leaf = arrays_of(variant, functions, Leaf(-1, u, p, states), moments)
     new, m, v, v_max, residual = step_leaf(backend, variant, leaf, u, scalars, dithers)
     after = list(states)
     after[_moments_number(functions)] = (m, v, v_max)
     if variant.rounding is not None:
         after[functions[-1][0]] = (leaf[0], residual)
     return new, after
+
+
+def _factor(functions: Functions, u: Array, moments: Any, operands: Sequence[Any]) -> Array | None:
+    """The factor of the rule, which XLA computes: it reads whole arrays before the kernel writes them."""
+    at, step = next((i, f) for i, (_, f) in enumerate(functions) if isinstance(f, StepLeaf))
+    return step.factor(u, moments, operands[at]).astype(jnp.float32) if step.rule.has_factor else None
 
 
 @partial(_run_kernel.defjvp, symbolic_zeros=True)

@@ -19,6 +19,7 @@ from adamjax._transforms import moment_storage
 from adamjax._transforms.adam import AdamRule, AdamScalars
 from adamjax._transforms.delivery import add_to_param
 from adamjax._transforms.param_rounding import RoundParam
+from adamjax._transforms.stable import StableAdamRule
 from adamjax._transforms.weight_decay import agreeing
 from adamjax.kernels._backend import OFFSETS, LeafArrays, StepScalars, StepVariant
 
@@ -28,9 +29,11 @@ def is_faster(leaf: LeafArrays) -> bool:
     return any(isinstance(x, QuantizedArray) for x in leaf)
 
 
-def common_reason(leaf: LeafArrays, g: Array) -> str | None:
+def common_reason(variant: StepVariant, leaf: LeafArrays, g: Array) -> str | None:
     """Return the reason why no kernel can step a parameter whose moments are quantised, or None."""
     p, *moments, _ = leaf
+    if type(variant.rule) not in (AdamRule, StableAdamRule):
+        return f"the kernel steps by the rule of Adam, and not by {type(variant.rule).__name__}"
     for name, array in (("parameter", p), ("gradient", g)):
         if (dtype := trees.dtype_of(array).name) not in ("float32", "bfloat16"):
             return f"its {name} is {dtype}, and the kernel steps float32, bfloat16"
@@ -48,7 +51,7 @@ def common_reason(leaf: LeafArrays, g: Array) -> str | None:
 def scalars_of(variant: StepVariant, scalars: StepScalars) -> Sequence[Any]:
     """Return the float32 scalars that the kernels take, in their order."""
     # A number that this variant does without (a correction of the next step, say) keeps its place.
-    used = scalars.adam[:-1], *scalars[1:]  # a kernel steps by the rule of Adam itself, without `extra`
+    used = scalars.adam[:-1], *scalars[1:]  # the rules that these kernels step by have no `extra`
     return [jnp.float32(0) if x is None else x for x in jax.tree.leaves(used, is_leaf=trees.is_none)]
 
 
@@ -124,7 +127,7 @@ def step_blocks(
     g = scalars.sign * (clip_finite(g, scalars.limit) if variant.clips else g)
     if variant.coupled:
         g = g + scalars.coupled * wide
-    rule, adam = AdamRule(variant.nesterov, variant.amsgrad), scalars.adam
+    rule, adam = variant.rule, scalars.adam
     g = rule.limited(g)
     v, v_max = [_load(x, g.shape) for x in old[1:]]
     m = _load(old[0], g.shape, v)

@@ -32,7 +32,7 @@ _ROWS, _WARPS = 8, 4
 
 def unsupported_reason(variant: StepVariant, leaf: LeafArrays, g: Array) -> str | None:
     """Return the reason why the kernel cannot step a parameter whose moments are quantised, or None."""
-    return common_reason(leaf, g) or _unsupported_blocks(leaf[1:4], g.shape[-1]) or _missing()
+    return common_reason(variant, leaf, g) or _unsupported_blocks(leaf[1:4], g.shape[-1]) or _missing()
 
 
 def _unsupported_blocks(moments: Sequence[Any], length: int) -> str | None:

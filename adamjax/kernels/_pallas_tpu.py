@@ -44,7 +44,7 @@ def unsupported_reason(variant: StepVariant, leaf: LeafArrays, g: Array) -> str 
             "on TPUs, XLA cannot spread a kernel over devices: step inside of jax.shard_map, or on a mesh whose axes "
             "are in Explicit mode"
         )
-    return common_reason(leaf, g)
+    return common_reason(variant, leaf, g)
 
 
 def _run(spec: LeafSpec, scalars: Array, places: Array, *arrays: Array, interpret: bool = False) -> list[Array]:

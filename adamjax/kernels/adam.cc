@@ -1,4 +1,5 @@
-// One Adam step of one array, in one pass over memory. The step is that of ../_transforms/adam.py, the formats are those
+// One step of one array by Adam, or a rule of its kin, in one pass over memory. The rules are those of ../_transforms,
+// the formats are those
 // of ../_transforms/moment_storage.py, ../_core/low_precision.py, ../_core/quantization.py and ../rounding.py;
 // _backend.py makes the operands.
 //
@@ -46,11 +47,18 @@ struct Scalars {
   float cautious;              // -1 for no decay where that opposes m / v, else 1
   float kept_by_c2;            // factor of v before the maximum; 1 unless the maximum is of corrected moments
   float largest;               // of a finite gradient with decay in it, so that its square is finite
+  float keep3, a3, undo3;      // AdEMAMix: slow <- keep3 slow + a3 (g - undo3 slow)
+  float of_slow;               // AdEMAMix: numerator: + of_slow slow
+  float agreeing;              // cautious: the sign of the learning rate, with which m agrees with g
+  float angle, of_root;        // atan2: angle atan2(numerator, of_root denominator)
+  float most;                  // ADOPT: of a gradient over the root
 };
 constexpr int64_t kScalars = sizeof(Scalars) / sizeof(float);
 
 struct Dither {
   uint32_t seed, turn;
+
+  Dither ThirdArray() const;  // with hashes of its own; see ../_core/low_precision.py
 };
 
 // One row of the second operand, before the offsets.
@@ -58,6 +66,9 @@ struct Dithers {
   Dither moments, parameter;
 };
 constexpr int64_t kDithers = sizeof(Dithers) / sizeof(uint32_t);
+
+// The rule of a step: Adam's, or another that differs in what `Form` says.
+enum class Rule { kAdam, kCautious, kAdEMAMix, kADOPT, kAtan2 };
 
 // The rounding of a half precision parameter: the update is rounded and added, or a wrapper of ../rounding.py applies.
 enum class Landing { kNone, kStochastic, kCompensated, kMaster, kLowBits };
@@ -194,6 +205,9 @@ T Min(T x, T y) {
   return x < y ? x : y;
 }
 
+float Abs(float x) { return std::fabs(x); }
+Floats Abs(Floats x) { return reinterpret_cast<Floats>(reinterpret_cast<Words>(x) & 0x7FFFFFFF); }
+
 float Root(float x) { return std::sqrt(x); }
 float TwiceInverseRoot(float x) { return x > 0 ? 2 / std::sqrt(x) : 0; }
 
@@ -304,10 +318,13 @@ Bytes Narrowed(Ints x) { return (Bytes)_mm_cvtsi128_si64(_mm_packus_epi16(Packed
 Words WidenedHalves(const uint16_t* from) { return Widened<Words>(Lanes<Halves>(from)); }
 void PutHalves(uint16_t* to, Words x) { Put(to, Narrowed<Halves>(x)); }
 
-Words Hash(Words x) {
+template <class T>
+T Hash(T x) {
   x *= 0x7FEB352Du;
   return (x ^ (x >> 15)) * 0x846CA68Bu;
 }
+
+Dither Dither::ThirdArray() const { return {Hash(seed + 1), turn}; }
 
 // Random numbers by global index; see ../_core/low_precision.py.
 __attribute__((always_inline)) inline Words Random(uint32_t first, const Dither& d) {
@@ -707,9 +724,25 @@ struct Tile {
   const float* g;
 };
 
-// The formulas, for numbers or vectors of them.
-template <bool kApart, bool kNesterov, bool kMaximum, bool kCoupled, bool kDecays>
+// The arctangent of y / x for x above 0: a polynomial on [0, tan(pi / 8)], after S. Moshier's Cephes library.
+template <class T>
+T Atan2(T y, T x) {
+  T size = Abs(y), low = Min(size, x), high = Max(size, x);
+  T t = low / (high > 0 ? high : T{} + 1);
+  auto far = t > 0.41421356f;
+  t = far ? (t - 1) / (t + 1) : t;
+  T z = t * t;
+  T angle = (((8.05374449538e-2f * z - 1.38776856032e-1f) * z + 1.99777106478e-1f) * z - 3.33329491539e-1f) * z * t + t;
+  angle = far ? angle + 0.78539816f : angle;
+  angle = size > x ? 1.57079633f - angle : angle;
+  return y < 0 ? -angle : angle;
+}
+
+// The formulas, for numbers or vectors of them. The third array of AdEMAMix is its slow mean, of others a maximum.
+template <Rule kRule, bool kApart, bool kNesterov, bool kThird, bool kCoupled, bool kDecays>
 struct Form {
+  static constexpr bool kMixes = kRule == Rule::kAdEMAMix, kMaximum = kThird && !kMixes;
+
   template <class T>
   static T Gradient(const Scalars& s, T g, T p) {
     g = s.sign * Limited(g, s.limit);
@@ -721,16 +754,37 @@ struct Form {
     return s.keep1 * m + s.a1 * (g - s.undo1 * m);
   }
 
+  // What the first moment is a mean of, given the second moment before.
+  template <class T>
+  static T Sample(const Scalars& s, T g, T v) {
+    if (kRule != Rule::kADOPT) return g;
+    T normalised = g / Max(Root(v), T{} + s.eps), size = Abs(normalised);
+    return normalised * (size > s.most ? s.most / size : T{} + 1);  // infinity becomes NaN, which shows
+  }
+
+  template <class T>
+  static T Slow(const Scalars& s, T slow, T g) {
+    return s.keep3 * slow + s.a3 * (g - s.undo3 * slow);
+  }
+
   template <class T>
   static T Square(const Scalars& s, T v, T g) {
     return s.keep2 * v + s.a2 * (g * g - s.undo2 * v);
   }
 
   template <class T>
-  static T Update(const Scalars& s, T g, T m, T largest, T p) {
+  static T Update(const Scalars& s, T g, T m, T largest, T slow, T p) {
     T direction = s.of_m * m;
     if (kNesterov) direction += s.of_g * g;
-    direction /= Root(largest * s.by_c2 + s.eps_root) + s.eps;
+    if (kMixes) direction += s.of_slow * slow;
+    if (kRule == Rule::kCautious) {
+      T signed_ = s.agreeing * direction;
+      direction = ((signed_ > 0) & (g > 0)) | ((signed_ < 0) & (g < 0)) ? direction : T{};
+    }
+    if (kRule != Rule::kADOPT) {
+      T root = Root(largest * s.by_c2 + s.eps_root) + s.eps;
+      direction = kRule == Rule::kAtan2 ? s.angle * Atan2(direction, s.of_root * root) : direction / root;
+    }
     if (!kDecays) return direction;
     return direction + Agreeing(s.decay * p, direction, s.cautious);
   }
@@ -751,19 +805,22 @@ struct Form {
     T p{}, g = Lanes<T>(tile.g + i);
     if constexpr (kCoupled || kDecays || !kApart) p = Lanes<T>(tile.p + i);
     g = Gradient(s, g, p);
-    T m = Lanes<T>(tile.m + i), v = Lanes<T>(tile.v + i), largest = kMaximum ? Lanes<T>(tile.top + i) : v;
+    T m = Lanes<T>(tile.m + i), v = Lanes<T>(tile.v + i), third{};
+    if constexpr (kThird) third = Lanes<T>(tile.top + i);
     if constexpr (part == kAll || part == kMoments) {
-      m = Mean(s, m, g);
+      m = Mean(s, m, Sample(s, g, v));
       v = Square(s, v, g);
       Put(tile.m + i, m);
       Put(tile.v + i, v);
     }
     if constexpr (part == kAll || part == kTop) {
-      largest = kMaximum ? Maximum(s, largest, v) : v;
-      if (kMaximum) Put(tile.top + i, largest);
+      if (kThird) {
+        third = kMixes ? Slow(s, third, g) : Maximum(s, third, v);
+        Put(tile.top + i, third);
+      }
     }
     if constexpr (part == kAll || part == kUpdate) {
-      T u = Update(s, g, m, largest, p);
+      T u = Update(s, g, m, kMaximum ? third : v, third, p);
       kApart ? Put(tile.update + i, u) : Put(tile.p + i, p + u);
     }
   }
@@ -797,12 +854,13 @@ struct Form {
     for (int64_t i = 0; i < n; i += kLanes) {
       ahead.Prefetch(i);
       Floats p = Lanes<Floats>(tile.p + i), g = Gradient(s, Lanes<Floats>(tile.g + i), p);
-      Floats mean = Mean(s, wide(WidenedHalves(m_in + i) << 16), g);
-      Floats square = Square(s, wide(WidenedHalves(v_in + i) << 16), g);
+      Floats before = wide(WidenedHalves(v_in + i) << 16);
+      Floats mean = Mean(s, wide(WidenedHalves(m_in + i) << 16), Sample(s, g, before));
+      Floats square = Square(s, before, g);
       Words random = Random(first + static_cast<uint32_t>(i), d);
       Words m_bits = BFloat16::CutBits(mean, random);
       Words v_bits = BFloat16::CutBits(square, random << 9);
-      Floats u = Update(s, g, wide(m_bits & 0xFFFF0000), wide(v_bits & 0xFFFF0000), p);
+      Floats u = Update(s, g, wide(m_bits & 0xFFFF0000), wide(v_bits & 0xFFFF0000), Floats{}, p);
       PutHalves(m_out + i, m_bits >> 16);
       PutHalves(v_out + i, v_bits >> 16);
       kApart ? Put(tile.update + i, u) : Put(tile.p + i, p + u);
@@ -818,11 +876,21 @@ struct Steps {
   OfVectors bfloat16;
 };
 
-template <bool... chosen>
-Steps Choose() {
-  using F = Form<chosen...>;
+template <class F>
+Steps StepsOf() {
   return {F::template Step<F::kAll>, F::template Step<F::kMoments>, F::template Step<F::kTop>,
           F::template Step<F::kUpdate>, F::StepBFloat16};
+}
+
+// Of rules that are rarer than Adam's: with what a scalar of 0 leaves out, to compile less.
+template <Rule rule, bool kThird>
+Steps Choose(bool apart) {
+  return apart ? StepsOf<Form<rule, true, true, kThird, false, true>>() : StepsOf<Form<rule, false, true, kThird, false, true>>();
+}
+
+template <bool... chosen>
+Steps Choose() {
+  return StepsOf<Form<Rule::kAdam, chosen...>>();
 }
 
 template <bool... chosen, class... Rest>
@@ -901,22 +969,40 @@ struct Job {
   Landing landing = Landing::kNone;
   Array kept;    // the part of the parameter that its dtype cannot hold, if stored
   Array update;  // the result in place of the parameter, which then stays as it is
-  bool maximum, rounds;
+  bool third, rounds;
+  bool mixes;  // whether the third array is a mean, and not a maximum
   int64_t rows, columns;  // of one array of a batch
   bool is_whole;          // if so, the index of a number is its offset in memory
   bool is_grouped = false;  // if so, only the moments are part of a larger array
   Place place;
 
   // Set the fields that follow from the arrays.
-  void Complete(bool nesterov, bool coupled, bool decays) {
+  void Complete(Rule rule, bool nesterov, bool coupled, bool decays) {
     rounds = m.format != nullptr || v.format != nullptr;
     for (Array* x : {&p, &g, &m, &v, &top, &kept, &update}) {
       x->stride = x->Bytes(columns);
       x->ahead = rounds ? kFarAhead : kAhead;
     }
     bool apart = landing == Landing::kNone ? p.format != nullptr || update.out != nullptr : landing == Landing::kCompensated;
-    steps = Choose<>(apart, nesterov, maximum, coupled, decays);
-    if (maximum) return;
+    mixes = rule == Rule::kAdEMAMix;
+    switch (rule) {
+      case Rule::kAdam:
+        steps = Choose<>(apart, nesterov, third, coupled, decays);
+        break;
+      case Rule::kCautious:
+        steps = third ? Choose<Rule::kCautious, true>(apart) : Choose<Rule::kCautious, false>(apart);
+        break;
+      case Rule::kAdEMAMix:
+        steps = Choose<Rule::kAdEMAMix, true>(apart);
+        break;
+      case Rule::kADOPT:
+        steps = Choose<Rule::kADOPT, false>(apart);
+        break;
+      case Rule::kAtan2:
+        steps = Choose<Rule::kAtan2, false>(apart);
+        break;
+    }
+    if (third) return;
     if (m.format == &kFloat<BFloat16> && v.format == &kFloat<BFloat16>) of_vectors = steps.bfloat16;
   }
 
@@ -948,7 +1034,12 @@ struct Job {
       } else {
         tile.m = m.Bring(span, buffers[2]);
       }
-      if (maximum) tile.top = top.Bring(span, buffers[4]);
+      if (third && mixes && top.block > 0) {
+        tile.top = buffers[4];
+        top.format->load_mean(top, span, tile.v, tile.top);
+      } else if (third) {
+        tile.top = top.Bring(span, buffers[4]);
+      }
       bool settles = m.IsNarrow() || v.IsNarrow() || top.IsNarrow();
       (settles ? steps.moments : steps.all)(span.n, s, ahead, tile);
       if (rounds) {
@@ -956,13 +1047,17 @@ struct Job {
         Draw(span, first, d, random);
         if (v.format != nullptr) v.format->store_square(v, span, tile.v, random);
         v.Settle(span, tile.v);
-        if (m.format != nullptr) m.format->store_mean(m, span, Stored(span, tile, buffers[6]), random, s.a1 * kNarrowing);
+        if (m.format != nullptr) {
+          m.format->store_mean(m, span, Stored(m, tile.m, span, tile, buffers[6]), random, s.a1 * kNarrowing);
+        }
       }
       if (settles) {  // the step goes on with half precision moments as stored; see ../storage.py
         m.Settle(span, tile.m);
-        if (maximum) steps.top(span.n, s, ahead, tile);
+        if (third) steps.top(span.n, s, ahead, tile);
       }
-      if (maximum && top.format != nullptr) top.format->store_maximum(top, span, tile.top);
+      if (third && top.format != nullptr) {
+        mixes ? StoreSlow(span, s, tile, first, d, buffers[6]) : top.format->store_maximum(top, span, tile.top);
+      }
       if (settles) {
         top.Settle(span, tile.top);
         steps.update(span.n, s, ahead, tile);
@@ -975,10 +1070,16 @@ struct Job {
     }
   }
 
-  // What is stored of the first moments: codes are of their ratios to the root of the second ones.
-  const float* Stored(const Span& span, const Tile& tile, float* buffer) const {
-    if (m.block == 0) return tile.m;
-    auto put = [&](int64_t i, Floats v) { Put(buffer + i, 0.5f * Lanes<Floats>(tile.m + i) * TwiceInverseRoot(v)); };
+  void StoreSlow(const Span& span, const Scalars& s, const Tile& tile, uint32_t first, const Dither& d, float* buffer) const {
+    alignas(64) uint32_t random[kTile + kLanes];
+    Draw(span, first, d.ThirdArray(), random);
+    top.format->store_mean(top, span, Stored(top, tile.top, span, tile, buffer), random, s.a3 * kNarrowing);
+  }
+
+  // What is stored of first moments: codes are of their ratios to the root of the second ones.
+  const float* Stored(const Array& means, const float* mean, const Span& span, const Tile& tile, float* buffer) const {
+    if (means.block == 0) return mean;
+    auto put = [&](int64_t i, Floats v) { Put(buffer + i, 0.5f * Lanes<Floats>(mean + i) * TwiceInverseRoot(v)); };
     if (v.format == &kSquares<4>) {  // a block holds no smaller number than its first
       using C = Squares<4>;
       alignas(64) uint32_t scales[kTile + kLanes];
@@ -1203,11 +1304,11 @@ class Operands {
 };
 
 // A step that delivers an update and has no need of the parameter is given none. `bits` and `block` describe the codes of
-// the first moment, the second, and its maximum; 0 for floats.
+// the first moment, the second, and the third array; 0 for floats. Only Adam's rule takes `coupled` decay.
 ffi::Error Impl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> scalars, ffi::Buffer<ffi::U32> dithers,
-                ffi::RemainingArgs arrays, ffi::RemainingRets results, bool nesterov, bool maximum, bool as_update,
-                int64_t landing, bool coupled, bool decays, ffi::Span<const int64_t> whole, ffi::Span<const int64_t> bits,
-                ffi::Span<const int64_t> block) {
+                ffi::RemainingArgs arrays, ffi::RemainingRets results, int64_t rule, bool nesterov, bool third,
+                bool as_update, int64_t landing, bool coupled, bool decays, ffi::Span<const int64_t> whole,
+                ffi::Span<const int64_t> bits, ffi::Span<const int64_t> block) {
   auto parameters = arrays.get<ffi::AnyBuffer>(0);
   if (!parameters.has_value()) return ffi::Error::InvalidArgument("adamjax: no parameters");
   int64_t axes = whole.size(), width = kDithers + axes, size = parameters->element_count();
@@ -1227,7 +1328,7 @@ ffi::Error Impl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> scalars, ffi::Buffer
   job.columns = is_one_row ? size / batch : shape.back();
   job.rows = size / batch / job.columns;
   Operands operands(arrays, results);
-  job.maximum = maximum;
+  job.third = third;
   job.landing = static_cast<Landing>(landing);
   const bool reads = !as_update || coupled || decays || job.landing != Landing::kNone;
   if (reads) job.p = operands.Take(!as_update, size, job.columns, 0, 0);
@@ -1235,14 +1336,17 @@ ffi::Error Impl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> scalars, ffi::Buffer
   job.g = operands.Take(false, size, job.columns, 0, 0);
   if (!reads) job.p = job.g;
   Array* const moments[] = {&job.m, &job.v, &job.top};
-  const Format* const codes[][2] = {{&kRatios<8>, &kRatios<4>}, {&kSquares<8>, &kSquares<4>}, {&kSquares<8>, &kSquares<4>}};
-  for (int i = 0; i < (maximum ? 3 : 2); ++i) {
+  const bool mixes = static_cast<Rule>(rule) == Rule::kAdEMAMix;
+  const Format* const of_means[] = {&kRatios<8>, &kRatios<4>};
+  const Format* const of_squares[] = {&kSquares<8>, &kSquares<4>};
+  const Format* const* const codes[] = {of_means, of_squares, mixes ? of_means : of_squares};
+  for (int i = 0; i < (third ? 3 : 2); ++i) {
     *moments[i] = operands.Take(true, size, job.columns, block[i], bits[i]);
     if (block[i] > 0) moments[i]->format = codes[i][bits[i] == 8 ? 0 : 1];
   }
   job.kept = operands.TakeKept(job.landing, size, job.columns);
   if (operands.wrong != nullptr) return ffi::Error::InvalidArgument(operands.wrong);
-  job.Complete(nesterov, coupled, decays);
+  job.Complete(static_cast<Rule>(rule), nesterov, coupled, decays);
 
   int64_t of_row = (job.columns + kTile - 1) / kTile, tiles = batch * job.rows * of_row;
   const float* all_scalars = scalars.typed_data();
@@ -1270,9 +1374,9 @@ ffi::Error Impl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> scalars, ffi::Buffer
 // the step reads them, then all gradients, then the moments, and then what is kept of each parameter. `dithers` has the dither of the moments, and
 // then one for each parameter. `coupled` and `decays` say for each parameter whether it decays.
 ffi::Error Group(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> scalars, ffi::Buffer<ffi::U32> dithers,
-                 ffi::RemainingArgs arrays, ffi::RemainingRets results, bool nesterov, bool maximum, bool as_update,
-                 int64_t landing, ffi::Span<const int64_t> coupled, ffi::Span<const int64_t> decays) {
-  size_t moments = maximum ? 3 : 2, count = coupled.size();
+                 ffi::RemainingArgs arrays, ffi::RemainingRets results, int64_t rule, bool nesterov, bool third,
+                 bool as_update, int64_t landing, ffi::Span<const int64_t> coupled, ffi::Span<const int64_t> decays) {
+  size_t moments = third ? 3 : 2, count = coupled.size();
   bool reads = !as_update || static_cast<Landing>(landing) != Landing::kNone;
   for (size_t i = 0; i < count; ++i) reads = reads || coupled[i] != 0 || decays[i] != 0;
   if (arrays.size() < moments + (reads ? 2 : 1) * count || scalars.element_count() != kScalars || decays.size() != count ||
@@ -1280,7 +1384,7 @@ ffi::Error Group(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> scalars, ffi::Buffe
     return ffi::Error::InvalidArgument("adamjax: scalars of the wrong shape, or too few arrays");
   }
   Job whole;
-  whole.maximum = maximum;
+  whole.third = third;
   whole.landing = static_cast<Landing>(landing);
   whole.rows = 1;
   whole.is_whole = false;
@@ -1321,7 +1425,7 @@ ffi::Error Group(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> scalars, ffi::Buffe
       x.out += x.Bytes(starts[i]);
     }
     job.place = {{job.columns}, {total}, &starts[i]};
-    job.Complete(nesterov, coupled[i] != 0, decays[i] != 0);
+    job.Complete(static_cast<Rule>(rule), nesterov, coupled[i] != 0, decays[i] != 0);
     for (int64_t column = 0; column < job.columns; column += kTile) tiles.push_back({i, column});
   }
   Scalars s;
@@ -1348,8 +1452,9 @@ auto Bound() {
       .Arg<ffi::Buffer<ffi::U32>>()
       .RemainingArgs()
       .RemainingRets()
+      .Attr<int64_t>("rule")
       .Attr<bool>("nesterov")
-      .Attr<bool>("maximum")
+      .Attr<bool>("third")
       .Attr<bool>("as_update")
       .Attr<int64_t>("landing");
 }
