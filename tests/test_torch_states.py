@@ -293,7 +293,7 @@ def test_radam_is_known_without_names_of_its_own():
     group = NO_DECAY | {"weight_decay": 0.0}
     for more in ({}, {"initial_lr": 1e-3}, {"decoupled_weight_decay": False, "mine": 1}):
         assert int(optim.import_state(optim.radam(), ONE, of_one(group | more))[0]["w"].count) == 3
-    with pytest.raises(ValueError, match="with the hyperparameter delta, but opt is like torch.optim.RAdam"):
+    with pytest.raises(ValueError, match=r"with the hyperparameter delta, but opt is like torch\.optim\.RAdam"):
         optim.import_state(optim.radam(), ONE, of_one(group | {"delta": 0.1}))
 
 
