@@ -230,6 +230,15 @@ def int8():
     return adamjax.quantized("int8", min_size=1, block_size=64)
 
 
+@pytest.mark.parametrize(("size", "warns"), [(1e-7, True), (1.0, False), (1e6, True)])
+def test_float16_moments_that_their_gradients_do_not_fit(size, warns):
+    opt = adamjax.adam(1e-3, mu_dtype=jnp.float16)
+    params, grads = jnp.ones((8, 8)), jnp.full((8, 8), size)
+    updates, state = opt.update(grads, opt.init(params), params)
+    found = explain(measure(grads, updates, state, params, opt=opt))
+    assert ("storage" in [finding.rule for finding in found]) == warns
+
+
 @pytest.mark.parametrize("formats", [(int8(), int8()), (int8(), None), (None, int8()), (jnp.bfloat16, jnp.bfloat16)])
 def test_the_storage_error_is_what_storing_does(formats):
     stored = adamjax.scale_by_adam(mu_dtype=formats[0], nu_dtype=formats[1])

@@ -266,6 +266,11 @@ CODES = {"step": 3, "state1": np.zeros(2, np.uint8), "state2": np.zeros(2, np.ui
         (NO_DECAY | {"weight_decay": 0.0}, CODES, "bitsandbytes.*dequantize_blockwise"),
         (NO_DECAY | {"weight_decay": 0.0}, {"exp_avg": np.ones(2)}, "an optimizer with the state exp_avg"),
         ({"lr": 1e-3, "dampening": 0}, {}, r"torch\.optim\.SGD"),
+        ({"lr": 1e-3, "rho": 0.9}, {"square_avg": np.ones(2), "acc_delta": np.ones(2)}, r"torch\.optim\.Adadelta"),
+        (ADAM | {"rho": 0.05, "adaptive": False}, entry(), "SAM"),
+        (NO_DECAY | {"weight_decay": 0.0, "rho": 0.04}, {"exp_avg": np.ones(2), "hessian": np.ones(2)}, "Sophia"),
+        (NO_DECAY | {"weight_decay": 0.0, "delta": 0.1, "wd_ratio": 0.1}, entry(), "AdamP"),
+        (NO_DECAY | {"weight_decay": 0.0, "decouple": True}, entry(), "an optimizer with the hyperparameter decouple"),
         (ADAM, {"step": 3, "exp_avg": np.ones(2), "exp_inf": np.ones(2)}, r"torch\.optim\.Adamax"),
     ],
 )
@@ -281,6 +286,24 @@ def test_a_state_of_adam_is_none_of_radam(group):
         ValueError, match=r"of (transformers' AdamW|FusedAdam|torch.optim.Adam), .*like torch.optim.RAdam"
     ):
         optim.import_state(optim.radam(), ONE, of_one(group))
+
+
+def test_radam_is_known_without_names_of_its_own():
+    """Before torch 2.1, it had no hyperparameter that others lack; schedulers add theirs."""
+    group = NO_DECAY | {"weight_decay": 0.0}
+    for more in ({}, {"initial_lr": 1e-3}, {"decoupled_weight_decay": False, "mine": 1}):
+        assert int(optim.import_state(optim.radam(), ONE, of_one(group | more))[0]["w"].count) == 3
+    with pytest.raises(ValueError, match=r"with the hyperparameter delta, but opt is like torch\.optim\.RAdam"):
+        optim.import_state(optim.radam(), ONE, of_one(group | {"delta": 0.1}))
+
+
+def test_a_maximum_is_not_below_what_it_is_the_maximum_of():
+    amsgrad = optim.adam(amsgrad=True)
+    kept = of_one(ADAM | {"amsgrad": True}, max_exp_avg_sq=entry()["exp_avg_sq"])
+    assert int(optim.import_state(amsgrad, ONE, kept)[0]["w"].count) == 3
+    lost = of_one(ADAM | {"amsgrad": True}, max_exp_avg_sq=np.zeros(2, np.float32))
+    with pytest.raises(ValueError, match=r"^max_exp_avg_sq of w is 0 at \[0\] .* where exp_avg_sq is larger"):
+        optim.import_state(amsgrad, ONE, lost)
 
 
 def test_fused_adam_counts_in_the_group():

@@ -252,7 +252,12 @@ def _noise(stored: Moment) -> Array | None:
         return stored.spacing() * math.sqrt(1 / 6)
     if not needs_dither(stored):
         return None
-    return low_precision.ulp(stored.astype(_FLOAT32), stored.dtype) * math.sqrt(1 / 6)
+    numbers = stored.astype(_FLOAT32)
+    noise = low_precision.ulp(numbers, stored.dtype) * math.sqrt(1 / 6)
+    if stored.dtype != jnp.float16:
+        return noise
+    # A moment beyond the range is stored as the largest number, and may be off by any factor.
+    return jnp.where(jnp.abs(numbers) >= float(jnp.finfo(stored.dtype).max), jnp.abs(numbers), noise)
 
 
 def _is_wide(stored: Moment) -> bool:

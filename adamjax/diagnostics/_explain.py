@@ -263,7 +263,10 @@ def _warm_up(overall: Series, leaves: list[Series]) -> Found:
 def _storage(overall: Series, leaves: list[Series]) -> Found:
     for leaf, change in _worst(leaves, "storage_error", above=0.5):
         message = f"storing the moments of {leaf.path} changes its direction by {_percent(change)}"
-        remedy = "keep them in more bits, or in smaller blocks (quantized(..., block_size=), or keep=)"
+        remedy = (
+            "keep them in more bits (bfloat16 in place of float16), or in smaller blocks (quantized(..., block_size=), "
+            "or keep=)"
+        )
         yield leaf.path, change, message, remedy
 
 

@@ -16,6 +16,7 @@ _TINY = float(np.finfo(np.float32).tiny)
 # Moments are refused if their ratio is as many times as large as any gradients can make it: they have been rounded to
 # codes, perhaps, or the decay rates have changed.
 _MARGIN = 1000.0
+_ALMOST = 0.99  # a maximum that was rounded down may be less than what it is the maximum of
 
 
 def decoded(state: AdamState) -> AdamState:
@@ -113,6 +114,12 @@ def check_moments(
             _refuse(x, ~np.isfinite(x), name + where, ": the run had diverged, or was saved in float16")
         if x is not m and np.any(x < 0):
             _refuse(x, x < 0, name + where, ", and none can be below 0: the arrays may have been mixed up")
+    if v_max is not None and np.any(too_small := v_max < _ALMOST * v):
+        reason = (
+            f" where {names[1]} is larger, and it is the maximum of that: it was probably saved in half precision, or "
+            "the arrays have been mixed up"
+        )
+        _refuse(v_max, too_small, names[2] + where, reason)
     if betas is None:
         return
     allowed = _largest_first_moment(v, betas, is_norm)

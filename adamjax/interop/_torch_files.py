@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from adamjax._core import checks
 from adamjax._core.files import DamagedFileError
 from adamjax._core.optional import require
 
@@ -59,7 +60,7 @@ def read(state_dict: StateDict) -> TorchState:
     """Read a state_dict, or the file of one."""
     found = _load(Path(state_dict)) if isinstance(state_dict, (str, os.PathLike)) else state_dict
     if not isinstance(found, Mapping):
-        raise TypeError(f"state_dict is a {type(found).__name__}, expected what optimizer.state_dict() returns")
+        raise TypeError(f"state_dict is {checks.describe(found)}, expected what optimizer.state_dict() returns")
     is_flat = "state" not in found
     if is_flat:
         found = _nested(found)

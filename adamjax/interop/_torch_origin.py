@@ -13,10 +13,13 @@ from adamjax.interop._torch_parts import Parts, is_constant
 _BY_FIELD = {
     "exp_inf": "torch.optim.Adamax",
     "mu_product": "torch.optim.NAdam",
+    "acc_delta": "torch.optim.Adadelta",  # which has a square_avg, too
     "square_avg": "torch.optim.RMSprop",
     "exp_avg_sq_row": "Adafactor",
     "exp_avg_diff": "Adan",
     "exp_avg_var": "AdaBelief",
+    "hessian": "Sophia",
+    "GG": "SOAP",
     "z": "a schedule-free optimizer",
 }
 # The same by a hyperparameter of a group.
@@ -25,6 +28,7 @@ _BY_GROUP = {
     "dampening": "torch.optim.SGD",
     "ns_steps": "torch.optim.Muon",
     "lr_decay": "torch.optim.Adagrad",
+    "adaptive": "SAM",  # which has a rho, too
     "rho": "torch.optim.Adadelta",
     "beta2_decay": "torch.optim.Adafactor",
     "lambd": "torch.optim.ASGD",
@@ -32,11 +36,18 @@ _BY_GROUP = {
     "grad_averaging": "LAMB",
     "rank": "GaLore",
     "d_coef": "Prodigy",
+    "wd_ratio": "AdamP",
+    "clip_lambda": "ADOPT",
+    "final_lr": "AdaBound",
+    "nus": "QHAdam",
     "correct_bias": "transformers' AdamW",
     "bias_correction": "FusedAdam",
     "amsgrad": "torch.optim.Adam",
 }
 _SAME_AS_ADAM = {"torch.optim.Adam", "FusedAdam", "transformers' AdamW"}
+# The hyperparameters of a group of torch.optim.RAdam before version 2.1, and what schedulers and users add to it.
+_PLAIN = {"lr", "betas", "eps", "weight_decay", "foreach", "differentiable", "capturable", "maximize", "name"}
+_PLAIN |= {"initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr", "lr_scale"}
 _SWITCHES = ("bias_correction", "correct_bias")
 
 # The hyperparameters that torch's optimizers and ours share.
@@ -83,15 +94,19 @@ def _origin(p: FileParam) -> str | None:
         return None
     if "weight_decay" not in p.group:
         return "torch.optim.SparseAdam"
+    if "decoupled_weight_decay" in p.group:
+        return "torch.optim.RAdam"
+    if more := {str(name) for name in p.group} - _PLAIN:
+        return f"an optimizer with the hyperparameter {shortened(sorted(more))}"
     # Without a state of a parameter, older RAdam and Adamax look alike.
-    return "torch.optim.RAdam" if p.entry or "decoupled_weight_decay" in p.group else None
+    return "torch.optim.RAdam" if p.entry else None
 
 
 def _check_fields(parts: Parts, path: str, p: FileParam, theirs: str | None) -> None:
     expected, found = {"step", *parts.names.values()}, set(p.entry)
     if missing := expected - found:
-        hint = ": it was made without amsgrad" if "max_exp_avg_sq" in missing else ""
-        raise ValueError(f"the state of {path} lacks {', '.join(sorted(missing))}{hint}")
+        hint = "it was made without amsgrad" if "max_exp_avg_sq" in missing else "give all that torch saved"
+        raise ValueError(f"the state of {path} lacks {', '.join(sorted(missing))}: {hint}")
     if theirs == "FusedAdam":
         found -= {"master_param"}  # a copy of the parameter; see warn_of_differences
     if more := found - expected:
