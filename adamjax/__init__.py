@@ -43,4 +43,5 @@ from adamjax.rounding import stochastic_rounding as stochastic_rounding
 from adamjax.safety import check as check
 from adamjax.safety import dynamic_loss_scale as dynamic_loss_scale
 from adamjax.safety import skip_nonfinite as skip_nonfinite
+from adamjax.safety import skip_spikes as skip_spikes
 from adamjax.storage import quantized as quantized
