@@ -91,9 +91,11 @@ CALLS = {
     "rounding.MasterWeights": Call({"inner": OPT}),
     "rounding.StochasticRounding": Call({"inner": OPT}),
     "skip_nonfinite": Call({"opt": OPT}, ("max_consecutive", "axis_name")),
+    "skip_spikes": Call({"opt": OPT}, ("max_consecutive", "axis_name")),
     "dynamic_loss_scale": Call({"opt": OPT}, ("max_consecutive", "axis_name")),
     "check": Call({"state": STATE}, ("state",)),
     "safety.SkipNonfinite": Call({"inner": OPT}, ("max_consecutive", "axis_name")),
+    "safety.SkipSpikes": Call({"inner": OPT}, ("max_consecutive", "axis_name")),
     "safety.DynamicLossScale": Call({"inner": adamjax.skip_nonfinite(OPT)}),
     "diagnostics.measure": Call(
         {"grads": PARAMS, "updates": PARAMS, "state": STATE, "params": PARAMS}, ("opt", "axis_name")
@@ -204,7 +206,7 @@ HELD += ["tuning.Pruned", "DamagedFileError", "FolderInUseError"]
 HELD += ["training.Report", "training.TrainStep", "training.Keys", "checkpoint.Checkpoint", "kernels.Kernel"]
 HELD += ["diagnostics.AdamStats", "diagnostics.LeafStats", "diagnostics.Finding"]
 HELD += ["schedules.PlateauState", "sharding.Zero1State", "interop.torch.NAdamState"]
-HELD += ["safety.SkipState", "safety.LossScaleState", "safety.LeafCounts"]
+HELD += ["safety.SkipState", "safety.LossScaleState", "safety.LeafCounts", "safety.SpikeState", "safety.RunningStats"]
 BASES = ["Transformation", "schedules.Schedule", "rounding.Rounding", "tuning.Problem"]
 INNER = [f"training.{name}" for name in ("train_step", "measured_step", "gradients", "data_mesh", "evaluator")]
 INNER += [

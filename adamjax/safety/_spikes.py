@@ -112,9 +112,9 @@ class SkipSpikes(MaySkip):
         accepted = False if self.max_consecutive is None else state.consecutive >= self.max_consecutive
         ok = finite & (usual | accepted)
         result, delivered, inner = step_if(ok, partial(self.inner._run, context=context), updates, state.inner, context)
-        stats = {name: self._after(seen[name], x, ok, ok & ~usual) for name, x in found.items()}
+        norm, loss = (self._after(seen[name], x, ok, ok & ~usual) for name, x in found.items())
         limit = None if self.max_consecutive is None else self.max_consecutive + 1
-        return result, delivered, SpikeState(*count_step(ok, state, limit), **stats, inner=inner)
+        return result, delivered, SpikeState(*count_step(ok, state, limit), norm, loss, inner)
 
     def _is_spike(self, x: Array, stats: RunningStats) -> Array:
         deviation = jnp.maximum(stats.deviation, _LEAST_DEVIATION * jnp.abs(stats.mean))
