@@ -199,8 +199,13 @@ def in_shard_map(check_vma):
 
 @pytest.mark.parametrize(
     "make",
-    [lambda: under_jit(AxisType.Auto), lambda: under_jit(AxisType.Explicit), with_zero1]
-    + [partial(in_shard_map, True), partial(in_shard_map, False)],
+    [
+        partial(under_jit, AxisType.Auto),
+        partial(under_jit, AxisType.Explicit),
+        with_zero1,
+        partial(in_shard_map, True),
+        partial(in_shard_map, False),
+    ],
     ids=["jit", "jit explicit", "zero1", "shard_map", "shard_map unchecked"],
 )
 def test_all_devices_agree(make):
