@@ -82,6 +82,7 @@ CALLS = {
     "apply_updates": Call({"params": PARAMS, "updates": PARAMS}, ("updates",)),
     "scale": Call({"factor": 0.5}),
     "groups": Call({"members": {"a": OPT}, "default": OPT}, ("default",)),
+    "hyperball": Call({"opt": adamjax.adam(0.1)}, ("learning_rate", "mask", "axis_name")),
     "kahan": Call({"opt": OPT}),
     "master_weights": Call({"opt": OPT}),
     "stochastic_rounding": Call({"opt": OPT}),
@@ -199,7 +200,14 @@ METHODS = {
 }
 
 # Not called with arguments of users: what they get and look at, or derive from, and the insides of steps and runs.
-HELD = ["AdamState", "ScheduleState", "rounding.RoundingState", "storage.QuantizedArray", "storage.Precision"]
+HELD = [
+    "HyperballState",
+    "AdamState",
+    "ScheduleState",
+    "rounding.RoundingState",
+    "storage.QuantizedArray",
+    "storage.Precision",
+]
 HELD += ["storage.PackedTree"]
 HELD += ["tuning.Best", "tuning.Confirmed", "tuning.Report", "tuning.Sweep", "tuning.Trial", "tuning.TrialRecord"]
 HELD += ["tuning.Pruned", "DamagedFileError", "FolderInUseError"]

@@ -140,10 +140,10 @@ class Hyperball(Wrapper):
 
     def _norm_of(self, p: Any, params: PyTree) -> Any:
         """The norm of a parameter before the first step, on the mesh of the parameters."""
-        dtype = trees.compute_dtype(trees.dtype_of(p))
         if trees.any_abstract(params):
-            return jax.ShapeDtypeStruct((), trees.real_dtype(dtype))
-        found = norm(jnp.asarray(p).astype(dtype), collectives.bound_axes(self.axis_name))
+            return jax.ShapeDtypeStruct((), _norm_dtype(p))
+        wide = jnp.asarray(p).astype(trees.compute_dtype(trees.dtype_of(p)))
+        found = norm(wide, collectives.bound_axes(self.axis_name))
         return found if isinstance(found, jax.core.Tracer) else trees.make_on_mesh_of(lambda: found, params)
 
     def _run(self, updates: Leaves, state: PyTree, context: StepContext) -> Result:
@@ -151,16 +151,17 @@ class Hyperball(Wrapper):
         state = checks.state(state, HyperballState, "hyperball")
         params = context.params or updates  # without parameters, there are no gradients
         rate = self._current_rate(state)
+        norms = _checked_norms(params, state.norms)
         found, _, inner = self.inner._run(updates, state.inner, context._replace(delivery=None))
         turn = TurnLeaves(
             cache(lambda dtype: checks.as_scalar("learning_rate", rate, dtype)),
-            self._norms(params, state.norms),
+            norms,
             Turn(self.axis_name),
         )
         delivery = [] if context.delivery is None else [context.delivery]
         found, states = run_leafwise([turn, *delivery], found, context.params)
         delivered = states[-1] if delivery else []
-        return found, delivered, HyperballState(trees.increment(state.count), state.norms, inner)
+        return found, delivered, HyperballState(trees.increment(state.count), params.like(norms).tree, inner)
 
     def _current_rate(self, state: HyperballState) -> Any:
         if self.learning_rate is not None:
@@ -172,20 +173,24 @@ class Hyperball(Wrapper):
         rate, _ = opt._current_value(inner)
         return rate
 
-    def _norms(self, params: Leaves, norms: PyTree) -> list[Any]:
-        """The norms in the order of the parameters."""
-        try:
-            column = params.column(norms)
-        except ValueError:
-            checks.same_structure(norms, jax.tree.map(lambda _: None, params.tree), "state.norms")
-            raise
-        for path, x in zip(params.paths(), column, strict=True):
-            if x is not None and getattr(x, "shape", None) != ():
-                raise ValueError(
-                    f"{checks.at('state.norms', path)} is {checks.describe(x)}, expected an array of shape (): the "
-                    "state comes from init(params) or update"
-                )
-        return column
+
+def _checked_norms(params: Leaves, norms: PyTree) -> list[Any]:
+    """The norms in the order of the parameters, each in the dtype that `init` gave it."""
+    column = checks.nodes_at(params, norms, "state.norms")
+    for i, (path, p, x) in enumerate(zip(params.paths(), params.leaves, column, strict=True)):
+        if x is None:
+            continue
+        if np.shape(x) or not jnp.issubdtype(getattr(x, "dtype", np.void), np.floating):
+            raise ValueError(
+                f"{checks.at('state.norms', path)} is {checks.describe(x)}, expected a floating point array of shape "
+                "(): the state comes from init(params) or update"
+            )
+        column[i] = x.astype(_norm_dtype(p))
+    return column
+
+
+def _norm_dtype(p: Any) -> np.dtype:
+    return trees.real_dtype(trees.compute_dtype(trees.dtype_of(p)))
 
 
 def _last(opt: Transformation) -> Transformation:
