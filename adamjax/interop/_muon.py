@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 
 from adamjax._core import checks, collectives, trees
 from adamjax._core.optional import require
+from adamjax._core.trees import Leaves
 from adamjax._core.typing import Extra, FusedMode, Mask, PyTree, Scalar, ScalarOrSchedule
 from adamjax._core.value import precise_field, static_field, value
 from adamjax._transforms.base import Transformation
@@ -84,23 +85,26 @@ class ScaleByMuon(Transformation):
 
     def _update(self, updates: PyTree, state: PyTree, params: PyTree | None, extra: Extra) -> tuple[PyTree, PyTree]:
         state = checks.state(state, MuonState, "muon")
-        grads = trees.map_leaves(lambda g: jnp.asarray(g, trees.compute_dtype(trees.dtype_of(g))), updates)
-        checks.same_structure(jax.tree.map(np.shape, state.mu), jax.tree.map(np.shape, grads), "state.mu")
-        for path, g in jax.tree.leaves_with_path(grads):
-            if axes := collectives.varying_over(g):
+        leaves = Leaves.of(updates)
+        momenta = checks.moments(leaves, state.mu, "state.mu")
+        for path, g in jax.tree.leaves_with_path(updates):
+            if axes := collectives.varying_over(jnp.asarray(g)):
                 raise ValueError(
                     f"{checks.at('the gradient', path)} differs over the mapped axes {sorted(axes)}, and Muon needs "
                     "the whole matrix: average the gradients, and take sharded arrays under jax.jit, or sharding.zero1"
                 )
+        grads = leaves.map(lambda g: jnp.asarray(g).astype(trees.compute_dtype(trees.dtype_of(g))))
+        stepped = leaves.map(lambda _, m: m, momenta)  # a frozen one rests
         transform = self._transform()
         theirs = require("optax", "optax", "Muon").contrib.MuonState(
-            state.count, state.mu, transform.init({}).ns_coeffs
+            state.count, stepped.tree, transform.init({}).ns_coeffs
         )
         with jax.numpy_dtype_promotion("standard"):
-            directions, new = transform.update(grads, theirs, params)
+            directions, new = transform.update(grads.tree, theirs)
             directions = jax.tree.map(self._scaled, directions)
-        mu = jax.tree.map(lambda old, x: x.astype(old.dtype), state.mu, new.mu)
-        return directions, MuonState(trees.increment(state.count), mu)
+        pairs = zip(momenta, leaves.column(new.mu), strict=True)
+        mu = [old if x is None else x.astype(old.dtype) for old, x in pairs]
+        return directions, MuonState(trees.increment(state.count), leaves.like(mu).tree)
 
     def _scaled(self, u: Array) -> Array:
         fan_in, fan_out = u.shape[-2:]
@@ -162,23 +166,23 @@ def muon(
 ) -> MuonAndAdam:
     """Muon for the matrices, and our `adamw` for embeddings, heads, vectors and all else.
 
-    Muon is `optax.contrib.scale_by_muon`, its arithmetic in float32 or wider. With `consistent_rms`, a step of Muon is as
-    long as one of Adam, so that one learning rate and one weight decay fit both; the defaults are those of Liu et al.
+    Muon is `optax.contrib.scale_by_muon`, its arithmetic in float32 or wider. With `consistent_rms`, a step of Muon is
+    as long as one of Adam, so that one learning rate and one weight decay fit both, as Liu et al. have them.
     The method `describe(params)` of the result says which parameter goes where.
 
     Args:
       learning_rate: A number or a schedule, for both.
       adam: A regular expression: matrices in whose path it is found go to Adam. The default finds embeddings and heads
         by usual names; for others, give it.
-      stacked: A regular expression for arrays with three axes or more whose last two are matrices, such as the layers of
-        a scan. None: all such arrays go to Adam.
+      stacked: A regular expression for arrays with three axes or more whose last two are those of matrices, such as
+        the layers of a scan. None: all such arrays go to Adam.
       beta: In [0, 1), the decay rate of Muon's momentum.
       weight_decay: Decoupled weight decay, for both.
       mask: The leaves that decay; see `adamjax.add_decayed_weights`.
       consistent_rms: The root mean square of Muon's direction for any shape. None: it is as long as Jordan's, which
         needs a higher learning rate, and an `adam_learning_rate`.
       ns_steps: At least 1, the steps of Newton and Schulz's iteration.
-      nesterov: Whether Muon's momentum is Nesterov's.
+      nesterov: Whether Muon's momentum is Nesterov's. (That of `optax.contrib.muon` makes Adam Nesterov's, too.)
       momentum_dtype: A floating point dtype for Muon's momentum.
       adam_learning_rate, adam_weight_decay: Adam's own. None: the same as Muon's.
       b1, b2, eps, mu_dtype, nu_dtype, fused: Of `adamjax.adamw`; Muon shares `eps`.
@@ -205,12 +209,9 @@ def muon(
     table      [8,4]  adam
     """
     require("optax", "optax", "Muon")
-    for name, pattern in (("adam", adam), ("stacked", stacked)):
-        try:
-            if not (pattern is None and name == "stacked"):
-                re.compile(pattern)  # type: ignore[arg-type]
-        except (re.error, TypeError) as error:
-            raise ValueError(f"Invalid {name} value: {pattern!r} is not a regular expression: {error}") from None
+    _check_pattern("adam", adam)
+    if stacked is not None:
+        _check_pattern("stacked", stacked)
     matrices = chain(
         ScaleByMuon(beta, eps, consistent_rms, momentum_dtype, ns_steps, nesterov),
         AddDecayedWeights(weight_decay, mask),
@@ -221,3 +222,10 @@ def muon(
         weight_decay if adam_weight_decay is None else adam_weight_decay, mask, nu_dtype=nu_dtype, fused=fused,
     )  # fmt: skip
     return MuonAndAdam((rest, matrices), ("adam", "muon"), (None, None), adam, stacked)
+
+
+def _check_pattern(name: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except (re.error, TypeError) as error:
+        raise ValueError(f"Invalid {name} value: {pattern!r} is not a regular expression: {error}") from None
