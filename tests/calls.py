@@ -82,6 +82,17 @@ CALLS = {
     "apply_updates": Call({"params": PARAMS, "updates": PARAMS}, ("updates",)),
     "scale": Call({"factor": 0.5}),
     "groups": Call({"members": {"a": OPT}, "default": OPT}, ("default",)),
+    "interop.optax.muon": Call(
+        optional=(
+            "stacked",
+            "mask",
+            "consistent_rms",
+            "momentum_dtype",
+            "adam_learning_rate",
+            "adam_weight_decay",
+            *DTYPES,
+        )
+    ),
     "hyperball": Call({"opt": adamjax.adam(0.1)}, ("learning_rate", "mask", "axis_name")),
     "kahan": Call({"opt": OPT}),
     "master_weights": Call({"opt": OPT}),
@@ -202,6 +213,7 @@ METHODS = {
 # Not called with arguments of users: what they get and look at, or derive from, and the insides of steps and runs.
 HELD = [
     "HyperballState",
+    "interop.optax.MuonState",
     "AdamState",
     "ScheduleState",
     "rounding.RoundingState",
