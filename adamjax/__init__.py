@@ -27,6 +27,8 @@ from adamjax._transforms.clipping import clip_by_global_norm as clip_by_global_n
 from adamjax._transforms.delivery import apply_updates as apply_updates
 from adamjax._transforms.groups import groups as groups
 from adamjax._transforms.groups import scale as scale
+from adamjax._transforms.hyperball import HyperballState as HyperballState
+from adamjax._transforms.hyperball import hyperball as hyperball
 from adamjax._transforms.learning_rate import scale_by_learning_rate as scale_by_learning_rate
 from adamjax._transforms.moments import AdamState as AdamState
 from adamjax._transforms.moments import AdEMAMixState as AdEMAMixState
@@ -54,4 +56,5 @@ from adamjax.rounding import stochastic_rounding as stochastic_rounding
 from adamjax.safety import check as check
 from adamjax.safety import dynamic_loss_scale as dynamic_loss_scale
 from adamjax.safety import skip_nonfinite as skip_nonfinite
+from adamjax.safety import skip_spikes as skip_spikes
 from adamjax.storage import quantized as quantized

@@ -82,6 +82,18 @@ CALLS = {
     "apply_updates": Call({"params": PARAMS, "updates": PARAMS}, ("updates",)),
     "scale": Call({"factor": 0.5}),
     "groups": Call({"members": {"a": OPT}, "default": OPT}, ("default",)),
+    "interop.optax.muon": Call(
+        optional=(
+            "stacked",
+            "mask",
+            "consistent_rms",
+            "momentum_dtype",
+            "adam_learning_rate",
+            "adam_weight_decay",
+            *DTYPES,
+        )
+    ),
+    "hyperball": Call({"opt": adamjax.adam(0.1)}, ("learning_rate", "mask", "axis_name")),
     "kahan": Call({"opt": OPT}),
     "master_weights": Call({"opt": OPT}),
     "stochastic_rounding": Call({"opt": OPT}),
@@ -91,9 +103,11 @@ CALLS = {
     "rounding.MasterWeights": Call({"inner": OPT}),
     "rounding.StochasticRounding": Call({"inner": OPT}),
     "skip_nonfinite": Call({"opt": OPT}, ("max_consecutive", "axis_name")),
+    "skip_spikes": Call({"opt": OPT}, ("max_consecutive", "axis_name")),
     "dynamic_loss_scale": Call({"opt": OPT}, ("max_consecutive", "axis_name")),
     "check": Call({"state": STATE}, ("state",)),
     "safety.SkipNonfinite": Call({"inner": OPT}, ("max_consecutive", "axis_name")),
+    "safety.SkipSpikes": Call({"inner": OPT}, ("max_consecutive", "axis_name")),
     "safety.DynamicLossScale": Call({"inner": adamjax.skip_nonfinite(OPT)}),
     "diagnostics.measure": Call(
         {"grads": PARAMS, "updates": PARAMS, "state": STATE, "params": PARAMS}, ("opt", "axis_name")
@@ -197,14 +211,22 @@ METHODS = {
 }
 
 # Not called with arguments of users: what they get and look at, or derive from, and the insides of steps and runs.
-HELD = ["AdamState", "ScheduleState", "rounding.RoundingState", "storage.QuantizedArray", "storage.Precision"]
+HELD = [
+    "HyperballState",
+    "interop.optax.MuonState",
+    "AdamState",
+    "ScheduleState",
+    "rounding.RoundingState",
+    "storage.QuantizedArray",
+    "storage.Precision",
+]
 HELD += ["storage.PackedTree"]
 HELD += ["tuning.Best", "tuning.Confirmed", "tuning.Report", "tuning.Sweep", "tuning.Trial", "tuning.TrialRecord"]
 HELD += ["tuning.Pruned", "DamagedFileError", "FolderInUseError"]
 HELD += ["training.Report", "training.TrainStep", "training.Keys", "checkpoint.Checkpoint", "kernels.Kernel"]
 HELD += ["diagnostics.AdamStats", "diagnostics.LeafStats", "diagnostics.Finding"]
 HELD += ["schedules.PlateauState", "sharding.Zero1State", "interop.torch.NAdamState"]
-HELD += ["safety.SkipState", "safety.LossScaleState", "safety.LeafCounts"]
+HELD += ["safety.SkipState", "safety.LossScaleState", "safety.LeafCounts", "safety.SpikeState", "safety.RunningStats"]
 BASES = ["Transformation", "schedules.Schedule", "rounding.Rounding", "tuning.Problem"]
 INNER = [f"training.{name}" for name in ("train_step", "measured_step", "gradients", "data_mesh", "evaluator")]
 INNER += [

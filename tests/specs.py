@@ -227,6 +227,8 @@ STORED = {
     "packed": Spec(lambda: adamjax.packed(adamjax.adamw(LR, weight_decay=0.1), below=10), {}, True),
     "packed amsgrad bfloat16": Spec(lambda: adamjax.packed(_stored(adamjax.amsgrad, "bfloat16").make(), below=10), {}),
     "skip_nonfinite": Spec(lambda: adamjax.skip_nonfinite(adamjax.adamw(LR), max_consecutive=3), {}, True),
+    "skip_spikes": Spec(lambda: adamjax.skip_spikes(adamjax.adamw(LR), warmup=2), {}, True),
+    "hyperball": Spec(lambda: adamjax.hyperball(adamjax.adam(LR)), {}, True),
     "dynamic_loss_scale": Spec(lambda: adamjax.dynamic_loss_scale(adamjax.adam(LR)), {}),
     **{
         name: Spec(lambda wrap=wrap: wrap(adamjax.adamw(LR, weight_decay=0.1)), {}, True)

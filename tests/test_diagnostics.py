@@ -265,6 +265,7 @@ WRAPPED = {
         adamjax.groups({"b/": {"eps": 1e-3}, "b/|x": {"b2": 0.9}}, default=adamjax.adam())
     ),
     "skip_nonfinite": lambda: adamjax.skip_nonfinite(adamjax.adam()),
+    "skip_spikes": lambda: adamjax.skip_spikes(adamjax.adam()),
     "interop.torch": lambda: adamjax.interop.torch.adam(),
     **{name: STORED[name].make for name in ("torch's nadam", "amsgrad int8", *ROUNDED)},
 }

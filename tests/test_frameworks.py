@@ -267,6 +267,8 @@ STATES = {
     "adam": adamjax.adam(0.1),
     "quantised": adamjax.amsgrad(0.1, mu_dtype=INT8, nu_dtype=adamjax.quantized("int4", min_size=1)),
     "skip": adamjax.skip_nonfinite(adamjax.adamw(0.1)),
+    "spikes": adamjax.skip_spikes(adamjax.adamw(0.1)),
+    "hyperball": adamjax.kahan(adamjax.hyperball(adamjax.adam(0.1))),
     "loss scale": adamjax.dynamic_loss_scale(adamjax.master_weights(adamjax.adam(0.1))),
     "packed": adamjax.kahan(adamjax.packed(adamjax.adamw(0.1, mu_dtype=adamjax.quantized("int8", min_size=100)))),
     "groups": adamjax.groups({"b": adamjax.adamax(0.1)}, default=adamjax.adam(0.1, nu_dtype=jnp.bfloat16)),

@@ -167,6 +167,7 @@ AROUND = {
     "groups, then one": lambda opt: adamjax.chain(grouped(opt), adamjax.scale_by_learning_rate(2.0)),
     "clipped twice": lambda opt: adamjax.chain(CLIP, adamjax.chain(CLIP, opt)),
     "checked": lambda opt: adamjax.skip_nonfinite(adamjax.chain(CLIP, opt)),
+    "spikes": lambda opt: adamjax.skip_nonfinite(adamjax.skip_spikes(adamjax.chain(CLIP, opt))),
     "clipped, then checked": lambda opt: adamjax.chain(CLIP, adamjax.skip_nonfinite(opt)),
 }
 

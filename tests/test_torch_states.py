@@ -476,6 +476,7 @@ EXPORTS = {
     "packed": adamjax.packed(adamjax.adamw(1e-2)),
     "packed bfloat16": adamjax.packed(adamjax.adamw(1e-2, mu_dtype=jnp.bfloat16)),
     "skip_nonfinite": adamjax.skip_nonfinite(optim.adamw(1e-2)),
+    "skip_spikes": adamjax.skip_spikes(optim.adamw(1e-2)),
     "dynamic_loss_scale": adamjax.dynamic_loss_scale(adamjax.adamw(1e-2), initial=1.0),
     "offload": adamjax.sharding.offload(adamjax.adamw(1e-2)),
     "kahan": adamjax.kahan(adamjax.adamw(1e-2)),

@@ -29,7 +29,7 @@ _WORDING = {
 _SCALARS: dict[str, Any] = dict.fromkeys(
     ("count", "plateau", "cooldown", "skipped", "consecutive", "good"), np.dtype(np.int32)
 )
-_SCALARS |= {"seed": np.dtype(np.uint32)} | dict.fromkeys(("scale", "best", "mean", "mu_product"))
+_SCALARS |= {"seed": np.dtype(np.uint32)} | dict.fromkeys(("scale", "best", "mean", "deviation", "mu_product"))
 
 _ON_HOST = (np.ndarray, np.generic, bool, float, complex)
 

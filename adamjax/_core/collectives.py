@@ -59,6 +59,20 @@ def axes_varying(x: Array, axis_name: AxisName) -> tuple[str, ...]:
     return tuple(sorted(axes & varying_over(x) if tracked else axes))
 
 
+def bound_axes(axis_name: AxisName) -> tuple[str, ...]:
+    """Return those of the axes that are mapped here: none of them outside of `jax.shard_map` and `jax.pmap`."""
+    names = () if axis_name is None else (axis_name,) if isinstance(axis_name, str) else axis_name
+    return tuple(filter(_is_bound, names))
+
+
+def _is_bound(name: str) -> bool:
+    try:
+        jax.lax.axis_size(name)
+    except NameError:
+        return False
+    return True
+
+
 def pcast_like(x: Array, like: jax.ShapeDtypeStruct) -> Array:
     """Mark `x` as varying over the axes that `like` varies over."""
     found = like.manual_axis_type

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from adamjax._core import collectives
-from adamjax._core.numerics import abs_sq
+from adamjax._core.numerics import abs_sq, sqrt_with_zero_slope
 from adamjax._core.typing import AxisName
 
 
@@ -38,6 +38,11 @@ def update_clipping(g: Array, v_hat: Array, eps: Any, axis_name: AxisName) -> Ar
     return 1 / jnp.maximum(1, jnp.sqrt(squares / _size(g, axis_name)))
 
 
+def norm(x: Array, axis_name: AxisName) -> Array:
+    """Return the Frobenius norm of a whole parameter."""
+    return sqrt_with_zero_slope(_total(abs_sq(x), x, axis_name))
+
+
 def _total(x: Array, like: Array, axis_name: AxisName) -> Array:
     """The sum over a whole parameter, of which a device may have the part `like`."""
     axes = _axes_of_parts(like, axis_name)
@@ -55,7 +60,7 @@ def _axes_of_parts(x: Array, axis_name: AxisName) -> tuple[str, ...]:
     """The mapped axes over which a parameter is spread."""
     if axis_name is None and (axes := collectives.varying_over(x)):
         raise ValueError(
-            f"a gradient differs over the mapped axes {', '.join(map(repr, sorted(axes)))}, and its step depends on "
-            "a mean over the whole parameter: give axis_name=, the axes that parameters are spread over, or () if none"
+            f"an array differs over the mapped axes {', '.join(map(repr, sorted(axes)))}, and its step depends on "
+            "the whole parameter: give axis_name=, the axes that parameters are spread over, or () if none"
         )
     return collectives.axes_varying(x, axis_name) if axis_name else ()

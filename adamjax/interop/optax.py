@@ -20,6 +20,8 @@ from adamjax._transforms.packed import Packed
 from adamjax._transforms.schedule import ScheduleState
 from adamjax._transforms.weight_decay import AddDecayedWeights
 from adamjax.interop import _adam_values
+from adamjax.interop._muon import MuonState as MuonState
+from adamjax.interop._muon import muon as muon
 
 
 def import_state(opt: GradientTransformation, params: PyTree, state: PyTree) -> PyTree:
