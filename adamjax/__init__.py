@@ -28,6 +28,7 @@ from adamjax._transforms.moments import AdamState as AdamState
 from adamjax._transforms.packed import packed as packed
 from adamjax._transforms.radam import scale_by_radam as scale_by_radam
 from adamjax._transforms.schedule import ScheduleState as ScheduleState
+from adamjax._transforms.schedule_free import ScheduleFreeState as ScheduleFreeState
 from adamjax._transforms.weight_decay import add_decayed_weights as add_decayed_weights
 from adamjax.optimizers import adam as adam
 from adamjax.optimizers import adamax as adamax
@@ -37,6 +38,7 @@ from adamjax.optimizers import amsgrad as amsgrad
 from adamjax.optimizers import nadam as nadam
 from adamjax.optimizers import nadamw as nadamw
 from adamjax.optimizers import radam as radam
+from adamjax.optimizers import schedule_free_adamw as schedule_free_adamw
 from adamjax.rounding import kahan as kahan
 from adamjax.rounding import master_weights as master_weights
 from adamjax.rounding import stochastic_rounding as stochastic_rounding

@@ -9,7 +9,7 @@ import adamjax
 from adamjax import interop, schedules
 
 # Where all optimizers share the code in question, one of each kind stands for them.
-KINDS = ("adamw schedules", "amsgrad torch", "radam", "adamaxw", "adam coupled")
+KINDS = ("adamw schedules", "amsgrad torch", "radam", "adamaxw", "adam coupled", "schedule free")
 
 
 class Spec(NamedTuple):
@@ -34,7 +34,7 @@ def _spec(make, *, needs_params=False, with_oracle=None, **keywords):
 
 
 # One of each public optimizer; and with options that change what a chain is made of.
-PUBLIC = ("adam", "amsgrad torch", "adamw", "nadam", "nadamw", "radam", "adamax", "adamaxw")
+PUBLIC = ("adam", "amsgrad torch", "adamw", "nadam", "nadamw", "radam", "adamax", "adamaxw", "schedule free")
 GRID = (*PUBLIC, "adam coupled maximize", "adam coupled schedule", "adamw schedules", "adamw independent")
 
 SPECS = {
@@ -117,6 +117,32 @@ SPECS = {
     "adamax": _spec(adamjax.adamax, with_oracle={"algorithm": "adamax"}),
     "adamaxw": _spec(
         adamjax.adamaxw, weight_decay=0.1, with_oracle={"algorithm": "adamax", "decoupled": 0.1}, needs_params=True
+    ),
+    "schedule free": _spec(
+        adamjax.schedule_free_adamw,
+        weight_decay=0.1,
+        with_oracle={"algorithm": "schedule free", "decoupled": 0.1},
+        needs_params=True,
+    ),
+    "schedule free warmup": _spec(
+        adamjax.schedule_free_adamw,
+        warmup_steps=10,
+        b1=0.95,
+        b2=0.99,
+        weight_lr_power=1.0,
+        with_oracle={"algorithm": "schedule free"},
+        needs_params=True,
+    ),
+    "schedule free schedules": _spec(
+        adamjax.schedule_free_adamw,
+        learning_rate=RISE_AND_FALL,
+        weight_decay=schedules.linear(0.2, 0.0, 20),
+        with_oracle={
+            "algorithm": "schedule free",
+            "learning_rate": RISE_AND_FALL_ORACLE,
+            "decoupled": lambda t: 0.2 * (1 - min(t / 20, 1)),
+        },
+        needs_params=True,
     ),
 }
 

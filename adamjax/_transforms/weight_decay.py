@@ -84,7 +84,7 @@ class AddDecayedWeights(Scheduled):
 
     def __post_init__(self) -> None:
         self._replace_field("weight_decay", number_or_schedule("weight_decay", self.weight_decay, low=-math.inf))
-        self._replace_field("mask", _as_mask(self.mask))
+        self._replace_field("mask", as_mask(self.mask))
         checks.choice("cautious", self.cautious, (False, True))
 
     @property
@@ -163,7 +163,7 @@ class CoupledDecay(Leafwise):
 
     def __post_init__(self) -> None:
         self._replace_field("weight_decay", number_or_schedule("weight_decay", self.weight_decay))
-        self._replace_field("mask", _as_mask(self.mask))
+        self._replace_field("mask", as_mask(self.mask))
         checks.choice("maximize", self.maximize, (False, True))
 
     def _init(self, params: PyTree) -> PyTree:
@@ -200,7 +200,8 @@ class TreeMask(StaticTree):
         return self.tree
 
 
-def _as_mask(mask: Mask) -> Callable[[PyTree], PyTree] | None:
+def as_mask(mask: Mask) -> Callable[[PyTree], PyTree] | None:
+    """Return a mask as a hashable function that makes a tree of bools; None is kept."""
     # A model that is a pytree may be callable too: what it holds decides whether it is a tree.
     if mask is None or isinstance(mask, TreeMask) or (callable(mask) and all(map(callable, jax.tree.leaves(mask)))):
         return mask
