@@ -17,10 +17,13 @@ from adamjax._core.locks import FolderInUseError as FolderInUseError
 from adamjax._core.version import __version__ as __version__
 from adamjax._transforms.adam import scale_by_adam as scale_by_adam
 from adamjax._transforms.adamax import scale_by_adamax as scale_by_adamax
+from adamjax._transforms.average_params import AverageState as AverageState
+from adamjax._transforms.average_params import average_params as average_params
 from adamjax._transforms.base import Transformation as Transformation
 from adamjax._transforms.chain import chain as chain
 from adamjax._transforms.clipping import clip_by_global_norm as clip_by_global_norm
 from adamjax._transforms.delivery import apply_updates as apply_updates
+from adamjax._transforms.eval_params import eval_params as eval_params
 from adamjax._transforms.groups import groups as groups
 from adamjax._transforms.groups import scale as scale
 from adamjax._transforms.learning_rate import scale_by_learning_rate as scale_by_learning_rate

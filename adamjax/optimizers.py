@@ -376,9 +376,7 @@ def schedule_free_adamw(
     True
     """
     warmup = 0.0 if warmup_steps is None else warmup_steps
-    return chain(
-        ScheduleFreeAdamW(learning_rate, warmup, b1, b2, eps, weight_decay, weight_lr_power, nu_dtype, mask)
-    )
+    return chain(ScheduleFreeAdamW(learning_rate, warmup, b1, b2, eps, weight_decay, weight_lr_power, nu_dtype, mask))
 
 
 def _chain_or_fused(fused: FusedMode, *transforms: Transformation) -> Chain:

@@ -265,6 +265,12 @@ class StepsParts(Wrapper):
         return found, delivered, state
 
 
+class AveragesParams(Wrapper):
+    """Base of the wrappers that keep an average of the parameters that the result leads to."""
+
+    leads_to_params: ClassVar[bool] = True
+
+
 class MaySkip(Wrapper):
     """Base of the wrappers that may skip a step as a whole: a wrapper that counts steps must not go around them."""
 
@@ -279,6 +285,11 @@ def delivering(opt: Transformation) -> Iterator[Transformation]:
 def rounds_params(opt: Transformation) -> bool:
     """Return whether `opt` rounds parameters: whether its result is delivered by a wrapper that does."""
     return any(isinstance(t, RoundsParams) for t in delivering(opt))
+
+
+def averages_params(opt: Transformation) -> bool:
+    """Return whether `opt` averages parameters: whether its result is delivered by a wrapper that does."""
+    return any(isinstance(t, AveragesParams) for t in delivering(opt))
 
 
 def must_be_last(opt: Transformation) -> bool:

@@ -24,7 +24,7 @@ from adamjax._transforms import moment_storage as storage
 from adamjax._transforms.adam import AdamRule, epsilon
 from adamjax._transforms.base import Leafwise
 from adamjax._transforms.leafwise import LeafOp, LeafTransform, as_constants
-from adamjax._transforms.moment_storage import MomentFormat, Quantized
+from adamjax._transforms.moment_storage import Quantized
 from adamjax._transforms.schedule import number_or_schedule
 from adamjax._transforms.weight_decay import as_mask, mask_tree
 
@@ -144,7 +144,7 @@ class ScheduleFreeAdamW(Leafwise):
     eps: Scalar
     weight_decay: ScalarOrSchedule
     weight_lr_power: Scalar
-    nu_dtype: MomentFormat = static_field(default=None)
+    nu_dtype: Any = static_field(default=None)  # a `MomentFormat`
     mask: Mask = static_field(default=None)
 
     def __post_init__(self) -> None:
@@ -207,12 +207,14 @@ class ScheduleFreeAdamW(Leafwise):
         def scalars(real: np.dtype) -> Any:
             decay2 = decay(self, "b2", real)
             found = ScheduleFreeScalars(
-                *(x.astype(real) for x in (rate, pull, push)),
-                decay2,
-                bias_correction(count.astype(real), decay2),
-                epsilon(self.eps, decay2),
-                np.zeros((), real),
-                weight_decay.astype(real),
+                rate=rate.astype(real),
+                pull=pull.astype(real),
+                push=push.astype(real),
+                decay2=decay2,
+                c2=bias_correction(count.astype(real), decay2),
+                eps=epsilon(self.eps, decay2),
+                eps_root=np.zeros((), real),
+                weight_decay=weight_decay.astype(real),
             )
             return as_constants(found, count)
 
