@@ -187,6 +187,12 @@ STORED = {
     "packed amsgrad bfloat16": Spec(lambda: adamjax.packed(_stored(adamjax.amsgrad, "bfloat16").make(), below=10), {}),
     "skip_nonfinite": Spec(lambda: adamjax.skip_nonfinite(adamjax.adamw(LR), max_consecutive=3), {}, True),
     "dynamic_loss_scale": Spec(lambda: adamjax.dynamic_loss_scale(adamjax.adam(LR)), {}),
+    "schedule free int8": Spec(lambda: adamjax.schedule_free_adamw(LR, nu_dtype=_quantized("int8")), {}, True),
+    "schedule free master_weights": Spec(lambda: adamjax.master_weights(adamjax.schedule_free_adamw(LR)), {}, True),
+    "average": Spec(lambda: adamjax.average_params(adamjax.adamw(LR)), {}, True),
+    "average bfloat16": Spec(
+        lambda: adamjax.average_params(adamjax.kahan(adamjax.adamw(LR)), dtype=jnp.bfloat16), {}, True
+    ),
     **{
         name: Spec(lambda wrap=wrap: wrap(adamjax.adamw(LR, weight_decay=0.1)), {}, True)
         for name, wrap in ROUNDED.items()

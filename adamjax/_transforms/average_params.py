@@ -180,7 +180,7 @@ def average_params(
     >>> state = opt.init(params)
     >>> for _ in range(3):
     ...     params, state = opt.step(jnp.ones(2), state, params)
-    >>> print(params.round(3), adamjax.eval_params(state, params).round(3))
-    [0.7 0.7] [0.74 0.74]
+    >>> print(f"{params[0]:.3f} {adamjax.eval_params(state, params)[0]:.3f}")
+    0.700 0.730
     """
     return AverageParams(opt, decay, warmup, dtype)

@@ -94,9 +94,13 @@ def eval_params(state: PyTree, params: PyTree) -> PyTree:
                 )
             if path in made:
                 raise ValueError(f"the state has two averages of {name}: give `eval_params` that of one optimizer")
-            x, residual = (None if part is None else _beside(part, p) for part in (x, rounded.get(path)))
-            made[path] = _cast(x, p) if average else _average_of(exact_param(p, residual), x, node.b1, p)
+            x = _beside(x, p)
+            made[path] = _cast(x, p) if average else _average_of(_exact(p, rounded.get(path)), x, node.b1, p)
     return jax.tree.map_with_path(lambda path, p: made.get(path, p), params)
+
+
+def _exact(p: Any, residual: Any) -> Any:
+    return exact_param(p, None if residual is None else _beside(residual, p))
 
 
 def _average_of(y: Any, z: Array, b1: Array, like: Any) -> Array:
