@@ -26,6 +26,7 @@ from adamjax._core.typing import AxisName, GradientTransformation, PyTree
 from adamjax._core.value import Value, static_field, value
 from adamjax._transforms.base import Foreign, MaySkip, Result, StepContext, Transformation, may_skip
 from adamjax._transforms.chain import Chain
+from adamjax._transforms.eval_params import averaging_arrays
 from adamjax._transforms.moments import find_moments
 
 _SCALES = [2.0**k for k in range(25)]
@@ -402,7 +403,7 @@ def check(state: PyTree) -> None:
 
     Raises:
       FloatingPointError: `max_consecutive` steps in a row were skipped (the message has the counts,
-        and the parameters whose gradients were not finite), or a moment is NaN or infinite (its path).
+        and the parameters whose gradients were not finite), or a moment or an average is NaN or infinite (its path).
 
     Warns:
       UserWarning: No `max_consecutive` was given, and 25 steps in a row or more were skipped just now.
@@ -420,7 +421,7 @@ def check(state: PyTree) -> None:
     2 steps were skipped, at least max_consecutive of them in
     """
     check_skipped(state)
-    for path, node in find_moments(state):
+    for path, node in [*find_moments(state), *averaging_arrays(state)]:
         for below, x in jax.tree.leaves_with_path(node):
             if jnp.issubdtype(jnp.result_type(x), jnp.inexact) and not jnp.all(jnp.isfinite(x)):
                 raise FloatingPointError(

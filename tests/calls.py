@@ -201,7 +201,15 @@ METHODS = {
 }
 
 # Not called with arguments of users: what they get and look at, or derive from, and the insides of steps and runs.
-HELD = ["AdamState", "ScheduleState", "ScheduleFreeState", "AverageState", "rounding.RoundingState", "storage.QuantizedArray", "storage.Precision"]
+HELD = [
+    "AdamState",
+    "ScheduleState",
+    "ScheduleFreeState",
+    "AverageState",
+    "rounding.RoundingState",
+    "storage.QuantizedArray",
+    "storage.Precision",
+]
 HELD += ["storage.PackedTree"]
 HELD += ["tuning.Best", "tuning.Confirmed", "tuning.Report", "tuning.Sweep", "tuning.Trial", "tuning.TrialRecord"]
 HELD += ["tuning.Pruned", "DamagedFileError", "FolderInUseError"]
@@ -213,7 +221,15 @@ BASES = ["Transformation", "schedules.Schedule", "rounding.Rounding", "tuning.Pr
 INNER = [f"training.{name}" for name in ("train_step", "measured_step", "gradients", "data_mesh", "evaluator")]
 INNER += [
     f"training.{name}"
-    for name in ("evaluated_model", "first_model", "initial", "model_like", "model_shardings", "update_model", "ShardedTask")
+    for name in (
+        "evaluated_model",
+        "first_model",
+        "initial",
+        "model_like",
+        "model_shardings",
+        "update_model",
+        "ShardedTask",
+    )
 ]
 INNER += ["kernels.Fused", "safety.check_skipped", "safety.skipped", "safety.was_skipped"]
 FILES = [

@@ -21,9 +21,21 @@ def is_schedule_free(x: object) -> bool:
     return {"b1", "z", "weight_sum"} <= set(getattr(x, "_fields", ()))
 
 
+def is_averaging(x: object) -> bool:
+    """Return whether a node of a state says what parameters to evaluate at."""
+    return isinstance(x, AverageState) or is_schedule_free(x)
+
+
+def averaging_arrays(state: PyTree) -> list[tuple[Path, PyTree]]:
+    """Find the arrays of all such nodes, in dicts by field: each with the path of the node."""
+    nodes = jax.tree.leaves_with_path(state, is_leaf=is_averaging)
+    fields = ("average", "z", "nu")
+    return [(path, {k: getattr(x, k) for k in fields if hasattr(x, k)}) for path, x in nodes if is_averaging(x)]
+
+
 def find_averages(state: PyTree, residuals: PyTree = None) -> Iterator[Found]:
     """Yield all nodes of a state that say what parameters to evaluate at, each with the residuals of those."""
-    if isinstance(state, AverageState) or is_schedule_free(state):
+    if is_averaging(state):
         yield state, residuals
         return
     if isinstance(state, RoundingState):
