@@ -152,7 +152,7 @@ class ScheduleFreeAdamW(Leafwise):
             self._replace_field(name, number_or_schedule(name, getattr(self, name)))
         self._check_whole("warmup_steps")
         self._check_numbers("b1", "b2", below=1.0)
-        if self.b1 == 0.0 and isinstance(self.b1, float):
+        if _is_zero(self.b1):
             raise ValueError(
                 "Invalid beta parameter at index 0: 0.0; b1 must be above 0: at 0, the average x is in none of the "
                 "arrays that are kept"

@@ -54,11 +54,8 @@ def add_parser(commands: _flags.Subparsers) -> argparse.ArgumentParser:
     rate = train.add_argument_group("the learning rate")
     add = rate.add_argument
     add("--learning-rate", "--lr", type=float, default=3e-3, help="learning rate, at its peak (default: 3e-3)")
-    schedule = (
-        "course of the learning rate (default: warmup_cosine; of an objective: constant; of schedule_free_adamw: "
-    )
-    schedule += "a warmup, then constant)"
-    add("--schedule", choices=_flags.SCHEDULES, help=schedule)
+    schedule = "course of the learning rate (default: warmup_cosine; of an objective: constant; schedule_free_adamw: "
+    add("--schedule", choices=_flags.SCHEDULES, help=schedule + "constant, after a warmup)")
     _flags.add_flags(rate, _flags.SCHEDULE_OPTIONS)
     optimizer = _flags.add_optimizer(train, _flags.OPTIMIZER_HELP)
     _arguments.add_fix(optimizer)
@@ -132,6 +129,10 @@ class _PreparedRun(NamedTuple):
 def _prepare(
     problem: Problem, options: Options, group: _distributed.ProcessGroup, stop: Callable[[], bool]
 ) -> _PreparedRun:
+    if options.get("diagnose") and _flags.has_own_warmup(options):
+        raise CommandError(
+            f"--diagnose measures first moments, and {options['optimizer']} keeps none: leave --diagnose out"
+        )
     schedule = _train_setup.make_schedule(options)
     optimizer = _train_setup.make_optimizer(schedule, options, group.mesh)
     folder, history = None, _train_checkpoints.RunHistory()

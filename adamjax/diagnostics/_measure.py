@@ -195,8 +195,8 @@ def _moments_by_path(
     nodes = find_moments(state)
     if not nodes:
         raise ValueError(
-            "there are no moments in the state: measure takes what init or update of Adam returned, and a schedule-free "
-            "optimizer keeps no first moment"
+            "there are no moments in the state: measure takes what init or update of Adam returned, and "
+            "schedule-free optimizers keep no first moment"
         )
     found: dict[Path, _Moments] = {}
     for (where, node), member in zip(nodes, _members(opt, params, nodes), strict=True):
