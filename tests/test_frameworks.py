@@ -147,6 +147,7 @@ def test_frameworks_evaluate_at_the_average(tx):
 
     model = Model(nnx.Rngs(0))
     graph, params, rest = nnx.split(model, nnx.Param, ...)
+    params = jax.tree.map(jnp.copy, params)  # or the steps of the model would change them
 
     def predict(params, x):
         return nnx.merge(graph, params, rest)(x)
@@ -532,6 +533,9 @@ def test_optax_maps_the_parameters_of_states(name):
         return
     # A parameter without an array in some tree of the state, or with several, is one leaf.
     specs = mapped(opt, state, is_leaf=lambda x: x is None or isinstance(x, adamjax.storage.QuantizedArray))
+    if name == "schedule free":
+        assert specs.inner[0].z["w"] == specs.inner[0].nu["w"] == SPECS["w"]
+        return
     moments = next(node for _, node in find_moments(specs) if node.mu["w"] is not None)
     assert moments.mu["w"] == SPECS["w"]
     if name in ("skip", "adam"):
