@@ -64,7 +64,8 @@ def step_fn(
         as it is. None keeps it in float32 or wider. Parameters that are complex or float64 are not affected.
 
     Returns:
-      The step. On a mesh, parameters and state keep the shardings that they have at its first call.
+      The step. On a mesh, parameters and state keep the shardings that they have at its first call. Its parameters are
+      those that are trained: with `schedule_free_adamw` or `average_params`, evaluate at `eval_params(state, params)`.
 
     Raises:
       TypeError, ValueError: `loss_fn` is not a function, `opt` not a transformation, `has_aux` not a bool,
@@ -361,9 +362,10 @@ def train(
         are, unless `adamjax.sharding.zero1` around the optimizer divides it. None: one device.
 
     Returns:
-      An iterator of reports: one before the first step (but not at `start`), then as often as asked for. The last one
-      has metrics; it comes early if `stop` returns True, or if a loss is not finite and no `skip_nonfinite` or
-      `dynamic_loss_scale` skips such steps.
+      An iterator of reports: one before the first step (but not at `start`), then as often as asked for. Metrics are
+      those of `Report.eval_params`: of an average, if the optimizer keeps one. The last report has metrics; it comes
+      early if `stop` returns True, or if a loss is not finite and no `skip_nonfinite` or `dynamic_loss_scale` skips
+      such steps.
 
     Raises:
       TypeError: `problem` is not a `Problem`, `optimizer` not a transformation, or `start` not a report or checkpoint.

@@ -400,6 +400,15 @@ def test_zero1_divides_the_average(kind, make):
     )
 
 
+@pytest.mark.parametrize("make", MAKES)
+def test_an_average_in_host_memory(make):
+    opt, plain = sharding.offload(MAKES[make]()), MAKES[make]()
+    *_, found = train(Bowl(), opt, steps=5)
+    *_, expected = train(Bowl(), plain, steps=5)
+    assert found.eval_params["x"].sharding.memory_kind == "device"
+    assert_close((found.metrics, found.eval_params), (expected.metrics, expected.eval_params), RECOMPILED)
+
+
 def test_a_new_state_shares_no_buffer_and_keeps_the_sharding():
     mesh = make_mesh(AxisType.Auto)
     params = {"a": jax.device_put(PARAMS["a"], NamedSharding(mesh, P("data")))}

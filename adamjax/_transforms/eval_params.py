@@ -132,9 +132,13 @@ def _cast(x: Array, p: Any) -> Array:
     return x.astype(trees.dtype_of(p))
 
 
+def _is_on_host(x: Any) -> bool:
+    return getattr(jax.typeof(x), "memory_space", None) == jax.memory.Space.Host
+
+
 def _beside(x: Any, p: Any) -> Any:
-    """The array of a state where its parameter is: `sharding.zero1` divides states."""
+    """The array of a state where its parameter is: `sharding.zero1` divides states, `offload` has them on the host."""
     if isinstance(x, jax.core.Tracer) or isinstance(p, jax.core.Tracer):
-        return sharded_like(x, p)
+        return sharded_like(jax.device_put(x, jax.memory.Space.Device) if _is_on_host(x) else x, p)
     same = not isinstance(p, jax.Array) or getattr(x, "sharding", None) == p.sharding
     return jnp.asarray(x) if same else jax.device_put(x, p.sharding)
