@@ -21,10 +21,13 @@ from adamjax._transforms.ademamix import scale_by_ademamix as scale_by_ademamix
 from adamjax._transforms.ademamix import scale_by_simplified_ademamix as scale_by_simplified_ademamix
 from adamjax._transforms.adopt import scale_by_adopt as scale_by_adopt
 from adamjax._transforms.atan2 import scale_by_adam_atan2 as scale_by_adam_atan2
+from adamjax._transforms.average_params import AverageState as AverageState
+from adamjax._transforms.average_params import average_params as average_params
 from adamjax._transforms.base import Transformation as Transformation
 from adamjax._transforms.chain import chain as chain
 from adamjax._transforms.clipping import clip_by_global_norm as clip_by_global_norm
 from adamjax._transforms.delivery import apply_updates as apply_updates
+from adamjax._transforms.eval_params import eval_params as eval_params
 from adamjax._transforms.groups import groups as groups
 from adamjax._transforms.groups import scale as scale
 from adamjax._transforms.hyperball import HyperballState as HyperballState
@@ -35,6 +38,7 @@ from adamjax._transforms.moments import AdEMAMixState as AdEMAMixState
 from adamjax._transforms.packed import packed as packed
 from adamjax._transforms.radam import scale_by_radam as scale_by_radam
 from adamjax._transforms.schedule import ScheduleState as ScheduleState
+from adamjax._transforms.schedule_free import ScheduleFreeState as ScheduleFreeState
 from adamjax._transforms.stable import scale_by_stable_adam as scale_by_stable_adam
 from adamjax._transforms.weight_decay import add_decayed_weights as add_decayed_weights
 from adamjax.optimizers import adam as adam
@@ -48,6 +52,7 @@ from adamjax.optimizers import amsgrad as amsgrad
 from adamjax.optimizers import nadam as nadam
 from adamjax.optimizers import nadamw as nadamw
 from adamjax.optimizers import radam as radam
+from adamjax.optimizers import schedule_free_adamw as schedule_free_adamw
 from adamjax.optimizers import simplified_ademamix as simplified_ademamix
 from adamjax.optimizers import stable_adamw as stable_adamw
 from adamjax.rounding import kahan as kahan

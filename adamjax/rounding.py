@@ -28,7 +28,7 @@ from adamjax._core.low_precision import Dither
 from adamjax._core.trees import Leaves
 from adamjax._core.typing import GradientTransformation, PyTree
 from adamjax._core.value import static_field, value
-from adamjax._transforms.param_rounding import ParamRounding, to_float32
+from adamjax._transforms.param_rounding import ParamRounding, join_bits, kept_bits, to_float32
 from adamjax._transforms.param_rounding import Rounding as Rounding
 from adamjax._transforms.param_rounding import RoundingState as RoundingState
 
@@ -186,7 +186,7 @@ class MasterWeights(Rounding):
     @property
     def _rounding(self) -> ParamRounding:
         if self.low_bits:
-            return ParamRounding("low_bits", _join, _add_to_bits)
+            return ParamRounding("low_bits", join_bits, _add_to_bits)
         return ParamRounding("master_weights", _master, _add_to_master)
 
     def weights(self, params: PyTree, state: RoundingState) -> PyTree:
@@ -205,12 +205,12 @@ def _add_to_master(start: Array, u: Array, residual: Array, dither: Dither, dtyp
 
 
 def _add_to_bits(start: Array, u: Array, residual: Array, dither: Dither, dtype: np.dtype) -> tuple[Array, Array]:
-    master = _join(start, residual) + u
+    master = join_bits(start, residual) + u
     # Flush subnormal numbers, as some processors do: they have no lower bits to keep.
     master = jnp.where(jnp.abs(master) < jnp.finfo(_FLOAT32).tiny, 0.0, master)
     # Normalise NaNs: rounding would carry into their payload bits.
     master = jnp.where(jnp.isnan(master), jnp.nan, master)
-    cut = 16 - _width(residual)
+    cut = 16 - kept_bits(residual)
     if cut:
         # Round the master stochastically: to nearest, it would lose steps below 2**-17 of its size.
         random = low_precision.random(low_precision.index_of(master), dither) >> np.uint32(32 - cut)
@@ -223,22 +223,10 @@ def _add_to_bits(start: Array, u: Array, residual: Array, dither: Dither, dtype:
     return u, jnp.where(_upper_half(start + u) == target, low, np.uint32(0)).astype(residual.dtype)
 
 
-def _width(low: Array) -> int:
-    """The number of lower bits of the master that are kept."""
-    return 8 * low.dtype.itemsize
-
-
 def _upper_half(x: Array) -> Array:
     """The bfloat16 next to `x`, in float32; half away from 0, so that the lower half says which way it went."""
     bits = lax.bitcast_convert_type(x, jnp.uint32)
     return lax.bitcast_convert_type((bits + np.uint32(0x8000)) & np.uint32(0xFFFF0000), jnp.float32)
-
-
-def _join(p: Array, low: Array) -> Array:
-    """The float32 whose `_upper_half` is `p` and whose lower half begins with `low`."""
-    width, low = _width(low), low.astype(jnp.uint32)
-    bits = ((lax.bitcast_convert_type(p.astype(_FLOAT32), jnp.uint32) >> 16) - (low >> (width - 1))) << 16
-    return lax.bitcast_convert_type(bits | low << (16 - width), jnp.float32)
 
 
 def master_weights(opt: GradientTransformation, *, low_bits: bool | Literal[8, 16] = False) -> MasterWeights:

@@ -25,7 +25,8 @@ from adamjax._transforms.base import as_transformation
 from adamjax._transforms.moment_storage import FLOATS, decoded, decoded_first
 from adamjax._transforms.moment_storage import MomentFormat as MomentFormat
 from adamjax._transforms.moment_storage import Quantized as Quantized
-from adamjax._transforms.moments import find_moments, holds_moments
+from adamjax._transforms.moments import holds_moments
+from adamjax._transforms.schedule_free import ScheduleFreeState
 
 
 def quantized(
@@ -89,7 +90,7 @@ def decode(state: PyTree) -> PyTree:
     """Decode the quantised moments of a state, to look at them.
 
     Args:
-      state: A state, or any tree that holds `AdamState`s.
+      state: A state, or any tree that holds `AdamState`s or `ScheduleFreeState`s.
 
     Returns:
       `state` with moments in float32 in place of codes. Moments that are not quantised stay as they are.
@@ -104,11 +105,15 @@ def decode(state: PyTree) -> PyTree:
     >>> f"{adamjax.storage.decode(state)[0].mu.mean():.2f}"
     '0.10'
     """
-    if not find_moments(state):
+
+    def is_node(x: Any) -> bool:
+        return holds_moments(x) or isinstance(x, ScheduleFreeState)
+
+    if not any(map(is_node, jax.tree.leaves(state, is_leaf=is_node))):
         raise ValueError("there are no moments in the state: decode takes what init or update of Adam returned")
 
     def of_node(x: Any) -> Any:
-        if not holds_moments(x):
+        if not is_node(x):
             return x
         fields = x._asdict()
         first = {
@@ -119,7 +124,7 @@ def decode(state: PyTree) -> PyTree:
         second = {name: y for name, y in fields.items() if name in ("nu", "nu_max")}
         return x._replace(**first, **jax.tree.map(decoded, second, is_leaf=is_quantized))
 
-    return jax.tree.map(of_node, state, is_leaf=holds_moments)
+    return jax.tree.map(of_node, state, is_leaf=is_node)
 
 
 class Precision(NamedTuple):

@@ -5,7 +5,7 @@ import math
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache, partial
 from typing import Any, NamedTuple
@@ -21,6 +21,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from adamjax._core import checks, low_precision, signals, trees
 from adamjax._core.typing import DTypeLike, GradientTransformation, PyTree
 from adamjax._transforms.base import Transformation, as_transformation, contains_foreign, may_skip
+from adamjax._transforms.eval_params import evaluated_params
 from adamjax.diagnostics import AdamStats, measure
 from adamjax.problems import Problem
 from adamjax.problems._batches import AHEAD, prefetched, stacked
@@ -63,7 +64,8 @@ def step_fn(
         as it is. None keeps it in float32 or wider. Parameters that are complex or float64 are not affected.
 
     Returns:
-      The step. On a mesh, parameters and state keep the shardings that they have at its first call.
+      The step. On a mesh, parameters and state keep the shardings that they have at its first call. Its parameters are
+      those that are trained: with `schedule_free_adamw` or `average_params`, evaluate at `eval_params(state, params)`.
 
     Raises:
       TypeError, ValueError: `loss_fn` is not a function, `opt` not a transformation, `has_aux` not a bool,
@@ -295,8 +297,8 @@ class Report(NamedTuple):
     Fields:
       step: Number of updates done.
       losses: float64[n], the training losses of the n updates since the last report.
-      metrics: The results of `problem.evaluate` as floats; None if this report has no evaluation.
-      params: The parameters. The next step reuses their memory, so copy them to keep them.
+      metrics: The results of `problem.evaluate`, at `eval_params`, as floats; None if this report has no evaluation.
+      params: The parameters that are trained. The next step reuses their memory, so copy them to keep them.
       state: The optimizer's state; the next step reuses its memory, too.
       diverged_at: The first step (counted from 1) whose loss was not finite, which ends the run; None if
         there was none, or if the optimizer skips such steps.
@@ -315,6 +317,11 @@ class Report(NamedTuple):
     stats: AdamStats | None = None
     model_state: PyTree = None
     stopped: bool = False
+
+    @property
+    def eval_params(self) -> PyTree:
+        """The parameters to evaluate at: those of `adamjax.eval_params` if the optimizer averages, else `params`."""
+        return evaluated_params(self.state, self.params)
 
 
 def train(
@@ -355,9 +362,10 @@ def train(
         are, unless `adamjax.sharding.zero1` around the optimizer divides it. None: one device.
 
     Returns:
-      An iterator of reports: one before the first step (but not at `start`), then as often as asked for. The last one
-      has metrics; it comes early if `stop` returns True, or if a loss is not finite and no `skip_nonfinite` or
-      `dynamic_loss_scale` skips such steps.
+      An iterator of reports: one before the first step (but not at `start`), then as often as asked for. Metrics are
+      those of `Report.eval_params`: of an average, if the optimizer keeps one. The last report has metrics; it comes
+      early if `stop` returns True, or if a loss is not finite and no `skip_nonfinite` or `dynamic_loss_scale` skips
+      such steps.
 
     Raises:
       TypeError: `problem` is not a `Problem`, `optimizer` not a transformation, or `start` not a report or checkpoint.
@@ -425,7 +433,7 @@ def train(
             if diagnose and not last:
                 report = report._replace(stats=measure_next(model, state, (np.int32(step), feed.peek())))
             if last or step % evaluate_every == 0:
-                report = report._replace(metrics=evaluate(model))
+                report = report._replace(metrics=evaluate(model, state))
             yield report
             check_skipped(state)
             if last:
@@ -540,10 +548,22 @@ def data_mesh() -> Mesh:
     return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
 
 
-def evaluator(task: Task) -> Callable[[Model], dict[str, float]]:
-    """Return a function that evaluates a model, on the device or on the host as the problem asks, and gives floats."""
-    evaluate = task.evaluate if task.evaluates_on_host else jax.jit(task.evaluate, out_shardings=_everywhere(task))
-    return lambda model: {name: float(x) for name, x in evaluate(model).items()}
+def evaluator(task: Task) -> Callable[[Model, PyTree], dict[str, float]]:
+    """Return a function that evaluates a model, given the optimizer's state, and gives floats.
+
+    It does so on the device or on the host, as the problem asks.
+    """
+
+    def evaluate(model: Model, state: PyTree) -> Mapping[str, Any]:
+        return task.evaluate(evaluated_model(model, state))
+
+    compiled = evaluate if task.evaluates_on_host else jax.jit(evaluate, out_shardings=_everywhere(task))
+    return lambda model, state: {name: float(x) for name, x in compiled(model, state).items()}
+
+
+def evaluated_model(model: Model, state: PyTree) -> Model:
+    """The model to evaluate, where the optimizer's state says other parameters than those that are trained."""
+    return model._replace(params=evaluated_params(state, model.params))
 
 
 def _everywhere(task: Task) -> NamedSharding | None:

@@ -48,6 +48,7 @@ class Call(NamedTuple):
 OPT = adamjax.adamw(schedules.constant(0.1))
 PARAMS = {"a": jnp.ones((2, 3)), "b": jnp.ones(3)}
 STATE = OPT.init(PARAMS)
+AVERAGING = adamjax.average_params(OPT)
 MESH = AbstractMesh((1,), ("data",))
 PLACED = jax.tree.map(
     lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=NamedSharding(MESH, PartitionSpec())), PARAMS
@@ -72,6 +73,7 @@ CALLS = {
     "nadam": Call(optional=DTYPES),
     "nadamw": Call(optional=("mask", *DTYPES)),
     "radam": Call(optional=DTYPES),
+    "schedule_free_adamw": Call(optional=("warmup_steps", "nu_dtype", "mask")),
     "scale_by_adam": Call(optional=("amsgrad", *DTYPES)),
     "scale_by_adamax": Call(optional=DTYPES),
     "scale_by_radam": Call(optional=DTYPES),
@@ -98,6 +100,8 @@ CALLS = {
     "master_weights": Call({"opt": OPT}),
     "stochastic_rounding": Call({"opt": OPT}),
     "packed": Call({"opt": OPT}),
+    "average_params": Call({"opt": OPT}, ("dtype",)),
+    "eval_params": Call({"state": AVERAGING.init(PARAMS), "params": PARAMS}),
     "quantized": Call({"format": "int8"}, ("block_size", "keep")),
     "rounding.Kahan": Call({"inner": OPT}),
     "rounding.MasterWeights": Call({"inner": OPT}),
@@ -216,6 +220,8 @@ HELD = [
     "interop.optax.MuonState",
     "AdamState",
     "ScheduleState",
+    "ScheduleFreeState",
+    "AverageState",
     "rounding.RoundingState",
     "storage.QuantizedArray",
     "storage.Precision",
@@ -231,7 +237,15 @@ BASES = ["Transformation", "schedules.Schedule", "rounding.Rounding", "tuning.Pr
 INNER = [f"training.{name}" for name in ("train_step", "measured_step", "gradients", "data_mesh", "evaluator")]
 INNER += [
     f"training.{name}"
-    for name in ("first_model", "initial", "model_like", "model_shardings", "update_model", "ShardedTask")
+    for name in (
+        "evaluated_model",
+        "first_model",
+        "initial",
+        "model_like",
+        "model_shardings",
+        "update_model",
+        "ShardedTask",
+    )
 ]
 INNER += ["kernels.Fused", "safety.check_skipped", "safety.skipped", "safety.was_skipped"]
 FILES = [

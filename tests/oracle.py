@@ -135,6 +135,9 @@ def run(
 
     Of cautious decay: Chen et al., 2025, Algorithm 1, where the indicator is that of u x >= 0.
     """
+    if rule.get("algorithm") == "schedule free":
+        rates = {"learning_rate": learning_rate, "weight_decay": decoupled}
+        return [y for y, _ in schedule_free(p, grads, **rates, **{k: x for k, x in rule.items() if k != "algorithm"})]
     p = long(p)
     memory = start(p)
     trajectory = []
@@ -151,6 +154,42 @@ def run(
             decaying = p * (found * p >= 0)
         p = p - lr * found - lr * wd * decaying - iwd * decaying
         trajectory.append(p)
+    return trajectory
+
+
+def schedule_free(
+    y,
+    grads,
+    *,
+    learning_rate=0.0025,
+    warmup_steps=0,
+    b1=0.9,
+    b2=0.999,
+    eps=1e-8,
+    weight_decay=0.0,
+    weight_lr_power=2.0,
+):
+    """The parameters y and x after each step: Defazio et al., 2024, Algorithm 1, with the weights of their section 4.
+
+    Rates may be functions of the step count from 0.
+    """
+    b1, b2, eps, power = LONG(b1), LONG(b2), LONG(eps), LONG(weight_lr_power)
+    y = x = z = long(y)
+    v = np.zeros(np.shape(y), LONG)
+    largest = total = LONG(0)
+    trajectory = []
+    for t, gradient in enumerate(grads):
+        lr, wd = (LONG(rate(t) if callable(rate) else rate) for rate in (learning_rate, weight_decay))
+        lr = lr * min(LONG(t + 1) / warmup_steps, 1) if warmup_steps else lr
+        g = long(gradient)
+        v = b2 * v + (1 - b2) * np.abs(g) ** 2
+        z = z - lr * (g / (np.sqrt(v / (1 - b2 ** LONG(t + 1))) + eps) + wd * y)
+        largest = max(largest, lr)
+        total = total + largest**power
+        c = largest**power / total if total else LONG(0)
+        x = (1 - c) * x + c * z
+        y = (1 - b1) * z + b1 * x
+        trajectory.append((y, x))
     return trajectory
 
 

@@ -9,7 +9,7 @@ import adamjax
 from adamjax import interop, schedules
 
 # Where all optimizers share the code in question, one of each kind stands for them.
-KINDS = ("adamw schedules", "amsgrad torch", "radam", "adamaxw", "adam coupled")
+KINDS = ("adamw schedules", "amsgrad torch", "radam", "adamaxw", "adam coupled", "schedule free")
 
 
 class Spec(NamedTuple):
@@ -35,7 +35,7 @@ def _spec(make, *, needs_params=False, with_oracle=None, **keywords):
 
 # One of each public optimizer; and with options that change what a chain is made of.
 CLASSIC = ("adam", "amsgrad torch", "adamw", "nadam", "nadamw", "radam", "adamax", "adamaxw")
-SINCE_ADAM = ("ademamix", "simplified_ademamix", "adopt", "adam_atan2", "stable_adamw")
+SINCE_ADAM = ("schedule free", "ademamix", "simplified_ademamix", "adopt", "adam_atan2", "stable_adamw")
 PUBLIC = (*CLASSIC, *SINCE_ADAM)
 GRID = (*PUBLIC, "adam coupled maximize", "adam coupled schedule", "adamw schedules", "adamw independent")
 
@@ -185,6 +185,32 @@ SPECS = {
     "adamaxw": _spec(
         adamjax.adamaxw, weight_decay=0.1, with_oracle={"algorithm": "adamax", "decoupled": 0.1}, needs_params=True
     ),
+    "schedule free": _spec(
+        adamjax.schedule_free_adamw,
+        weight_decay=0.1,
+        with_oracle={"algorithm": "schedule free", "decoupled": 0.1},
+        needs_params=True,
+    ),
+    "schedule free warmup": _spec(
+        adamjax.schedule_free_adamw,
+        warmup_steps=10,
+        b1=0.95,
+        b2=0.99,
+        weight_lr_power=1.0,
+        with_oracle={"algorithm": "schedule free"},
+        needs_params=True,
+    ),
+    "schedule free schedules": _spec(
+        adamjax.schedule_free_adamw,
+        learning_rate=RISE_AND_FALL,
+        weight_decay=schedules.linear(0.2, 0.0, 20),
+        with_oracle={
+            "algorithm": "schedule free",
+            "learning_rate": RISE_AND_FALL_ORACLE,
+            "decoupled": lambda t: 0.2 * (1 - min(t / 20, 1)),
+        },
+        needs_params=True,
+    ),
 }
 
 
@@ -230,6 +256,12 @@ STORED = {
     "skip_spikes": Spec(lambda: adamjax.skip_spikes(adamjax.adamw(LR), warmup=2), {}, True),
     "hyperball": Spec(lambda: adamjax.hyperball(adamjax.adam(LR)), {}, True),
     "dynamic_loss_scale": Spec(lambda: adamjax.dynamic_loss_scale(adamjax.adam(LR)), {}),
+    "schedule free int8": Spec(lambda: adamjax.schedule_free_adamw(LR, nu_dtype=_quantized("int8")), {}, True),
+    "schedule free master_weights": Spec(lambda: adamjax.master_weights(adamjax.schedule_free_adamw(LR)), {}, True),
+    "average": Spec(lambda: adamjax.average_params(adamjax.adamw(LR)), {}, True),
+    "average bfloat16": Spec(
+        lambda: adamjax.average_params(adamjax.kahan(adamjax.adamw(LR)), dtype=jnp.bfloat16), {}, True
+    ),
     **{
         name: Spec(lambda wrap=wrap: wrap(adamjax.adamw(LR, weight_decay=0.1)), {}, True)
         for name, wrap in ROUNDED.items()

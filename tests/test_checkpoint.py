@@ -82,6 +82,8 @@ CASES = {
         adamjax.groups({"wide": {"learning_rate": adamjax.scale(0.1)}, ".": {"b2": 0.9}}, default=adamjax.adamw(1e-3)),
         PARAMS,
     ),
+    "schedule free": (adamjax.schedule_free_adamw(1e-3, nu_dtype=INT8), PARAMS),
+    "average": (adamjax.average_params(adamjax.adamw(1e-3), dtype=jnp.bfloat16), REAL),
     "packed": (adamjax.packed(adamjax.adamw(1e-3), below=20), PARAMS),
     "optax": (optax.chain(optax.scale_by_adam(), optax.trace(0.9)), PARAMS),
     "inject_hyperparams": (optax.inject_hyperparams(optax.adamw)(1e-3), {"w": jnp.ones(3)}),

@@ -17,7 +17,7 @@ HALVES = ("bfloat16", "float16", "float32")
 PAIRS = [(p, g) for p in HALVES for g in HALVES] + [("complex64", "complex64"), ("complex64", "float32")]
 PAIRS_X64 = [("float64", "float64"), ("float64", "bfloat16"), ("float32", "float64"), ("complex128", "complex64")]
 
-STORED_KINDS = ("amsgrad int8", "adam int4", "torch's nadam", "kahan")
+STORED_KINDS = ("amsgrad int8", "adam int4", "torch's nadam", "kahan", "schedule free int8", "average bfloat16")
 # What becomes of a dtype is decided where all optimizers share the code: each kind takes every pair, the others some.
 PAIRED = [(name, *pair) for name in SPECS for pair in (PAIRS if name in KINDS else [PAIRS[1], PAIRS[-1]])]
 PAIRED_X64 = [(name, *pair) for name in SPECS for pair in (PAIRS_X64 if name in KINDS else PAIRS_X64[:1])]

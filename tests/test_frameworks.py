@@ -20,7 +20,7 @@ from flax import nnx
 from flax.training.train_state import TrainState
 from helpers import assert_close, assert_equal
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from tolerances import OPTAX, RECOMPILED
+from tolerances import OPTAX, RECOMPILED, SWEEP
 
 import adamjax
 from adamjax._core import flax_nodes
@@ -45,6 +45,8 @@ OURS = [
     torch_forms.adam(lr=1e-2, amsgrad=True),
     torch_forms.nadam(lr=1e-2),
     adamjax.skip_nonfinite(torch_forms.nadam(lr=1e-2)),
+    adamjax.schedule_free_adamw(1e-2, nu_dtype=INT8),
+    adamjax.average_params(adamjax.adamw(1e-2)),
 ]
 
 pytestmark = pytest.mark.usefixtures("lenient")
@@ -126,6 +128,53 @@ def test_training(train, tx):
     assert losses[-1] < losses[0]
     if tx is OURS[0]:
         assert_close(losses, train(optax.adamw(1e-2)), STEPS * OPTAX["float32"])
+
+
+AVERAGING = [adamjax.schedule_free_adamw(1e-2, 3), adamjax.average_params(adamjax.adamw(1e-2), 0.9)]
+
+
+@pytest.mark.parametrize("tx", AVERAGING)
+def test_frameworks_evaluate_at_the_average(tx):
+    """The same numbers from flax's TrainState and from its Optimizer of an nnx model."""
+
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            self.first, self.last = nnx.Linear(4, 16, rngs=rngs), nnx.Linear(16, 1, rngs=rngs)
+            self.drop = nnx.Dropout(0.0, rngs=rngs)  # with state that is no parameter
+
+        def __call__(self, x):
+            return self.last(self.drop(jnp.tanh(self.first(x))))
+
+    model = Model(nnx.Rngs(0))
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+    params = jax.tree.map(jnp.copy, params)  # or the steps of the model would change them
+
+    def predict(params, x):
+        return nnx.merge(graph, params, rest)(x)
+
+    state = TrainState.create(apply_fn=predict, params=params, tx=tx)
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+
+    def loss(model):
+        return jnp.mean((model(X) - Y) ** 2)
+
+    @nnx.jit
+    def step(model, optimizer):
+        optimizer.update(model, nnx.grad(loss)(model))
+
+    @jax.jit
+    def advance(state):
+        return state.apply_gradients(grads=jax.grad(lambda p: jnp.mean((state.apply_fn(p, X) - Y) ** 2))(state.params))
+
+    for _ in range(STEPS):
+        step(model, optimizer)
+        state = advance(state)
+    # An NNX model to evaluate: the trained one's graph and other state, with the averaged parameters.
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+    averaged = nnx.merge(graph, adamjax.eval_params(optimizer.opt_state, params), rest)
+    expected = adamjax.eval_params(state.opt_state, state.params)
+    assert_close(averaged(X), predict(expected, X), SWEEP)
+    assert not np.allclose(averaged(X), model(X), rtol=0.01)
 
 
 def params_sharding_of(train_state):
@@ -275,6 +324,8 @@ STATES = {
     "stochastic": adamjax.stochastic_rounding(adamjax.adam(adamjax.schedules.cosine(0.1, 10)), seed=3),
     "plateau": adamjax.chain(optax.adam(0.1), adamjax.schedules.reduce_on_plateau()),
     "torch": torch_forms.nadam(0.1),
+    "schedule free": adamjax.kahan(adamjax.schedule_free_adamw(0.1, nu_dtype=INT8)),
+    "average": adamjax.average_params(adamjax.stochastic_rounding(adamjax.adam(0.1)), dtype=jnp.bfloat16),
 }
 
 
@@ -484,6 +535,9 @@ def test_optax_maps_the_parameters_of_states(name):
         return
     # A parameter without an array in some tree of the state, or with several, is one leaf.
     specs = mapped(opt, state, is_leaf=lambda x: x is None or isinstance(x, adamjax.storage.QuantizedArray))
+    if name == "schedule free":
+        assert specs.inner[0].z["w"] == specs.inner[0].nu["w"] == SPECS["w"]
+        return
     moments = next(node for _, node in find_moments(specs) if node.mu["w"] is not None)
     assert moments.mu["w"] == SPECS["w"]
     if name in ("skip", "adam"):

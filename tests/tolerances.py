@@ -81,6 +81,10 @@ LONG_RUN = {
     "stochastic bfloat16": _BFLOAT16 | {"params": LongRun(0.15, 5e-3)},
 }
 
+# An average of a thousand steps towards parameters that stand still: the largest error of its elements, and their mean,
+# in bfloat16 four spacings and a quarter of one.
+AVERAGE = {"float32": LongRun(1e-5, 1e-5), "bfloat16": LongRun(2**-5, 2**-9)}
+
 # A step of any program against the oracle: in parts of the largest step that gradients of these sizes can make. Codes
 # may make one that is that many times larger, and of gradients of one size, one whose norm is off by these parts.
 ADVERSARY = {"float32": 5e-6, "bound": 1.001, "bound of halves": 1.25, "codes": 4.0, "int8": 0.3, "int4": 2.0}

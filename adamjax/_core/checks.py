@@ -30,6 +30,7 @@ _SCALARS: dict[str, Any] = dict.fromkeys(
     ("count", "plateau", "cooldown", "skipped", "consecutive", "good"), np.dtype(np.int32)
 )
 _SCALARS |= {"seed": np.dtype(np.uint32)} | dict.fromkeys(("scale", "best", "mean", "deviation", "mu_product"))
+_SCALARS |= dict.fromkeys(("b1", "weight_sum", "max_lr"))
 
 _ON_HOST = (np.ndarray, np.generic, bool, float, complex)
 
@@ -207,8 +208,8 @@ def state(found: Any, expected: type, who: str) -> Any:
             f"{who} was given {describe(found)} for its state, expected {expected.__name__}: {_state_remedy(found)}"
         )
     fields = getattr(found, "_fields", ())
-    # The numbers of a plateau are as wide as schedules; others are float32 in x64 mode, too.
-    real = jnp.result_type(float) if "best" in fields else np.dtype(np.float32)
+    # The numbers of a plateau and of an average by rates are as wide as schedules; others are float32 in x64 mode, too.
+    real = jnp.result_type(float) if {"best", "max_lr"} & set(fields) else np.dtype(np.float32)
     changed = {}
     for name in fields:
         if name in _SCALARS:

@@ -211,6 +211,13 @@ def zeros_like(x: Any, dtype: np.dtype) -> Any:
     return jnp.zeros_like(x, dtype=dtype)
 
 
+def copy(x: Any, dtype: np.dtype) -> Any:
+    """Return a copy of `x` in `dtype`, in its shape and sharding and in memory of its own; abstract if `x` is."""
+    if is_abstract(x):
+        return jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding)
+    return jnp.array(x, dtype, copy=True)
+
+
 def make_on_mesh_of(make: Callable[[], PyTree], like: PyTree) -> PyTree:
     """Call `make` for part of a new state: abstractly if a leaf of `like` is abstract, else on the mesh of `like`."""
     if any_abstract(like):

@@ -56,7 +56,10 @@ class AdamRule:
         return clip_finite(g, largest_square_root(g.dtype))
 
     def accumulate(self, g: Array, m: Array, v: Array, s: Any) -> tuple[Array, Array]:
-        return ema(m, g, s.decay1), ema(v, abs_sq(g), s.decay2)
+        return ema(m, g, s.decay1), self.second_moment(g, v, s)
+
+    def second_moment(self, g: Array, v: Array, s: Any) -> Array:
+        return ema(v, abs_sq(g), s.decay2)
 
     def third(self, g: Array, v: Array, third: Array, s: Any) -> Array:
         """The next third array: AMSGrad's running maximum (Reddi et al., 2018)."""

@@ -44,6 +44,8 @@ class Transformation(Value):
 
     unscales_gradients: ClassVar[bool] = False  # whether it expects the gradients of a scaled loss
     takes_first: ClassVar[bool] = False  # whether `_run` does the `first` operation of its context
+    # Whether its state belongs to the parameters that its result leads to, so that nothing may change that afterwards.
+    leads_to_params: ClassVar[bool] = False
 
     @property  # type: ignore[misc]
     def __class__(self) -> type[Any]:
@@ -240,6 +242,8 @@ class Wrapper(Transformation):
 class RoundsParams(Wrapper):
     """Base of the wrappers that round parameters: their updates are exact, and nothing may change them afterwards."""
 
+    leads_to_params: ClassVar[bool] = True
+
 
 class StepsParts(Wrapper):
     """Base of the wrappers by which each device steps a part of the parameters.
@@ -261,6 +265,12 @@ class StepsParts(Wrapper):
         return found, delivered, state
 
 
+class AveragesParams(Wrapper):
+    """Base of the wrappers that keep an average of the parameters that the result leads to."""
+
+    leads_to_params: ClassVar[bool] = True
+
+
 class MaySkip(Wrapper):
     """Base of the wrappers that may skip a step as a whole: a wrapper that counts steps must not go around them."""
 
@@ -275,6 +285,16 @@ def delivering(opt: Transformation) -> Iterator[Transformation]:
 def rounds_params(opt: Transformation) -> bool:
     """Return whether `opt` rounds parameters: whether its result is delivered by a wrapper that does."""
     return any(isinstance(t, RoundsParams) for t in delivering(opt))
+
+
+def averages_params(opt: Transformation) -> bool:
+    """Return whether `opt` averages parameters: whether its result is delivered by a wrapper that does."""
+    return any(isinstance(t, AveragesParams) for t in delivering(opt))
+
+
+def must_be_last(opt: Transformation) -> bool:
+    """Return whether nothing may change the result of `opt` afterwards, because of the parameters it leads to."""
+    return any(t.leads_to_params for t in delivering(opt))
 
 
 def may_skip(opt: Transformation) -> bool:

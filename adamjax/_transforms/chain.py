@@ -16,7 +16,7 @@ from adamjax._transforms.base import (
     Transformation,
     as_transformation,
     delivering,
-    rounds_params,
+    must_be_last,
 )
 from adamjax._transforms.delivery import Delivery, update_dtype
 from adamjax._transforms.leafwise import Executor, LeafTransform, run_leafwise
@@ -33,10 +33,10 @@ class Chain(Transformation):
 
     def __post_init__(self) -> None:
         for transform in self.transforms[:-1]:
-            if rounds_params(transform):
+            if must_be_last(transform):
                 raise ValueError(
                     f"{checks.shown(transform)} must be the last of a chain: a later transformation would change "
-                    "the values that it rounds parameters to"
+                    "the parameters that it leads to, and that it rounds or averages"
                 )
         for i, transform in enumerate(self.transforms):
             if i and any(t.unscales_gradients for t in delivering(transform)):
@@ -128,7 +128,8 @@ def chain(*transforms: GradientTransformation) -> Chain:
 
     Raises:
       TypeError: An argument has no `init` and `update`.
-      ValueError: One of `adamjax.rounding`'s wrappers is not the last.
+      ValueError: A transformation that rounds or averages the parameters is not the last: one of `adamjax.rounding`'s
+        wrappers, `average_params` or `schedule_free_adamw`.
 
     >>> import adamjax
     >>> adamjax.chain(adamjax.clip_by_global_norm(1.0), adamjax.scale_by_learning_rate(0.1))

@@ -9,7 +9,7 @@ import jax
 import jax.export
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 
 from adamjax._core import checks, low_precision, trees
 from adamjax._core.low_precision import Dither
@@ -19,6 +19,7 @@ from adamjax._transforms.base import (
     Result,
     RoundsParams,
     StepContext,
+    averages_params,
     contains_foreign,
     may_skip,
     rounds_params,
@@ -108,6 +109,11 @@ class Rounding(RoundsParams):
             raise ValueError(
                 f"{name} around {checks.shown(self.inner)}, which rounds the parameters already: take one of the two"
             )
+        if averages_params(self.inner):
+            raise ValueError(
+                f"{name} around {checks.shown(self.inner)}, whose average would be of parameters that are not rounded "
+                "yet: put it inside of that"
+            )
         if may_skip(self.inner):
             raise ValueError(
                 f"{name} around {checks.shown(self.inner)} would count the steps that are skipped, and round: "
@@ -195,6 +201,34 @@ def to_float32(x: Any) -> Any:
     if trees.is_abstract(x):
         return jax.ShapeDtypeStruct(x.shape, _FLOAT32, sharding=x.sharding)
     return x.astype(_FLOAT32)
+
+
+def exact_param(p: Any, residual: Any) -> Any:
+    """The parameter in float32, with all that a rounding wrapper keeps of it: the dtype of that says which one it is.
+
+    A parameter that is not half precision is returned as it is.
+    """
+    if not is_low_precision(p):
+        return p
+    if residual is None:  # stochastic rounding
+        return to_float32(p)
+    if residual.dtype == _FLOAT32:
+        return residual
+    if residual.dtype in (jnp.uint8, jnp.uint16):
+        return join_bits(p, residual)
+    return to_float32(p) + residual.astype(_FLOAT32)
+
+
+def kept_bits(low: Array) -> int:
+    """The number of lower bits of float32 that a residual keeps."""
+    return 8 * low.dtype.itemsize
+
+
+def join_bits(p: Array, low: Array) -> Array:
+    """The float32 that rounds to the bfloat16 `p`, half away from 0, and whose lower half begins with `low`."""
+    width, low = kept_bits(low), low.astype(jnp.uint32)
+    bits = ((lax.bitcast_convert_type(p.astype(_FLOAT32), jnp.uint32) >> 16) - (low >> (width - 1))) << 16
+    return lax.bitcast_convert_type(bits | low << (16 - width), jnp.float32)
 
 
 def _kind(x: Any) -> Any:

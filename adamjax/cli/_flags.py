@@ -8,10 +8,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
+import adamjax
 from adamjax import schedules, storage
+from adamjax._core import checks
 from adamjax._core.text import printable
 
-OPTIMIZERS = ("adam", "adamax", "adamaxw", "adamw", "amsgrad", "nadam", "nadamw", "radam")
+OPTIMIZERS = ("adam", "adamax", "adamaxw", "adamw", "amsgrad", "nadam", "nadamw", "radam", "schedule_free_adamw")
 SCHEDULES = ("constant", "cosine", "inverse_sqrt", "linear", "one_cycle", "warmup_cosine", "warmup_stable_decay")
 
 OPTIMIZER_HELP = "Its arguments; those that are not given are adamjax's defaults."
@@ -44,8 +46,12 @@ HYPERPARAMETERS: Flags = {
     },
     "weight_decay": {
         "type": float,
-        "help": "weight decay: decoupled from the gradient for adamw, nadamw and adamaxw (default: 1e-4), added to it "
-        "for others (default: 0)",
+        "help": "weight decay: decoupled from the gradient for adamw, nadamw and adamaxw (default: 1e-4) and for "
+        "schedule_free_adamw (default: 0), added to it for others (default: 0)",
+    },
+    "weight_lr_power": {
+        "type": float,
+        "help": "schedule_free_adamw: power of the learning rate that weights its average (default: 2)",
     },
     "decay_schedule": {
         "choices": ("lr", "independent"),
@@ -106,10 +112,25 @@ def add_optimizer(parser: argparse.ArgumentParser, description: str) -> argparse
     return group
 
 
+def has_own_warmup(options: Options) -> bool:
+    """Return whether the chosen optimizer has a warmup of its own, and wants a constant rate after it."""
+    return "warmup_steps" in inspect.signature(getattr(adamjax, options["optimizer"])).parameters
+
+
+def own_warmup(options: Options) -> int:
+    """Return the updates of the warmup of an optimizer that has one of its own; none beside another schedule."""
+    if not has_own_warmup(options) or options.get("schedule", "constant") != "constant":
+        return 0
+    default = -(-(options.get("steps") or 0) // 10)
+    return checks.count("warmup_steps", options.get("warmup_steps", default), least=0)
+
+
 def schedule_options(options: Options) -> Options:
     """Return the arguments of the chosen schedule, without its peak."""
     name, steps = options["schedule"], options.get("steps")
     make = getattr(schedules, name)
+    if name == "constant" and has_own_warmup(options):
+        options = {option: x for option, x in options.items() if option != "warmup_steps"}
     given = accepted(make, options, SCHEDULE_OPTIONS, f"the schedule {name}")
     takes = inspect.signature(make).parameters
     defaults: Options = {"end": 0.0}

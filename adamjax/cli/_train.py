@@ -54,8 +54,8 @@ def add_parser(commands: _flags.Subparsers) -> argparse.ArgumentParser:
     rate = train.add_argument_group("the learning rate")
     add = rate.add_argument
     add("--learning-rate", "--lr", type=float, default=3e-3, help="learning rate, at its peak (default: 3e-3)")
-    schedule = "course of the learning rate (default: warmup_cosine; of an objective: constant)"
-    add("--schedule", choices=_flags.SCHEDULES, help=schedule)
+    schedule = "course of the learning rate (default: warmup_cosine; of an objective: constant; schedule_free_adamw: "
+    add("--schedule", choices=_flags.SCHEDULES, help=schedule + "constant, after a warmup)")
     _flags.add_flags(rate, _flags.SCHEDULE_OPTIONS)
     optimizer = _flags.add_optimizer(train, _flags.OPTIMIZER_HELP)
     _arguments.add_fix(optimizer)
@@ -106,7 +106,7 @@ def run(options: Options) -> int:
             subject = _subject.load(options)
         if _subject.is_objective(subject):
             return _train_objective.run(subject, options)
-        options = _DEFAULTS | options
+        options = _DEFAULTS | ({"schedule": "constant"} if _flags.has_own_warmup(options) else {}) | options
         with group.stop_on_signals() as stop:
             with _flags.errors_for_users(options["problem"]):
                 prepared = _prepare(subject, options, group, stop)
@@ -129,6 +129,10 @@ class _PreparedRun(NamedTuple):
 def _prepare(
     problem: Problem, options: Options, group: _distributed.ProcessGroup, stop: Callable[[], bool]
 ) -> _PreparedRun:
+    if options.get("diagnose") and _flags.has_own_warmup(options):
+        raise CommandError(
+            f"--diagnose measures first moments, and {options['optimizer']} keeps none: leave --diagnose out"
+        )
     schedule = _train_setup.make_schedule(options)
     optimizer = _train_setup.make_optimizer(schedule, options, group.mesh)
     folder, history = None, _train_checkpoints.RunHistory()
@@ -292,7 +296,8 @@ def _advice(report: training.Report, rate: Callable[[int], jax.Array], options: 
     if step == 1:
         return "adamjax: the loss was not finite before the first update: look at the problem's data, init and loss."
     tries = [f"a --learning-rate below {options['learning_rate']:g} (a tenth, say)"]
-    if "warmup_steps" in inspect.signature(getattr(schedules, options["schedule"])).parameters:
+    takes = inspect.signature(getattr(schedules, options["schedule"])).parameters
+    if "warmup_steps" in takes or _flags.has_own_warmup(options):
         tries.append("more --warmup-steps")
     if options.get("dtype", "float32") == "float16":
         tries.append("--dtype bfloat16 or float32, whose range is larger")

@@ -18,6 +18,9 @@ MAX_SKIPPED = 50
 
 def make_schedule(options: Options) -> ScheduleLike:
     peak = checks.number("learning_rate", options["learning_rate"])
+    if warmup := _flags.own_warmup(options):
+        _flags.schedule_options(options)  # refuses those of other schedules
+        return schedules.linear(peak / warmup, peak, total_steps=warmup - 1) if warmup > 1 else schedules.constant(peak)
     schedule: ScheduleLike = getattr(schedules, options["schedule"])(peak, **_flags.schedule_options(options))
     return schedule
 

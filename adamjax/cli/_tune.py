@@ -201,6 +201,8 @@ def _tuned_optimizer(options: Options) -> OptimizerFactory:
     given = _flags.hyperparameters(make, options)
     if "learning_rate" in options:
         given["learning_rate"] = options["learning_rate"]
+    if warmup := _flags.own_warmup(options):
+        given["warmup_steps"] = warmup
     if "schedule" in options:
         make = Scheduled(make, options["schedule"], _flags.schedule_options(options))
     else:

@@ -194,7 +194,10 @@ def _moments_by_path(
     keys = [key for key, _ in jax.tree.leaves_with_path(params)]
     nodes = find_moments(state)
     if not nodes:
-        raise ValueError("there are no moments in the state: measure takes what init or update of Adam returned")
+        raise ValueError(
+            "there are no moments in the state: measure takes what init or update of Adam returned, and "
+            "schedule-free optimizers keep no first moment"
+        )
     found: dict[Path, _Moments] = {}
     for (where, node), member in zip(nodes, _members(opt, params, nodes), strict=True):
         maxima = getattr(node, "nu_max", None)

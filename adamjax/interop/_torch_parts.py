@@ -12,7 +12,7 @@ from adamjax._core.packing import unpacked
 from adamjax._core.typing import PyTree, ScalarOrSchedule
 from adamjax._transforms.adam import ScaleByAdam
 from adamjax._transforms.adamax import ScaleByAdamax
-from adamjax._transforms.base import Wrapper
+from adamjax._transforms.base import AveragesParams, Wrapper
 from adamjax._transforms.chain import Chain
 from adamjax._transforms.groups import Groups
 from adamjax._transforms.learning_rate import ScaleByLearningRate
@@ -98,6 +98,11 @@ def members(opt: Any, params: PyTree, state: PyTree) -> Iterator[tuple[Any, PyTr
     if isinstance(opt, Groups):
         for row in zip(opt.members_for(params), opt.split_params(params), state, strict=True):
             yield from members(*row)
+    elif isinstance(opt, AveragesParams):
+        raise TypeError(
+            f"torch's state has no place for the average of {opt!r}: convert the state without it, by opt.inner and "
+            "state.inner"
+        )
     elif isinstance(opt, Wrapper):
         yield from members(opt.inner, params, getattr(state, "inner", state))
     else:
@@ -110,6 +115,8 @@ def parts_of(opt: Any) -> Parts:
     try:
         if not isinstance(opt, Chain):
             raise TypeError("it is not one of adamjax.interop.torch")
+        if len(opt.transforms) < 2:
+            raise TypeError("it is another chain than moments, weight decay, learning rate")
         moments, *decay, rate = opt.transforms
         if isinstance(moments, PerParameter):
             found["per_parameter"], moments = True, moments.inner

@@ -8,6 +8,7 @@ from adamjax.optimizers._adam import amsgrad as amsgrad
 from adamjax.optimizers._adam import nadam as nadam
 from adamjax.optimizers._adam import nadamw as nadamw
 from adamjax.optimizers._adam import radam as radam
+from adamjax.optimizers._schedule_free import schedule_free_adamw as schedule_free_adamw
 from adamjax.optimizers._since_adam import adam_atan2 as adam_atan2
 from adamjax.optimizers._since_adam import ademamix as ademamix
 from adamjax.optimizers._since_adam import adopt as adopt

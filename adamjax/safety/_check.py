@@ -9,6 +9,7 @@ from jax import Array
 
 from adamjax._core import checks, trees
 from adamjax._core.typing import PyTree
+from adamjax._transforms.eval_params import averaging_arrays
 from adamjax._transforms.moments import find_moments
 from adamjax.safety._nonfinite import SkipState
 from adamjax.safety._skipping import MAX_OF_SCALE
@@ -26,7 +27,7 @@ def check(state: PyTree) -> None:
 
     Raises:
       FloatingPointError: `max_consecutive` steps in a row were skipped (the message has the counts,
-        and the parameters whose gradients were not finite), or a moment is NaN or infinite (its path).
+        and the parameters whose gradients were not finite), or a moment or an average is NaN or infinite (its path).
 
     Warns:
       UserWarning: No `max_consecutive` was given, and 25 steps in a row or more were skipped just now.
@@ -44,7 +45,7 @@ def check(state: PyTree) -> None:
     2 steps were skipped, at least max_consecutive of them in
     """
     check_skipped(state)
-    for path, node in find_moments(state):
+    for path, node in [*find_moments(state), *averaging_arrays(state)]:
         for below, x in jax.tree.leaves_with_path(node):
             if jnp.issubdtype(jnp.result_type(x), jnp.inexact) and not jnp.all(jnp.isfinite(x)):
                 raise FloatingPointError(

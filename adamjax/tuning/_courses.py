@@ -84,7 +84,8 @@ def is_scheduled(setting: Setting) -> bool:
 def with_course(optimizer: OptimizerFactory, course: str, steps: int | None) -> OptimizerFactory:
     """Return an optimizer whose learning rate takes a course; "auto" is "cosine" where that is possible.
 
-    It is where the number of steps is known, and the optimizer has a learning rate that can be a schedule.
+    It is where the number of steps is known, and the optimizer has a learning rate that can be a schedule, and no
+    warmup of its own, as schedule-free ones have.
 
     Raises:
       ValueError: `course` is unknown, or is not possible.
@@ -93,6 +94,8 @@ def with_course(optimizer: OptimizerFactory, course: str, steps: int | None) -> 
     if course == "constant":
         return optimizer
     obstacle = "" if steps is not None else "the number of steps is unknown: give steps"
+    if "warmup_steps" in inspect.signature(optimizer).parameters:
+        obstacle = "the optimizer has warmup_steps of its own, and wants a constant rate afterwards"
     if own := OWN.keys() & inspect.signature(optimizer).parameters.keys():
         obstacle = f"the optimizer has an argument {min(own)} of its own"
     if not obstacle:

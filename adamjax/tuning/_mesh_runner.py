@@ -97,7 +97,7 @@ class MeshRunner:
         for blocks in BatchSource(self.task, np.asarray([seed]), eval_steps).blocks():
             check()
             member, loss = mean_losses(advance_block, member, blocks)
-            yield float(loss), self._evaluate(member.model), int(member.diverged_at)
+            yield float(loss), self._evaluate(member.model, member.state), int(member.diverged_at)
 
     def _compiled(self, opt: Transformation) -> tuple[Callable[..., Member], Callable[..., tuple[Member, jax.Array]]]:
         """Return the compiled functions of optimizers that differ from `opt` in numbers alone."""

@@ -20,7 +20,7 @@ from adamjax._transforms.base import Transformation
 from adamjax.problems import Problem
 from adamjax.problems._check import checked
 from adamjax.problems._task import Model, Task
-from adamjax.training import Keys, keys_of, update_model
+from adamjax.training import Keys, evaluated_model, keys_of, update_model
 from adamjax.tuning._blocks import BatchSource, Block, mean_losses
 from adamjax.tuning._stop import Check, go_on
 
@@ -66,7 +66,7 @@ def advance_member(
 
 
 def evaluate_member(task: Task, _: Transformation, __: Keys, member: Member) -> Mapping[str, jax.Array]:
-    return task.evaluate(member.model)
+    return task.evaluate(evaluated_model(member.model, member.state))
 
 
 def vmap_members(f: Callable[..., PyTree], opts: PyTree, inputs: SeedInputs, members: PyTree) -> PyTree:
@@ -211,7 +211,7 @@ class PopulationRunner:
         if not self.task.evaluates_on_host:
             metrics: Mapping[str, np.ndarray] = _gather(program.evaluate(population, keys, members), slots)
             return metrics
-        models = _on_every_process(members.model)
+        models = _on_every_process(_evaluated_models(members.model, members.state))
         seeds = len(jax.tree.leaves(models)[0])
         values = np.zeros((len(self.metrics), seeds, len(slots)))
         if jax.process_index() == 0:
@@ -344,6 +344,9 @@ class PopulationRunner:
     def _take(self, members: Member, slots: np.ndarray) -> Member:
         take = partial(jax.tree.map, lambda x: x[:, slots])
         return Member(*jax.jit(take, out_shardings=self._sharding(None, True))(members))
+
+
+_evaluated_models = jax.jit(jax.vmap(jax.vmap(evaluated_model)))
 
 
 def check_metric(metric: str, known: Sequence[str]) -> str:
