@@ -29,9 +29,9 @@ def scaled_decays(decays: Mapping[str, float], factor: float, rule: str) -> dict
     least = min(scaled, key=scaled.__getitem__, default="")
     if least and scaled[least] <= 0 and factor > 1:
         raise ValueError(
-            f"a batch {factor:g} times as large would make {least} {scaled[least]:g}: with {least}={decays[least]:g}, "
-            f"the square root rule holds for factors below {1 / _one_minus(decays[least]):g}; the rule 'half_life' "
-            "holds for all"
+            f"a batch {factor:g} times as large would make {least} {scaled[least]:g}: take the rule 'half_life', or, "
+            f"with {least}={decays[least]:g}, as the square root rule holds for factors below "
+            f"{1 / _one_minus(decays[least]):g}"
         )
     return scaled
 

@@ -50,7 +50,7 @@ def check_transferable(opt: Transformation) -> None:
     """Raise if there are no rules for `opt`."""
     if contains_foreign(opt):
         raise TypeError(
-            f"transfer cannot see the hyperparameters of {checks.shown(opt)}, in which a transformation is from elsewhere: "
+            f"{checks.shown(opt)} has a transformation from elsewhere in it, whose hyperparameters are hidden: "
             "transfer an optimizer of adamjax, and put the other one around the result"
         )
     if "learning_rate" not in found_in(opt):
@@ -60,8 +60,8 @@ def check_transferable(opt: Transformation) -> None:
     for member in members_of(opt):
         if isinstance(member, CoupledDecay) and not is_zero(member.weight_decay):
             raise ValueError(
-                f"weight_decay={member.weight_decay} of {checks.shown(opt)} is coupled to the gradient, for which no rule "
-                "is known: use adamw, or weight_decay=0"
+                f"weight_decay={member.weight_decay} of {checks.shown(opt)} is coupled to the gradient: there is no rule "
+                "for that. Use adamw, or weight_decay=0"
             )
 
 
@@ -109,7 +109,7 @@ def stretched(schedule: Any, steps: float) -> Any:
     """Return a schedule that takes `steps` times as many steps."""
     if type(schedule).__module__ not in (Scaled.__module__, "adamjax.schedules") or hasattr(schedule, "function"):
         raise TypeError(
-            f"steps={steps:g} cannot stretch {checks.shown(schedule)}, which is a function: use one of adamjax.schedules"
+            f"steps={steps:g} cannot stretch {checks.shown(schedule)}: use one of adamjax.schedules, not a function"
         )
     changes: dict[str, Any] = {}
     for field in dataclasses.fields(schedule):

@@ -39,8 +39,8 @@ def check(expected: Sequence[Expected], small: PyTree, large: PyTree) -> None:
             continue
         found = f"{b / a:.3g} times" if a > 0 else "not constant, unlike"
         raise ValueError(
-            f"the initial {checks.shortened(path)} has a standard deviation of {b:.3g}, {found} that of the small model "
-            f"({a:.3g}), expected {factor:.3g} times: let init do that, or rescale(small, large)"
+            f"the initial {checks.shortened(path)} has a standard deviation of {b:.3g}, {found} that of the small "
+            f"model ({a:.3g}), expected {factor:.3g} times: let init do that, or rescale(small, large)"
         )
 
 

@@ -88,8 +88,8 @@ class Transferred(Wrapper):
             return []
         growth = max(x.fan_out for x in self.parameters if x.kind == "input")
         return [
-            "No parameter is an output (a fan-in that grows, and a fan-out that does not). If the embedding is the last "
-            f"layer as well, take output='multiplier', and multiply the logits by {1 / growth:g}."
+            "No parameter is an output (a fan-in that grows, and a fan-out that does not). If the embedding is the "
+            f"last layer as well, take output='multiplier', and multiply the logits by {1 / growth:g}."
         ]
 
     def check_init(self, small: PyTree, large: PyTree) -> None:
@@ -174,12 +174,11 @@ def transfer(
       opt: An optimizer of this package. It may be in a chain, with schedules, in groups, and in wrappers.
       small: Parameters of the small model: a tree of arrays or of `jax.ShapeDtypeStruct`.
       large: Those of the large model, of the same structure but for the number of blocks.
-      axes: The roles of axes, from regular expressions that are searched in paths (the first that is found counts), where
-        shapes do not tell: a tuple with "in" or "out" for each axis of the layer's inputs or outputs, "layers" for
-        one of stacked residual blocks, and None for one that does not count, such as a vocabulary that grows.
-      blocks: A regular expression for the name of a residual block in a path, such as "block_[0-9]+", if the models have
-        residual blocks in different numbers. The output of each block is to be multiplied by
-        `Factors.residual`.
+      axes: The roles of axes where shapes do not tell: a dict from regular expressions, of which the first that is
+        found in a path counts, to tuples. A tuple has "in" or "out" for each axis of the layer's inputs or outputs,
+        "layers" for one of stacked residual blocks, and None for one that does not count, such as a vocabulary.
+      blocks: A regular expression for the name of a residual block in a path, such as "block_[0-9]+", if the numbers
+        of residual blocks differ. The output of each block is to be multiplied by `Factors.residual`.
       output: "rate" scales learning rate and initial values of output layers (Table 3 of muP), and "multiplier" the
         outputs (Table 8). With the factor of the outputs in place, they are the same model. An embedding
         that is the last layer as well needs "multiplier".
@@ -313,7 +312,7 @@ def _transferred_groups(opt: Groups, rows: Sequence[ParameterScaling]) -> Groups
 
 
 def _pattern(paths: Sequence[str], all_paths: Sequence[str]) -> str:
-    """A regular expression for these of all paths, with any number in place of those in names where that is the same."""
+    """A regular expression for these of all paths, with any number in place of those in names if that is the same."""
     chosen = set(paths)
     short = {re.sub("[0-9]+", "[0-9]+", re.escape(path)) for path in paths}
     alternatives = list(dict.fromkeys(short))
