@@ -60,8 +60,8 @@ def check_transferable(opt: Transformation) -> None:
     for member in members_of(opt):
         if isinstance(member, CoupledDecay) and not is_zero(member.weight_decay):
             raise ValueError(
-                f"weight_decay={member.weight_decay} of {checks.shown(opt)} is coupled to the gradient: there is no rule "
-                "for that. Use adamw, or weight_decay=0"
+                f"weight_decay={member.weight_decay} of {checks.shown(opt)} is coupled to the gradient: there is no "
+                "rule for that. Use adamw, or weight_decay=0"
             )
 
 
