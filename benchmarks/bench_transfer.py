@@ -10,7 +10,6 @@ smallest width. All losses are in `benchmarks/results/transfer.json`, which `--w
 
 import dataclasses
 import json
-import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -28,9 +27,16 @@ from adamjax.problems._digits import Digits
 from adamjax.problems._text import Characters
 from adamjax.tuning import sweep
 from benchmarks._machine import machine
+from benchmarks._measure import pool_of_cores
 from benchmarks._report import Curves, Table, command, show
 
+HOW = ("with transfer", "without")
 RESULTS = Path(__file__).parent / "results" / "transfer.json"
+
+
+def powers(low: int, high: int) -> tuple[float, ...]:
+    """Return 2**low, ..., 2**high."""
+    return tuple(2.0**k for k in range(low, high + 1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +64,7 @@ class Study:
 
 class Perceptrons(Study):
     def problem(self, width: int, divisor: int = 1) -> Problem:
-        return Digits(hidden=(width, width), batch_size=64)
+        return Digits(hidden=(width, width, width), batch_size=32)
 
 
 class Transformers(Study):
@@ -89,10 +95,13 @@ class Rescaled:
 
 
 STUDIES = {
-    "digits": Perceptrons("perceptron, digits", (32, 64, 128, 256, 512, 1024), tuple(2.0**-k for k in range(12, 2, -1)), 200, 3, "rate"),
-    "characters": Transformers("transformer, characters", (32, 64, 128, 256), tuple(2.0**-k for k in range(11, 3, -1)), 200, 2, "multiplier"),
-}  # fmt: skip
-QUICK = {"widths": (8, 16), "steps": 8, "seeds": 1}
+    "digits": Perceptrons(
+        "perceptron, digits", (32, 64, 128, 256, 512, 1024), powers(-11, -2), steps=120, seeds=4, output="rate"
+    ),
+    "characters": Transformers(
+        "transformer, characters", (32, 64, 128, 256), powers(-10, -4), steps=80, seeds=2, output="multiplier"
+    ),
+}
 
 
 def losses(study: Study, width: int, transferred: bool) -> np.ndarray:
@@ -119,65 +128,78 @@ def losses(study: Study, width: int, transferred: bool) -> np.ndarray:
     return np.where(found.diverged_at > 0, np.inf, found.losses[:, :, -1])
 
 
-def best_rate(rates: np.ndarray, found: np.ndarray) -> float | None:
-    """The minimum of a parabola through the losses within a factor of 4 of the best rate; None if that is at an end."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        logs = np.log(found).mean(axis=1)
-    best = int(np.nanargmin(np.where(np.isfinite(logs), logs, np.nan)))
+def best_rate(rates: np.ndarray, found: np.ndarray) -> float:
+    """The minimum of a parabola through the losses within a factor of 4 of the best rate; NaN if that is at an end."""
+    logs = np.log(geometric_mean(found))
+    best = int(logs.argmin())
     near = [i for i in range(best - 2, best + 3) if 0 <= i < len(rates) and np.isfinite(logs[i])]
     if best in (0, len(rates) - 1) or len(near) < 3:
-        return None
+        return float("nan")
     a, b, _ = np.polyfit(np.log2(rates[near]), logs[near], 2)
-    return float(2 ** np.clip(-b / (2 * a), *np.log2(rates[[best - 1, best + 1]]))) if a > 0 else float(rates[best])
+    lowest = -b / (2 * a) if a > 0 else np.log2(rates[best])
+    return float(2 ** np.clip(lowest, *np.log2(rates[[best - 1, best + 1]])))
 
 
 def tables(quick: bool, out: Path | None = None) -> Iterator[Table]:
-    results: dict[str, Any] = {"machine": machine()}
-    for name, study in STUDIES.items():
-        if quick:
-            study = dataclasses.replace(study, **QUICK, rates=study.rates[::3])
-        rates = np.array(study.rates)
-        best: dict[str, dict[int, float | None]] = {"with transfer": {}, "without": {}}
-        curves: dict[str, dict[float, float]] = {}
-        raw: dict[str, Any] = {"rates": study.rates, "steps": study.steps, "losses": {}}
-        for how, by_width in best.items():
-            for width in study.widths:
-                found = losses(study, width, how == "with transfer")
-                print(name, how, width, np.exp(np.log(found).mean(1)).round(4).tolist(), file=sys.stderr, flush=True)
-                by_width[width] = best_rate(rates, found)
-                curves[f"width {width}: {how}"] = dict(zip(study.rates, found.mean(axis=1).tolist(), strict=True))
-                raw["losses"].setdefault(how, {})[width] = found.tolist()
-        raw["best"] = best
-        results[name] = raw
-        rows = [
-            [how, *(_ratio(by_width, width, study.widths[0]) for width in study.widths)]
-            for how, by_width in best.items()
-        ]
-        smallest = best["with transfer"][study.widths[0]]
-        shown = "none inside of the grid" if smallest is None else f"{smallest:.2g}"
-        title = f"{study.title}: best learning rate over that of width {study.widths[0]} ({shown})"
-        columns = ["", *(f"width {width}" for width in study.widths)]
-        finite = {line: {x: y for x, y in points.items() if np.isfinite(y)} for line, points in curves.items()}
-        yield Table(f"transfer-{name}", title, columns, rows, picture=Curves("learning rate", "training loss", finite))
-        rows = [
-            [how, *(_cost(study, raw["losses"][how], width) for width in study.widths)] for how in best
-        ]  # fmt: skip
-        title = f"{study.title}: loss at the best rate of width {study.widths[0]}, over that at the best of each width"
-        yield Table(f"transfer-{name}-loss", title, columns, rows)
+    studies = STUDIES
+    if quick:
+        sizes: dict[str, Any] = {"widths": (8, 16), "steps": 8, "seeds": 1}
+        studies = {name: dataclasses.replace(x, **sizes, rates=x.rates[::3]) for name, x in STUDIES.items()}
+    # The smallest model is the same in both ways.
+    asked = [(name, how, w) for name, x in studies.items() for how in HOW for w in x.widths[how == HOW[1] :]]
+    with pool_of_cores() as pool:
+        jobs = {
+            (name, how, width): pool.submit(losses, studies[name], width, how == HOW[0])
+            for name, how, width in sorted(asked, key=lambda x: -x[2])  # the longest first
+        }
+        found = {job: jobs[job].result() for job in asked}
+    for name, study in studies.items():
+        found[name, HOW[1], study.widths[0]] = found[name, HOW[0], study.widths[0]]
+        yield from tables_of(name, study, {how: {w: found[name, how, w] for w in study.widths} for how in HOW})
     if out is not None:
-        out.write_text(json.dumps(results, indent=None) + "\n")
+        out.write_text(json.dumps(raw(studies, found), indent=1) + "\n")
 
 
-def _ratio(by_width: dict[int, float | None], width: int, first: int) -> float | None:
-    a, b = by_width[first], by_width[width]
-    return None if a is None or b is None else b / a
+def tables_of(name: str, study: Study, found: dict[str, dict[int, np.ndarray]]) -> Iterator[Table]:
+    rates, first = np.array(study.rates), study.widths[0]
+    best = {how: {width: best_rate(rates, x) for width, x in by_width.items()} for how, by_width in found.items()}
+    rows = [[how, *(_ratio(by_width[first], x) for x in by_width.values())] for how, by_width in best.items()]
+    columns = ["", *(f"width {width}" for width in study.widths)]
+    lines = {}
+    for how, by_width in found.items():
+        for width, x in by_width.items():
+            means = zip(study.rates, x.mean(axis=1).tolist(), strict=True)
+            lines[f"width {width}: {how}"] = {rate: loss for rate, loss in means if np.isfinite(loss)}
+    title = f"{study.title}: best learning rate over that of width {first} ({best[HOW[0]][first]:.2g})"
+    yield Table(f"transfer-{name}", title, columns, rows, picture=Curves("learning rate", "training loss", lines))
+    rows = [[how, *(_cost(by_width[first], x) for x in by_width.values())] for how, by_width in found.items()]
+    title = f"{study.title}: loss at the best learning rate of width {first}, over the least loss"
+    yield Table(f"transfer-{name}-cost", title, columns, rows)
+    rows = [[how, *(float(geometric_mean(x).min()) for x in by_width.values())] for how, by_width in found.items()]
+    yield Table(f"transfer-{name}-loss", f"{study.title}: least loss", columns, rows)
 
 
-def _cost(study: Study, found: dict[int, Any], width: int) -> float:
-    """The loss at the grid's best rate of the smallest width, over the least one."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        small, large = (np.log(np.array(found[w])).mean(axis=1) for w in (study.widths[0], width))
-    return float(np.exp(large[np.argmin(small)] - large.min()))
+def raw(studies: dict[str, Study], found: dict[tuple[str, str, int], np.ndarray]) -> dict[str, Any]:
+    """All losses, for a file."""
+    facts: dict[str, Any] = {"machine": machine()}
+    for name, study in studies.items():
+        by_width = {how: {w: found[name, how, w].round(5).tolist() for w in study.widths} for how in HOW}
+        facts[name] = {"steps": study.steps, "rates": study.rates, "losses": by_width}
+    return facts
+
+
+def geometric_mean(found: np.ndarray) -> np.ndarray:
+    """float[rates], over seeds; infinite where one diverged."""
+    return np.asarray(np.exp(np.log(found).mean(axis=1)))
+
+
+def _ratio(a: float, b: float) -> float:
+    return b / a
+
+
+def _cost(small: np.ndarray, large: np.ndarray) -> float:
+    means = geometric_mean(large)
+    return float(means[geometric_mean(small).argmin()] / means.min())
 
 
 if __name__ == "__main__":

@@ -254,8 +254,9 @@ def test_steps_are_those_of_a_partition_by_hand(clip):
     for seed in range(3):
         grads = arrays(params, seed)
         params, state = opt.step(grads, state, params)
-        updates, their_state = theirs.update(grads, their_state, their_params)
-        their_params = optax.apply_updates(their_params, updates)
+        with jax.numpy_dtype_promotion("standard"):
+            updates, their_state = theirs.update(grads, their_state, their_params)
+            their_params = optax.apply_updates(their_params, updates)
     assert_close(params, their_params, OPTAX["float32"])
 
 
@@ -351,7 +352,7 @@ def test_with_what_an_optimizer_can_be(make):
 def test_initial_values():
     small, large = arrays(perceptron(32)), arrays(perceptron(128))
     opt = adamjax.transfer(adamjax.adam(), small, large)
-    with pytest.raises(ValueError, match=r"^the initial head/kernel .*1 times.*expected 0.25 times: .*rescale"):
+    with pytest.raises(ValueError, match=r"^the initial head/kernel .* times that.*expected 0.25 times: .*rescale"):
         opt.check_init(small, large)
     rescaled = opt.rescale(small, large)
     opt.check_init(small, rescaled)

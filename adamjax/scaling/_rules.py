@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from adamjax.scaling import _batch
+
 Kind = Literal["hidden", "input", "output", "vector", "fixed"]
 
 OUTPUTS: tuple[str, ...] = ("rate", "multiplier")
@@ -74,3 +76,31 @@ class Rules:
     def _decay(self, fan_in: float) -> float:
         """The factor of the weight decay of a parameter whose learning rate is divided by `fan_in`."""
         return {"product": fan_in, "sqrt": fan_in**0.5, "fixed": 1.0}[self.decay]
+
+
+def by_kind(width: float, depth: float, run: Factors) -> dict[str, Factors]:
+    """Return the factors of each kind of parameter, where all widths grow alike; those of blocks if the depth does.
+
+    `run` has the factors `for_run` of all of them.
+    """
+    growths = {
+        "hidden kernels": Growth("hidden", width, width, depth),
+        "biases and norms": Growth("vector", 1.0, width, depth),
+    }
+    if depth != 1:
+        growths = {f"{kind} in blocks": growth for kind, growth in growths.items()}
+        growths["norm after the blocks"] = Growth("vector", 1.0, width)
+    growths |= {"inputs, embeddings": Growth("input", 1.0, width), "outputs": Growth("output", width)}
+    rules = Rules()
+    return {kind: product(rules.factors(growth), run) for kind, growth in growths.items()}
+
+
+def for_run(batch: float, steps: float, data: float | None, batch_rule: str) -> Factors:
+    """Return the factors of all parameters, for another batch size, number of steps, and number of examples."""
+    rate = _batch.rate_factor(batch, batch_rule)
+    data = batch * steps if data is None else data
+    return Factors(rate, batch / data / rate, 1 / rate)
+
+
+def product(a: Factors, b: Factors) -> Factors:
+    return Factors(*(x * y for x, y in zip(a, b, strict=True)))

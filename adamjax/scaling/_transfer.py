@@ -13,7 +13,7 @@ from adamjax._transforms.chain import Chain
 from adamjax._transforms.groups import Groups, groups
 from adamjax.scaling import _batch, _hyperparameters, _initial
 from adamjax.scaling._growth import Axes, Pair, pairs_of, shapes_of
-from adamjax.scaling._rules import DECAYS, OUTPUTS, Factors, Rules
+from adamjax.scaling._rules import DECAYS, OUTPUTS, Factors, Rules, for_run, product
 
 
 class ParameterScaling(NamedTuple):
@@ -229,10 +229,9 @@ def transfer(
     checks.choice("batch_rule", batch_rule, _batch.RULES)
     alpha = _number("alpha", alpha)
     batch, steps = (_factor(name, x) for name, x in (("batch", batch), ("steps", steps)))
-    data = batch * steps if data is None else _factor("data", data)
+    data = None if data is None else _factor("data", data)
     _hyperparameters.check_transferable(opt)
-    rules, rate = Rules(output, decay, alpha), _batch.rate_factor(batch, batch_rule)
-    run = Factors(rate, batch / data / rate, 1 / rate)
+    rules, run = Rules(output, decay, alpha), for_run(batch, steps, data, batch_rule)
     rows = tuple([_scaling(pair, rules, run) for pair in pairs_of(small, large, axes, blocks)])
     return Transferred(_transferred(_hyperparameters.for_run(opt, batch, steps, batch_rule), rows), rows)
 
@@ -252,7 +251,7 @@ def _factor(name: str, x: float) -> float:
 
 def _scaling(pair: Pair, rules: Rules, run: Factors) -> ParameterScaling:
     path, counterpart, small, large, growth = pair
-    factors = Factors(*(a * b for a, b in zip(rules.factors(growth), run, strict=True)))
+    factors = product(rules.factors(growth), run)
     return ParameterScaling(path, counterpart, growth.kind, small, large, *growth[1:], factors)
 
 
