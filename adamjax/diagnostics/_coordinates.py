@@ -99,7 +99,7 @@ class CoordinateCheck:
 
 
 def coordinate_check(
-    make: Make, *, widths: Sequence[int], steps: int = 4, seeds: int = 2, tolerance: float = 0.25
+    make: Make, *, widths: Sequence[int], steps: int = 4, seeds: int = 4, tolerance: float = 0.25
 ) -> CoordinateCheck:
     """Measure whether activations change alike at every width, in the first updates (Yang et al., 2022, appendix D.1).
 
@@ -112,7 +112,7 @@ def coordinate_check(
         activations (a tree of arrays, one for each layer), and the optimizer. The loss is that of one fixed batch.
       widths: The widths, at least two. A ratio of 8 or more between the ends makes slopes certain.
       steps: The number of updates.
-      seeds: The number of seeds (0, 1, ...) to average over.
+      seeds: The number of seeds (0, 1, ...) to average over. Small models differ from seed to seed.
       tolerance: The largest slope, positive or negative, that passes.
 
     Returns:
