@@ -472,7 +472,7 @@ def test_tune_for_a_larger_model(tmp_path, capsys):
         }
     )
     assert norm["learning_rate"] == pytest.approx(0.4)
-    assert found["call"].startswith("adamjax.transfer(adamjax.adamw(")
+    assert found["call"].startswith("adamjax.transfer(functools.partial(adamjax.adamw, b1=0.9")
     assert found["call"].endswith(', small, large, blocks="block_[0-9]+", batch=16, steps=10)')
     assert cli.main(["tune", "bowl:BOWL", *flags, "--resume"]) == 0
     said = capsys.readouterr().out

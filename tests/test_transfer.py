@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import assert_close, assert_equal
+from helpers import assert_close, assert_equal, make_mesh
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from tolerances import CONSTANT_GRADIENT, OPTAX, RECOMPILED
 
 import adamjax
@@ -366,6 +367,20 @@ def test_initial_values():
         opt.check_init(small, arrays(perceptron(64)))
     with pytest.raises(TypeError, match=r"^small\['embed'\]\['bias'\] is ShapeDtypeStruct"):
         opt.rescale(perceptron(32), large)
+
+
+def test_zero1():
+    mesh = make_mesh(AxisType.Auto)
+    params = jax.device_put(arrays(perceptron(16)), NamedSharding(mesh, PartitionSpec()))
+    plain = adamjax.adamw(0.1)
+    around = adamjax.sharding.zero1(adamjax.transfer(plain, perceptron(8), params), "data", mesh=mesh)
+    inside = adamjax.transfer(adamjax.sharding.zero1(plain, "data", mesh=mesh), perceptron(8), params)
+    opt = adamjax.transfer(plain, perceptron(8), params)
+    expected, _ = jax.jit(opt.step)(params, opt.init(params), params)
+    for sharded in (around, inside):
+        state = sharded.init(params)
+        found, _ = jax.jit(sharded.step)(params, state, params)
+        assert_close(found, expected, RECOMPILED)
 
 
 def test_checkpoint(tmp_path):
