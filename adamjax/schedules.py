@@ -5,6 +5,7 @@ can be printed, compared, stacked by `jax.vmap` and differentiated, and a change
 does not recompile. Every argument may be a Python number, an array or a tracer.
 """
 
+import math
 from typing import Literal
 
 import jax
@@ -13,8 +14,9 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from adamjax._core import checks
+from adamjax._core.numerics import decay
 from adamjax._core.typing import Scalar
-from adamjax._core.value import static_field, value
+from adamjax._core.value import precise_field, static_field, value
 from adamjax._transforms.plateau import PlateauState as PlateauState
 from adamjax._transforms.plateau import reduce_on_plateau as reduce_on_plateau
 from adamjax._transforms.schedule import FromFunction as FromFunction
@@ -120,6 +122,55 @@ class Exponential(Schedule):
         fraction = _ramp(to_steps(count), 0, self.total_steps)
         init, peak = to_float(self.init), to_float(self.peak)
         return jnp.where(fraction < 1, init * jnp.exp(fraction * jnp.log(peak / init)), peak)
+
+
+@value
+class HalfLife(Schedule):
+    """A decay rate whose half-life rises linearly, from that of `init` to that of `end`, then constant.
+
+    The half-life of a mean with decay rate b is log(1/2) / log(b) steps. A linear rise of b itself would spend most
+    of its steps at rates whose means are short.
+
+    Args:
+      init: The decay rate at step 0, in [0, 1).
+      end: The decay rate from step `total_steps` on, in [0, 1).
+      total_steps: The number of steps from `init` to `end`.
+
+    References:
+      Pagliardini et al., 2024, https://arxiv.org/abs/2409.03137, section 3.2.
+
+    >>> import adamjax
+    >>> schedule = adamjax.schedules.half_life(0.9, 0.9999, total_steps=100)
+    >>> [round(float(schedule(t)), 5) for t in (0, 50, 100, 1000)]
+    [0.9, 0.9998, 0.9999, 0.9999]
+    """
+
+    init: Scalar = precise_field()
+    end: Scalar = precise_field()
+    total_steps: Scalar
+
+    def __post_init__(self) -> None:
+        self._check_numbers("init", "end", below=1.0)
+        self._check_whole("total_steps")
+
+    @property
+    def peak(self) -> Scalar:
+        """The largest value."""
+        ends = self.init, self.end
+        return max(ends) if all(isinstance(x, float) for x in ends) else jnp.maximum(*map(to_float, ends))
+
+    def __call__(self, count: ArrayLike) -> jax.Array:
+        return jnp.exp(self._log(count))
+
+    def below_one(self, count: ArrayLike) -> jax.Array:
+        """Return the distance of the value to 1, with all digits that float32 has."""
+        return -jnp.expm1(self._log(count))
+
+    def _log(self, count: ArrayLike) -> jax.Array:
+        """The logarithm of the value."""
+        count = to_steps(count)
+        init, end = (math.log(0.5) / decay(self, name, count.dtype).log_b for name in ("init", "end"))
+        return math.log(0.5) / _mix(init, end, _ramp(count, 0, self.total_steps))
 
 
 def range_test(min_lr: Scalar = 1e-6, max_lr: Scalar = 1.0, steps: Scalar = 200) -> Exponential:
@@ -365,4 +416,5 @@ warmup_cosine = WarmupCosine
 warmup_stable_decay = WarmupStableDecay
 inverse_sqrt = InverseSqrt
 one_cycle = OneCycle
+half_life = HalfLife
 scaled = Scaled

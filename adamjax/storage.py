@@ -110,9 +110,14 @@ def decode(state: PyTree) -> PyTree:
     def of_node(x: Any) -> Any:
         if not holds_moments(x):
             return x
-        mu = jax.tree.map(decoded_first, x.mu, x.nu, is_leaf=is_quantized)
-        second = {name: y for name, y in x._asdict().items() if name in ("nu", "nu_max")}
-        return x._replace(mu=mu, **jax.tree.map(decoded, second, is_leaf=is_quantized))
+        fields = x._asdict()
+        first = {
+            name: jax.tree.map(decoded_first, y, x.nu, is_leaf=is_quantized)
+            for name, y in fields.items()
+            if name.startswith("mu")
+        }
+        second = {name: y for name, y in fields.items() if name in ("nu", "nu_max")}
+        return x._replace(**first, **jax.tree.map(decoded, second, is_leaf=is_quantized))
 
     return jax.tree.map(of_node, state, is_leaf=holds_moments)
 

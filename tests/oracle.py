@@ -24,6 +24,8 @@ class Memory(NamedTuple):
     v: Any
     v_max: Any
     product: Any = LONG(1)  # of the rates of the first moment, in torch's NAdam
+    slow: Any = LONG(0)  # the slow mean, in AdEMAMix
+    factor: Any = LONG(1)  # of the learning rate in this step, in StableAdamW
 
 
 def start(p):
@@ -43,15 +45,28 @@ def direction(
     amsgrad=None,
     threshold=5.0,
     momentum_decay=4e-3,
+    cautious_update=False,
+    b3=0.9999,
+    alpha=5.0,
+    a=1.27,
+    b=1.0,
 ):
     """The direction of one more step with the gradient of the objective, and the memory after it.
 
     An algorithm that ends in " of torch" is that of PyTorch's documentation, where it differs from the paper.
     """
-    t, m, v, v_max, product = memory
+    t, m, v, v_max, product, slow, factor = memory
+    b3, alpha = (LONG(x(t) if callable(x) else x) for x in (b3, alpha))
     t = t + 1
     b1, b2, eps, eps_root = LONG(b1), LONG(b2), LONG(eps), LONG(eps_root)
     g = long(g)
+    if algorithm == "adopt":  # Taniguchi et al., 2024, Algorithm 2, clipped as their code does
+        if t == 1:
+            return np.zeros_like(g), memory._replace(t=1, v=np.abs(g) ** 2)
+        normalised = g / np.maximum(np.sqrt(v), eps)
+        limit = LONG(t - 1) ** LONG(0.25)
+        m = b1 * m + (1 - b1) * normalised * np.minimum(1, limit / np.maximum(np.abs(normalised), LONG(1e-30)))
+        return m, memory._replace(t=t, m=m, v=b2 * v + (1 - b2) * np.abs(g) ** 2)
     m = b1 * m + (1 - b1) * g
     m_hat = m / (1 - b1**t)
     if nesterov:
@@ -86,7 +101,22 @@ def direction(
             found = m_hat
         else:
             found = found * np.sqrt((rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho))
-    return found, Memory(t, m, v, v_max, product)
+    if algorithm == "ademamix":  # Pagliardini et al., 2024, Algorithm 1
+        slow = b3 * slow + (1 - b3) * g
+        found = (m_hat + alpha * slow) / denominator
+    if algorithm == "simplified ademamix":  # Morwani et al., 2025, Algorithm 3: a sum, not a mean
+        found = (m / (1 - b1) + alpha * g) / denominator
+    if algorithm == "atan2":  # Everett et al., 2024
+        root = LONG(b) * np.sqrt(v_hat)
+        found = LONG(a) * np.arctan2(m_hat.real, root)
+        if np.iscomplexobj(m_hat):
+            found = found + 1j * LONG(a) * np.arctan2(m_hat.imag, root)
+    if algorithm == "stable":  # Wortsman et al., 2023, Algorithm 2
+        factor = 1 / np.maximum(1, np.sqrt(np.mean(np.abs(g) ** 2 / np.maximum(v_hat, eps**2))))
+    if cautious_update:  # Liang et al., 2024, Algorithm 1
+        agrees = (found * np.conj(g)).real > 0
+        found = found * agrees * (LONG(agrees.size) / (np.sum(agrees) + 1))
+    return found, Memory(t, m, v, v_max, product, slow, factor)
 
 
 def run(
@@ -113,6 +143,7 @@ def run(
         g = long(gradient)
         g = (-g if maximize else g) + l2 * p
         found, memory = direction(memory, g, **rule)
+        lr = lr * memory.factor
         decaying = p
         if cautious and np.iscomplexobj(p):
             decaying = p.real * (found.real * p.real >= 0) + 1j * p.imag * (found.imag * p.imag >= 0)
@@ -121,6 +152,12 @@ def run(
         p = p - lr * found - lr * wd * decaying - iwd * decaying
         trajectory.append(p)
     return trajectory
+
+
+def half_life(init, end, total_steps):
+    """A decay rate whose half-life rises linearly (Pagliardini et al., 2024, section 3.2)."""
+    first, last = (math.log(0.5) / math.log(b) for b in (init, end))
+    return lambda count: 0.5 ** (1 / (first + (last - first) * min(count / total_steps, 1)))
 
 
 def warmup_cosine(peak, warmup_steps, total_steps, end=0.0):

@@ -24,7 +24,7 @@ RISE_AND_FALL_ORACLE = oracle.warmup_cosine(LR, 5, 40, 1e-3)
 
 
 def _spec(make, *, needs_params=False, with_oracle=None, **keywords):
-    decays = ("weight_decay", "decay_schedule", "cautious_decay", "mask")
+    decays = ("weight_decay", "decay_schedule", "cautious_decay", "mask", "cautious")
     renamed = {k: v for k, v in keywords.items() if k not in decays}
     return Spec(
         lambda: make(**{"learning_rate": LR} | keywords),
@@ -35,6 +35,7 @@ def _spec(make, *, needs_params=False, with_oracle=None, **keywords):
 
 # One of each public optimizer; and with options that change what a chain is made of.
 PUBLIC = ("adam", "amsgrad torch", "adamw", "nadam", "nadamw", "radam", "adamax", "adamaxw")
+PUBLIC += ("ademamix", "simplified_ademamix", "adopt", "adam_atan2", "stable_adamw")
 GRID = (*PUBLIC, "adam coupled maximize", "adam coupled schedule", "adamw schedules", "adamw independent")
 
 SPECS = {
@@ -104,6 +105,71 @@ SPECS = {
         weight_decay=0.02,
         decay_schedule="independent",
         with_oracle={"independent": 0.02},
+        needs_params=True,
+    ),
+    "adam cautious update": _spec(adamjax.adam, cautious=True, with_oracle={"cautious_update": True}),
+    "nadamw cautious update": _spec(
+        adamjax.nadamw,
+        weight_decay=0.1,
+        cautious=True,
+        cautious_decay=True,
+        with_oracle={"nesterov": True, "decoupled": 0.1, "cautious": True, "cautious_update": True},
+        needs_params=True,
+    ),
+    "ademamix": _spec(
+        adamjax.ademamix, weight_decay=0.1, with_oracle={"algorithm": "ademamix", "decoupled": 0.1}, needs_params=True
+    ),
+    "ademamix schedules": _spec(
+        adamjax.ademamix,
+        b3=schedules.half_life(0.9, 0.9999, 30),
+        alpha=schedules.linear(0.0, 8.0, 30),
+        with_oracle={
+            "algorithm": "ademamix",
+            "b3": oracle.half_life(0.9, 0.9999, 30),
+            "alpha": lambda t: 8 * min(t / 30, 1),
+        },
+    ),
+    "simplified_ademamix": _spec(
+        adamjax.simplified_ademamix,
+        learning_rate=1e-3,
+        alpha=2.0,
+        with_oracle={"algorithm": "simplified ademamix", "b1": 0.99, "b2": 0.95},
+    ),
+    "adopt": _spec(adamjax.adopt, with_oracle={"algorithm": "adopt", "b2": 0.9999, "eps": 1e-6}),
+    "adopt decay": _spec(
+        adamjax.adopt,
+        b2=0.95,
+        weight_decay=0.1,
+        with_oracle={"algorithm": "adopt", "eps": 1e-6, "decoupled": 0.1},
+        needs_params=True,
+    ),
+    "adam_atan2": _spec(adamjax.adam_atan2, with_oracle={"algorithm": "atan2", "b2": 0.99}),
+    "adam_atan2 nesterov": _spec(
+        adamjax.adam_atan2,
+        a=1.0,
+        b=2.0,
+        weight_decay=0.1,
+        nesterov=True,
+        with_oracle={"algorithm": "atan2", "b2": 0.99, "decoupled": 0.1},
+        needs_params=True,
+    ),
+    "stable_adamw": _spec(
+        adamjax.stable_adamw,
+        weight_decay=0.1,
+        with_oracle={"algorithm": "stable", "b2": 0.99, "eps": 1e-6, "decoupled": 0.1},
+        needs_params=True,
+    ),
+    "stable_adamw schedules": _spec(
+        adamjax.stable_adamw,
+        learning_rate=RISE_AND_FALL,
+        weight_decay=schedules.linear(0.2, 0.0, 20),
+        with_oracle={
+            "algorithm": "stable",
+            "b2": 0.99,
+            "eps": 1e-6,
+            "learning_rate": RISE_AND_FALL_ORACLE,
+            "decoupled": lambda t: 0.2 * (1 - min(t / 20, 1)),
+        },
         needs_params=True,
     ),
     "nadam": _spec(adamjax.nadam, with_oracle={"nesterov": True}),

@@ -36,6 +36,10 @@ class Dither(NamedTuple):
         """Return the dither of a second array of the same leaf. It reuses the hashes, the expensive part."""
         return self._replace(shift=np.uint32(9))
 
+    def third_array(self) -> "Dither":
+        """Return the dither of a third array of the same leaf, with hashes of its own: the others use up all bits."""
+        return self._replace(seed=_hash(self.seed + np.uint32(1)))
+
 
 # The advance per step: of all constants tried, the one that is most even for both arrays and for their pairs. Over
 # any run of up to 3000 steps it is at most 6 % less even than the golden ratio, the optimum for a single array.

@@ -43,7 +43,11 @@ def decay(opt: Any, name: str, dtype: np.dtype) -> Decay:
         # The derivative by the rate is that by its first leaf alone.
         one_minus_b = one_minus_b - jax.lax.stop_gradient(checks.as_scalar(name, low_part(opt, name), dtype))
     is_one = one_minus_b <= 0
-    one_minus_b, b = jnp.where(is_one, below_one, one_minus_b), jnp.where(is_one, 1 - below_one, b)
+    return decay_by(jnp.where(is_one, 1 - below_one, b), jnp.where(is_one, below_one, one_minus_b))
+
+
+def decay_by(b: Array, one_minus_b: Array) -> Decay:
+    """Prepare a decay rate that is traced, given its distance to 1."""
     slow, log_b = b > 0.5, jnp.log1p(-one_minus_b)
     return Decay(b, one_minus_b, log_b, jnp.where(slow, 1, b), jnp.where(slow, 1, jnp.zeros_like(b)))
 

@@ -26,6 +26,8 @@ from adamjax._core import low_precision
 from adamjax._core.low_precision import Dither
 from adamjax._core.numerics import sqrt_with_zero_slope
 
+OF_ITSELF = -1.0  # the power of a first moment that is stored as it is, and not as a ratio
+
 _CONVERT = "begin with init(params), or decode the moments with that version and go on from float32"
 _SHIFT = 10  # the least of `FloatCode`
 _TINY, _LARGEST, _INFINITY, _NANS = 0x00800000, 0x7F7FFFFF, 0x7F800000, 0x7FFFFFFF  # bits of float32 numbers
@@ -174,7 +176,8 @@ class QuantizedArray:
         numbers per byte along the last axis, the first in the low half, its length rounded up.
       scales: uint16. The last axis is that of the array divided by `block_size`, rounded up.
       bits: 8 or 4.
-      power: 0 for a second moment. A first moment is stored as its ratio to this power of the second one.
+      power: 0 for a second moment. A first moment is stored as its ratio to this power of the second one, or as it
+        is if that is `OF_ITSELF`.
       block_size: Numbers per scale along the last axis. The last block may be shorter.
       size: The length of the last axis; inside `jax.shard_map`, that of the global array.
     """
@@ -189,7 +192,7 @@ class QuantizedArray:
     @property
     def signed(self) -> bool:
         """True for a first moment, which may be below 0."""
-        return self.power > 0
+        return self.power != 0
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -263,6 +266,8 @@ class QuantizedArray:
 
     def unit(self, second: Array) -> Array:
         """Return the size of a first moment whose ratio is 1, given the second moment."""
+        if self.power == OF_ITSELF:
+            return jnp.ones_like(second)
         return sqrt_with_zero_slope(second) if self.power == 0.5 else second
 
     @property
@@ -305,7 +310,7 @@ def encode(
 
     Rounded stochastically; without a `dither`, to nearest, for second moments that only grow.
     """
-    code: Any = _CODES[bits, power > 0]
+    code: Any = _CODES[bits, power != 0]
     # Reduce in rows of SIMD width: XLA on CPU is ten times slower over a whole block.
     rows = math.gcd(block_size, 32)
 
@@ -316,7 +321,7 @@ def encode(
     scales = code.scale(*map(maximum, code.maxima(x)))
     rounding = None if dither is None else Rounding(low_precision.random(low_precision.index_of(x), dither), narrowing)
     stored = code.encode(x, _spread(scales, block_size, x), rounding)
-    codes = _pack(stored.astype(jnp.uint8)) if bits == 4 else stored.astype(jnp.int8 if power > 0 else jnp.uint8)
+    codes = _pack(stored.astype(jnp.uint8)) if bits == 4 else stored.astype(jnp.int8 if power != 0 else jnp.uint8)
     return QuantizedArray(codes, scales.astype(jnp.uint16), bits, power, block_size, x.shape[-1])
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from adamjax._core import checks
+from adamjax._core import checks, collectives
 from adamjax._core.numerics import (
     Decay,
     abs_sq,
@@ -19,10 +19,11 @@ from adamjax._core.numerics import (
     largest_square_root,
     sqrt_with_zero_slope,
 )
-from adamjax._core.typing import AMSGrad, Scalar
+from adamjax._core.typing import AMSGrad, AxisName, Scalar
 from adamjax._core.value import precise_field, static_field, value
 from adamjax._transforms.moment_storage import MomentFormat
 from adamjax._transforms.moments import Moments, Parts
+from adamjax._transforms.whole_array import agreeing_part, agreement
 
 
 class AdamScalars(NamedTuple):
@@ -44,7 +45,11 @@ class AdamRule:
 
     nesterov: bool = False
     amsgrad: AMSGrad | None = None
+    cautious: bool = False
+    axis_name: AxisName = None  # the mapped axes over which a parameter is spread
     power: ClassVar[float] = 0.5  # of a second moment, that has the size of a first one
+    has_slow_mean: ClassVar[bool] = False  # whether the third array is a mean of gradients, and not a maximum
+    keeps_factor: ClassVar[bool] = False  # whether a later operation multiplies by the factor, if there is one
 
     def limited(self, g: Array) -> Array:
         """The gradient with which the step is made: finite ones are limited so that the second moment is finite."""
@@ -53,12 +58,13 @@ class AdamRule:
     def accumulate(self, g: Array, m: Array, v: Array, s: Any) -> tuple[Array, Array]:
         return ema(m, g, s.decay1), ema(v, abs_sq(g), s.decay2)
 
-    def maximum(self, v: Array, v_max: Array, s: Any) -> Array:
-        """AMSGrad's running maximum (Reddi et al., 2018)."""
-        return jnp.maximum(v_max, v / s.c2 if self.amsgrad == "corrected" else v)
+    def third(self, g: Array, v: Array, third: Array, s: Any) -> Array:
+        """The next third array: AMSGrad's running maximum (Reddi et al., 2018)."""
+        return jnp.maximum(third, v / s.c2 if self.amsgrad == "corrected" else v)
 
     def direction(self, g: Array, m: Array, v: Array, v_max: Array | None, s: Any) -> Array:
-        return divide_by_real(self.m_hat(g, m, s), self.root(v, v_max, s) + s.eps)
+        m_hat = self.m_hat(g, m, s)
+        return divide_by_real(agreeing_part(m_hat, g) if self.cautious else m_hat, self.root(v, v_max, s) + s.eps)
 
     def m_hat(self, g: Array, m: Array, s: Any) -> Array:
         """The first moment without its bias."""
@@ -72,6 +78,15 @@ class AdamRule:
         v = v if v_max is None else v_max
         v_hat = v if self.amsgrad == "corrected" else v / s.c2
         return sqrt_with_zero_slope(v_hat + s.eps_root)
+
+    @property
+    def has_factor(self) -> bool:
+        """Whether the direction is multiplied by a factor that depends on the whole array."""
+        return self.cautious
+
+    def factor(self, g: Array, m: Array, v: Array, s: Any) -> Array:
+        """The factor of the direction, if it has one, given the new moments."""
+        return agreement(self.m_hat(g, m, s), g, self.axis_name)
 
     def parts(self, m: Array, v: Array, v_max: Array | None, s: Any) -> Parts:
         """The parts of the direction; of Nesterov's, without the part that the gradient itself has."""
@@ -113,22 +128,27 @@ class ScaleByAdam(Moments):
     nu_dtype: MomentFormat = static_field(default=None)
     nesterov: bool = static_field(default=False)
     amsgrad: bool | AMSGrad | None = static_field(default=None)
+    cautious: bool = static_field(default=False)
+    axis_name: AxisName = static_field(default=None, described=False)
 
     def __post_init__(self) -> None:
         self._check_numbers("b1", "b2", below=1.0)
         self._check_numbers("eps", "eps_root")
         self._check_dtypes()
         checks.choice("nesterov", self.nesterov, (False, True))
+        checks.choice("cautious", self.cautious, (False, True))
+        collectives.check_axis_name(self.axis_name)
         variant = checks.choice("amsgrad", self.amsgrad, (None, False, True, "torch", "corrected", "paper"))
         self._replace_field("amsgrad", "torch" if variant is True else variant or None)
 
     @property
-    def tracks_max(self) -> bool:
-        return self.amsgrad is not None
+    def third(self) -> str | None:
+        return "nu_max" if self.amsgrad is not None else None
 
     @property
     def rule(self) -> AdamRule:
-        return AdamRule(self.nesterov, self.amsgrad)  # type: ignore[arg-type]  # normalised by __post_init__
+        amsgrad: Any = self.amsgrad  # normalised by __post_init__
+        return AdamRule(self.nesterov, amsgrad, self.cautious, self.axis_name)
 
     def _scalars(self, t: Array) -> AdamScalars:
         return adam_scalars(self, t, self.rule.amsgrad)
@@ -144,6 +164,8 @@ def scale_by_adam(
     nu_dtype: MomentFormat = None,
     nesterov: bool = False,
     amsgrad: bool | AMSGrad = False,
+    cautious: bool = False,
+    axis_name: AxisName = None,
 ) -> ScaleByAdam:
     r"""Adam's direction, :math:`\hat m / (\sqrt{\hat v + \bar\varepsilon} + \varepsilon)`.
 
@@ -176,18 +198,25 @@ def scale_by_adam(
       amsgrad: Divide by the largest second moment so far (Reddi et al., 2018). "torch" (or True):
         the maximum of the raw moments, corrected by this step's bias. "corrected": the maximum of
         the corrected ones, as in optax. "paper": no bias corrections at all.
+      cautious: Leave numbers alone whose direction has another sign than their gradient, and take larger steps of the
+        others to make up for it: by n / (k + 1) for k of a parameter's n numbers (Liang et al., 2024, Algorithm 1).
+      axis_name: For `cautious`, where `update` runs inside `jax.shard_map` or `jax.pmap`: the mapped axis (or axes)
+        that parameters are spread over, so that k and n are those of a whole parameter. () if they are whole on each
+        device. Sharded arrays under `jax.jit` need none.
 
     Returns:
       A transformation with state `AdamState`.
 
     Raises:
-      ValueError: A number is out of range, or a dtype or a form of AMSGrad is not one of the above.
+      ValueError: A number is out of range, or a dtype or a form of AMSGrad is not one of the above; at the first
+        update, if `cautious` needs an `axis_name`.
       TypeError: A hyperparameter is not a number.
 
     References:
       Kingma & Ba, 2015, https://arxiv.org/abs/1412.6980;
       Dozat, 2016, https://openreview.net/forum?id=OM0jvwB8jIp57ZJjtNEZ;
-      Reddi et al., 2018, https://openreview.net/forum?id=ryQu7f-RZ.
+      Reddi et al., 2018, https://openreview.net/forum?id=ryQu7f-RZ;
+      Liang et al., 2024, Cautious Optimizers, https://arxiv.org/abs/2411.16085.
 
     >>> import adamjax, jax.numpy as jnp
     >>> opt = adamjax.scale_by_adam(b1=0.9)
@@ -198,4 +227,4 @@ def scale_by_adam(
     >>> print(direction.round(3))
     [ 1. -1.]
     """
-    return ScaleByAdam(b1, b2, eps, eps_root, mu_dtype, nu_dtype, nesterov, amsgrad)
+    return ScaleByAdam(b1, b2, eps, eps_root, mu_dtype, nu_dtype, nesterov, amsgrad, cautious, axis_name)

@@ -93,13 +93,13 @@ def moment_format(name: str, found: MomentFormat, *, signed: bool) -> np.dtype |
     return checks.dtype(name, found, allowed, expected)
 
 
-def init_moments(params: PyTree, name: str, format: np.dtype | Quantized | None, *, power: float) -> PyTree:
+def init_moments(params: PyTree, name: str, format: np.dtype | Quantized | None, power: float) -> PyTree:
     """Make the moments of `params` before the first step: zeros of their shapes and shardings.
 
     Without a `format` they have the parameters' own dtypes, but at least float32. Second moments, whose `power` is 0,
     are real. Codes of first ones are of their ratio to this power of the second.
     """
-    signed = power > 0
+    signed = power != 0
 
     def of_leaf(path: Any, p: Any) -> Any:
         if isinstance(format, Quantized):
@@ -116,7 +116,7 @@ def init_moments(params: PyTree, name: str, format: np.dtype | Quantized | None,
 
 
 def _init_codes(p: Any, format: Quantized, power: float) -> QuantizedArray:
-    zeros, kind = trees.zeros_like(p, _FLOAT32), (format.bits, power, format.block(signed=power > 0))
+    zeros, kind = trees.zeros_like(p, _FLOAT32), (format.bits, power, format.block(signed=power != 0))
     return quantization.abstract(zeros, *kind) if trees.is_abstract(p) else _encode_zeros(zeros, *kind)
 
 
@@ -138,7 +138,7 @@ def rebuild_quantized(moments: PyTree, updates: Leaves, format: Quantized, *, po
     except ValueError:  # the check of the trees says where they differ
         return moments
     rebuilt = [
-        QuantizedArray(x["codes"], x["scales"], format.bits, power, format.block(signed=power > 0), g.shape[-1])
+        QuantizedArray(x["codes"], x["scales"], format.bits, power, format.block(signed=power != 0), g.shape[-1])
         if isinstance(x, Mapping) and x.keys() == {"codes", "scales"} and g is not None
         else x
         for g, x in zip(updates.leaves, column, strict=True)

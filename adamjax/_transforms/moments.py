@@ -3,8 +3,8 @@
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
-from typing import Any, NamedTuple
+from functools import cache, partial
+from typing import Any, ClassVar, NamedTuple
 
 import chex
 import jax
@@ -41,7 +41,22 @@ class AdamState(NamedTuple):
     nu_max: PyTree | None = None
 
 
+class AdEMAMixState(NamedTuple):
+    """The numbers that the next step of AdEMAMix needs from the last ones.
+
+    Fields:
+      count, mu, nu: Those of `AdamState`.
+      mu_slow: The slow first moments, like `mu`, by `mu_slow_dtype`.
+    """
+
+    count: Array  # type: ignore[assignment]  # tuple.count, which nobody counts with
+    mu: PyTree
+    nu: PyTree
+    mu_slow: PyTree
+
+
 jax.export.register_namedtuple_serialization(AdamState, serialized_name="adamjax.AdamState")
+jax.export.register_namedtuple_serialization(AdEMAMixState, serialized_name="adamjax.AdEMAMixState")
 
 
 def holds_moments(x: object) -> bool:
@@ -69,13 +84,20 @@ class Moments(Leafwise):
     A member has the fields `mu_dtype` and `nu_dtype`, and says the rule of one array: an `AdamRule`, or a subclass.
     """
 
+    state_type: ClassVar[Any] = AdamState
+
     mu_dtype: Any
     nu_dtype: Any
 
     @property
-    def tracks_max(self) -> bool:
-        """Whether the state has `nu_max`."""
-        return False
+    def third(self) -> str | None:
+        """The field of the state that holds a third array for each parameter, as `nu_max`; None if there is none."""
+        return None
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The fields of the state that hold an array for each parameter."""
+        return ("mu", "nu") if self.third is None else ("mu", "nu", self.third)
 
     @property
     def rule(self) -> Any:
@@ -95,22 +117,24 @@ class Moments(Leafwise):
         self._replace_field("nu_dtype", storage.moment_format("nu_dtype", self.nu_dtype, signed=False))
 
     def _init(self, params: PyTree) -> AdamState:
-        def second() -> PyTree:
-            return storage.init_moments(params, "nu_dtype", self.nu_dtype, power=0)
+        moments = {name: storage.init_moments(params, *self._format(name)) for name in self.columns}
+        return self.state_type(trees.zero_count(params), **moments)
 
-        mu = storage.init_moments(params, "mu_dtype", self.mu_dtype, power=self.rule.power)
-        return AdamState(trees.zero_count(params), mu, second(), second() if self.tracks_max else None)
+    def _format(self, column: str) -> tuple[str, Any, float]:
+        """The argument for the format of a column, that format, and the power of its codes; see `init_moments`."""
+        argument = {"nu_max": "nu_dtype"}.get(column, f"{column}_dtype")
+        return argument, getattr(self, argument), self.rule.power if column.startswith("mu") else 0
 
     def _leaf_transforms(self, updates: Leaves, state: PyTree, params: Leaves | None) -> list[LeafTransform]:
-        state = checks.state(state, AdamState, type(self).__name__)
+        state = checks.state(state, self.state_type, type(self).__name__)
         columns = self._columns(updates, state)
         return [StepMoments.of(self, state.count, columns, lambda column: updates.like(column).tree)]
 
     def _columns(self, updates: Leaves, state: PyTree) -> list[list[Any]]:
         """The moments in the order of the updates, if `state` fits those."""
-        columns = [self._column(updates, state, "mu"), self._column(updates, state, "nu")]
-        if self.tracks_max:
-            return [*columns, self._column(updates, state, "nu_max")]
+        columns = [self._column(updates, state, name) for name in self.columns]
+        if self.third is not None:
+            return columns
         if state.nu_max is not None:
             raise ValueError(
                 f"{type(self).__name__} was given a state with nu_max, which AMSGrad keeps: this state belongs to "
@@ -119,11 +143,10 @@ class Moments(Leafwise):
         return [*columns, [None] * len(updates.leaves)]
 
     def _column(self, updates: Leaves, state: PyTree, name: str) -> list[Any]:
-        signed, found = name == "mu", getattr(state, name)
-        format = self.mu_dtype if signed else self.nu_dtype
+        found, (_, format, power) = getattr(state, name), self._format(name)
         if isinstance(format, Quantized):
-            found = storage.rebuild_quantized(found, updates, format, power=self.rule.power if signed else 0)
-        return checks.moments(updates, found, f"state.{name}", real=not signed)
+            found = storage.rebuild_quantized(found, updates, format, power=power)
+        return checks.moments(updates, found, f"state.{name}", real=power == 0)
 
 
 @dataclass(frozen=True)
@@ -133,8 +156,8 @@ class StepMoments(LeafTransform):
     rule: Any  # the rule of one array
     scalars: Callable[[np.dtype], Any]  # from a real dtype, the scalars of this step in it
     count: Array  # the number of this step
-    finish: Callable[..., PyTree]  # makes the new state, called with lists of the new m, v and v_max
-    leaf_states: Sequence[Any]  # m, v and v_max of each leaf, and of each group
+    finish: Callable[..., PyTree]  # makes the new state, called with lists of the new m, v and third arrays
+    leaf_states: Sequence[Any]  # m, v and the third array (or None) of each leaf, and of each group
     layout: Layout = ()  # the groups whose moments are packed
 
     @classmethod
@@ -148,37 +171,41 @@ class StepMoments(LeafTransform):
     ) -> "StepMoments":
         """Make the next step of a `member` whose state has this `count`.
 
-        `columns` are its mu, nu and nu_max taken apart (None for each leaf of nu_max, if it has none); `rebuild` puts
+        `columns` are its mu, nu and third arrays taken apart (None for each leaf, if there is no third); `rebuild` puts
         one of them together again.
         """
         count = trees.increment(count)
 
-        def finish(mu: list[Any], nu: list[Any], nu_max: list[Any]) -> AdamState:
-            return AdamState(count, rebuild(mu), rebuild(nu), rebuild(nu_max) if member.tracks_max else None)
+        def finish(*columns: list[Any]) -> PyTree:
+            return member.state_type(count, *map(rebuild, columns[: len(member.columns)]))
 
         scalars = cache(lambda dtype: as_constants(member._scalars(count.astype(dtype)), count))
         return cls(member.rule, scalars, count, finish, list(zip(*columns, strict=True)), layout)
 
     def ops_for(self, index: int, dtype: np.dtype, p: Any) -> Sequence[LeafOp]:
-        m, v, v_max = self.leaf_states[index]
-        for x in (m, v, v_max):
+        m, v, third = self.leaf_states[index]
+        for x in (m, v, third):
             if isinstance(x, QuantizedArray):
                 x.check()
         dtype = trees.compute_dtype(dtype, m.dtype, v.dtype)
-        operands = self.scalars(trees.real_dtype(dtype)), moment_dithers(self.count, index, m, v)
-        return (LeafOp(StepLeaf(self.rule), operands, dtype),)
+        dithers = moment_dithers(self.count, index, m, v, third if self.rule.has_slow_mean else None)
+        return (LeafOp(StepLeaf(self.rule), (self.scalars(trees.real_dtype(dtype)), dithers), dtype),)
 
     def new_state(self, leaf_states: list[Any]) -> PyTree:
         return self.finish(*([list(column) for column in zip(*leaf_states, strict=True)] or [[], [], []]))
 
 
-def moment_dithers(count: Array, index: int, m: Moment, v: Moment) -> tuple[Dither | None, Dither | None]:
+Dithers = tuple[Dither | None, Dither | None, Dither | None]  # of the moments of one parameter
+
+
+def moment_dithers(count: Array, index: int, m: Moment, v: Moment, slow: Moment | None = None) -> Dithers:
     """The dithers of the moments of parameter `index` at step `count`; None where they are not rounded."""
-    first, second = storage.needs_dither(m), storage.needs_dither(v)
-    if not (first or second):
-        return None, None
-    both = dither(count, index)
-    return both if first else None, both.second_array() if second else None
+    needed = [x is not None and storage.needs_dither(x) for x in (m, v, slow)]
+    if not any(needed):
+        return None, None, None
+    first = dither(count, index)
+    dithers = first, first.second_array(), first.third_array()
+    return tuple([x if is_needed else None for x, is_needed in zip(dithers, needed, strict=True)])  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)
@@ -188,28 +215,40 @@ class StepLeaf:
     rule: Any
 
     def __call__(self, g: Array, p: Any, stored: Any, operands: Any) -> tuple[Array, Any]:
-        scalars, (dither1, dither2) = operands
-        m_stored, v_stored, max_stored = stored
+        scalars, (dither1, dither2, dither3) = operands
+        m_stored, v_stored, third_stored = stored
+        rule = self.rule
         chex.assert_equal_shape([x for x in (g, *stored) if x is not None])
         dtype = trees.compute_dtype(g.dtype, m_stored.dtype, v_stored.dtype)
         real = trees.real_dtype(dtype)
-        g = self.rule.limited(g.astype(dtype))
+        g = rule.limited(g.astype(dtype))
         v = storage.load(v_stored, real, g)
         m = storage.load_first(m_stored, v, dtype, g)
-        v_max = None if max_stored is None else storage.load(max_stored, real, g)
+        third: Any = None
+        if third_stored is not None:
+            is_mean = rule.has_slow_mean
+            third = storage.load_first(third_stored, v, dtype, g) if is_mean else storage.load(third_stored, real, g)
         # Real scalars times complex arrays are meant, even where promotion is strict.
         with jax.numpy_dtype_promotion("standard") if dtype != real else contextlib.nullcontext():
-            m, v = self.rule.accumulate(g, m, v, scalars)
+            m, v = rule.accumulate(g, m, v, scalars)
             m = storage.round_first_moment(m, m_stored, dither1)
             v = storage.round_second_moment(v, v_stored, dither2)
-            if v_max is not None:
-                v_max = storage.round_max(self.rule.maximum(v, v_max, scalars), max_stored)
-            direction = self.rule.direction(g, m, v, v_max, scalars)
+            if third_stored is not None:
+                third = rule.third(g, v, third, scalars)
+                round_third = storage.round_max if not is_mean else partial(storage.round_first_moment, dither=dither3)
+                third = round_third(third, third_stored)
+            direction = rule.direction(g, m, v, third, scalars)
+            factor = rule.factor(g, m, v, scalars) if rule.has_factor else None
+            if factor is not None and not rule.keeps_factor:
+                direction = factor * direction
         v_new = storage.store(v, v_stored, dither2)
-        new = (
-            storage.store_first(m, storage.storable(v, v_new), m_stored, dither1, scalars.decay1.one_minus_b),
-            v_new,
-            None if v_max is None else storage.store(v_max, max_stored, None),
-        )
+        v = storage.storable(v, v_new)
+        m_new = storage.store_first(m, v, m_stored, dither1, scalars.decay1.one_minus_b)
+        third_new: Any = None
+        if third_stored is not None and is_mean:
+            third_new = storage.store_first(third, v, third_stored, dither3, scalars.extra.decay3.one_minus_b)
+        elif third_stored is not None:
+            third_new = storage.store(third, third_stored, None)
+        new = m_new, v_new, third_new
         chex.assert_trees_all_equal_shapes_and_dtypes(new, stored)
-        return direction, new
+        return direction, (*new, factor) if rule.keeps_factor else new

@@ -17,7 +17,7 @@ from adamjax._transforms.base import Leafwise, Transformation, Wrapper, as_trans
 from adamjax._transforms.chain import Chain
 from adamjax._transforms.groups import Groups
 from adamjax._transforms.leafwise import LeafTransform
-from adamjax._transforms.moments import AdamState, Moments, StepMoments
+from adamjax._transforms.moments import Moments, StepMoments
 from adamjax._transforms.weight_decay import CoupledDecay
 
 _MAX_PACKED_SIZE = 16384
@@ -39,32 +39,35 @@ class Packed(Leafwise):
             )
         self._replace_field("below", checks.count("below", self.below))
 
-    def _init(self, params: PyTree) -> AdamState:
+    def _init(self, params: PyTree) -> PyTree:
         like = self.inner._init(trees.abstract_like(params))
         leaves = Leaves.of(params)
-        rows = list(zip(leaves.leaves, *map(leaves.column, (like.mu, like.nu, like.nu_max)), strict=True))
+        names = self.inner.columns
+        rows = list(zip(leaves.leaves, *[leaves.column(getattr(like, name)) for name in names], strict=True))
         small = [
-            (i, np.shape(p), (trees.dtype_of(p), m.dtype, v.dtype))
-            for i, (p, m, v, v_max) in enumerate(rows)
-            if p is not None and np.size(p) < self.below and not any(map(is_quantized, (m, v, v_max)))
+            (i, np.shape(p), (trees.dtype_of(p), *[x.dtype for x in moments]))
+            for i, (p, *moments) in enumerate(rows)
+            if p is not None and np.size(p) < self.below and not any(map(is_quantized, moments))
         ]
         layout = packing.layout_of(small)
         grouped = {i for i, *_ in small}
         ungrouped = [None if i in grouped else p for i, p in enumerate(leaves.leaves)]
         rest = self.inner._init(leaves.like(ungrouped).tree)
         sizes = [(places[0][0], size) for places, size in zip(layout, packing.group_sizes(layout), strict=True)]
-        columns = [1, 2, 3] if self.inner.tracks_max else [1, 2]
 
         def zeros() -> list[tuple[Any, ...]]:
-            return [tuple(jnp.zeros(size, rows[first][j].dtype) for first, size in sizes) for j in columns]
+            return [
+                tuple(jnp.zeros(size, rows[first][j].dtype) for first, size in sizes) for j in range(1, len(names) + 1)
+            ]
 
-        pairs = zip((rest.mu, rest.nu, rest.nu_max), trees.make_on_mesh_of(zeros, params), strict=False)
+        pairs = zip([getattr(rest, name) for name in names], trees.make_on_mesh_of(zeros, params), strict=True)
         if trees.is_placeholder(params):
             layout = packing.PlaceholderLayout()
-        return AdamState(trees.zero_count(params), *(PackedTree(tree, groups, layout) for tree, groups in pairs))
+        packed = [PackedTree(tree, groups, layout) for tree, groups in pairs]
+        return self.inner.state_type(trees.zero_count(params), *packed)
 
     def _leaf_transforms(self, updates: Leaves, state: PyTree, params: Leaves | None) -> list[LeafTransform]:
-        state = checks.state(state, AdamState, "packed")
+        state = checks.state(state, self.inner.state_type, "packed")
         columns = self._columns(updates, state)
         layout, count = state.mu.layout, len(updates.leaves)
         if count != len(jax.tree.leaves(state.mu.rest, is_leaf=is_moment)):
@@ -83,7 +86,7 @@ class Packed(Leafwise):
     def _columns(self, updates: Leaves, state: PyTree) -> list[list[Any]]:
         """The moments of each leaf (None in a group) and then of each group, if `state` fits the updates."""
         columns = []
-        for name in ("mu", "nu", "nu_max") if self.inner.tracks_max else ("mu", "nu"):
+        for name in self.inner.columns:
             tree = getattr(state, name)
             if not isinstance(tree, PackedTree):
                 raise TypeError(
@@ -93,9 +96,9 @@ class Packed(Leafwise):
             checks.groups(tree.groups, packing.group_sizes(tree.layout), f"state.{name}")
             if tree.layout != state.mu.layout:
                 raise ValueError(f"state.{name} has other groups than state.mu: they belong to different optimizers")
-            checks.moments(updates, tree.like(), f"state.{name}", real=name != "mu")
+            checks.moments(updates, tree.like(), f"state.{name}", real=not name.startswith("mu"))
             columns.append([*updates.column(tree.rest), *tree.groups])
-        return columns if self.inner.tracks_max else [*columns, [None] * len(columns[0])]
+        return columns if self.inner.third is not None else [*columns, [None] * len(columns[0])]
 
 
 def _check_varying_alike(updates: Leaves, indices: list[int]) -> None:

@@ -33,6 +33,10 @@ class Schedule(Value):
     def __call__(self, count: ArrayLike) -> Array:
         raise NotImplementedError
 
+    def below_one(self, count: ArrayLike) -> Array:
+        """Return the distance of the value to 1. A schedule of a decay rate may know more digits of it than this."""
+        return 1 - self(count)
+
     def _check_fit(self, *phases: str) -> None:
         lengths = [getattr(self, name) for name in (*phases, "total_steps")]
         if all(isinstance(n, float) for n in lengths) and sum(lengths[:-1]) > lengths[-1]:

@@ -59,7 +59,7 @@ def agreeing(decay: Array, u: Array) -> Array:
 ADDS_PARAM = (add_scaled_param, add_agreeing_param)
 
 
-def _decay_leaves(
+def decay_leaves(
     updates: Leaves,
     params: Leaves | None,
     weight_decay: Any,
@@ -69,6 +69,7 @@ def _decay_leaves(
     cautious: bool = False,
     state: PyTree = (),
 ) -> DecayLeaves:
+    """Plan the decay of each leaf that the mask lets decay."""
     decays = None if mask is None or params is None else updates.column(mask_tree(mask, params.tree))
     return DecayLeaves(signed_factor("weight_decay", weight_decay, sign, updates), decays, cautious, state)
 
@@ -84,7 +85,7 @@ class AddDecayedWeights(Scheduled):
 
     def __post_init__(self) -> None:
         self._replace_field("weight_decay", number_or_schedule("weight_decay", self.weight_decay, low=-math.inf))
-        self._replace_field("mask", _as_mask(self.mask))
+        self._replace_field("mask", as_mask(self.mask))
         checks.choice("cautious", self.cautious, (False, True))
 
     @property
@@ -95,7 +96,7 @@ class AddDecayedWeights(Scheduled):
         checks.params_given(params, updates, type(self).__name__)
         weight_decay, state = self._current_value(state)
         sign = -1 if self.flip_sign else 1
-        decay = _decay_leaves(updates, params, weight_decay, self.mask, sign, cautious=self.cautious, state=state)
+        decay = decay_leaves(updates, params, weight_decay, self.mask, sign, cautious=self.cautious, state=state)
         return [decay]
 
 
@@ -163,7 +164,7 @@ class CoupledDecay(Leafwise):
 
     def __post_init__(self) -> None:
         self._replace_field("weight_decay", number_or_schedule("weight_decay", self.weight_decay))
-        self._replace_field("mask", _as_mask(self.mask))
+        self._replace_field("mask", as_mask(self.mask))
         checks.choice("maximize", self.maximize, (False, True))
 
     def _init(self, params: PyTree) -> PyTree:
@@ -178,7 +179,7 @@ class CoupledDecay(Leafwise):
             if callable(weight_decay):
                 checks.has_count(state, "coupled weight decay")
                 weight_decay = weight_decay(state.count)
-            before.append(_decay_leaves(updates, params, weight_decay, self.mask, 1))
+            before.append(decay_leaves(updates, params, weight_decay, self.mask, 1))
         return [*before, *self.inner._leaf_transforms(updates, state, params)]
 
 
@@ -200,7 +201,8 @@ class TreeMask(StaticTree):
         return self.tree
 
 
-def _as_mask(mask: Mask) -> Callable[[PyTree], PyTree] | None:
+def as_mask(mask: Mask) -> Callable[[PyTree], PyTree] | None:
+    """Check the argument `mask`; a tree becomes a function that returns it."""
     # A model that is a pytree may be callable too: what it holds decides whether it is a tree.
     if mask is None or isinstance(mask, TreeMask) or (callable(mask) and all(map(callable, jax.tree.leaves(mask)))):
         return mask

@@ -130,7 +130,7 @@ def step_blocks(
     m = _load(old[0], g.shape, v)
     # Neither codes nor float32 are rounded before the step goes on with them.
     m, v = rule.accumulate(g, m, v, adam)
-    v_max = v_max if v_max is None else rule.maximum(v, v_max, adam)
+    v_max = v_max if v_max is None else rule.third(g, v, v_max, adam)
     update = scalars.rate * rule.direction(g, m, v, v_max, adam)
     if variant.decays:
         decay = scalars.decay * wide

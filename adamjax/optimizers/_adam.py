@@ -1,20 +1,15 @@
-"""The optimizers: chains of transformations that other modules define."""
-
-from typing import Any
+"""Adam and its kin of 2015 to 2020: chains of transformations that other modules define."""
 
 from adamjax._core import checks
-from adamjax._core.typing import AMSGrad, DecaySchedule, FusedMode, Mask, Scalar, ScalarOrSchedule
+from adamjax._core.typing import AMSGrad, AxisName, DecaySchedule, FusedMode, Mask, Scalar, ScalarOrSchedule
 from adamjax._transforms.adam import scale_by_adam
 from adamjax._transforms.adamax import scale_by_adamax
-from adamjax._transforms.base import Transformation
 from adamjax._transforms.chain import Chain, chain
 from adamjax._transforms.learning_rate import ScaleByLearningRate
 from adamjax._transforms.moment_storage import MomentFormat
 from adamjax._transforms.radam import scale_by_radam
-from adamjax._transforms.schedule import number_or_schedule
-from adamjax._transforms.weight_decay import AddDecayedWeights, with_coupled_decay
-from adamjax.kernels import Fused
-from adamjax.schedules import Proportional, as_schedule
+from adamjax._transforms.weight_decay import with_coupled_decay
+from adamjax.optimizers._parts import chain_or_fused, decay_like, decoupled_decay
 
 # The arguments are documented where they act: at scale_by_adam, add_decayed_weights and
 # scale_by_learning_rate. The docstrings here describe only what differs in an optimizer.
@@ -34,6 +29,8 @@ def adam(
     weight_decay: ScalarOrSchedule = 0.0,
     mask: Mask = None,
     maximize: bool = False,
+    cautious: bool = False,
+    axis_name: AxisName = None,
     fused: FusedMode = False,
 ) -> Chain:
     """Adam (Kingma & Ba, 2015).
@@ -41,7 +38,7 @@ def adam(
     Args:
       learning_rate: A number or a schedule; see `scale_by_learning_rate`. Each parameter moves by about
         this much per step.
-      b1, b2, eps, eps_root, mu_dtype, nu_dtype, nesterov, amsgrad: See `scale_by_adam`.
+      b1, b2, eps, eps_root, mu_dtype, nu_dtype, nesterov, amsgrad, cautious, axis_name: See `scale_by_adam`.
       weight_decay: A number or a schedule: L2 regularisation, added to the gradient before the
         moments, as in torch.optim.Adam. For decoupled weight decay use `adamw`. Unless it is
         the Python number 0, `update` needs `params`.
@@ -66,9 +63,12 @@ def adam(
     >>> params
     Array([ 0.9, -0.9], dtype=float32)
     """
-    moments = scale_by_adam(b1, b2, eps, eps_root, mu_dtype, nu_dtype=nu_dtype, nesterov=nesterov, amsgrad=amsgrad)
+    moments = scale_by_adam(
+        b1, b2, eps, eps_root, mu_dtype,
+        nu_dtype=nu_dtype, nesterov=nesterov, amsgrad=amsgrad, cautious=cautious, axis_name=axis_name,
+    )  # fmt: skip
     direction = with_coupled_decay(moments, weight_decay, mask, maximize)
-    return _chain_or_fused(fused, direction, ScaleByLearningRate(learning_rate))
+    return chain_or_fused(fused, direction, ScaleByLearningRate(learning_rate))
 
 
 def adamw(
@@ -86,7 +86,9 @@ def adamw(
     amsgrad: bool | AMSGrad = False,
     maximize: bool = False,
     decay_schedule: DecaySchedule = "lr",
+    cautious: bool = False,
     cautious_decay: bool = False,
+    axis_name: AxisName = None,
     fused: FusedMode = False,
 ) -> Chain:
     """Adam with decoupled weight decay (Loshchilov & Hutter, 2019).
@@ -118,13 +120,16 @@ def adamw(
     >>> adamjax.adamw(3e-4, weight_decay=0.1).transforms[1:]
     (AddDecayedWeights(weight_decay=0.1), ScaleByLearningRate(learning_rate=0.0003))
     """
-    moments = scale_by_adam(b1, b2, eps, eps_root, mu_dtype, nu_dtype=nu_dtype, nesterov=nesterov, amsgrad=amsgrad)
+    moments = scale_by_adam(
+        b1, b2, eps, eps_root, mu_dtype,
+        nu_dtype=nu_dtype, nesterov=nesterov, amsgrad=amsgrad, cautious=cautious, axis_name=axis_name,
+    )  # fmt: skip
     direction = with_coupled_decay(moments, 0.0, None, maximize)
     if checks.choice("decay_schedule", decay_schedule, ("lr", "independent")) == "lr":
-        decay = _decay(weight_decay, mask, cautious_decay)
-        return _chain_or_fused(fused, direction, decay, ScaleByLearningRate(learning_rate))
-    decay = _decay(_decay_like(learning_rate, weight_decay), mask, cautious_decay, flip_sign=True)
-    return _chain_or_fused(fused, direction, ScaleByLearningRate(learning_rate), decay)
+        decay = decoupled_decay(weight_decay, mask, cautious_decay)
+        return chain_or_fused(fused, direction, decay, ScaleByLearningRate(learning_rate))
+    decay = decoupled_decay(decay_like(learning_rate, weight_decay), mask, cautious_decay, flip_sign=True)
+    return chain_or_fused(fused, direction, ScaleByLearningRate(learning_rate), decay)
 
 
 def amsgrad(
@@ -163,7 +168,7 @@ def amsgrad(
     checks.choice("variant", variant, ("torch", "corrected", "paper"))
     moments = scale_by_adam(b1, b2, eps, eps_root, mu_dtype, nu_dtype=nu_dtype, nesterov=nesterov, amsgrad=variant)
     direction = with_coupled_decay(moments, weight_decay, mask, maximize)
-    return _chain_or_fused(fused, direction, ScaleByLearningRate(learning_rate))
+    return chain_or_fused(fused, direction, ScaleByLearningRate(learning_rate))
 
 
 def nadam(
@@ -204,7 +209,9 @@ def nadamw(
     mask: Mask = None,
     *,
     nu_dtype: MomentFormat = None,
+    cautious: bool = False,
     cautious_decay: bool = False,
+    axis_name: AxisName = None,
 ) -> Chain:
     """`nadam` with decoupled weight decay.
 
@@ -219,7 +226,7 @@ def nadamw(
     """
     return adamw(
         learning_rate, b1, b2, eps, eps_root, mu_dtype, weight_decay, mask,
-        nu_dtype=nu_dtype, nesterov=True, cautious_decay=cautious_decay,
+        nu_dtype=nu_dtype, nesterov=True, cautious=cautious, cautious_decay=cautious_decay, axis_name=axis_name,
     )  # fmt: skip
 
 
@@ -310,29 +317,6 @@ def adamaxw(
     """
     return chain(
         scale_by_adamax(b1, b2, eps, mu_dtype=mu_dtype, nu_dtype=nu_dtype),
-        _decay(weight_decay, mask, cautious_decay),
+        decoupled_decay(weight_decay, mask, cautious_decay),
         ScaleByLearningRate(learning_rate),
     )
-
-
-def _chain_or_fused(fused: FusedMode, *transforms: Transformation) -> Chain:
-    checks.choice("fused", fused, (False, True, "auto"))
-    return Fused(transforms, fused) if fused else chain(*transforms)
-
-
-def _decay(weight_decay: ScalarOrSchedule, mask: Mask, cautious: bool, *, flip_sign: bool = False) -> AddDecayedWeights:
-    checks.choice("cautious_decay", cautious, (False, True))
-    return AddDecayedWeights(number_or_schedule("weight_decay", weight_decay), mask, flip_sign, cautious)
-
-
-def _decay_like(learning_rate: ScalarOrSchedule, weight_decay: ScalarOrSchedule) -> ScalarOrSchedule:
-    if not callable(learning_rate):
-        return weight_decay
-    schedule: Any = as_schedule(learning_rate)
-    if not hasattr(schedule, "peak"):
-        raise ValueError(
-            f"decay_schedule='independent' needs the peak of the learning rate, and {learning_rate!r} has none: "
-            "use one of adamjax.schedules, or decay_schedule='lr'"
-        )
-    level: Any = number_or_schedule("weight_decay", weight_decay)
-    return Proportional(level, schedule)

@@ -1,0 +1,61 @@
+"""Factors of a step that depend on a whole parameter: how much of it agrees with the gradient, and how far it goes."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from adamjax._core import collectives
+from adamjax._core.numerics import abs_sq
+from adamjax._core.typing import AxisName
+
+
+def agrees(u: Array, g: Array) -> Array:
+    """Return where a direction has the sign of the gradient; of complex numbers, where it is within a right angle."""
+    if jnp.iscomplexobj(u) or jnp.iscomplexobj(g):
+        return u.real * g.real + u.imag * g.imag > 0
+    # No product, which could underflow.
+    return ((u > 0) & (g > 0)) | ((u < 0) & (g < 0))
+
+
+def agreeing_part(u: Array, g: Array) -> Array:
+    """Return the direction where it has the sign of the gradient, and 0 elsewhere."""
+    return jnp.where(agrees(u, g), u, jnp.zeros_like(u))
+
+
+def agreement(u: Array, g: Array, axis_name: AxisName) -> Array:
+    """Return the factor that makes up for what `agreeing_part` leaves out (Liang et al., 2024, Algorithm 1)."""
+    count = _total(agrees(u, g).astype(g.real.dtype), u, axis_name)
+    return _size(u, axis_name) / (count + 1)
+
+
+def update_clipping(g: Array, v_hat: Array, eps: Any, axis_name: AxisName) -> Array:
+    """Return 1 over the root mean square of what an Adam without memory would do, if that is above 1.
+
+    Wortsman et al., 2023, Algorithm 2.
+    """
+    squares = _total(abs_sq(g) / jnp.maximum(v_hat, eps * eps), g, axis_name)
+    return 1 / jnp.maximum(1, jnp.sqrt(squares / _size(g, axis_name)))
+
+
+def _total(x: Array, like: Array, axis_name: AxisName) -> Array:
+    """The sum over a whole parameter, of which a device may have the part `like`."""
+    axes = _axes_of_parts(like, axis_name)
+    total = jnp.sum(x)
+    return lax.psum(total, axes) if axes else total
+
+
+def _size(like: Array, axis_name: AxisName) -> Any:
+    """The elements of a whole parameter."""
+    axes = _axes_of_parts(like, axis_name)
+    return like.size * lax.axis_size(axes) if axes else like.size
+
+
+def _axes_of_parts(x: Array, axis_name: AxisName) -> tuple[str, ...]:
+    """The mapped axes over which a parameter is spread."""
+    if axis_name is None and (axes := collectives.varying_over(x)):
+        raise ValueError(
+            f"a gradient differs over the mapped axes {', '.join(map(repr, sorted(axes)))}, and its step depends on "
+            "a mean over the whole parameter: give axis_name=, the axes that parameters are spread over, or () if none"
+        )
+    return collectives.axes_varying(x, axis_name) if axis_name else ()
