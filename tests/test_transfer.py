@@ -190,7 +190,11 @@ WRONG = [
     ({"decay": "none"}, ValueError, r"^Invalid decay value"),
     ({"batch": 0}, ValueError, r"^Invalid batch value: 0; batch must be above 0"),
     ({"steps": jnp.float32(2)}, TypeError, r"^Invalid steps value"),
-    ({"batch": 16, "batch_rule": "sqrt"}, ValueError, r"^a batch 16 times as large would make b1 -0.6: take the rule"),
+    (
+        {"batch": 16, "batch_rule": "sqrt"},
+        ValueError,
+        r"^a batch 16 times as large would make b1 -0.6: with b1=0.9, 'half_life'",
+    ),
     ({"opt": adamjax.adam(weight_decay=0.1)}, ValueError, r"^weight_decay=0.1 of .* coupled.*Use adamw"),
     ({"opt": adamjax.scale_by_adam()}, ValueError, r"has no learning_rate"),
     ({"opt": adamjax.chain(optax.scale_by_adam(), adamjax.adam())}, TypeError, r"from elsewhere"),
@@ -212,6 +216,9 @@ OPTIMIZERS = {
     "groups": adamjax.groups({"bias": {"weight_decay": 0.0}}, default=adamjax.adamw(0.1)),
     "adamaxw": adamjax.adamaxw(0.1),
     "radam": adamjax.radam(0.1),
+    "ademamix": adamjax.ademamix(0.1, weight_decay=0.1),
+    "adam_atan2": adamjax.adam_atan2(0.1),
+    "stable_adamw": adamjax.stable_adamw(0.1),
     "packed": adamjax.packed(adamjax.adamw(0.1)),
     "torch": adamjax.interop.torch.nadam(),
 }
@@ -301,6 +308,12 @@ def test_batch_steps_and_data():
     assert same_data == Factors(weight_decay=4)
 
 
+def test_every_decay_rate_keeps_its_half_life():
+    found = adamjax.transfer(adamjax.ademamix(0.1, 0.9, 0.99, 0.999), perceptron(8), perceptron(8), batch=4).inner
+    moments = found.members[0].transforms[0]
+    assert (moments.b1, moments.b2, moments.b3) == (0.9**4, 0.99**4, 0.999**4)
+
+
 def test_is_a_value():
     opt, other = (adamjax.transfer(adamjax.adamw(0.1), perceptron(8), perceptron(n)) for n in (16, 32))
     assert opt == adamjax.transfer(adamjax.adamw(0.1), perceptron(8), perceptron(16)) != other
@@ -373,8 +386,8 @@ def test_zero1():
     mesh = make_mesh(AxisType.Auto)
     params = jax.device_put(arrays(perceptron(16)), NamedSharding(mesh, PartitionSpec()))
     plain = adamjax.adamw(0.1)
-    around = adamjax.sharding.zero1(adamjax.transfer(plain, perceptron(8), params), "data", mesh=mesh)
-    inside = adamjax.transfer(adamjax.sharding.zero1(plain, "data", mesh=mesh), perceptron(8), params)
+    around = adamjax.sharding.zero1(adamjax.transfer(plain, perceptron(8), params), axis="data", mesh=mesh)
+    inside = adamjax.transfer(adamjax.sharding.zero1(plain, axis="data", mesh=mesh), perceptron(8), params)
     opt = adamjax.transfer(plain, perceptron(8), params)
     expected, _ = jax.jit(opt.step)(params, opt.init(params), params)
     for sharded in (around, inside):

@@ -17,20 +17,19 @@ def rate_factor(factor: float, rule: str) -> float:
 
 
 def scaled_decays(decays: Mapping[str, float], factor: float, rule: str) -> dict[str, float]:
-    """Return those of b1 and b2 that are given, for a batch that is `factor` times as large.
+    """Return decay rates that the rule changes, for a batch that is `factor` times as large.
 
     Raises:
       ValueError: The square root rule would bring one of them down to 0.
     """
     if rule != "sqrt":
-        kept = ("b1",) if rule == "beta2_half_life" else ()
-        return {name: b if name in kept else b**factor for name, b in decays.items()}
+        return {name: b**factor for name, b in decays.items()}
     scaled = {name: _one_minus(factor * _one_minus(b)) for name, b in decays.items()}
     least = min(scaled, key=scaled.__getitem__, default="")
     if least and scaled[least] <= 0 and factor > 1:
         raise ValueError(
-            f"a batch {factor:g} times as large would make {least} {scaled[least]:g}: take the rule 'half_life', or, "
-            f"with {least}={decays[least]:g}, as the square root rule holds for factors below "
+            f"a batch {factor:g} times as large would make {least} {scaled[least]:g}: with {least}={decays[least]:g}, "
+            f"'half_life' holds for all factors, and the square root rule for factors below "
             f"{1 / _one_minus(decays[least]):g}"
         )
     return scaled

@@ -90,9 +90,9 @@ def is_leafwise(opt: Any) -> bool:
 
 
 def for_run(opt: Any, batch: float, steps: float, rule: str) -> Any:
-    """Return `opt` with b1 and b2 for another batch size, and with its schedules stretched to another length."""
-    names = set(_batch.names_of(rule)) & {"b1", "b2"} if batch != 1 else set()
-    decays = {name: x for name, x in found_in(opt).items() if name in names}
+    """Return `opt` with its decay rates for another batch size, and with its schedules stretched to another length."""
+    names = ("b2",) if rule == "beta2_half_life" else ("b1", "b2", "b3")
+    decays = {name: x for name, x in found_in(opt).items() if name in names and batch != 1}
     for name, x in decays.items():
         if not isinstance(x, float):
             raise TypeError(f"{name} is {checks.shown(x)}, and only a number can be scaled to another batch size")
