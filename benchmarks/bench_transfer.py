@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import adamjax
+from adamjax._core.optional import require
 from adamjax._core.typing import PyTree
 from adamjax._transforms.base import Transformation
 from adamjax.problems import Problem
@@ -155,9 +156,14 @@ def tables(quick: bool, out: Path | None = None) -> Iterator[Table]:
         found = {job: jobs[job].result() for job in asked}
     for name, study in studies.items():
         found[name, HOW[1], study.widths[0]] = found[name, HOW[0], study.widths[0]]
-        yield from tables_of(name, study, {how: {w: found[name, how, w] for w in study.widths} for how in HOW})
+    yield from tables_of_all(studies, found)
     if out is not None:
         out.write_text(json.dumps(raw(studies, found), indent=1) + "\n")
+
+
+def tables_of_all(studies: dict[str, Study], found: dict[tuple[str, str, int], np.ndarray]) -> Iterator[Table]:
+    for name, study in studies.items():
+        yield from tables_of(name, study, {how: {w: found[name, how, w] for w in study.widths} for how in HOW})
 
 
 def tables_of(name: str, study: Study, found: dict[str, dict[int, np.ndarray]]) -> Iterator[Table]:
@@ -202,8 +208,50 @@ def _cost(small: np.ndarray, large: np.ndarray) -> float:
     return float(means[geometric_mean(small).argmin()] / means.min())
 
 
+def read(path: Path) -> tuple[dict[str, Study], dict[tuple[str, str, int], np.ndarray]]:
+    """Return the studies and their losses from a file."""
+    content = json.loads(path.read_text())
+    studies = dict[str, Study]()
+    found = dict[tuple[str, str, int], np.ndarray]()
+    for name, study in STUDIES.items():
+        facts = content[name]
+        widths = tuple(int(width) for width in facts["losses"][HOW[0]])
+        studies[name] = dataclasses.replace(study, widths=widths, steps=facts["steps"], rates=tuple(facts["rates"]))
+        for how, by_width in facts["losses"].items():
+            found |= {(name, how, int(width)): np.array(losses) for width, losses in by_width.items()}
+    return studies, found
+
+
+def draw(studies: dict[str, Study], found: dict[tuple[str, str, int], np.ndarray], path: Path) -> None:
+    """Plot the losses by learning rate: a row for each study, a column for each way, a line for each width."""
+    figure = require("matplotlib.figure", "demo", "plotting losses").Figure((8.5, 6.5), layout="constrained")
+    colors = require("matplotlib", "demo", "plotting losses").colormaps["viridis"]
+    axes = figure.subplots(len(studies), 2, sharey="row", sharex="row")
+    for row, (name, study) in zip(axes, studies.items(), strict=True):
+        for axis, how in zip(row, reversed(HOW), strict=True):
+            for i, width in enumerate(study.widths):
+                means = geometric_mean(found[name, how, width])
+                color = colors(0.9 * i / (len(study.widths) - 1))
+                axis.plot(study.rates, means, marker="o", markersize=3, color=color, label=f"width {width}")
+                best = best_rate(np.array(study.rates), found[name, how, width])
+                axis.plot(best, means.min() * 0.9, marker="v", color=color)
+            axis.set(xscale="log", yscale="log", title=f"{study.title}: {how}", xlabel="learning rate")
+            axis.grid(alpha=0.3)
+        row[0].set_ylabel("training loss")
+        row[1].legend(fontsize="small", loc="upper center")
+    figure.savefig(path, dpi=90)
+
+
 if __name__ == "__main__":
     parser = command(__doc__)
     parser.add_argument("--write", action="store_true", help=f"write all losses to {RESULTS.name}")
+    parser.add_argument("--raw", type=Path, help="print the tables from a file that --write wrote, and train nothing")
+    parser.add_argument("--plot", type=Path, help="with --raw: the picture to draw")
     given = parser.parse_args()
-    show(tables(given.quick, RESULTS if given.write else None))
+    if given.raw is None:
+        show(tables(given.quick, RESULTS if given.write else None))
+    else:
+        of_file = read(given.raw)
+        show(tables_of_all(*of_file))
+        if given.plot is not None:
+            draw(*of_file, given.plot)

@@ -105,7 +105,7 @@ def coordinate_check(
 
     They do where hyperparameters, initial values and outputs follow the maximal update parameterization, as
     `adamjax.transfer` gives them. Activations that change more in wider models blow up in a large one, and those that
-    change less learn nothing there. It takes seconds, and finds most errors in an implementation.
+    change less learn nothing there. A factor that an implementation forgets shows as such a slope.
 
     Args:
       make: Called with a width and a seed, returns the parameters, a function from parameters to the loss and the
