@@ -178,7 +178,7 @@ def transfer(
         found in a path counts, to tuples. A tuple has "in" or "out" for each axis of the layer's inputs or outputs,
         "layers" for one of stacked residual blocks, and None for one that does not count, such as a vocabulary.
       blocks: A regular expression for the name of a residual block in a path, such as "block_[0-9]+", if the numbers
-        of residual blocks differ. The output of each block is to be multiplied by `Factors.residual`.
+        of residual blocks differ. The output of each block is to be multiplied by the `residual` of its parameters.
       output: "rate" scales learning rate and initial values of output layers (Table 3 of muP), and "multiplier" the
         outputs (Table 8). With the factor of the outputs in place, they are the same model. An embedding
         that is the last layer as well needs "multiplier".
