@@ -1,5 +1,7 @@
 """The coordinate check: activations that change alike at every width."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -49,6 +51,47 @@ def test_passes_with_transfer_and_fails_without(tmp_path):
     assert "grows" in str(without)
     found.plot(tmp_path / "coordinates.png")
     assert (tmp_path / "coordinates.png").read_bytes().startswith(b"\x89PNG")
+
+
+def residual(depth, seed, width=32):
+    """A residual stream, with `depth` perceptrons that add to it."""
+    keys = iter(jax.random.split(jax.random.key(seed), 2 * depth + 2))
+
+    def kernel(fan_in, fan_out):
+        return jax.random.normal(next(keys), (fan_in, fan_out)) * fan_in**-0.5
+
+    blocks = {f"block_{i}": {"up": kernel(width, width), "down": kernel(width, width)} for i in range(depth)}
+    return {"embed": kernel(6, width), "blocks": blocks, "head": kernel(width, 2)}
+
+
+def normalize(x):
+    return x * jax.lax.rsqrt(jnp.mean(x**2, axis=-1, keepdims=True) + jnp.float32(1e-5))
+
+
+def loss_of_residual(params, factor):
+    x = X @ params["embed"]
+    for block in params["blocks"].values():
+        x = x + jnp.float32(factor) * (jax.nn.relu(normalize(x) @ block["up"]) @ block["down"])
+    out = normalize(x) @ params["head"]
+    return jnp.mean((out - jnp.float32(1)) ** 2), {"stream": x, "out": out}
+
+
+def deep(depth, seed):
+    return residual(depth, seed), partial(loss_of_residual, factor=1.0), adamjax.adam(1e-2)
+
+
+def transferred_deep(depth, seed):
+    small, large = residual(2, seed), residual(depth, seed)
+    opt = adamjax.transfer(adamjax.adam(1e-2), small, large, blocks="block_[0-9]+")
+    (factor,) = {x.factors.residual for x in opt.parameters if "block_" in x.path}
+    return large, partial(loss_of_residual, factor=factor), opt
+
+
+@pytest.mark.slow
+def test_passes_in_depth_and_fails_without():
+    found, without = (coordinate_check(make, widths=[2, 8, 16], seeds=2) for make in (transferred_deep, deep))
+    assert found.passed, str(found)
+    assert without.slopes["stream"] > 2 * found.tolerance, str(without)
 
 
 @pytest.mark.numbers

@@ -110,7 +110,8 @@ def coordinate_check(
     Args:
       make: Called with a width and a seed, returns the parameters, a function from parameters to the loss and the
         activations (a tree of arrays, one for each layer), and the optimizer. The loss is that of one fixed batch.
-      widths: The widths, at least two. A ratio of 8 or more between the ends makes slopes certain.
+      widths: The widths, at least two; or numbers of residual blocks, if `make` takes those. Ends that are far apart
+        make slopes certain.
       steps: The number of updates.
       seeds: The number of seeds (0, 1, ...) to average over. Small models differ from seed to seed.
       tolerance: The largest slope, positive or negative, that passes.
