@@ -7,6 +7,7 @@ from adamjax import kernels as kernels
 from adamjax import problems as problems
 from adamjax import rounding as rounding
 from adamjax import safety as safety
+from adamjax import scaling as scaling
 from adamjax import schedules as schedules
 from adamjax import sharding as sharding
 from adamjax import storage as storage
@@ -62,4 +63,5 @@ from adamjax.safety import check as check
 from adamjax.safety import dynamic_loss_scale as dynamic_loss_scale
 from adamjax.safety import skip_nonfinite as skip_nonfinite
 from adamjax.safety import skip_spikes as skip_spikes
+from adamjax.scaling import transfer as transfer
 from adamjax.storage import quantized as quantized

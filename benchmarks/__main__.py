@@ -26,7 +26,7 @@ from benchmarks._report import Table, command, measured
 
 SHORT = ["step", "trace", "memory", "donation", "sweep", "scale", "safety", "accuracy", "half_precision"]
 SHORT += ["host_batches", "kernel", "checkpoint"]
-LONG = ["storage", "tune", "race", "horizon", "range_test", "low_precision"]
+LONG = ["storage", "tune", "race", "horizon", "range_test", "low_precision", "transfer"]
 NAMED = ["gpu"]
 
 

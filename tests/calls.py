@@ -16,7 +16,17 @@ import adamjax
 from adamjax import interop, schedules, tuning
 
 MODULES = ["", ".schedules", ".storage", ".rounding", ".interop.torch", ".interop.optax"]
-MODULES += [".kernels", ".safety", ".diagnostics", ".checkpoint", ".sharding", ".tuning", ".training", ".problems"]
+MODULES += [
+    ".kernels",
+    ".safety",
+    ".scaling",
+    ".diagnostics",
+    ".checkpoint",
+    ".sharding",
+    ".tuning",
+    ".training",
+    ".problems",
+]
 
 
 def public():
@@ -61,6 +71,11 @@ BOWL = Bowl()
 SPACE = tuning.Space(learning_rate=tuning.Log(1e-3, 1e-1))
 RATES = np.geomspace(1e-4, 1.0, 50)
 RANGE = tuning.LrRange(RATES, 1 + np.log10(RATES / 0.1) ** 2)
+
+
+def growing(width, seed):
+    return PARAMS, lambda params: (jnp.sum(params["a"]), {"a": params["a"]}), OPT
+
 
 DTYPES = ("mu_dtype", "nu_dtype")
 KINDS_OF_TORCH = ("foreach", "fused", "capturable", "differentiable")  # `fused` may be None, others are not looked at
@@ -119,6 +134,8 @@ CALLS = {
     "diagnostics.explain": Call({"stats": STATS}),
     "diagnostics.scalars": Call({"stats": STATS}),
     "diagnostics.History": Call(),
+    "diagnostics.coordinate_check": Call({"make": growing, "widths": [2, 4]}, cheap=False),
+    "transfer": Call({"opt": OPT, "small": PARAMS, "large": PARAMS}, ("axes", "blocks", "data")),
     "schedules.Constant": Call({"value": 0.1}),
     "schedules.Linear": Call({"init": 0.1, "end": 0.2, "total_steps": 10}),
     "schedules.Exponential": Call({"init": 0.1, "peak": 0.2, "total_steps": 10}),
@@ -199,6 +216,7 @@ CALLS = {
 
 HISTORY = adamjax.diagnostics.History()
 HISTORY.append(STATS)
+TRANSFERRED = adamjax.transfer(OPT, PARAMS, PARAMS)
 
 # Methods that take arguments of users.
 METHODS = {
@@ -209,6 +227,8 @@ METHODS = {
     "schedules.Linear.__call__": (schedules.linear(0.1, 0.2, 10), Call({"count": 3})),
     "schedules.Constant.__call__": (schedules.constant(0.1), Call({"count": 3})),
     "diagnostics.History.append": (adamjax.diagnostics.History().append, Call({"stats": STATS})),
+    "scaling.Transferred.check_init": (TRANSFERRED.check_init, Call({"small": PARAMS, "large": PARAMS})),
+    "scaling.Transferred.rescale": (TRANSFERRED.rescale, Call({"small": PARAMS, "large": PARAMS})),
     "diagnostics.History.plot": (HISTORY.plot, Call(optional=("path",))),
     "tuning.Space.points": (SPACE.points, Call({"count": 3})),
     "tuning.LrRange.suggestion": (RANGE.suggestion, Call()),
@@ -230,7 +250,8 @@ HELD += ["storage.PackedTree"]
 HELD += ["tuning.Best", "tuning.Confirmed", "tuning.Report", "tuning.Sweep", "tuning.Trial", "tuning.TrialRecord"]
 HELD += ["tuning.Pruned", "DamagedFileError", "FolderInUseError"]
 HELD += ["training.Report", "training.TrainStep", "training.Keys", "checkpoint.Checkpoint", "kernels.Kernel"]
-HELD += ["diagnostics.AdamStats", "diagnostics.LeafStats", "diagnostics.Finding"]
+HELD += ["diagnostics.AdamStats", "diagnostics.LeafStats", "diagnostics.Finding", "diagnostics.CoordinateCheck"]
+HELD += ["scaling.Factors", "scaling.ParameterScaling", "scaling.Transferred"]
 HELD += ["schedules.PlateauState", "sharding.Zero1State", "interop.torch.NAdamState"]
 HELD += ["safety.SkipState", "safety.LossScaleState", "safety.LeafCounts", "safety.SpikeState", "safety.RunningStats"]
 BASES = ["Transformation", "schedules.Schedule", "rounding.Rounding", "tuning.Problem"]

@@ -421,6 +421,14 @@ def test_flags_have_the_defaults_that_their_help_says(capsys):
         ("--fix momentum=0.9", "momentum is not an argument of an optimizer"),
         ("--fix nesterov=1", "1 is not a value of nesterov, expected one of false, true"),
         ("--fix threshold=5", "--threshold means nothing to adamw"),
+        ("--transfer-to width", "--transfer-to width: nothing is not a number, as width must be"),
+        ("--transfer-to height=2", "height=2 is not a factor of width, depth, batch, steps, data, as in width=4"),
+        ("--transfer-to width=2,width=4", "width is given twice"),
+        ("--transfer-to width=-1", "width must be above 0, and finite"),
+        (
+            "--transfer-to width=4 --optimizer adam",
+            "no rule for the weight decay of adam, which is part of the gradient",
+        ),
     ],
 )
 def test_bad_values_and_ranges(flags, said, tmp_path, capsys):
@@ -442,6 +450,34 @@ def test_tune_over_given_ranges(tmp_path, capsys):
     found = json.loads(capsys.readouterr().out)
     assert "one_minus_b1=Linear(low=0.3, high=0.5)" in found["question"]["space"]
     assert all("learning_rate" not in t["setting"] for t in found["trials"])
+
+
+def test_tune_for_a_larger_model(tmp_path, capsys):
+    flags = ["--trials", "4", "--steps", "8", "--confirm", "1", "1", "--fix", "b1=0.9", "--fix", "weight_decay=0.1"]
+    flags += ["--lr", "0.1", "--transfer-to", "width=4,depth=2,batch=16,steps=10", "--out", str(tmp_path)]
+    assert cli.main(["tune", "bowl:BOWL", *flags, "--format", "json"]) == 0
+    found = json.loads(capsys.readouterr().out)["transfer"]
+    assert found == json.loads((tmp_path / "transfer.json").read_text())
+    assert found["b1"] == pytest.approx(0.9**16)
+    # 16 times the batch: 4 times the learning rate. lr * decay * steps stays the same.
+    hidden, norm, *_ = found["parameters"].values()
+    assert hidden == pytest.approx(
+        {
+            "learning_rate": 0.1,
+            "weight_decay": 0.01,
+            "eps": 1e-8 / 4 / 2 / 4,
+            "init_std": 0.5,
+            "output": 1,
+            "residual": 0.5,
+        }
+    )
+    assert norm["learning_rate"] == pytest.approx(0.4)
+    assert found["call"].startswith("adamjax.transfer(functools.partial(adamjax.adamw, b1=0.9")
+    assert found["call"].endswith(', small, large, blocks="block_[0-9]+", batch=16, steps=10)')
+    assert cli.main(["tune", "bowl:BOWL", *flags, "--resume"]) == 0
+    said = capsys.readouterr().out
+    assert "transferred to width x 4, depth x 2, batch x 16, steps x 10, with b1 = 0.1853" in said
+    assert f"opt = {found['call']}" in said
 
 
 @pytest.mark.parametrize("name", ["objective", "make_objective"])

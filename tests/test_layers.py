@@ -16,7 +16,7 @@ FLOORS = [
     ["schedules", "rounding", "storage", "safety", "sharding"],
     ["kernels"],
     ["optimizers"],
-    ["interop", "problems", "diagnostics"],
+    ["interop", "problems", "diagnostics", "scaling"],
     ["training", "checkpoint", "run_folder"],
     ["tuning"],
     ["cli"],

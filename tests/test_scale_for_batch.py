@@ -38,6 +38,18 @@ def test_what_is_not_given_is_the_default():
     assert scale_for_batch({"b1": 0.5}, old=1, new=1, rule="beta2_half_life") == {"b1": 0.5, "b2": 0.999}
 
 
+def test_half_life():
+    """What is raised to the power of the factor keeps its half-life in examples; the rest is the square root rule's."""
+    found = scale_for_batch(GOOD, old=64, new=256, rule="half_life")
+    assert found == GOOD | {
+        "learning_rate": 2 * GOOD["learning_rate"],
+        "eps": GOOD["eps"] / 2,
+        "b1": GOOD["b1"] ** 4,
+        "b2": GOOD["b2"] ** 4,
+    }
+    assert scale_for_batch({}, old=1, new=1000, rule="half_life")["b1"] == 0.9**1000
+
+
 def test_no_momentum_goes_with_the_same_batch_size():
     assert scale_for_batch({"b1": 0.0}, old=8, new=8)["b1"] == 0
     assert scale_for_batch({"b1": 0.0}, old=8, new=4)["b1"] == 0.5

@@ -14,7 +14,7 @@ from adamjax import schedules, tuning
 from adamjax._core import signals
 from adamjax._core.text import printable
 from adamjax._core.typing import GradientTransformation, ScalarOrSchedule
-from adamjax.cli import _arguments, _flags, _subject
+from adamjax.cli import _arguments, _flags, _subject, _transfer
 from adamjax.cli._flags import STOPPED, CommandError, Options, Subparsers
 from adamjax.cli._subject import Subject
 from adamjax.run_folder import claim
@@ -89,6 +89,7 @@ def _add_tune(commands: Subparsers) -> None:
     output = parser.add_argument_group("the output")
     output.add_argument("--out", type=Path, help="folder to write (default: the next free runs/tune-N)")
     output.add_argument("--resume", action="store_true", default=False, help="continue the tuning in --out")
+    _transfer.add_flag(output)
     _add_format(output)
     optimizer = _flags.add_optimizer(parser, "Arguments that are given keep their values; the others are searched.")
     _arguments.add_fix(optimizer)
@@ -139,6 +140,8 @@ def lr_range(options: Options) -> int:
 def tune(options: Options) -> int:
     if options["resume"] and "out" not in options:
         raise CommandError("--resume needs --out, the folder to go on with")
+    if "transfer_to" in options:
+        _transfer.check(options)
     folders = list[Path]()
 
     def folder() -> Path:
@@ -170,7 +173,7 @@ def tune(options: Options) -> int:
                     progress=True,
                     **given,
                 )
-            return _show(report, folders[0], options["format"])
+            return _show(report, folders[0], options)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(stopped()) from None
 
@@ -179,19 +182,25 @@ def report(options: Options) -> int:
     with _flags.errors_for_users():
         loaded = tuning.Report.load(options["directory"])
         loaded.save(options["directory"])
-    return _show(loaded, options["directory"], options["format"])
+    return _show(loaded, options["directory"], options)
 
 
-def _show(report: tuning.Report, out: Path, output_format: str) -> int:
-    if output_format == "json":
-        print(report.to_json())
+def _show(report: tuning.Report, out: Path, options: Options) -> int:
+    found = _transfer.transferred(report.best, options) if report.ranking and "transfer_to" in options else None
+    if found is not None:
+        (out / "transfer.json").write_text(json.dumps(found, indent=1) + "\n")
+    if options["format"] == "json":
+        print(report.to_json() if found is None else json.dumps(json.loads(report.to_json()) | {"transfer": found}))
     else:
         print(printable(report.table()))
         if report.ranking:
             print(printable(f"\n{report.best}\n{report.horizon}\n"))
+        if found is not None:
+            print(printable(f"{_transfer.table(found)}\n"))
         for warning in report.warnings:
             print(printable(f"adamjax: {warning}"), file=sys.stderr)
-        print(printable(f"wrote report.html, its pictures and trials.jsonl to {out}"))
+        also = ", transfer.json" if found is not None else ""
+        print(printable(f"wrote report.html, its pictures{also} and trials.jsonl to {out}"))
     return 0 if report.ranking else 1
 
 

@@ -1,5 +1,7 @@
 """Diagnostics for Adam: measure steps in numbers, and explain problems in words."""
 
+from adamjax.diagnostics._coordinates import CoordinateCheck as CoordinateCheck
+from adamjax.diagnostics._coordinates import coordinate_check as coordinate_check
 from adamjax.diagnostics._explain import Finding as Finding
 from adamjax.diagnostics._explain import explain as explain
 from adamjax.diagnostics._history import History as History

@@ -7,9 +7,8 @@ from collections.abc import Mapping
 
 from adamjax._core import checks
 from adamjax.optimizers import adam
+from adamjax.scaling import _batch
 from adamjax.tuning._space import Setting
-
-RULES = ("sqrt", "beta2_half_life")
 
 
 def scale_for_batch(hparams: Mapping[str, object], *, old: int, new: int, rule: str = "sqrt") -> Setting:
@@ -22,9 +21,11 @@ def scale_for_batch(hparams: Mapping[str, object], *, old: int, new: int, rule: 
       new: The batch size to scale to.
       rule: With k = new / old, "sqrt" multiplies the learning rate by sqrt(k), divides eps by sqrt(k), and
         multiplies 1 - b1 and 1 - b2 by k. It holds while noise dominates the gradients (Malladi et
-        al., 2022, who also divide the number of steps by k). "beta2_half_life" raises b2 to the power of
-        k and changes nothing else: the second moment then has the same half-life in examples as
-        before (Marek et al., 2025, who found this sufficient for training at any small batch size).
+        al., 2022, who also divide the number of steps by k). "half_life" does the same to the learning rate and
+        eps, and raises b1 and b2 to the power of k: their half-lives in examples stay the same, as those of "sqrt"
+        nearly do, and no k is too large. "beta2_half_life" raises b2 to the power of k and changes nothing else:
+        the second moment then has the same half-life in examples as before (Marek et al., 2025, who found this
+        sufficient for training at any small batch size).
 
     Returns:
       A copy of `hparams` with the scaled values.
@@ -42,27 +43,20 @@ def scale_for_batch(hparams: Mapping[str, object], *, old: int, new: int, rule: 
     >>> scale_for_batch({"learning_rate": 1e-3, "b1": 0.9, "b2": 0.99, "eps": 1e-8}, old=256, new=1024)
     {'learning_rate': 0.002, 'b1': 0.6, 'b2': 0.96, 'eps': 5e-09}
     """
-    checks.choice("rule", rule, RULES)
+    checks.choice("rule", rule, _batch.RULES)
     if not isinstance(hparams, Mapping):
         raise TypeError(f"Invalid hparams value: {hparams!r}; hparams must be a dict of an optimizer's arguments")
     for name, size in (("old", old), ("new", new)):
         if not (isinstance(size, numbers.Real) and 0 < size < math.inf):
             raise ValueError(f"Invalid {name} value: {size!r}; {name} must be a positive batch size")
-    names = ("learning_rate", "b1", "b2", "eps") if rule == "sqrt" else ("b2",)
+    names, factor = _batch.names_of(rule), float(new) / float(old)
     defaults = inspect.signature(adam).parameters
     now = {name: _number(name, hparams.get(name, defaults[name].default)) for name in names}
-    factor = float(new) / float(old)
-    if rule == "beta2_half_life":
-        return {**hparams, "b2": now["b2"] ** factor}
-    scaled = {name: _one_minus(factor * _one_minus(now[name])) for name in ("b1", "b2")}
-    least = min(scaled, key=scaled.__getitem__)
-    if scaled[least] <= 0 and factor > 1:
-        raise ValueError(
-            f"a batch {factor:g} times as large would make {least} {scaled[least]:g}: with {least}={now[least]:g}, "
-            f"the square root rule holds for factors below {1 / _one_minus(now[least]):g}"
-        )
-    rate, eps = now["learning_rate"] * math.sqrt(factor), now["eps"] / math.sqrt(factor)
-    return {**hparams, "learning_rate": rate, **scaled, "eps": eps}
+    scaled = _batch.scaled_decays({name: x for name, x in now.items() if name in ("b1", "b2")}, factor, rule)
+    if "learning_rate" in now:
+        rate = _batch.rate_factor(factor, rule)
+        scaled = {"learning_rate": now["learning_rate"] * rate, **scaled, "eps": now["eps"] / rate}
+    return {**hparams, **scaled}
 
 
 def _number(name: str, x: object) -> float:
@@ -70,8 +64,3 @@ def _number(name: str, x: object) -> float:
     if not isinstance(checked, float):
         raise TypeError(f"{name} is {x!r}, and only a number can be scaled: scale its peak, or each of its values")
     return checked
-
-
-def _one_minus(x: float) -> float:
-    """Return 1 - x without the digits that rounding adds, so that 1 - 0.9 is 0.1."""
-    return round(1 - x, 15)
