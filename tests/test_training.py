@@ -243,7 +243,7 @@ def test_train_command_in_low_precision(tmp_path):
 def test_every_hyperparameter_has_a_flag():
     named = {name for o in cli.OPTIMIZERS for name in inspect.signature(getattr(adamjax, o)).parameters}
     # The steps of warmup are a flag of the schedule, for schedule_free_adamw, too.
-    assert named - {"learning_rate", "mask", "warmup_steps"} == set(cli.HYPERPARAMETERS)
+    assert named - {"learning_rate", "mask", "warmup_steps", "axis_name"} == set(cli.HYPERPARAMETERS)
     assert all(callable(getattr(adamjax.schedules, name)) for name in cli.SCHEDULES)
 
 
@@ -296,7 +296,7 @@ def test_errors_of_ones_own_problem_say_where(tmp_path, capsys, monkeypatch, com
     ("flags", "message"),
     [
         ({"lerning_rate": 3}, "has a flag lerning_rate, which train does not know: remove it"),
-        ({"optimizer": "sgd"}, ": --optimizer is 'sgd', expected one of adam, adamax, "),
+        ({"optimizer": "sgd"}, ": --optimizer is 'sgd', expected one of adam, adam_atan2, adamax, "),
         ({"dtype": "float8"}, ": --dtype is 'float8', expected one of bfloat16, float16, float32"),
         ({"b1": 1.5}, "Invalid beta parameter at index 0: 1.5"),
     ],

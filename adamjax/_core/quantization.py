@@ -177,7 +177,7 @@ class QuantizedArray:
       scales: uint16. The last axis is that of the array divided by `block_size`, rounded up.
       bits: 8 or 4.
       power: 0 for a second moment. A first moment is stored as its ratio to this power of the second one, or as it
-        is if that is `OF_ITSELF`.
+        is if that is -1.
       block_size: Numbers per scale along the last axis. The last block may be shorter.
       size: The length of the last axis; inside `jax.shard_map`, that of the global array.
     """

@@ -55,7 +55,7 @@ class ScaleByAdEMAMix(Moments):
     mu_dtype: MomentFormat = static_field(default=None)
     mu_slow_dtype: MomentFormat = static_field(default=None)
     nu_dtype: MomentFormat = static_field(default=None)
-    nesterov = False
+    nesterov: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         self._check_numbers("b1", "b2", below=1.0)
@@ -117,7 +117,7 @@ class ScaleBySimplifiedAdEMAMix(Moments):
     eps_root: Scalar
     mu_dtype: MomentFormat = static_field(default=None)
     nu_dtype: MomentFormat = static_field(default=None)
-    nesterov = False
+    nesterov: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         self._check_numbers("b1", "b2", below=1.0)

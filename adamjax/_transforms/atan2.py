@@ -1,6 +1,6 @@
 """Adam-atan2: its difference from Adam."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +42,8 @@ class ScaleByAdamAtan2(Moments):
     mu_dtype: MomentFormat = static_field(default=None)
     nu_dtype: MomentFormat = static_field(default=None)
     nesterov: bool = static_field(default=False)
-    eps = eps_root = 0.0
+    eps: ClassVar[float] = 0.0
+    eps_root: ClassVar[float] = 0.0
 
     def __post_init__(self) -> None:
         self._check_numbers("b1", "b2", below=1.0)

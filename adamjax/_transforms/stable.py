@@ -75,7 +75,8 @@ class ScaleByStableAdam(Moments):
     mask: Mask = static_field(default=None)
     nu_dtype: MomentFormat = static_field(default=None)
     axis_name: AxisName = static_field(default=None, described=False)
-    nesterov, eps_root = False, 0.0
+    nesterov: ClassVar[bool] = False
+    eps_root: ClassVar[float] = 0.0
 
     def __post_init__(self) -> None:
         self._check_numbers("b1", "b2", below=1.0)

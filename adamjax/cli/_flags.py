@@ -13,7 +13,10 @@ from adamjax import schedules, storage
 from adamjax._core import checks
 from adamjax._core.text import printable
 
-OPTIMIZERS = ("adam", "adamax", "adamaxw", "adamw", "amsgrad", "nadam", "nadamw", "radam", "schedule_free_adamw")
+OPTIMIZERS = (
+    "adam", "adam_atan2", "adamax", "adamaxw", "adamw", "ademamix", "adopt", "amsgrad", "nadam", "nadamw", "radam",
+    "schedule_free_adamw", "simplified_ademamix", "stable_adamw",
+)  # fmt: skip
 SCHEDULES = ("constant", "cosine", "inverse_sqrt", "linear", "one_cycle", "warmup_cosine", "warmup_stable_decay")
 
 OPTIMIZER_HELP = "Its arguments; those that are not given are adamjax's defaults."
@@ -38,16 +41,28 @@ def boolean_or_name(text: str) -> bool | str:
 HYPERPARAMETERS: Flags = {
     "b1": {"type": float, "help": "decay rate of the first moment, the mean of the gradients (default: 0.9)"},
     "b2": {"type": float, "help": "decay rate of the second moment, the mean of their squares (default: 0.999)"},
+    "b3": {"type": float, "help": "ademamix: decay rate of the slow mean of the gradients (default: 0.9999)"},
+    "alpha": {
+        "type": float,
+        "help": "ademamix: weight of the slow mean (default: 5); simplified_ademamix: of the gradient (default: 0)",
+    },
     "eps": {"type": float, "help": "number added to the root of the second moment (default: 1e-8)"},
     "eps_root": {"type": float, "help": "number added to the second moment under the root (default: 0)"},
+    "a": {"type": float, "help": "adam_atan2: factor of the angle (default: 1.27)"},
+    "b": {"type": float, "help": "adam_atan2: factor of the root (default: 1)"},
+    "use_clipping": {
+        "action": argparse.BooleanOptionalAction,
+        "help": "adopt: limit each gradient over its root, by less and less (default: true)",
+    },
     "threshold": {
         "type": float,
         "help": "radam: length of the moving average from which on the second moment is used (default: 5)",
     },
     "weight_decay": {
         "type": float,
-        "help": "weight decay: decoupled from the gradient for adamw, nadamw and adamaxw (default: 1e-4) and for "
-        "schedule_free_adamw (default: 0), added to it for others (default: 0)",
+        "help": "weight decay: decoupled from the gradient for adamw, nadamw and adamaxw (default: 1e-4), stable_adamw "
+        "(default: 1e-2), schedule_free_adamw, ademamix, simplified_ademamix, adopt and adam_atan2 (default: 0), added "
+        "to it for others (default: 0)",
     },
     "weight_lr_power": {
         "type": float,
@@ -57,11 +72,16 @@ HYPERPARAMETERS: Flags = {
         "choices": ("lr", "independent"),
         "help": "factor of the weight decay: lr, the learning rate; independent, its part of the peak (default: lr)",
     },
+    "cautious": {
+        "action": argparse.BooleanOptionalAction,
+        "help": "leave numbers alone whose direction opposes their gradient",
+    },
     "cautious_decay": {
         "action": argparse.BooleanOptionalAction,
         "help": "let a number decay only where that does not oppose its update",
     },
     "mu_dtype": {"choices": FORMATS, "help": "storage format of the first moment (default: float32, or wider)"},
+    "mu_slow_dtype": {"choices": FORMATS, "help": "ademamix: storage format of the slow mean (default: float32)"},
     "nu_dtype": {"choices": FORMATS, "help": "storage format of the second moment (default: float32, or wider)"},
     "nesterov": {"action": argparse.BooleanOptionalAction, "help": "look ahead by one step, as Nesterov's momentum"},
     "amsgrad": {
@@ -149,7 +169,7 @@ def hyperparameters(make: Callable[..., object], options: Options) -> Options:
 
 def as_argument(name: str, x: Any) -> Any:
     """Return the value of a hyperparameter's flag as the optimizer takes it."""
-    return storage.quantized(x) if name in ("mu_dtype", "nu_dtype") and x in ("int8", "int4") else x
+    return storage.quantized(x) if name in ("mu_dtype", "mu_slow_dtype", "nu_dtype") and x in ("int8", "int4") else x
 
 
 def accepted(make: Callable[..., object], options: Options, flags: Flags, who: str) -> Options:
