@@ -89,10 +89,13 @@ def test_each_optimizer_is_searched_in_its_own_arguments(make, sampler):
     course = {"warmup_fraction": 0.0, "end_fraction": 1.0}
     assert trials[0].arguments == {name: (course | defaults)[name] for name in space.ranges}
     assert space.ranges.keys() - course.keys() <= defaults.keys()
-    # One compiled program serves all.
-    assert len({structure_of(trial.optimizer) for trial in trials}) == 1
-    # All that is searched moves.
-    assert all(len({trial.arguments[name] for trial in trials}) > 3 for name in space.free) or sampler == "halton"
+    # One compiled program serves all; but an optimizer without any weight decay does not have that part.
+    structures = [structure_of(trial.optimizer) for trial in trials]
+    assert len(set(structures[1:])) == 1
+    assert structures[0] == structures[1] or defaults["weight_decay"] == 0
+    # The model varies all numbers at once.
+    if sampler == "auto":
+        assert all(len({trial.arguments[name] for trial in trials}) > 3 for name in space.bounds)
 
 
 @pytest.mark.slow
