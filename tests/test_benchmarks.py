@@ -14,6 +14,7 @@ import numpy as np
 import optax
 import pytest
 
+from adamjax.optimizers import schedule_free_adamw
 from adamjax.tuning._population import structure_of
 from benchmarks import __main__ as runner
 from benchmarks import _measure, _report, _steps, bench_memory, bench_race, bench_step, bench_trace, learn_list
@@ -250,17 +251,72 @@ def test_a_schedule_stretches_to_the_horizon():
 
 @pytest.mark.parametrize("contestant", bench_race.CONTESTANTS[1:], ids=lambda c: c.name)
 def test_all_settings_of_a_contestant_share_a_program(contestant):
-    low, high = (bench_race.SPACE.at(dict.fromkeys(bench_race.SPACE.free, u)) for u in (0.0, 1.0))
-    opts = [bench_race.scheduled(contestant.make, **setting, steps=n) for setting, n in ((low, 90), (high, 450))]
-    assert structure_of(opts[0]) == structure_of(opts[1])
-    assert len(jax.tree.leaves(opts[0])) >= 3 + 5  # the numbers of the optimizer and of the schedule
+    space, make = contestant.space, bench_race.Stretched(contestant)
+    low, high = (space.at(dict.fromkeys(space.free, u)) for u in (0.0, 1.0))
+    opts = [make(**setting, steps=n) for setting, n in ((low, 90), (high, 450), (contestant.defaults, 300))]
+    # Without any weight decay, an optimizer does not have that part.
+    count = 3 if contestant.defaults.get("weight_decay") != 0 or "schedule_free" in contestant.name else 2
+    assert len({structure_of(opt) for opt in opts[:count]}) == 1
+    assert len(jax.tree.leaves(opts[0])) >= len(space.free)
+
+
+def test_contestants_begin_at_their_defaults():
+    found = {c.optimizer: c.defaults for c in bench_race.CONTESTANTS}
+    # So did the search of the rows that came first.
+    usual = {"learning_rate": 1e-3, "b1": 0.9, "b2": 0.999, "weight_decay": 1e-4}
+    usual |= {"warmup_fraction": 0.05, "end_fraction": 0.0}
+    assert [found[c.optimizer] for c in bench_race.CONTESTANTS[:10]] == [usual] * 10
+    assert found["adamjax.stable_adamw"] == usual | {"b2": 0.99, "weight_decay": 0.01}
+    own = found["adamjax.ademamix"]
+    assert (own["b3"], own["alpha"]) == (0.9999, 5.0)
+    assert "end_fraction" not in found["adamjax.schedule_free_adamw"]
+
+
+def test_a_schedule_free_rate_is_constant_after_its_warmup():
+    contestant = next(c for c in bench_race.CONTESTANTS if c.optimizer == "adamjax.schedule_free_adamw")
+    opt = bench_race.Stretched(contestant)(**contestant.defaults | {"warmup_fraction": 0.2}, steps=50)
+    assert opt == schedule_free_adamw(warmup_steps=10)
+
+
+def test_rows_of_a_race_are_added_to_a_file(tmp_path, monkeypatch):
+    ran = []
+
+    def run(problem, contestant, *, trials, steps, seeds):
+        ran.append(contestant.optimizer)
+        losses = np.full((len(bench_race.TENTHS), seeds), float(len(ran)))
+        losses[0, 0] = math.nan
+        return bench_race.Result(contestant.name, {"learning_rate": 0.1}, losses)
+
+    monkeypatch.setattr(bench_race, "run", run)
+    raw = tmp_path / "race.json"
+
+    def rows(*names, trials=32):
+        ran.clear()
+        race, _ = bench_race.tables(True, trials, raw, names)
+        return [row[0].split(":")[0] for row in race.rows]
+
+    assert rows("adamjax.adopt") == ["optax.adamw", "adamjax.adopt"] == ran
+    # In the order of the contestants, and the first is not measured again.
+    assert rows("adamjax.ademamix") == ["optax.adamw", "adamjax.ademamix", "adamjax.adopt"]
+    assert ran == ["adamjax.ademamix"]
+    rows("adamjax.adopt")
+    assert ran == ["adamjax.adopt"]
+    rows()
+    assert ran == ["adamjax.adamw"]  # what is left of the two that are quick
+    written = bench_race.read(raw, {"trials": 4})["digits"]
+    assert [r.name for r in written][:2] == ["optax.adamw: TPE", "adamjax.adamw: tune"]
+    assert np.isnan(written[0].losses[0, 0])
+    assert np.isfinite(written[0].losses[1:]).all()
+    with pytest.raises(ValueError, match=r"race\.json has results of {'trials': 4}.* name another file"):
+        bench_race.read(raw, {"trials": 32})
 
 
 def test_the_reference_and_our_adamw_make_the_same_updates(lenient):
     assert [c.optimizer for c in bench_race.CONTESTANTS[::2][:2]] == ["optax.adamw", "adamjax.adamw"]
     params, found = {"w": jnp.linspace(-1.0, 1.0, 6).reshape(2, 3)}, []
     for contestant in bench_race.CONTESTANTS[::2][:2]:
-        opt = bench_race.scheduled(contestant.make, 0.1, b1=0.7, b2=0.8, weight_decay=0.5, steps=5)
+        setting = contestant.defaults | {"learning_rate": 0.1, "b1": 0.7, "b2": 0.8, "weight_decay": 0.5}
+        opt = bench_race.Stretched(contestant)(**setting, steps=5)
         new, state = params, opt.init(params)
         for _ in range(5):
             updates, state = opt.update(jax.tree.map(jnp.sin, new), state, new)

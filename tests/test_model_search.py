@@ -1,7 +1,10 @@
 """The model-based search, on scores that are formulas, and the courses of the learning rate."""
 
 import math
+from functools import partial
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -10,6 +13,7 @@ from adamjax.tuning import Choice, Linear, Log, Search, Space
 from adamjax.tuning._courses import Scheduled, course_schedule
 from adamjax.tuning._learned import NAMES, TABLE, learned_settings
 from adamjax.tuning._model_search import MANY, SEED_EFFECT, UNKNOWN, _heights, _Process, model_search, round_size
+from adamjax.tuning._ranges import from_adam
 from adamjax.tuning._strategy import RANGES, Result
 
 DEFAULTS = {"learning_rate": 1e-3, "b1": 0.9, "b2": 0.999, "weight_decay": 1e-4}
@@ -43,6 +47,29 @@ def apart(x, good):
 def bowl(learning_rate, b1, b2, weight_decay):
     squares = apart(learning_rate, 6e-3) ** 2 + apart(1 - b1, 0.05) ** 2 + 0.1 * apart(weight_decay, 0.02) ** 2
     return math.exp(squares + 0.1 * apart(1 - b2, 0.02) ** 2)
+
+
+def test_the_list_makes_the_simplified_ademamix_step_as_far_as_adam():
+    adam = {"learning_rate": 0.05, "b1": 0.8, "alpha": 3.0}
+    setting = from_adam(adamjax.simplified_ademamix)(adam)
+    assert setting | {"learning_rate": 0.05} == adam
+    opt, params = adamjax.simplified_ademamix(**setting), jnp.ones(3)
+
+    @jax.jit
+    def update(state):
+        return opt.update(params, state, params)
+
+    state = opt.init(params)
+    for _ in range(100):
+        u, state = update(state)
+    np.testing.assert_allclose(u, -0.05, rtol=1e-4)
+    # All others step as far as Adam by themselves.
+    assert from_adam(adamjax.ademamix)(adam) == adam
+    given = partial(adamjax.simplified_ademamix, b1=0.8, alpha=3.0)
+    assert from_adam(Scheduled(given, "cosine", 10))({"learning_rate": 0.05}) == pytest.approx(
+        {"learning_rate": setting["learning_rate"]}
+    )
+    assert from_adam(given)({"b2": 0.9}) == {"b2": 0.9}
 
 
 @pytest.mark.parametrize("trials", [1, 2, 5, 16, 64])

@@ -1,5 +1,6 @@
 """Ask and tell."""
 
+import inspect
 import json
 import math
 import pickle
@@ -11,7 +12,9 @@ import optuna
 import pytest
 from bowl import BOWL
 
+import adamjax
 from adamjax.tuning import Choice, Log, LrRange, Pruned, Report, Search, Space, tune
+from adamjax.tuning._population import structure_of
 
 search_of = partial(Search, trials=16, confirm=(2, 2))
 
@@ -53,6 +56,50 @@ def test_trials_say_what_to_run():
     search.tell(copies[1], 1.0)
     (record,) = search.report().trials
     assert (record.number, record.setting) == (1, trials[1].arguments)
+
+
+SINCE_ADAM = {
+    name: getattr(adamjax, name)
+    for name in ("ademamix", "simplified_ademamix", "adopt", "adam_atan2", "stable_adamw", "schedule_free_adamw")
+} | {
+    "adamw, cautious": partial(adamjax.adamw, cautious=True),
+    "adamw, cautious decay": partial(adamjax.adamw, cautious_decay=True),
+    "nadamw, both": partial(adamjax.nadamw, cautious=True, cautious_decay=True),
+    "muon": adamjax.interop.optax.muon,
+    "hyperball": lambda learning_rate=0.01, b1=0.9, b2=0.999: adamjax.hyperball(adamjax.adam(learning_rate, b1, b2)),
+    "averaged": lambda learning_rate=1e-3, b1=0.9, b2=0.999: adamjax.average_params(
+        adamjax.adam(learning_rate, b1, b2)
+    ),
+}
+
+
+@pytest.mark.parametrize("make", SINCE_ADAM.values(), ids=SINCE_ADAM)
+@pytest.mark.parametrize("sampler", ["auto", "halton"])
+def test_each_optimizer_is_searched_in_its_own_arguments(make, sampler):
+    search = search_of(problem=BOWL, optimizer=make, steps=40, sampler=sampler, trials=16, confirm=None)
+    space, trials = search.spec.space, []
+    while asked := search.ask_round():
+        trials += asked
+        for trial in asked:
+            assert trial.arguments.keys() == set(space.ranges)
+            if trial.stage == "list":
+                assert all(0 <= space.ranges[name].fraction(trial.arguments[name]) <= 1 for name in space.free)
+            search.tell(trial, loss(trial))
+    defaults = {p.name: p.default for p in inspect.signature(make).parameters.values()}
+    course = {"warmup_fraction": 0.0, "end_fraction": 1.0}
+    assert trials[0].arguments == {name: (course | defaults)[name] for name in space.ranges}
+    assert space.ranges.keys() - course.keys() <= defaults.keys()
+    # One compiled program serves all.
+    assert len({structure_of(trial.optimizer) for trial in trials}) == 1
+    # All that is searched moves.
+    assert all(len({trial.arguments[name] for trial in trials}) > 3 for name in space.free) or sampler == "halton"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", SINCE_ADAM.values(), ids=SINCE_ADAM)
+def test_each_optimizer_is_tuned(make):
+    report = tune(BOWL, optimizer=make, steps=40, trials=16, confirm=None)
+    assert report.best.value < 0.1 * report.trials[0].value("loss")
 
 
 def test_results_may_come_in_any_order():

@@ -2,10 +2,14 @@
 
 import math
 from collections import Counter
+from functools import partial
 
 import pytest
 
+import adamjax
 from adamjax.tuning import Choice, Linear, Log, Space
+from adamjax.tuning._ranges import WHEN_ASKED, default_ranges
+from adamjax.tuning._spec import search_space
 from adamjax.tuning._strategy import RANGES, Result, plan_stages, staged_search
 
 DEFAULTS = {"learning_rate": 1e-3, "b1": 0.9, "b2": 0.999, "eps": 1e-8, "weight_decay": 1e-4, "amsgrad": False}
@@ -26,6 +30,40 @@ def search(score, *, space=ADAM, defaults=DEFAULTS, stages="adam", trials=64, va
             batch = strategy.send(done)
     except StopIteration:
         return done, of
+
+
+def test_ranges_are_those_of_the_arguments_that_an_optimizer_takes():
+    adam = {"learning_rate", "b1", "b2", "weight_decay"}
+    own = {
+        adamjax.adam_atan2: adam,
+        adamjax.schedule_free_adamw: adam | {"eps"},
+        adamjax.ademamix: adam | {"eps", "b3", "alpha"},
+        adamjax.simplified_ademamix: adam | {"eps", "alpha"},
+        adamjax.interop.optax.muon: adam | {"eps", "beta"},
+        partial(adamjax.ademamix, alpha=2.0): adam | {"eps", "b3"},
+    }
+    for optimizer, names in own.items():
+        assert default_ranges(optimizer).keys() - WHEN_ASKED.keys() == names
+    # Those of the names that all optimizers share are Adam's, but for another scale.
+    for optimizer in own.keys() - {adamjax.simplified_ademamix}:
+        assert {n: RANGES[n] for n in adam} == {n: default_ranges(optimizer)[n] for n in adam}
+    # Whatever alpha is to somebody else; and what takes any name takes those of Adam.
+    assert default_ranges(lambda learning_rate, alpha: None).keys() == {"learning_rate"}
+    assert default_ranges(lambda **numbers: None) == RANGES
+
+
+def test_cautious_steps_are_searched_where_a_stage_names_them():
+    def space(optimizer, stages="adam"):
+        return search_space(optimizer, None, stages, half=False).ranges
+
+    choice = Choice(False, True)
+    assert space(adamjax.adamw) == {name: r for name, r in RANGES.items() if name in DEFAULTS and name != "eps"}
+    assert space(adamjax.adamw, ["learning_rate", "cautious"])["cautious"] == choice
+    assert space(adamjax.adopt, ["cautious_decay"]) == {"cautious_decay": choice}
+    with pytest.raises(ValueError, match="'cautious' has no range"):
+        space(adamjax.adopt, ["cautious"])
+    with pytest.raises(ValueError, match="'cautious' has no range"):
+        space(partial(adamjax.adamw, cautious=True), ["cautious"])
 
 
 def distance(x, good):

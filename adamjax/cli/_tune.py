@@ -19,9 +19,10 @@ from adamjax.cli._flags import STOPPED, CommandError, Options, Subparsers
 from adamjax.cli._subject import Subject
 from adamjax.run_folder import claim
 from adamjax.tuning import Space
+from adamjax.tuning._ranges import WHEN_ASKED, default_ranges
 from adamjax.tuning._space import OptimizerFactory, Range
 from adamjax.tuning._spec import has_half_precision, optimizer_name
-from adamjax.tuning._strategy import RANGES, Stages, stage_groups
+from adamjax.tuning._strategy import Stages, stage_groups
 
 
 def add_parsers(commands: Subparsers) -> None:
@@ -236,10 +237,11 @@ def _space(subject: Subject, optimizer: OptimizerFactory, stages: Stages, option
         given[name] = r
     if not given:
         return None
-    default = {n: r for n, r in RANGES.items() if n in inspect.signature(optimizer).parameters and n not in options}
+    default = {n: r for n, r in default_ranges(optimizer).items() if n not in options}
     # As without ranges, eps is searched where it matters, and AMSGrad where it costs no other compilation.
     asked, objective = set(chain(*stage_groups(stages))), _subject.is_objective(subject)
-    for name, searched in (("eps", not objective and has_half_precision(subject)), ("amsgrad", not objective)):
+    rules = {"eps": not objective and has_half_precision(subject), "amsgrad": not objective}
+    for name, searched in (rules | dict.fromkeys(WHEN_ASKED, False)).items():
         if not searched and name not in asked:
             default.pop(name, None)
     return Space.of(default | given)
@@ -251,6 +253,7 @@ class Scheduled:
     def __init__(self, make: OptimizerFactory, schedule: str, options: Options) -> None:
         self._make, self._schedule, self._options = make, schedule, options
         self.__signature__ = inspect.signature(make)
+        self.__wrapped__ = make
 
     def __call__(self, learning_rate: ScalarOrSchedule, **others: object) -> GradientTransformation:
         if not callable(learning_rate):  # a range test brings its own schedule

@@ -1,6 +1,6 @@
 """Settings of Adam that suit problems of many kinds, learned by `benchmarks/learn_list.py`."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from adamjax.tuning._space import Setting, Space
 
@@ -43,7 +43,10 @@ TABLE: Sequence[tuple[float, ...]] = (
 
 
 def learned_settings(
-    space: Space, fill: Sequence[Setting], table: Sequence[tuple[float, ...]] = TABLE
+    space: Space,
+    fill: Sequence[Setting],
+    table: Sequence[tuple[float, ...]] = TABLE,
+    from_adam: Callable[[Setting], Setting] = dict,
 ) -> list[Setting]:
     """Return the settings of the list that lie in a space, best first.
 
@@ -51,11 +54,13 @@ def learned_settings(
       space: The space to search.
       fill: Settings of the space, at least as many as the list has; they give the arguments that the list lacks.
       table: The list.
+      from_adam: Makes of a setting for Adam one for the optimizer.
     """
     found = []
     for row, other in zip(table, fill, strict=False):
         known = {n.removeprefix("1 - "): 1 - x if n.startswith("1 - ") else x for n, x in zip(NAMES, row, strict=True)}
-        setting = {name: x if name in known else other[name] for name, x in known.items() if name in space.free}
-        if all(0 <= space.ranges[name].fraction(x) <= 1 for name, x in setting.items()):
-            found.append(other | {name: round(x, 12) for name, x in setting.items()})
+        names = [name for name in known if name in space.free]
+        setting = from_adam(other | {name: known[name] for name in names})
+        if all(0 <= space.ranges[name].fraction(setting[name]) <= 1 for name in names):
+            found.append(setting | {name: round(setting[name], 12) for name in names})
     return found

@@ -37,6 +37,7 @@ def model_search(
     seed: int,
     valid: Callable[[Setting], bool],
     table: Sequence[tuple[float, ...]] = TABLE,
+    from_adam: Callable[[Setting], Setting] = dict,
     second_seed_from: int = MANY,
 ) -> Strategy:
     """Try the defaults, the first of the learned list, and then what the model proposes, `at_once` in each round.
@@ -45,7 +46,8 @@ def model_search(
     the model would take its luck for the merit of a region, and all that is confirmed could lie there.
 
     At the end, other options of choices are tried on the best settings: they can change the program to compile, so
-    they do not mix. Proposals near the best settings may leave the space while they are `valid`.
+    they do not mix. Proposals near the best settings may leave the space while they are `valid`. `from_adam` makes
+    settings for the optimizer of those of the list.
     """
     rng = np.random.default_rng(seed)
     choices = [name for name in space.free if isinstance(space.ranges[name], Choice)]
@@ -57,7 +59,7 @@ def model_search(
     if has_numbers:
         numbers = Space.of({n: Choice(defaults[n]) if n in choices else r for n, r in space.ranges.items()})
         fill = numbers.points(len(table) + rest, method="halton", seed=seed)
-        first = (learned_settings(numbers, fill, table) + fill[len(table) :])[: min(at_once, rest)]
+        first = (learned_settings(numbers, fill, table, from_adam) + fill[len(table) :])[: min(at_once, rest)]
         done = yield Round("list", settings + [_with_few_digits(numbers, x, inside=True) for x in first], numbers)
         settings, rest, seed_of_round = [], rest - len(first), 0
         while rest:

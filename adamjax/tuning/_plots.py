@@ -118,7 +118,7 @@ def make_axis(name: str, values: Sequence[object]) -> Axis:
         ticks = [drawable(x if len(x) <= MAX_TICK_LENGTH else f"{x[: MAX_TICK_LENGTH - 3]}...") for x in names]
         return Axis(drawable(name), "linear", np.asarray([float(names.index(repr(x))) for x in values]), ticks)
     x = np.asarray(values, float)
-    if name in ("b1", "b2") and x.max() < 1:
+    if name in ("b1", "b2", "b3", "beta") and x.max() < 1:
         return Axis(f"1 - {name}", "log", 1 - x, None)
     return Axis(drawable(name), "log" if x.min() > 0 and x.max() > 10 * x.min() else "linear", x, None)
 

@@ -15,6 +15,7 @@ from adamjax.tuning._journal import CONFIRM, DEFAULTS, Candidate, Journal, Trial
 from adamjax.tuning._model_search import model_search, round_size
 from adamjax.tuning._optuna import Sampler, Storage, open_study, optuna_search
 from adamjax.tuning._range_test import LrRange
+from adamjax.tuning._ranges import from_adam
 from adamjax.tuning._report import Report, run_facts
 from adamjax.tuning._space import Choice, Log, OptimizerFactory, Setting, Space
 from adamjax.tuning._spec import (
@@ -28,7 +29,6 @@ from adamjax.tuning._spec import (
     search_space,
 )
 from adamjax.tuning._strategy import (
-    RANGES,
     Result,
     Round,
     Stages,
@@ -323,7 +323,13 @@ class Search:
             self._strategy = optuna_search(space, spec.defaults, self._study, trials=trials, at_once=at_once)
         elif spec.has_model:
             self._strategy = model_search(
-                space, spec.defaults, trials=trials, at_once=at_once, seed=spec.seed, valid=self._is_valid
+                space,
+                spec.defaults,
+                trials=trials,
+                at_once=at_once,
+                seed=spec.seed,
+                valid=self._is_valid,
+                from_adam=from_adam(spec.optimizer),
             )
         else:
             stages, method = plan_stages(space, spec.stages, trials), spec.sampler
@@ -345,7 +351,8 @@ class Search:
             return spec.space
         low, high = range_test.band[0] / MARGIN, range_test.band[1] * MARGIN
         if not spec.is_staged:  # all of the range is searched at once, so it is only widened
-            low, high = min(low, RANGES["learning_rate"].at(0)), max(high, RANGES["learning_rate"].at(1))
+            least, most = spec.space.bounds.get("learning_rate", (low, high))
+            low, high = min(low, least), max(high, most)
         near = Log(float(f"{low:.2g}"), float(f"{high:.2g}"))
         return Space.of(spec.space.ranges | {"learning_rate": near})
 

@@ -24,6 +24,7 @@ from adamjax.tuning import _limits
 from adamjax.tuning._courses import OWN, Scheduled
 from adamjax.tuning._journal import Json
 from adamjax.tuning._optuna import Sampler, Storage
+from adamjax.tuning._ranges import WHEN_ASKED, default_ranges
 from adamjax.tuning._space import Choice, OptimizerFactory, Setting, Space, stable_repr
 from adamjax.tuning._strategy import RANGES, Stages, stage_groups
 from adamjax.tuning._sweep import make_optimizer
@@ -152,10 +153,10 @@ def _checked_confirm(confirm: Any) -> list[int] | list[list[int]]:
 def search_space(
     optimizer: OptimizerFactory, space: Space | None, stages: Stages, *, half: bool, structures: bool = True
 ) -> Space:
-    """Return the arguments in `stages` of `space`, or of Adam's ranges of the arguments that `optimizer` takes.
+    """Return the arguments in `stages` of `space`, or of the default ranges of the arguments that `optimizer` takes.
 
     Arguments that `functools.partial` fixes are not searched. Nor are, unless a stage names them, eps if `half` is
-    False, and choices, which change the structure of the optimizer, if `structures` is False.
+    False, AMSGrad, which changes the structure of the optimizer, if `structures` is False, and other such choices.
     """
     if stages != "adam" and (isinstance(stages, str) or not isinstance(stages, Sequence)):
         kind = ValueError if isinstance(stages, str) else TypeError
@@ -169,10 +170,10 @@ def search_space(
     if space is not None:
         known, ranges = space.free, space.ranges
     else:
-        takes, fixed = inspect.signature(optimizer).parameters, _fixed_arguments(optimizer)
-        any_name = any(p.kind is p.VAR_KEYWORD for p in takes.values())
-        known = [name for name in RANGES if (any_name or name in takes) and name not in fixed]
-        ranges = {name: RANGES[name] for name in known if half or name != "eps" or asked}
+        ranges = default_ranges(optimizer)
+        known = list(ranges)
+        if not asked:
+            ranges = {n: r for n, r in ranges.items() if n not in WHEN_ASKED and (half or n != "eps")}
         if not structures and not asked:
             ranges = {name: r for name, r in ranges.items() if not isinstance(r, Choice)}
     for name in asked:
@@ -183,11 +184,6 @@ def search_space(
     if not ranges:
         raise ValueError(f"{optimizer_name(optimizer)} has none of the arguments {', '.join(RANGES)}: give a space")
     return Space.of(ranges)
-
-
-def _fixed_arguments(optimizer: OptimizerFactory) -> set[str]:
-    optimizer = optimizer.make if isinstance(optimizer, Scheduled) else optimizer
-    return optimizer.keywords.keys() | _fixed_arguments(optimizer.func) if isinstance(optimizer, partial) else set()
 
 
 def optimizer_name(optimizer: Callable[..., object]) -> str:
