@@ -61,18 +61,64 @@ FORMATS = {
 }
 
 
-def three_steps(make, dtype="float32", grad_dtype=None, coupled=0.0, **kw):
+def three_steps(make, dtype="float32", grad_dtype=None, coupled=0.0, added=None, **kw):
     fused, plain = make(fused=True, **kw), make(**kw)
     params = numbers(dtype=dtype)
     states = jax.jit(lambda params: (fused.init(params), plain.init(params)))(params)
     assert_equal(*states)
     all_grads = [gradients(i, grad_dtype or dtype) for i in range(3)]
-    assert_same_steps(fused, plain, states[1], params, all_grads, LR, coupled)
+    assert_same_steps(fused, plain, states[1], params, all_grads, LR, coupled, added)
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_forms(form):
     three_steps(FORMS[form], coupled=0.1 if form == "coupled" else 0.0)
+
+
+# The slow mean has rates and weights that make it count within three steps. A b2 of 0.99 would give all blocks of codes
+# a first ratio of 0.1 / sqrt(0.01), which the last digit rounds to one scale or to another.
+RULES = {
+    "cautious": lambda **kw: adamjax.adamw(LR, weight_decay=0.1, cautious=True, **kw),
+    "cautious nesterov": lambda **kw: adamjax.adam(LR, amsgrad=True, nesterov=True, cautious=True, **kw),
+    "ademamix": lambda **kw: adamjax.ademamix(LR, b3=0.99, alpha=8.0, **kw),
+    "ademamix schedules": lambda **kw: adamjax.ademamix(
+        LR, b3=schedules.half_life(0.9, 0.9999, 9), alpha=schedules.linear(5.0, 8.0, 9), weight_decay=0.1, **kw
+    ),
+    "simplified ademamix": lambda **kw: adamjax.simplified_ademamix(LR / 100, alpha=2.0, **kw),
+    "adopt": lambda **kw: adamjax.adopt(LR, b2=0.99, weight_decay=0.1, cautious_decay=True, **kw),
+    "atan2": lambda **kw: adamjax.adam_atan2(LR, b2=0.98, weight_decay=0.1, **kw),
+    "atan2 nesterov": lambda **kw: adamjax.adam_atan2(LR, a=1.0, b=2.0, nesterov=True, **kw),
+    "stable": lambda **kw: adamjax.stable_adamw(LR, b2=0.98, **kw),
+}
+
+
+def added_by(form):
+    """What a gradient adds to the first moment, if not itself; see `assert_same_steps`."""
+    return (lambda g, v: np.minimum(g / np.maximum(np.sqrt(v), 1e-6), 2.0)) if form == "adopt" else None
+
+
+ALL_SLOW = {"int8": INT8, "bfloat16": "bfloat16", "float32": None}
+
+
+@pytest.mark.parametrize(
+    ("form", "dtype", "format"),
+    [
+        *((form, "float32", "float32") for form in RULES),
+        ("cautious nesterov", "float32", "bfloat16"),
+        ("ademamix", "float32", "bfloat16"),
+        ("ademamix", "float32", "int8"),
+        ("ademamix", "bfloat16", "mixed"),
+        ("stable", "bfloat16", "int8"),
+        ("atan2", "float32", "int4 and int8"),
+    ],
+)
+def test_rules_since_adam(form, dtype, format):
+    slow = {"mu_slow_dtype": ALL_SLOW[format]} if form == "ademamix" and format in ALL_SLOW else {}
+    three_steps(RULES[form], dtype, added=added_by(form), **FORMATS[format], **slow)
+
+
+def test_adopt_with_a_second_moment_in_8_bits():
+    three_steps(RULES["adopt"], added=added_by("adopt"), mu_dtype="bfloat16", nu_dtype=INT8)
 
 
 # The kernel reads and writes each operand by its own type: every format of float32 parameters, and each half precision
