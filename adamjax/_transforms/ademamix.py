@@ -11,7 +11,7 @@ from adamjax._core.typing import Scalar, ScalarOrSchedule
 from adamjax._core.value import precise_field, static_field, value
 from adamjax._transforms.adam import AdamRule, AdamScalars, adam_scalars
 from adamjax._transforms.moment_storage import MomentFormat, moment_format
-from adamjax._transforms.moments import AdEMAMixState, Moments
+from adamjax._transforms.moments import AdEMAMixState, Moments, Parts
 from adamjax._transforms.schedule import Schedule, number_or_schedule
 
 
@@ -38,6 +38,10 @@ class AdEMAMixRule(AdamRule):
     def root(self, v: Array, v_max: Array | None, s: Any) -> Array:
         """The root of the second moment without its bias; the third array is no maximum of it."""
         return super().root(v, None, s)
+
+    def parts(self, m: Array, v: Array, third: Array | None, s: Any) -> Parts:
+        """The parts of the direction; the slow mean is in the first."""
+        return Parts(divide_by_real(m, s.c1) + s.extra.alpha * third, self.root(v, None, s), s.eps)
 
 
 @value
@@ -105,6 +109,10 @@ class SimplifiedAdEMAMixRule(AdamRule):
     def m_hat(self, g: Array, m: Array, s: Any) -> Array:
         """Their momentum, which has no bias correction, and a multiple of the gradient itself."""
         return m / s.decay1.one_minus_b + s.extra * g
+
+    def parts(self, m: Array, v: Array, v_max: Array | None, s: Any) -> Parts:
+        """The parts of the direction, without the part that the gradient itself has."""
+        return Parts(divide_by_real(m, s.decay1.one_minus_b), self.root(v, None, s), s.eps)
 
 
 @value

@@ -777,7 +777,8 @@ struct Form {
   template <class T>
   static T Update(const Scalars& s, T g, T m, T largest, T slow, T p) {
     T direction = s.of_m * m;
-    if (kNesterov) direction += s.of_g * g;
+    // 0 times an infinite gradient would be NaN, which a cautious step takes for a sign that disagrees.
+    if (kNesterov && s.of_g != 0) direction += s.of_g * g;
     if (kMixes) direction += s.of_slow * slow;
     if (kRule == Rule::kCautious) {
       T signed_ = s.agreeing * direction;
