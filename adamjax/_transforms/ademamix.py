@@ -10,7 +10,7 @@ from adamjax._core.numerics import Decay, decay, decay_by, divide_by_real, ema
 from adamjax._core.typing import Scalar, ScalarOrSchedule
 from adamjax._core.value import precise_field, static_field, value
 from adamjax._transforms.adam import AdamRule, AdamScalars, adam_scalars
-from adamjax._transforms.moment_storage import MomentFormat
+from adamjax._transforms.moment_storage import MomentFormat, moment_format
 from adamjax._transforms.moments import AdEMAMixState, Moments
 from adamjax._transforms.schedule import Schedule, number_or_schedule
 
@@ -66,10 +66,11 @@ class ScaleByAdEMAMix(Moments):
             self._check_numbers("b3", below=1.0)
         self._replace_field("alpha", number_or_schedule("alpha", self.alpha))
         self._check_dtypes()
+        self._replace_field("mu_slow_dtype", moment_format("mu_slow_dtype", self.mu_slow_dtype, signed=True))
 
     @property
-    def third(self) -> str:
-        return "mu_slow"
+    def columns(self) -> tuple[str, ...]:
+        return "mu", "nu", "mu_slow"
 
     @property
     def rule(self) -> AdEMAMixRule:
