@@ -2,8 +2,8 @@
 
 Gradients are normal noise around constants: each element has its own constant, from a normal distribution, and the
 noise is a multiple of their deviation. AdEMAMix with `b3=0.9999` takes the same gradients with its slow mean in
-float32 and in each format of `mu_slow_dtype`. The figures are the root mean square of the differences of the slow means, divided by
-that of the slow mean in float32. The other moments are in float32.
+float32 and in each format of `mu_slow_dtype`. The figures are the root mean square of the differences of the slow
+means, divided by that of the slow mean in float32. The other moments are in float32.
 """
 
 from collections.abc import Iterator
