@@ -25,7 +25,7 @@ from benchmarks._plots import draw
 from benchmarks._report import Table, command, measured
 
 SHORT = ["step", "trace", "memory", "donation", "sweep", "scale", "safety", "accuracy", "half_precision"]
-SHORT += ["host_batches", "kernel", "checkpoint"]
+SHORT += ["host_batches", "kernel", "checkpoint", "slow_mean"]
 LONG = ["storage", "tune", "race", "horizon", "range_test", "low_precision", "transfer"]
 NAMED = ["gpu"]
 

@@ -63,16 +63,19 @@ def halves_of(step, name):
     return [np.asarray(x) for x in moments if x.dtype.itemsize == 2] or [np.zeros(moments[0].shape)]
 
 
-def assert_same_steps(fused, plain, state, params, all_grads, rate, coupled=0.0):
-    """Go on with the plain steps, which learn at a rate and may add `coupled` times parameters to gradients."""
+def assert_same_steps(fused, plain, state, params, all_grads, rate, coupled=0.0, added=None):
+    """Go on with the plain steps, which learn at a rate and may add `coupled` times parameters to gradients.
+
+    `added` makes of the magnitudes of a gradient, and the second moment, those of what is added to the first.
+    """
     steps = jax.jit(fused.step), jax.jit(plain.step)
     for grads in all_grads:
         found, expected = (step(grads, state, params) for step in steps)
-        assert_near_steps(found, expected, grads, state, params, rate, coupled)
+        assert_near_steps(found, expected, grads, state, params, rate, coupled, added)
         params, state = expected
 
 
-def assert_near_steps(found, expected, grads, state, params, rate, coupled=0.0):
+def assert_near_steps(found, expected, grads, state, params, rate, coupled=0.0, added=None):
     assert jax.tree.structure(found) == jax.tree.structure(expected)
     before, after, wide = state[0], expected[1][0], decoded(state[0])
     for name, g in grads.items():
@@ -93,18 +96,21 @@ def assert_near_steps(found, expected, grads, state, params, rate, coupled=0.0):
         terms = np.broadcast_to(np.abs(np.asarray(p, np.float64)) + longer * rate, g.shape)
         got, want = np.asarray(found[0][name]), np.asarray(expected[0][name])
         assert_near(got[same], want[same], terms[same], name)
-        assert_near_moments(name, g, found[1][0], after, wide)
+        assert_near_moments(name, g, found[1][0], after, wide, added)
     assert_equal(found[1][0].count, after.count)
     assert_equal(found[1][1:], expected[1][1:])
 
 
-def assert_near_moments(name, g, found, expected, before):
+def assert_near_moments(name, g, found, expected, before, added=None):
     """Those of one parameter; `g` are the magnitudes of its gradient."""
     m, v = before.mu[name], before.nu[name]
-    assert_near(found.mu[name], expected.mu[name], np.abs(m) + g, f"mu {name}")
+    assert_near(found.mu[name], expected.mu[name], np.abs(m) + (g if added is None else added(g, v)), f"mu {name}")
     largest = v + g * g
     assert_near(found.nu[name], expected.nu[name], largest, f"nu {name}")
-    if expected.nu_max is not None:
+    if getattr(expected, "mu_slow", None) is not None:
+        slow = np.abs(before.mu_slow[name]) + g
+        assert_near(found.mu_slow[name], expected.mu_slow[name], slow, f"mu_slow {name}")
+    if getattr(expected, "nu_max", None) is not None:
         largest = np.maximum(largest, before.nu_max[name])
         assert_near(found.nu_max[name], expected.nu_max[name], 1e3 * largest, f"nu_max {name}")
 

@@ -1,5 +1,6 @@
 """Schedule-free steps and averages of parameters, and the parameters to evaluate at that they say."""
 
+import shutil
 from functools import partial
 
 import jax
@@ -12,11 +13,13 @@ from bowl import Bowl
 from helpers import assert_close, assert_equal, assert_same_types, by_step, by_update, gradients, make_mesh
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from same_step import assert_near
 from specs import LR, RISE_AND_FALL
 from tolerances import AVERAGE, ORACLE, RECOMPILED, SWEEP
 
 import adamjax
 from adamjax import interop, sharding, tuning
+from adamjax.kernels import _library
 from adamjax.training import train
 
 pytestmark = pytest.mark.numbers
@@ -489,3 +492,38 @@ def test_types_are_stable_with_schedules_and_warmup_in_both_widths():
             opt = adamjax.schedule_free_adamw(RISE_AND_FALL, 3, nu_dtype=jnp.bfloat16)
             state = opt.init(PARAMS)
             assert_same_types(jax.eval_shape(opt.step, PARAMS, state, PARAMS)[1], state)
+
+
+FUSED_FORMS = {
+    "float32": ({}, "float32", lambda opt: opt),
+    "int8": ({"nu_dtype": adamjax.quantized("int8"), "weight_decay": 0.1}, "float32", lambda opt: opt),
+    "master_weights": ({"nu_dtype": "bfloat16"}, "bfloat16", adamjax.master_weights),
+}
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler")
+@pytest.mark.parametrize("form", FUSED_FORMS)
+def test_schedule_free_steps_in_one_pass(form):
+    options, dtype, wrap = FUSED_FORMS[form]
+    fused, plain = (
+        wrap(adamjax.schedule_free_adamw(LR, warmup_steps=2, fused=fused, **options)) for fused in (True, False)
+    )
+    params = some_grads(9, jnp.ones((131, 257), dtype))
+    state = plain.init(params)
+    steps = jax.jit(fused.step), jax.jit(plain.step)
+    assert _library.target() in steps[0].lower(params, state, params).as_text()
+    for i in range(3):
+        g = some_grads(i, params)
+        (found, found_state), (expected, expected_state) = (step(g, state, params) for step in steps)
+        own, free = (inner_state(x) for x in (found_state, expected_state))
+        terms = np.abs(np.asarray(params, np.float64)) + 10 * LR
+        assert_near(found, expected, terms, "y")
+        assert_near(own.z, free.z, np.abs(np.asarray(free.z)) + 10 * LR, "z")
+        assert_near(own.nu, free.nu, 10.0, "nu")
+        params, state = expected, expected_state
+
+
+def inner_state(state):
+    """The schedule-free part of a state."""
+    found = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, adamjax.ScheduleFreeState))
+    return next(x for x in found if isinstance(x, adamjax.ScheduleFreeState))

@@ -176,20 +176,36 @@ def in_double(tree):
     return np.concatenate([np.ravel(np.asarray(x, np.float64)) for x in jax.tree.leaves(tree)])
 
 
+def parts_of(name, member, adam, tree, t=3):
+    """The first moment and the root of the second, as they are in the direction."""
+    m, v = in_double(tree(adam.mu)), in_double(tree(adam.nu))
+    if name == "adopt":
+        return m, np.ones_like(v)
+    if getattr(adam, "nu_max", None) is not None:
+        v = in_double(tree(adam.nu_max))
+    m_hat = m / (1 - member.b1 ** (1 if name == "simplified_ademamix" else t))
+    if name.startswith("ademamix"):
+        alpha = member.alpha(t - 1) if callable(member.alpha) else member.alpha
+        m_hat = m_hat + float(alpha) * in_double(tree(adam.mu_slow))
+    c2 = 1.0 if name == "amsgrad corrected" else 1 - member.b2**t
+    return m_hat, v - member.eps if name == "adamax" else np.sqrt(v / c2 + member.eps_root)
+
+
 @pytest.mark.parametrize(
-    "name", ["adam eps", "amsgrad torch", "amsgrad corrected", "adamax", "radam", "adamw schedules"]
+    "name",
+    [
+        *("adam eps", "amsgrad torch", "amsgrad corrected", "adamax", "radam", "adamw schedules"),
+        *("adam cautious update", "ademamix", "ademamix schedules", "simplified_ademamix", "adopt", "adam_atan2"),
+        "stable_adamw",
+    ],
 )
 def test_figures_are_what_they_are_called(name):
     opt = SPECS[name].make()
     stats, grads, updates, (adam, *_), params = measured(opt, opt=opt)
-    member, t = opt.transforms[0], 3
+    member = opt.transforms[0]
     for path, tree in [("all", lambda x: x), ("a", lambda x: x["a"]), ("b/c", lambda x: x["b"]["c"])]:
-        g, u, p, m, v = (in_double(tree(x)) for x in (grads, updates, params, adam.mu, adam.nu))
-        if adam.nu_max is not None:
-            v = in_double(tree(adam.nu_max))
-        c2 = 1.0 if name in ("amsgrad corrected",) else 1 - member.b2**t
-        m_hat = m / (1 - member.b1**t)
-        root = v - member.eps if name == "adamax" else np.sqrt(v / c2 + member.eps_root)
+        g, u, p = (in_double(tree(x)) for x in (grads, updates, params))
+        m_hat, root = parts_of(name, member, adam, tree)
         found = stats.overall if path == "all" else stats[path]
         expected = {
             "size": g.size,
@@ -217,6 +233,22 @@ def test_figures_are_what_they_are_called(name):
     assert (stats.paths, stats.dtypes) == (("a", "b/c", "b/d"), ("float32",) * 3)
 
 
+@pytest.mark.parametrize("name", ["ademamix schedules", "simplified_ademamix", "adopt"])
+def test_parts_are_those_of_the_direction(name):
+    """Whose rate is 1, without weight decay."""
+    options = {"b3": adamjax.schedules.half_life(0.9, 0.99, 9)} if name == "ademamix schedules" else {}
+    opt = getattr(adamjax, name.removesuffix(" schedules"))(1.0, **options)
+    _, _, updates, (adam, *_), _ = measured(opt, opt=opt)
+    m, v, third = (in_double(x) for x in (adam.mu, adam.nu, getattr(adam, "mu_slow", adam.nu)))
+    parts = opt.transforms[0].parts(*(jnp.asarray(x, "float32") for x in (m, v, third)), jnp.float32(3))
+    np.testing.assert_allclose(-in_double(updates), parts.m_hat / (parts.root + parts.eps), rtol=1e-5)
+
+
+def test_without_the_optimizer_a_slow_mean_has_its_defaults():
+    opt = adamjax.ademamix()
+    assert_equal(*(measured(opt, opt=given)[0] for given in (opt, None)))
+
+
 def test_lost_and_not_finite_elements_are_counted():
     p = jnp.asarray([1.0, 1.0, 1.0, 0.0], jnp.bfloat16)
     u = jnp.asarray([1e-4, 0.5, 0.0, 1e-4], jnp.bfloat16)
@@ -237,6 +269,17 @@ def test_float16_moments_that_their_gradients_do_not_fit(size, warns):
     updates, state = opt.update(grads, opt.init(params), params)
     found = explain(measure(grads, updates, state, params, opt=opt))
     assert ("storage" in [finding.rule for finding in found]) == warns
+
+
+def test_the_storage_error_of_a_slow_mean():
+    stored = adamjax.scale_by_ademamix(b3=0.9, mu_slow_dtype=int8())
+    grads = jnp.asarray(gradients((64, 256), 1)[0])
+    states = [opt.update(grads, opt.init(grads))[1] for opt in (adamjax.scale_by_ademamix(b3=0.9), stored)]
+    slow = [adamjax.storage.decode(x).mu_slow for x in states]
+    root = jnp.sqrt(states[0].nu / 0.001)
+    wrong, right = 5 * (slow[1] - slow[0]) / root, (10 * states[0].mu + 5 * slow[0]) / root
+    found = measure(grads, grads, states[1], grads, opt=stored).overall.storage_error
+    np.testing.assert_allclose(found, jnp.linalg.norm(wrong) / jnp.linalg.norm(right), rtol=STORAGE_ERROR)
 
 
 @pytest.mark.parametrize("formats", [(int8(), int8()), (int8(), None), (None, int8()), (jnp.bfloat16, jnp.bfloat16)])

@@ -61,18 +61,85 @@ FORMATS = {
 }
 
 
-def three_steps(make, dtype="float32", grad_dtype=None, coupled=0.0, **kw):
+def three_steps(make, dtype="float32", grad_dtype=None, coupled=0.0, added=None, **kw):
     fused, plain = make(fused=True, **kw), make(**kw)
     params = numbers(dtype=dtype)
     states = jax.jit(lambda params: (fused.init(params), plain.init(params)))(params)
     assert_equal(*states)
     all_grads = [gradients(i, grad_dtype or dtype) for i in range(3)]
-    assert_same_steps(fused, plain, states[1], params, all_grads, LR, coupled)
+    assert_same_steps(fused, plain, states[1], params, all_grads, LR, coupled, added)
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_forms(form):
     three_steps(FORMS[form], coupled=0.1 if form == "coupled" else 0.0)
+
+
+# The slow mean has rates and weights that make it count within three steps. A b2 of 0.99 would give all blocks of codes
+# a first ratio of 0.1 / sqrt(0.01), which the last digit rounds to one scale or to another.
+RULES = {
+    "cautious": lambda **kw: adamjax.adamw(LR, weight_decay=0.1, cautious=True, **kw),
+    "cautious nesterov": lambda **kw: adamjax.adam(LR, amsgrad=True, nesterov=True, cautious=True, **kw),
+    "ademamix": lambda **kw: adamjax.ademamix(LR, b3=0.99, alpha=8.0, **kw),
+    "ademamix schedules": lambda **kw: adamjax.ademamix(
+        LR, b3=schedules.half_life(0.9, 0.9999, 9), alpha=schedules.linear(5.0, 8.0, 9), weight_decay=0.1, **kw
+    ),
+    "simplified ademamix": lambda **kw: adamjax.simplified_ademamix(LR / 100, alpha=2.0, **kw),
+    "adopt": lambda **kw: adamjax.adopt(LR, b2=0.99, weight_decay=0.1, cautious_decay=True, **kw),
+    "atan2": lambda **kw: adamjax.adam_atan2(LR, b2=0.98, weight_decay=0.1, **kw),
+    "atan2 nesterov": lambda **kw: adamjax.adam_atan2(LR, a=1.0, b=2.0, nesterov=True, **kw),
+    "stable": lambda **kw: adamjax.stable_adamw(LR, b2=0.98, **kw),
+}
+
+
+def added_by(form):
+    """What a gradient adds to the first moment, if not itself; see `assert_same_steps`."""
+    return (lambda g, v: np.minimum(g / np.maximum(np.sqrt(v), 1e-6), 2.0)) if form == "adopt" else None
+
+
+ALL_SLOW = {"int8": INT8, "bfloat16": "bfloat16", "float32": None}
+
+
+@pytest.mark.parametrize(
+    ("form", "dtype", "format"),
+    [
+        *((form, "float32", "float32") for form in RULES),
+        ("cautious nesterov", "float32", "bfloat16"),
+        ("ademamix", "float32", "bfloat16"),
+        ("ademamix", "float32", "int8"),
+        ("ademamix", "bfloat16", "mixed"),
+        ("stable", "bfloat16", "int8"),
+        ("atan2", "float32", "int4 and int8"),
+    ],
+)
+def test_rules_since_adam(form, dtype, format):
+    slow = {"mu_slow_dtype": ALL_SLOW[format]} if form == "ademamix" and format in ALL_SLOW else {}
+    three_steps(RULES[form], dtype, added=added_by(form), **FORMATS[format], **slow)
+
+
+def test_adopt_with_a_second_moment_in_8_bits():
+    three_steps(RULES["adopt"], added=added_by("adopt"), mu_dtype="bfloat16", nu_dtype=INT8)
+
+
+def test_rules_since_adam_in_place():
+    assert_in_place(RULES["ademamix"](fused=True), PARAMS, GRADS)
+
+
+@pytest.mark.parametrize("form", ["cautious", "ademamix", "atan2", "stable"])
+def test_many_learning_rates(form):
+    """Each with its own row of scalars."""
+    rates = jnp.asarray([0.1, 0.0, -0.01])
+    fused, plain = (RULES[form](**kw) for kw in ({"fused": True}, {}))
+
+    def steps(opt):
+        def one(rate):
+            chain = jax.tree.unflatten(jax.tree.structure(opt), [*jax.tree.leaves(opt)[:-1], rate])
+            return chain.step(GRADS, chain.init(PARAMS), PARAMS)
+
+        return jax.jit(jax.vmap(one))
+
+    assert steps(fused).lower(rates).as_text().count(f'custom_call @"{_library.target()}"') == 2
+    assert_close(steps(fused)(rates), steps(plain)(rates), 4 * RECOMPILED)
 
 
 # The kernel reads and writes each operand by its own type: every format of float32 parameters, and each half precision
@@ -178,14 +245,20 @@ def test_parameters_that_are_numbers():
 
 # AMSGrad stores what AdamW does, and one moment more.
 @pytest.mark.parametrize(
-    ("form", "format"), [*(("amsgrad", format) for format in FORMATS), ("adamw", "float32"), ("adamw", "int4")]
+    ("form", "format"),
+    [
+        *(("amsgrad", format) for format in FORMATS),
+        ("adamw", "float32"),
+        ("adamw", "int4"),
+        *((form, "float32") for form in ("cautious", "ademamix", "adopt", "atan2 nesterov", "stable")),
+    ],
 )
 def test_numbers_at_the_edges(form, format):
     """What is not finite, not normal, or has no square stays what it is in the plain step."""
     edges = [0.0, -0.0, np.nan, np.inf, -np.inf, 1e-45, 1e-38, -1e-30, 1e-23, 1e-19, 1e19, -1e20, 3e38]
     g = jnp.asarray(np.resize(edges, 16 * 1040), jnp.float32)
     p = jnp.asarray(np.repeat(np.resize(edges[:2] + edges[5:], 16), 1040), jnp.float32)
-    fused, plain = (FORMS[form](**kw, **FORMATS[format]) for kw in ({"fused": True}, {}))
+    fused, plain = ((FORMS | RULES)[form](**kw, **FORMATS[format]) for kw in ({"fused": True}, {}))
     params, state = {"w": p}, plain.init({"w": p})
     steps = jax.jit(fused.step), jax.jit(plain.step)
     for _ in range(3):
@@ -208,7 +281,7 @@ def numbers_of(step):
     """The parameter, and its moments as they are decoded."""
     params, (state, *_) = step
     state = decoded(state)
-    return [np.asarray(x["w"], np.float64) for x in (params, state.mu, state.nu, state.nu_max) if x is not None]
+    return [np.asarray(x["w"], np.float64) for x in (params, *state[1:]) if x is not None]
 
 
 PARAMS, GRADS = numbers(), gradients(0)
@@ -477,14 +550,25 @@ BIG = jnp.ones((128, 128))
         ({}, BIG.astype(jnp.complex64), "its parameter is complex64, and the kernel steps float32"),
         ({"mu_dtype": adamjax.quantized("int8", 96)}, BIG, "its first moment is quantised in blocks of 96"),
         ({"nu_dtype": adamjax.quantized("int4", 2048)}, BIG, "its second moment is quantised in blocks of 2048"),
+        (
+            {"make": adamjax.adopt, "mu_dtype": INT8},
+            BIG,
+            "its first moment is quantised, and the kernel steps ADOPT with one of floats",
+        ),
+        (
+            {"make": adamjax.ademamix, "mu_slow_dtype": adamjax.quantized("int8", 96)},
+            BIG,
+            "its slow mean is quantised in blocks of 96",
+        ),
     ],
 )
 def test_what_cannot_be_fused(options, params, why):
-    params = {"w": params}
-    opt = adamjax.adam(LR, fused=True, **options)
+    params, options = {"w": params}, {"make": adamjax.adam} | options
+    make = options.pop("make")
+    opt = make(LR, fused=True, **options)
     with pytest.raises(ValueError, match=rf"fused=True cannot step params\['w'\]: {why}.* Take fused=False"):
         opt.step(params, opt.init(params), params)
-    opt, plain = adamjax.adam(LR, fused="auto", **options), adamjax.adam(LR, **options)
+    opt, plain = make(LR, fused="auto", **options), make(LR, **options)
     state = plain.init(params)
     with pytest.warns(UserWarning, match=rf"fused='auto' leaves params\['w'\] to XLA: {why}"):
         found = jax.jit(opt.step)(params, state, params)
@@ -492,7 +576,7 @@ def test_what_cannot_be_fused(options, params, why):
     jax.eval_shape(opt.step, params, state, params)  # said once: a second warning would be an error here
     small = {"w": params["w"][:3]}
     state = plain.init(small)
-    fused = adamjax.adam(LR, fused=True, **options)
+    fused = make(LR, fused=True, **options)
     assert_equal(*(jax.jit(o.step)(small, state, small) for o in (fused, plain)))
 
 

@@ -13,7 +13,7 @@ from helpers import assert_close, make_mesh
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from same_step import ByUpdate, assert_same_steps
-from test_fused import FORMATS, FORMS, GRADS, LR, PARAMS, gradients, numbers
+from test_fused import FORMATS, FORMS, GRADS, LR, PARAMS, RULES, added_by, gradients, numbers
 from test_fused_rounding import WRAPPERS, assert_same, draw
 from test_packed import MANY
 from test_packed import numbers as many
@@ -32,18 +32,23 @@ def kernels_in(function, *args):
     return jax.jit(function).lower(*args).as_text().count(f'custom_call @"{_library.target()}')
 
 
-def three_updates(make, dtype="float32", coupled=0.0, **kw):
+def three_updates(make, dtype="float32", coupled=0.0, added=None, **kw):
     fused, plain = make(fused=True, **kw), make(**kw)
     params = numbers(dtype=dtype)
     state = plain.init(params)
     assert kernels_in(fused.update, params, state, params) == 2
     grads = [gradients(i, dtype) for i in range(3)]
-    assert_same_steps(ByUpdate(fused), ByUpdate(plain), state, params, grads, LR, coupled)
+    assert_same_steps(ByUpdate(fused), ByUpdate(plain), state, params, grads, LR, coupled, added)
 
 
 @pytest.mark.parametrize("form", ["adamw", "nesterov", "corrected", "coupled"])
 def test_forms(form):
     three_updates(FORMS[form], coupled=0.1 if form == "coupled" else 0.0)
+
+
+@pytest.mark.parametrize("form", ["cautious nesterov", "ademamix", "adopt", "atan2", "stable"])
+def test_rules_since_adam(form):
+    three_updates(RULES[form], added=added_by(form))
 
 
 @pytest.mark.parametrize("format", ["bfloat16", "int8", pytest.param("int4 and int8", marks=pytest.mark.slow)])

@@ -1,4 +1,6 @@
-"""Live comparison with optax, and with torch where it is installed."""
+"""Live comparison with optax, and with torch and what is made for it where they are installed."""
+
+import math
 
 import jax
 import jax.numpy as jnp
@@ -67,10 +69,40 @@ OPTAX_PAIRS = {
 }
 
 
+def ramp(count, steps):
+    """From 0 to 1, in the precision of the run."""
+    return jnp.minimum(count.astype(jnp.result_type(float)) / steps, 1)
+
+
+def half_life(init, end, steps):
+    first, last = (math.log(0.5) / math.log(b) for b in (init, end))
+    return lambda count: 0.5 ** (1 / (first + (last - first) * ramp(count, steps)))
+
+
+CONTRIB_PAIRS = {
+    "ademamix": (
+        adamjax.ademamix(LR, 0.9, 0.99, 0.999, 8.0, 1e-6, 1e-9, None, 0.1),
+        optax.contrib.ademamix(LR, 0.9, 0.99, 0.999, 8.0, 1e-6, 1e-9, None, 0.1),
+    ),
+    "ademamix schedules": (
+        adamjax.ademamix(LR, b3=schedules.half_life(0.9, 0.9999, 40), alpha=schedules.linear(0.0, 8.0, 40)),
+        optax.contrib.ademamix(LR, b3=half_life(0.9, 0.9999, 40), alpha=lambda count: 8 * ramp(count, 40)),
+    ),
+    "simplified_ademamix": (
+        adamjax.simplified_ademamix(LR / 100, 0.99, 0.95, 2.0, 1e-6, 1e-9, 0.1),
+        optax.contrib.simplified_ademamix(LR / 100, 0.99, 0.95, 2.0, 1e-6, 1e-9, 0.1),
+    ),
+    "adopt": (adamjax.adopt(LR, b2=0.99), optax.contrib.adopt(LR, b2=0.99)),
+    "adopt not clipped": (adamjax.adopt(LR, use_clipping=False), optax.contrib.adopt(LR, use_clipping=False)),
+}
+OPTAX_PAIRS |= CONTRIB_PAIRS
+
+
 # optax's rectification cancels in float32, by 20 times our error; in double it does not matter. The oracle looks at
 # all dtypes of all our optimizers: here, one of each rule suffices.
 RULES = ["adam", "amsgrad", "adamw decay", "nadam", "adamax"]
-DTYPES = [(name, "float64" if name.startswith("radam") else "float32") for name in OPTAX_PAIRS]
+IN_DOUBLE = {"radam", "radam short", "radam nesterov", *CONTRIB_PAIRS}
+DTYPES = [(name, "float64" if name in IN_DOUBLE else "float32") for name in OPTAX_PAIRS]
 DTYPES += [(name, dtype) for name in RULES for dtype in ("complex64", "float64")]
 
 
@@ -106,9 +138,9 @@ def test_where_optax_fails_in_half_precision(dtype):
     assert direction[0] == 0
 
 
-def torch_trajectory(torch, make, grads, dtype):
+def torch_trajectory(torch, make, grads, dtype, module=None):
     p = torch.nn.Parameter(torch.tensor(START, dtype=getattr(torch, dtype)))
-    opt = make(torch.optim, [p])
+    opt = make(torch.optim if module is None else module, [p])
     for g in grads:
         p.grad = torch.tensor(g, dtype=getattr(torch, dtype))
         opt.step()
@@ -148,6 +180,69 @@ def test_torch(name, dtype):
     with jax.enable_x64(dtype == "float64"):
         found = list(trajectory(ours, grads, dtype))
     assert_same_course(found, torch_trajectory(torch, theirs, grads, dtype), TORCH[dtype], dtype)
+
+
+def shifted(schedule):
+    """One step later, for those whose first step is step 1 of their schedules."""
+    return lambda count: schedule(count + 1)
+
+
+# (package, ours, theirs, dtype); optimi corrects biases in float32, and adam-atan2-pytorch masks the decay in it.
+PEERS = {
+    "cautious": (
+        "pytorch_optimizer",
+        adamjax.adamw(LR, weight_decay=0.1, cautious=True),
+        lambda o, p: o.AdEMAMix(p, LR, alpha=0.0, weight_decay=0.1, weight_decouple=True, cautious=True),
+        "float64",
+    ),
+    "ademamix": (
+        "pytorch_optimizer",
+        adamjax.ademamix(
+            LR,
+            b3=shifted(schedules.half_life(0.9, 0.999, 40)),
+            alpha=shifted(schedules.linear(0.0, 8.0, 40)),
+            weight_decay=0.1,
+        ),
+        lambda o, p: o.AdEMAMix(
+            p, LR, (0.9, 0.999, 0.999), alpha=8.0, t_alpha_beta3=40, weight_decay=0.1, weight_decouple=True
+        ),
+        "float64",
+    ),
+    "stable": (
+        "pytorch_optimizer",
+        adamjax.stable_adamw(LR, weight_decay=0.1),
+        lambda o, p: o.StableAdamW(p, LR, (0.9, 0.99), weight_decay=0.1, eps=1e-6),
+        "float64",
+    ),
+    "stable of optimi": (
+        "optimi",
+        adamjax.stable_adamw(LR, weight_decay=0.1),
+        lambda o, p: o.StableAdamW(p, LR, weight_decay=0.1),
+        "float32",
+    ),
+    "atan2": (
+        "adam_atan2_pytorch",
+        adamjax.adam_atan2(LR, a=1.0, b=2.0, weight_decay=0.1),
+        lambda o, p: o.AdamAtan2(p, LR, a=1.0, b=2.0, weight_decay=0.1),
+        "float64",
+    ),
+    "cautious decay": (
+        "adam_atan2_pytorch",
+        adamjax.adam_atan2(LR, weight_decay=0.1, cautious_decay=True),
+        lambda o, p: o.AdamAtan2(p, LR, weight_decay=0.1, cautious_wd=True),
+        "float32",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_packages_for_torch(name):
+    package, ours, theirs, dtype = PEERS[name]
+    torch, module = pytest.importorskip("torch"), pytest.importorskip(package)
+    grads = gradients(SHAPE, STEPS, dtype=np.dtype(dtype))
+    with jax.enable_x64(dtype == "float64"):
+        found = list(trajectory(ours, grads, dtype))
+    assert_same_course(found, torch_trajectory(torch, theirs, grads, dtype, module), TORCH[dtype], dtype)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import numpy as np
 import oracle
 import pytest
 from helpers import assert_equal
+from specs import SINCE_ADAM, SPECS
 from tolerances import ONE_STEP
 
 import adamjax
@@ -173,3 +174,22 @@ def test_update_in_half_precision_is_rounded_once():
     exact = oracle.run(np.asarray(p), [np.asarray(g)], learning_rate=1e-2, decoupled=0.3)[0] - oracle.long(p)
     nearest = np.asarray(jnp.asarray(exact.astype(np.float32)).astype(jnp.bfloat16))
     assert np.mean(np.asarray(updates) == nearest) > 0.995  # float32 errors move a few across a tie
+
+
+@pytest.mark.parametrize(
+    "name",
+    [*SINCE_ADAM[1:], "adam cautious update", "nadamw cautious update", "adam_atan2 nesterov", "ademamix schedules"],
+)
+def test_derivatives_through_steps_without_a_gradient_are_finite(name):
+    """Along all hyperparameters, and the gradients themselves."""
+    p = jnp.asarray([1.0, -2.0, 3.0])
+
+    def loss(opt, grads):
+        params, state = p, opt.init(p)
+        for g in grads:
+            params, state = opt.step(g, state, params)
+        return jnp.sum(params**2)
+
+    for grads in (jnp.zeros((2, 3)), jnp.asarray([[0.0, 1.0, -1.0], [0.0, 0.0, -1.0]])):
+        found = jax.jit(jax.grad(loss, argnums=(0, 1)))(SPECS[name].make(), grads)
+        assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(found))

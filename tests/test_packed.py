@@ -66,7 +66,7 @@ KINDS_WITH_MOMENTS = [name for name in KINDS if name != "schedule free"]
 
 # Packing sees whether there is a maximum, and what is before and after the moments in the chain; the rule that steps
 # them is elementwise, of whatever optimizer.
-@pytest.mark.parametrize("name", [*KINDS_WITH_MOMENTS, "amsgrad paper nesterov", "adamw cautious"])
+@pytest.mark.parametrize("name", [*KINDS_WITH_MOMENTS, "amsgrad paper nesterov", "adamw cautious", "ademamix"])
 def test_the_numbers_are_those_of_the_optimizer_inside(name):
     opt = SPECS[name].make()
     assert_same_run(adamjax.packed(opt, BELOW), opt)
@@ -412,6 +412,16 @@ SMALL = {"a": jnp.ones((4, 2)), "b": jnp.ones(4)}
         (lambda: adamjax.packed(optax.adam(1e-3)), TypeError, "found nothing to pack in .*optax's keep is not known"),
         (lambda: adamjax.packed(interop.torch.adam()), TypeError, "adamjax.interop.torch are kept for each parameter"),
         (lambda: adamjax.packed(adamjax.chain(GOOD, adamjax.adam())), ValueError, "is packed already"),
+        (
+            lambda: adamjax.packed(adamjax.chain(adamjax.clip_by_global_norm(1.0), adamjax.adam(cautious=True))),
+            ValueError,
+            r"cautious=True.* steps by a mean over each parameter, .*leave packed out, or the option \(cautious=False",
+        ),
+        (
+            lambda: adamjax.packed(adamjax.stable_adamw()),
+            ValueError,
+            "ScaleByStableAdam.* steps by a mean over each parameter, .*adamw in place of stable_adamw",
+        ),
         (lambda: adamjax.packed(adamjax.adam(), 0), ValueError, "Invalid below value: 0; below must be at least 1"),
         (
             lambda: adamjax.packed(adamjax.adam(), cast(Any, 1e4)),

@@ -458,7 +458,8 @@ def test_learning_goes_on_when_the_count_has_ended():
 
         return jax.lax.scan(step, carries, length=5)[0]
 
-    opts = {name: make() for name, make in WITHOUT_END.items()}
+    # The mean of 2**31 - 1 norms that skip_spikes would compare with is none.
+    opts = {name: make() for name, make in WITHOUT_END.items() if name != "skip_spikes"}
     params = {name: params_of(name)["b"] for name in opts}
     start = {name: (params[name], with_largest_counts(opt.init(params[name]))) for name, opt in opts.items()}
     found = learn(start)

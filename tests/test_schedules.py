@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import oracle
 import pytest
 from helpers import assert_equal
 
@@ -125,3 +126,31 @@ def test_callable_pytrees_keep_their_leaves():
     assert jax.tree.leaves(plain) == []
     for chosen in (opt, plain):
         assert_equal(chosen.update(jnp.ones(1), chosen.init(jnp.ones(1)))[0], jnp.array([-0.5]))
+
+
+@pytest.mark.parametrize(("init", "end"), [(0.9, 0.9999), (0.5, 0.999999), (0.99, 0.99)])
+def test_half_life(init, end):
+    """Its distance to 1 as well, of which 1 - b has no digits left."""
+    schedule, exact = schedules.half_life(init, end, 1000), oracle.half_life(init, end, 1000)
+    counts = np.array([0, 1, 500, 999, 1000, 5000], np.int32)
+    expected = np.array([exact(t) for t in counts.tolist()])
+    np.testing.assert_allclose(jax.jit(schedule)(counts), expected, rtol=1e-6)
+    np.testing.assert_allclose(jax.jit(schedule.below_one)(counts), 1 - expected, rtol=1e-6)
+
+
+def test_half_life_under_vmap():
+    """As a leaf of an optimizer, too: many ends in one program."""
+    ends = jnp.asarray([0.99, 0.999])
+    found = jax.jit(jax.vmap(lambda end: schedules.half_life(0.9, end, 10)(5)))(ends)
+    np.testing.assert_allclose(found, [oracle.half_life(0.9, end, 10)(5) for end in (0.99, 0.999)], rtol=1e-6)
+    p = jnp.ones(3)
+
+    def slow(end):
+        opt = adamjax.scale_by_ademamix(b3=schedules.half_life(0.9, end, 2))
+        state = opt.init(p)
+        for _ in range(2):
+            _, state = opt.update(p, state)
+        return state.mu_slow[0]
+
+    rates = [[oracle.half_life(0.9, end, 2)(t) for t in (0, 1)] for end in (0.99, 0.999)]
+    np.testing.assert_allclose(jax.jit(jax.vmap(slow))(ends), [1 - a * b for a, b in rates], rtol=1e-6)

@@ -671,3 +671,92 @@ PLAIN = {"w": jnp.ones((8, 8))}
 def test_bad_arguments(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+# Those whose step depends on a whole parameter: with factors that are seen in it.
+def whole_arrays(**by):
+    return {
+        "cautious": adamjax.adam(LR, b1=0.5, cautious=True, **by),
+        "stable": adamjax.stable_adamw(LR, b2=0.99, weight_decay=0.1, **by),
+    }
+
+
+WHOLE_ARRAYS = list(whole_arrays())
+
+
+def two_gradients(params):
+    """Of which some change their signs, and all grow."""
+    rng = np.random.default_rng(5)
+    signs = jax.tree.map(lambda p: np.float32(rng.choice([-3.0, 9.0], p.shape)), params)
+    return [params, jax.tree.map(lambda p, s: jax.device_put(p * s, p.sharding), params, signs)]
+
+
+def two_steps(opt):
+    def run(params, state, grads):
+        for g in grads:
+            params, state = opt.step(g, state, params)
+        return params, state
+
+    return run
+
+
+def alone(name):
+    params = jax.tree.map(jnp.asarray, jax.device_get(some_params(make_mesh(AxisType.Auto))))
+    opt, grads = whole_arrays()[name], jax.device_get(two_gradients(params))
+    return jax.device_get(jax.jit(two_steps(opt))(params, opt.init(params), grads))
+
+
+@pytest.mark.parametrize("kind", MODES)
+@pytest.mark.parametrize("name", WHOLE_ARRAYS)
+def test_steps_by_whole_parameters_that_are_sharded(name, kind):
+    mesh = make_mesh(kind)
+    opt, params = whole_arrays()[name], some_params(mesh, specs=SPLIT)
+    with jax.set_mesh(mesh):
+        for tried in (opt, sharding.zero1(opt, axis="data")):
+            found, state = jax.jit(two_steps(tried))(params, tried.init(params), two_gradients(params))
+            state = state.inner if tried is not opt else state
+            assert_close(jax.device_get((found, state)), alone(name), RECOMPILED)
+
+
+def mapped_steps(opt, mesh):
+    params, specs = some_params(mesh, specs=SPLIT), SPLIT
+    state, grads = opt.init(params), two_gradients(params)
+    of_state = jax.tree.map(lambda x: x.sharding.spec, state)
+    places = {"in_specs": (specs, of_state, [specs, specs]), "out_specs": (specs, of_state)}
+    return jax.jit(jax.shard_map(two_steps(opt), mesh=mesh, **places))(params, state, grads)
+
+
+@pytest.mark.parametrize("name", WHOLE_ARRAYS)
+def test_steps_by_whole_parameters_inside_shard_map(name):
+    mesh = make_mesh(AxisType.Auto)
+    found = mapped_steps(whole_arrays(axis_name="data")[name], mesh)
+    assert_close(jax.device_get(found), alone(name), RECOMPILED)
+    with pytest.raises(ValueError, match=r"differs over the mapped axes 'data', .*give axis_name="):
+        mapped_steps(whole_arrays()[name], mesh)
+
+
+@pytest.mark.parametrize("name", WHOLE_ARRAYS)
+def test_steps_of_each_device_by_itself(name):
+    mesh = make_mesh(AxisType.Auto, (2,))
+    opt = whole_arrays(axis_name=())[name]
+    params, state = mapped_steps(opt, mesh)
+    start = some_params(mesh, specs=SPLIT)
+    for i in range(2):
+        own = [
+            jax.tree.map(lambda x, i=i: np.asarray(x.addressable_shards[i].data), tree)
+            for tree in (start, *two_gradients(start), (params, state))
+        ]
+        expected = jax.jit(two_steps(opt))(own[0], opt.init(own[0]), own[1:3])
+        assert_close(own[3], jax.device_get(expected), RECOMPILED)
+
+
+@pytest.mark.parametrize("name", WHOLE_ARRAYS)
+def test_steps_by_whole_parameters_with_zero1_mapped(name):
+    """Each device steps its part of what all have."""
+    mesh = make_mesh(AxisType.Auto)
+    opt = sharding.zero1_mapped(whole_arrays(axis_name="data")[name], axis="data")
+    params = some_params(mesh)
+    state, grads = opt.init(params), two_gradients(params)
+    specs = jax.tree.map(lambda x: x.sharding.spec, state)
+    mapped = jax.shard_map(two_steps(opt), mesh=mesh, in_specs=(P(), specs, P()), out_specs=(P(), specs))
+    assert_close(jax.device_get(jax.jit(mapped)(params, state, grads)), alone(name), RECOMPILED)

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from helpers import assert_equal, assert_same_types
+from tolerances import DIRECTION
 
 import adamjax
 from adamjax import storage
@@ -214,6 +215,48 @@ def test_bytes_of_state(mu_dtype, nu_dtype, most, dtype):
     assert 0.9 * most < counted / (512 * 512 + 2048 * 300) <= most + 1e-4
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
     assert storage.state_bytes(opt, shapes) == counted
+
+
+@pytest.mark.parametrize(
+    ("make", "most"),
+    [
+        (lambda: adamjax.ademamix(), 12.0),
+        (lambda: adamjax.ademamix(mu_dtype=INT8, nu_dtype=INT8), 6.1),
+        (lambda: adamjax.ademamix(mu_dtype=INT8, mu_slow_dtype=INT8, nu_dtype=INT8), 3.2),
+        (lambda: adamjax.simplified_ademamix(), 8.0),
+        (lambda: adamjax.adopt(), 8.0),
+        (lambda: adamjax.adopt(mu_dtype=INT8, nu_dtype=INT8), 2.1),
+        (lambda: adamjax.adam_atan2(), 8.0),
+        (lambda: adamjax.stable_adamw(), 8.0),
+        (lambda: adamjax.adamw(cautious=True), 8.0),
+    ],
+)
+def test_bytes_of_the_rules_since_adam(make, most):
+    params = {"a": jax.ShapeDtypeStruct((512, 512), jnp.float32), "b": jax.ShapeDtypeStruct((2048, 300), jnp.bfloat16)}
+    counted = storage.state_bytes(make(), params) - 4  # the count
+    assert 0.9 * most < counted / (512 * 512 + 2048 * 300) <= most
+
+
+def test_all_three_moments_of_ademamix_are_decoded():
+    rng = np.random.default_rng(0)
+    p, all_grads = jnp.zeros((64, 128)), jnp.asarray(rng.normal(size=(3, 64, 128)), jnp.float32)
+    formats = {"mu_dtype": INT8, "mu_slow_dtype": INT8, "nu_dtype": INT8}
+    stored, plain = (adamjax.scale_by_ademamix(b3=0.99, **kw) for kw in (formats, {}))
+    states = []
+    for opt in (stored, plain):
+        state, update = opt.init(p), jax.jit(opt.update)
+        for g in all_grads:
+            _, state = update(g, state)
+        states.append(state)
+    found, expected = storage.decode(states[0]), states[1]
+    assert type(found) is type(expected)
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for name in ("mu", "mu_slow", "nu"):
+        a, b = getattr(found, name), getattr(expected, name)
+        assert a.dtype == jnp.float32
+        if name == "nu":  # its codes are of the root
+            a, b = jnp.sqrt(a), jnp.sqrt(b)
+        assert jnp.linalg.norm(a - b) <= DIRECTION["int8"][1].p99 * jnp.linalg.norm(b), name
 
 
 def test_bytes_of_a_state_that_nobody_could_allocate():

@@ -145,8 +145,8 @@ class ScaleByAdam(Moments):
         self._replace_field("amsgrad", "torch" if variant is True else variant or None)
 
     @property
-    def third(self) -> str | None:
-        return "nu_max" if self.amsgrad is not None else None
+    def columns(self) -> tuple[str, ...]:
+        return ("mu", "nu", "nu_max") if self.amsgrad is not None else ("mu", "nu")
 
     @property
     def rule(self) -> AdamRule:
@@ -154,7 +154,8 @@ class ScaleByAdam(Moments):
         return AdamRule(self.nesterov, amsgrad, self.cautious, self.axis_name)
 
     def _scalars(self, t: Array) -> AdamScalars:
-        return adam_scalars(self, t, self.rule.amsgrad)
+        amsgrad: Any = self.amsgrad  # normalised by __post_init__
+        return adam_scalars(self, t, amsgrad)
 
 
 def scale_by_adam(

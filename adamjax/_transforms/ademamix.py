@@ -10,8 +10,8 @@ from adamjax._core.numerics import Decay, decay, decay_by, divide_by_real, ema
 from adamjax._core.typing import Scalar, ScalarOrSchedule
 from adamjax._core.value import precise_field, static_field, value
 from adamjax._transforms.adam import AdamRule, AdamScalars, adam_scalars
-from adamjax._transforms.moment_storage import MomentFormat
-from adamjax._transforms.moments import AdEMAMixState, Moments
+from adamjax._transforms.moment_storage import MomentFormat, moment_format
+from adamjax._transforms.moments import AdEMAMixState, Moments, Parts
 from adamjax._transforms.schedule import Schedule, number_or_schedule
 
 
@@ -38,6 +38,10 @@ class AdEMAMixRule(AdamRule):
     def root(self, v: Array, v_max: Array | None, s: Any) -> Array:
         """The root of the second moment without its bias; the third array is no maximum of it."""
         return super().root(v, None, s)
+
+    def parts(self, m: Array, v: Array, third: Array | None, s: Any) -> Parts:
+        """The parts of the direction; the slow mean is in the first."""
+        return Parts(divide_by_real(m, s.c1) + s.extra.alpha * third, self.root(v, None, s), s.eps)
 
 
 @value
@@ -66,10 +70,11 @@ class ScaleByAdEMAMix(Moments):
             self._check_numbers("b3", below=1.0)
         self._replace_field("alpha", number_or_schedule("alpha", self.alpha))
         self._check_dtypes()
+        self._replace_field("mu_slow_dtype", moment_format("mu_slow_dtype", self.mu_slow_dtype, signed=True))
 
     @property
-    def third(self) -> str:
-        return "mu_slow"
+    def columns(self) -> tuple[str, ...]:
+        return "mu", "nu", "mu_slow"
 
     @property
     def rule(self) -> AdEMAMixRule:
@@ -104,6 +109,10 @@ class SimplifiedAdEMAMixRule(AdamRule):
     def m_hat(self, g: Array, m: Array, s: Any) -> Array:
         """Their momentum, which has no bias correction, and a multiple of the gradient itself."""
         return m / s.decay1.one_minus_b + s.extra * g
+
+    def parts(self, m: Array, v: Array, v_max: Array | None, s: Any) -> Parts:
+        """The parts of the direction, without the part that the gradient itself has."""
+        return Parts(divide_by_real(m, s.decay1.one_minus_b), self.root(v, None, s), s.eps)
 
 
 @value
@@ -155,8 +164,8 @@ def scale_by_ademamix(
         mean of ten thousand gradients would point to where the parameters were.
       alpha: At least 0: the weight of the slow mean, or a schedule of it, as `schedules.linear`.
       mu_slow_dtype: The storage of the slow mean, as `mu_dtype`. None: at least float32, for one step changes it by
-        1e-4 of the gradient: in bfloat16 or 8 bits, the random rounding of ten thousand steps adds up to a good part
-        of it.
+        1e-4 of the gradient, and the random rounding of ten thousand steps adds up: to up to 8 % of it in bfloat16,
+        and in 8 or 4 bits to as much as the mean itself, or more.
 
     Returns:
       A transformation with state `AdEMAMixState`.

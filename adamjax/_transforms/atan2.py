@@ -28,7 +28,8 @@ def _atan2(y: Array, x: Array) -> Array:
     """The angle of (x, y) for x at least 0; of a complex y, that of each part."""
     if jnp.iscomplexobj(y):
         return jax.lax.complex(_atan2(y.real, x), _atan2(y.imag, x))
-    return jnp.arctan2(y, x)
+    # Of two infinities there is an angle, in which an infinite gradient would hide.
+    return jnp.where(x < jnp.inf, jnp.arctan2(y, x), jnp.nan)
 
 
 @value

@@ -79,6 +79,10 @@ class Parts(NamedTuple):
     eps: Any
 
 
+# For each field of a state, the argument that says the format of its arrays.
+_ARGUMENTS = {"mu": "mu_dtype", "mu_slow": "mu_slow_dtype", "nu": "nu_dtype", "nu_max": "nu_dtype"}
+
+
 class Moments(Leafwise):
     """Base of the transformations that keep two moments per parameter.
 
@@ -91,14 +95,9 @@ class Moments(Leafwise):
     nu_dtype: Any
 
     @property
-    def third(self) -> str | None:
-        """The field of the state that holds a third array for each parameter, as `nu_max`; None if there is none."""
-        return None
-
-    @property
     def columns(self) -> tuple[str, ...]:
-        """The fields of the state that hold an array for each parameter."""
-        return ("mu", "nu") if self.third is None else ("mu", "nu", self.third)
+        """The fields of the state that hold an array for each parameter: two moments, and perhaps a third array."""
+        return "mu", "nu"
 
     @property
     def rule(self) -> Any:
@@ -118,13 +117,11 @@ class Moments(Leafwise):
         self._replace_field("nu_dtype", storage.moment_format("nu_dtype", self.nu_dtype, signed=False))
 
     def _init(self, params: PyTree) -> AdamState:
-        moments = {name: storage.init_moments(params, *self._format(name)) for name in self.columns}
-        return self.state_type(trees.zero_count(params), **moments)
+        def moments(name: str) -> PyTree:
+            power = self.rule.power if name.startswith("mu") else 0
+            return storage.init_moments(params, _ARGUMENTS[name], getattr(self, _ARGUMENTS[name]), power)
 
-    def _format(self, column: str) -> tuple[str, Any, float]:
-        """The argument for the format of a column, that format, and the power of its codes; see `init_moments`."""
-        argument = {"nu_max": "nu_dtype"}.get(column, f"{column}_dtype")
-        return argument, getattr(self, argument), self.rule.power if column.startswith("mu") else 0
+        return self.state_type(trees.zero_count(params), *map(moments, self.columns))
 
     def _leaf_transforms(self, updates: Leaves, state: PyTree, params: Leaves | None) -> list[LeafTransform]:
         state = checks.state(state, self.state_type, type(self).__name__)
@@ -133,21 +130,19 @@ class Moments(Leafwise):
 
     def _columns(self, updates: Leaves, state: PyTree) -> list[list[Any]]:
         """The moments in the order of the updates, if `state` fits those."""
-        columns = [self._column(updates, state, name) for name in self.columns]
-        if self.third is not None:
-            return columns
-        if state.nu_max is not None:
+        names = self.columns
+        if len(names) == 2 and state.nu_max is not None:
             raise ValueError(
                 f"{type(self).__name__} was given a state with nu_max, which AMSGrad keeps: this state belongs to "
                 "another optimizer, call init(params)"
             )
-        return [*columns, [None] * len(updates.leaves)]
+        return list(map(partial(self._column, updates, state), names))
 
     def _column(self, updates: Leaves, state: PyTree, name: str) -> list[Any]:
-        found, (_, format, power) = getattr(state, name), self._format(name)
+        is_first, found, format = name.startswith("mu"), getattr(state, name), getattr(self, _ARGUMENTS[name])
         if isinstance(format, Quantized):
-            found = storage.rebuild_quantized(found, updates, format, power=power)
-        return checks.moments(updates, found, f"state.{name}", real=power == 0)
+            found = storage.rebuild_quantized(found, updates, format, power=self.rule.power if is_first else 0)
+        return checks.moments(updates, found, f"state.{name}", real=not is_first)
 
 
 @dataclass(frozen=True)
@@ -172,13 +167,15 @@ class StepMoments(LeafTransform):
     ) -> "StepMoments":
         """Make the next step of a `member` whose state has this `count`.
 
-        `columns` are its mu, nu and third arrays taken apart (None for each leaf, if there is no third); `rebuild` puts
-        one of them together again.
+        `columns` are its mu, nu and third arrays, if it has those, taken apart; `rebuild` puts one of them together
+        again.
         """
-        count = trees.increment(count)
+        count, kept = trees.increment(count), len(columns)
+        if kept == 2:
+            columns = [*columns, [None] * len(columns[0])]
 
-        def finish(*columns: list[Any]) -> PyTree:
-            return member.state_type(count, *map(rebuild, columns[: len(member.columns)]))
+        def finish(*new: list[Any]) -> PyTree:
+            return member.state_type(count, *map(rebuild, new[:kept]))
 
         scalars = cache(lambda dtype: as_constants(member._scalars(count.astype(dtype)), count))
         return cls(member.rule, scalars, count, finish, list(zip(*columns, strict=True)), layout)
@@ -201,12 +198,12 @@ Dithers = tuple[Dither | None, Dither | None, Dither | None]  # of the moments o
 
 def moment_dithers(count: Array, index: int, m: Moment, v: Moment, slow: Moment | None = None) -> Dithers:
     """The dithers of the moments of parameter `index` at step `count`; None where they are not rounded."""
-    needed = [x is not None and storage.needs_dither(x) for x in (m, v, slow)]
-    if not any(needed):
+    first, second = storage.needs_dither(m), storage.needs_dither(v)
+    third = slow is not None and storage.needs_dither(slow)
+    if not (first or second or third):
         return None, None, None
-    first = dither(count, index)
-    dithers = first, first.second_array(), first.third_array()
-    return tuple([x if is_needed else None for x, is_needed in zip(dithers, needed, strict=True)])  # type: ignore[return-value]
+    own = dither(count, index)
+    return own if first else None, own.second_array() if second else None, own.third_array() if third else None
 
 
 @dataclass(frozen=True)
@@ -220,30 +217,28 @@ class StepLeaf:
         m_stored, v_stored, third_stored = stored
         rule = self.rule
         chex.assert_equal_shape([x for x in (g, *stored) if x is not None])
-        g, v = self._loaded(g, stored)
-        third: Any = None
-        if third_stored is not None:
-            is_mean = rule.has_slow_mean
-            third = (
-                storage.load_first(third_stored, v, g.dtype, g) if is_mean else storage.load(third_stored, v.dtype, g)
-            )
-        with _promotion(g):
-            m, v = self._accumulated(g, v, stored, operands)
-            if third_stored is not None:
-                third = rule.third(g, v, third, scalars)
-                round_third = storage.round_max if not is_mean else partial(storage.round_first_moment, dither=dither3)
-                third = round_third(third, third_stored)
+        g, v_old, m, v = self._accumulated(g, stored, operands)
+        third, factor = None, None
+        # Real scalars times complex arrays are meant, even where promotion is strict.
+        with jax.numpy_dtype_promotion("standard") if jnp.iscomplexobj(g) else contextlib.nullcontext():
+            if third_stored is not None and rule.has_slow_mean:
+                third = rule.third(g, v, storage.load_first(third_stored, v_old, g.dtype, g), scalars)
+                third = storage.round_first_moment(third, third_stored, dither3)
+            elif third_stored is not None:
+                third = rule.third(g, v, storage.load(third_stored, v.dtype, g), scalars)
+                third = storage.round_max(third, third_stored)
             direction = rule.direction(g, m, v, third, scalars)
-            factor: Any = rule.factor(g, m, v, scalars) if rule.has_factor else None
-            if factor is not None and not rule.keeps_factor:
-                direction = factor * direction
+            if rule.cautious:
+                direction = rule.factor(g, m, v, scalars) * direction
+            elif rule.keeps_factor:
+                factor = rule.factor(g, m, v, scalars)
         v_new = storage.store(v, v_stored, dither2)
         v = storage.storable(v, v_new)
         m_new = storage.store_first(m, v, m_stored, dither1, scalars.decay1.one_minus_b)
         third_new: Any = None
-        if third_stored is not None and is_mean:
+        if third is not None and rule.has_slow_mean:
             third_new = storage.store_first(third, v, third_stored, dither3, scalars.extra.decay3.one_minus_b)
-        elif third_stored is not None:
+        elif third is not None:
             third_new = storage.store(third, third_stored, None)
         new = m_new, v_new, third_new
         chex.assert_trees_all_equal_shapes_and_dtypes(new, stored)
@@ -251,26 +246,18 @@ class StepLeaf:
 
     def factor(self, g: Array, stored: Any, operands: Any) -> Array:
         """The factor of the rule, for who steps in another way."""
-        g, v = self._loaded(g, stored)
-        with _promotion(g):
-            return self.rule.factor(g, *self._accumulated(g, v, stored, operands), operands[0])
+        g, _, m, v = self._accumulated(g, stored, operands)
+        return self.rule.factor(g, m, v, operands[0])
 
-    def _loaded(self, g: Array, stored: Any) -> tuple[Array, Array]:
-        """The gradient, limited, and the second moment, in the dtypes of the step."""
+    def _accumulated(self, g: Array, stored: Any, operands: Any) -> tuple[Array, Array, Array, Array]:
+        """The gradient, limited, the old second moment, and both new ones, rounded if they are stored as floats."""
+        scalars, (dither1, dither2, _) = operands
         m_stored, v_stored, _ = stored
         dtype = trees.compute_dtype(g.dtype, m_stored.dtype, v_stored.dtype)
         g = self.rule.limited(g.astype(dtype))
-        return g, storage.load(v_stored, trees.real_dtype(dtype), g)
-
-    def _accumulated(self, g: Array, v: Array, stored: Any, operands: Any) -> tuple[Array, Array]:
-        """The new moments, rounded as they will be stored if that is to a dtype."""
-        scalars, (dither1, dither2, _) = operands
-        m_stored, v_stored, _ = stored
-        m, v = self.rule.accumulate(g, storage.load_first(m_stored, v, g.dtype, g), v, scalars)
+        old = storage.load(v_stored, trees.real_dtype(dtype), g)
+        m = storage.load_first(m_stored, old, dtype, g)
+        with jax.numpy_dtype_promotion("standard") if jnp.iscomplexobj(g) else contextlib.nullcontext():
+            m, v = self.rule.accumulate(g, m, old, scalars)
         m = storage.round_first_moment(m, m_stored, dither1)
-        return m, storage.round_second_moment(v, v_stored, dither2)
-
-
-def _promotion(g: Array) -> Any:
-    """Where promotion is strict, real scalars times complex arrays are meant."""
-    return jax.numpy_dtype_promotion("standard") if jnp.iscomplexobj(g) else contextlib.nullcontext()
+        return g, old, m, storage.round_second_moment(v, v_stored, dither2)

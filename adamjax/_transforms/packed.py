@@ -103,7 +103,7 @@ class Packed(Leafwise):
                 raise ValueError(f"state.{name} has other groups than state.mu: they belong to different optimizers")
             checks.moments(updates, tree.like(), f"state.{name}", real=not name.startswith("mu"))
             columns.append([*updates.column(tree.rest), *tree.groups])
-        return columns if self.inner.third is not None else [*columns, [None] * len(columns[0])]
+        return columns
 
 
 def _check_varying_alike(updates: Leaves, indices: list[int]) -> None:

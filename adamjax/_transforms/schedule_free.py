@@ -28,7 +28,12 @@ from adamjax._transforms.moment_storage import Quantized
 from adamjax._transforms.schedule import number_or_schedule
 from adamjax._transforms.weight_decay import as_mask, mask_tree
 
-_RULE = AdamRule()  # of which only the second moment is used
+
+class ScheduleFreeRule(AdamRule):
+    """The part of the step of one array that is Adam's: the second moment and its root."""
+
+
+_RULE = ScheduleFreeRule()
 
 
 class ScheduleFreeState(NamedTuple):
@@ -80,6 +85,8 @@ class StepScheduleFree:
     y = (1 - b1) z + b1 x, x' = (1 - c) x + c z' and z' = z - rate d follows
     y' = y + c (z - y) - rate (1 - b1 (1 - c)) d, without a division by b1.
     """
+
+    rule: ClassVar[AdamRule] = _RULE
 
     decays: bool  # whether weight decay applies to this parameter
 

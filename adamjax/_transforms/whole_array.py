@@ -35,7 +35,7 @@ def update_clipping(g: Array, v_hat: Array, eps: Any, axis_name: AxisName) -> Ar
     Wortsman et al., 2023, Algorithm 2.
     """
     squares = _total(abs_sq(g) / jnp.maximum(v_hat, eps * eps), g, axis_name)
-    return 1 / jnp.maximum(1, jnp.sqrt(squares / _size(g, axis_name)))
+    return 1 / jnp.maximum(1, sqrt_with_zero_slope(squares / _size(g, axis_name)))
 
 
 def norm(x: Array, axis_name: AxisName) -> Array:

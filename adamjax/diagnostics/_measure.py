@@ -17,6 +17,7 @@ from adamjax._core.typing import AxisName, GradientTransformation, Path, PyTree
 from adamjax._core.value import Value, static_field, value
 from adamjax._transforms import moment_storage
 from adamjax._transforms.adam import scale_by_adam
+from adamjax._transforms.ademamix import scale_by_ademamix
 from adamjax._transforms.groups import Groups
 from adamjax._transforms.moment_storage import Moment
 from adamjax._transforms.moments import find_moments
@@ -34,7 +35,8 @@ class LeafStats(NamedTuple):
       update_ratio: The root mean square of the update divided by that of the parameter; infinite if the parameter is 0.
       rate_low, rate_median, rate_high: The 5th, 50th and 95th percentiles of the effective learning rate,
         |update| / |bias-corrected first moment|, over up to 1024 elements. The update includes weight decay.
-        For all parameters together: the means of their percentiles, weighted by size.
+        For all parameters together: the means of their percentiles, weighted by size. The first moment of AdEMAMix
+        is the sum of both means, the slow one times its weight.
       eps_dominated: The fraction of elements with eps larger than the root of the second moment, among
         those whose gradient and second moment are not 0.
       lost: The fraction of updates that rounding to the parameter's dtype discards, among those not 0.
@@ -184,6 +186,7 @@ class _Moments(NamedTuple):
     m: Moment
     v: Moment
     v_max: Moment | None
+    slow: Moment | None
     member: Any  # the part of the optimizer that has the hyperparameters
 
 
@@ -200,16 +203,16 @@ def _moments_by_path(
         )
     found: dict[Path, _Moments] = {}
     for (where, node), member in zip(nodes, _members(opt, params, nodes), strict=True):
-        maxima = getattr(node, "nu_max", None)
+        others = node.nu, getattr(node, "nu_max", None), getattr(node, "mu_slow", None)
         structure: Any
         with_paths, structure = jax.tree.flatten_with_path(node.mu, is_leaf=is_moment)
-        columns = [[None] * len(with_paths) if x is None else structure.flatten_up_to(x) for x in (node.nu, maxima)]
-        for (key, m), v, v_max in zip(with_paths, *columns, strict=True):
+        columns = [[None] * len(with_paths) if x is None else structure.flatten_up_to(x) for x in others]
+        for (key, m), v, v_max, slow in zip(with_paths, *columns, strict=True):
             if m is not None:
                 # The state has trees of moments, or a tree like params with a state for each parameter.
                 owner = key if key in keys else max((k for k in keys if where[-len(k) :] == k), key=len, default=None)
                 if owner is not None:
-                    found[owner] = _Moments(node.count, m, v, v_max, member)
+                    found[owner] = _Moments(node.count, m, v, v_max, slow, member)
     for key, shape in needed.items():
         name = f"params{jax.tree_util.keystr(key)}"
         if key not in found:
@@ -244,7 +247,12 @@ def _members(opt: GradientTransformation | None, params: PyTree, nodes: list[tup
 
     members = [x for x in jax.tree.leaves(_expanded(opt, params), is_leaf=has_betas) if has_betas(x)]
     if not members:
-        return [scale_by_adam(amsgrad=getattr(node, "nu_max", None) is not None) for _, node in nodes]
+        return [
+            scale_by_ademamix()
+            if hasattr(node, "mu_slow")
+            else scale_by_adam(amsgrad=getattr(node, "nu_max", None) is not None)
+            for _, node in nodes
+        ]
     if len(members) == 1:
         return members * len(nodes)
     if len(members) != len(nodes):
@@ -271,7 +279,9 @@ def _leaf(g: Array, u: Array, p: Array, found: _Moments) -> tuple[Array, Array]:
     v_loaded = moment_storage.load(v, real, g)
     v_max = None if found.v_max is None else moment_storage.load(found.v_max, real, g)
     t = jnp.maximum(found.count, 1).astype(real)
-    parts = found.member.parts(moment_storage.load_first(m, v_loaded, dtype, g), v_loaded, v_max, t)
+    slow = None if found.slow is None else moment_storage.load_first(found.slow, v_loaded, dtype, g)
+    m_loaded = moment_storage.load_first(m, v_loaded, dtype, g)
+    parts = found.member.parts(m_loaded, v_loaded, v_max if slow is None else slow, t)
     alive = parts.root > 0
     scale = jnp.where(alive, 1 / jnp.where(alive, parts.root + parts.eps, 1), 0)  # no second moment, no direction
     driven = alive & sharded_like(g != 0, alive)  # of an element that has no gradient any more, eps is not the reason
@@ -279,7 +289,13 @@ def _leaf(g: Array, u: Array, p: Array, found: _Moments) -> tuple[Array, Array]:
     error = jnp.zeros_like(scale)
     m_noise, v_noise = moment_storage.storage_noise(m, v, v_loaded)
     if m_noise is not None:
-        error += abs_sq(found.member.parts(m_noise.astype(dtype), v_loaded, v_max, t).m_hat) * scale * scale
+        third = v_max if slow is None else jnp.zeros_like(slow)
+        error += abs_sq(found.member.parts(m_noise.astype(dtype), v_loaded, third, t).m_hat) * scale * scale
+    if found.slow is not None:
+        slow_noise, _ = moment_storage.storage_noise(found.slow, v, v_loaded)
+        if slow_noise is not None:
+            of_slow = found.member.parts(jnp.zeros_like(m_loaded), v_loaded, slow_noise.astype(dtype), t)
+            error += abs_sq(of_slow.m_hat) * scale * scale
     if v_noise is not None:
         error += direction * (v_noise.astype(real) / jnp.where(v_loaded > 0, v_loaded, 1)) ** 2 / 4
     terms = _Sums(

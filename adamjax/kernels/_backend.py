@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from functools import cache, partial, reduce
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from adamjax._core import collectives, quantization
 from adamjax._core.low_precision import Dither
 from adamjax._core.quantization import QuantizedArray
-from adamjax._transforms.adam import AdamRule, AdamScalars
+from adamjax._transforms.adam import AdamRule
 from adamjax._transforms.ademamix import AdEMAMixRule, SimplifiedAdEMAMixRule
 from adamjax._transforms.adopt import ADOPTRule
 from adamjax._transforms.atan2 import AdamAtan2Rule
@@ -28,6 +28,7 @@ from adamjax._transforms.learning_rate import scale_update
 from adamjax._transforms.moment_storage import Moment
 from adamjax._transforms.moments import StepLeaf
 from adamjax._transforms.param_rounding import ParamRounding, RoundParam
+from adamjax._transforms.schedule_free import ScheduleFreeRule, StepScheduleFree
 from adamjax._transforms.stable import StableAdamRule, scale_by_kept
 from adamjax._transforms.weight_decay import ADDS_PARAM, add_agreeing_param, add_scaled_param, negate
 
@@ -37,7 +38,10 @@ Dithers = tuple[Dither | None, ...]  # of both moments, and of p if it is rounde
 
 
 # The rules that kernels know: the C++ kernel all, those for accelerators some.
-RULES = (AdamRule, StableAdamRule, SimplifiedAdEMAMixRule, AdEMAMixRule, ADOPTRule, AdamAtan2Rule)
+RULES = (
+    *(AdamRule, StableAdamRule, SimplifiedAdEMAMixRule, AdEMAMixRule, ADOPTRule, AdamAtan2Rule),
+    ScheduleFreeRule,  # whose z stands in place of the first moment
+)
 
 
 class StepVariant(NamedTuple):
@@ -60,7 +64,7 @@ class StepVariant(NamedTuple):
 class StepScalars(NamedTuple):
     """The hyperparameters of a step: float32 scalars."""
 
-    adam: AdamScalars  # those of the rule
+    adam: Any  # those of the rule: `AdamScalars`, or `ScheduleFreeScalars`
     limit: Any  # the limit of the finite numbers of a gradient that is clipped; None if it is not
     sign: Any  # the factor of the gradient: 1, or -1 to ascend, times that of clipping
     coupled: Any  # the factor of the parameter in the gradient
@@ -114,7 +118,7 @@ class Split(NamedTuple):
 def split(functions: Functions) -> Split | None:
     """Find the operations of a leaf program that a kernel can run; None if it has no step of a rule that it knows."""
     body = [function for _, function in functions]
-    at = next((i for i, f in enumerate(body) if isinstance(f, StepLeaf) and type(f.rule) in RULES), None)
+    at = next((i for i, f in enumerate(body) if _steps(f) and type(f.rule) in RULES), None)
     if at is None:
         return None
     first, end = at, at + 1
@@ -129,6 +133,10 @@ def split(functions: Functions) -> Split | None:
         end += 1
     end += end < len(body) and _delivers(body[end])
     return Split(slice(0, first), slice(first, end), slice(end, len(body)))
+
+
+def _steps(function: Any) -> TypeGuard[StepLeaf | StepScheduleFree]:
+    return isinstance(function, StepLeaf | StepScheduleFree)
 
 
 def _adds_param(function: LeafFunction) -> bool:
@@ -161,14 +169,14 @@ def variant_of(functions: Functions) -> StepVariant | None:
     if found is None or found.step != slice(0, len(functions)):
         return None
     body: list[Any] = [function for _, function in functions]
-    at = next(i for i, function in enumerate(body) if isinstance(function, StepLeaf))
+    at = next(i for i, function in enumerate(body) if _steps(function))
     rule, last = body[at].rule, body[-1]
     is_rounded = isinstance(last, RoundParam)
     update = None if last is add_to_param or (is_rounded and not last.as_update) else np.dtype(np.float32)
     return StepVariant(
         rule,
         coupled=add_scaled_param in body[:at],
-        decays=any(map(ADDS_PARAM.__contains__, body[at:])),
+        decays=any(map(ADDS_PARAM.__contains__, body[at:])) or isinstance(body[at], StepScheduleFree),
         rounding=last.rounding if is_rounded else None,
         update=last.dtype if isinstance(last, RoundTo) else update,
         clips=clip_leaf in body,
@@ -188,7 +196,10 @@ def step_scalars(
     adam: Any = None
     dithers: Dithers = ()
     for (_, function), x in zip(functions, operands, strict=True):
-        if isinstance(function, StepLeaf):
+        if isinstance(function, StepScheduleFree):
+            adam, dithers = x[0], (None, x[1])
+            decay = adam.weight_decay if function.decays else decay
+        elif isinstance(function, StepLeaf):
             adam, dithers = x
             if function.rule.has_factor and not function.rule.keeps_factor:
                 rate = rate * factor
@@ -210,7 +221,8 @@ def step_scalars(
 
 def moments_of(functions: Functions, states: Sequence[Any]) -> tuple[Moment, Moment, Moment | None]:
     """The moments that a program that was recognised steps."""
-    return states[_moments_number(functions)]
+    m, v, *third = states[_moments_number(functions)]
+    return m, v, third[0] if third else None
 
 
 def arrays_of(
@@ -225,7 +237,7 @@ def arrays_of(
 
 @cache
 def _moments_number(functions: Functions) -> int:
-    return next(number for number, function in functions if isinstance(function, StepLeaf))
+    return next(number for number, function in functions if _steps(function))
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
@@ -240,7 +252,8 @@ def _run_kernel(
     leaf = arrays_of(variant, functions, Leaf(-1, u, p, states), moments)
     new, m, v, v_max, residual = step_leaf(backend, variant, leaf, u, scalars, dithers)
     after = list(states)
-    after[_moments_number(functions)] = (m, v, v_max)
+    number = _moments_number(functions)
+    after[number] = (m, v, v_max)[: len(states[number])]
     if variant.rounding is not None:
         after[functions[-1][0]] = (leaf[0], residual)
     return new, after
@@ -248,8 +261,10 @@ def _run_kernel(
 
 def _factor(functions: Functions, u: Array, moments: Any, operands: Sequence[Any]) -> Array | None:
     """The factor of the rule, which XLA computes: it reads whole arrays before the kernel writes them."""
-    at, step = next((i, f) for i, (_, f) in enumerate(functions) if isinstance(f, StepLeaf))
-    return step.factor(u, moments, operands[at]).astype(jnp.float32) if step.rule.has_factor else None
+    at, step = next((i, f) for i, (_, f) in enumerate(functions) if _steps(f))
+    if not isinstance(step, StepLeaf) or not step.rule.has_factor:
+        return None
+    return step.factor(u, moments, operands[at]).astype(jnp.float32)
 
 
 @partial(_run_kernel.defjvp, symbolic_zeros=True)

@@ -11,17 +11,18 @@ from jax import Array
 from adamjax._core import trees
 from adamjax._core.numerics import Decay, largest_square_root
 from adamjax._core.quantization import QuantizedArray
-from adamjax._transforms.adam import AdamRule, AdamScalars
+from adamjax._transforms.adam import AdamRule
 from adamjax._transforms.ademamix import AdEMAMixRule, SimplifiedAdEMAMixRule
 from adamjax._transforms.adopt import ADOPTRule
 from adamjax._transforms.atan2 import AdamAtan2Rule
+from adamjax._transforms.schedule_free import ScheduleFreeRule
 from adamjax.kernels import _library
 from adamjax.kernels._backend import Backend, LeafArrays, LeafSpec, StepScalars, StepVariant, results
 
 # As in adam.cc.
 _TILE = 1024
 _ROUNDINGS = (None, "stochastic_rounding", "kahan", "master_weights", "low_bits")
-_OTHER_RULES = (AdEMAMixRule, ADOPTRule, AdamAtan2Rule)  # behind Adam's own, and the cautious one
+_OTHER_RULES = (AdEMAMixRule, ADOPTRule, AdamAtan2Rule, ScheduleFreeRule)  # behind Adam's own, and the cautious one
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -71,7 +72,9 @@ def _scalars(variant: StepVariant, scalars: StepScalars) -> tuple[Any, ...]:
     weight_m, weight_g, slow, angle = _numerator(variant.rule, s, rate)
     eps_root, c2 = (zero, one) if isinstance(variant.rule, ADOPTRule) else (s.eps_root, s.c2)
     by_c2, max_by_c2 = (one, one / c2) if variant.rule.amsgrad == "corrected" else (one / c2, one)
-    mean = (*_ema(s.decay1), weight_m, weight_g)
+    is_free = isinstance(variant.rule, ScheduleFreeRule)
+    mean = (*((zero,) * 3 if is_free else _ema(s.decay1)), weight_m, weight_g)
+    free = (s.pull, s.push, s.rate) if is_free else (zero,) * 3
     square = (*_ema(s.decay2), by_c2, eps_root, s.eps)
     float32 = np.dtype(np.float32)
     largest = jnp.float32(largest_square_root(float32))
@@ -80,18 +83,19 @@ def _scalars(variant: StepVariant, scalars: StepScalars) -> tuple[Any, ...]:
     gradient = limit if scalars.limit is None else scalars.limit, scalars.sign, scalars.coupled
     cautious = -one if variant.cautious else one
     most = s.extra if isinstance(variant.rule, ADOPTRule) else zero
-    return (*mean, *square, *gradient, scalars.decay, cautious, max_by_c2, largest, *slow, jnp.sign(rate), *angle, most)
+    other = (*slow, jnp.sign(rate), *angle, most, *free)
+    return (*mean, *square, *gradient, scalars.decay, cautious, max_by_c2, largest, *other)
 
 
 def _ema(d: Decay) -> tuple[Any, ...]:
     return d.old_weight, d.one_minus_b, d.undo
 
 
-def _numerator(rule: AdamRule, s: AdamScalars, rate: Any) -> tuple[Any, Any, tuple[Any, ...], tuple[Any, ...]]:
+def _numerator(rule: AdamRule, s: Any, rate: Any) -> tuple[Any, Any, tuple[Any, ...], tuple[Any, ...]]:
     """The weights of the first moment and the gradient, those of a slow mean, and those of an angle."""
     one, zero = jnp.float32(1), jnp.float32(0)
     no_slow, no_angle = (zero,) * 4, (zero, zero)
-    if isinstance(rule, ADOPTRule):
+    if isinstance(rule, ADOPTRule | ScheduleFreeRule):
         return rate, zero, no_slow, no_angle
     if isinstance(rule, SimplifiedAdEMAMixRule):
         return rate / s.decay1.one_minus_b, rate * s.extra, no_slow, no_angle

@@ -52,6 +52,7 @@ struct Scalars {
   float agreeing;              // cautious: the sign of the learning rate, with which m agrees with g
   float angle, of_root;        // atan2: angle atan2(numerator, of_root denominator)
   float most;                  // ADOPT: of a gradient over the root
+  float pull, push, rate;      // schedule-free: p <- p + pull (z - p) - push d, z <- z - rate d
 };
 constexpr int64_t kScalars = sizeof(Scalars) / sizeof(float);
 
@@ -68,7 +69,7 @@ struct Dithers {
 constexpr int64_t kDithers = sizeof(Dithers) / sizeof(uint32_t);
 
 // The rule of a step: Adam's, or another that differs in what `Form` says.
-enum class Rule { kAdam, kCautious, kAdEMAMix, kADOPT, kAtan2 };
+enum class Rule { kAdam, kCautious, kAdEMAMix, kADOPT, kAtan2, kScheduleFree };
 
 // The rounding of a half precision parameter: the update is rounded and added, or a wrapper of ../rounding.py applies.
 enum class Landing { kNone, kStochastic, kCompensated, kMaster, kLowBits };
@@ -738,7 +739,8 @@ T Atan2(T y, T x) {
   return y < 0 ? -angle : angle;
 }
 
-// The formulas, for numbers or vectors of them. The third array of AdEMAMix is its slow mean, of others a maximum.
+// The formulas, for numbers or vectors of them. The third array of AdEMAMix is its slow mean, of others a maximum. The
+// schedule-free rule has z in place of the first moment.
 template <Rule kRule, bool kApart, bool kNesterov, bool kThird, bool kCoupled, bool kDecays>
 struct Form {
   static constexpr bool kMixes = kRule == Rule::kAdEMAMix, kMaximum = kThird && !kMixes;
@@ -775,7 +777,8 @@ struct Form {
   template <class T>
   static T Update(const Scalars& s, T g, T m, T largest, T slow, T p) {
     T direction = s.of_m * m;
-    if (kNesterov) direction += s.of_g * g;
+    // 0 times an infinite gradient would be NaN, which a cautious step takes for a sign that disagrees.
+    if (kNesterov && s.of_g != 0) direction += s.of_g * g;
     if (kMixes) direction += s.of_slow * slow;
     if (kRule == Rule::kCautious) {
       T signed_ = s.agreeing * direction;
@@ -807,6 +810,15 @@ struct Form {
     g = Gradient(s, g, p);
     T m = Lanes<T>(tile.m + i), v = Lanes<T>(tile.v + i), third{};
     if constexpr (kThird) third = Lanes<T>(tile.top + i);
+    if constexpr (kRule == Rule::kScheduleFree) {
+      if constexpr (part == kAll || part == kMoments) Put(tile.v + i, v = Square(s, v, g));
+      if constexpr (part == kAll || part == kUpdate) {
+        T d = g / (Root(v * s.by_c2 + s.eps_root) + s.eps) + s.decay * p, u = s.pull * (m - p) - s.push * d;
+        Put(tile.m + i, m - s.rate * d);
+        kApart ? Put(tile.update + i, u) : Put(tile.p + i, p + u);
+      }
+      return;
+    }
     if constexpr (part == kAll || part == kMoments) {
       m = Mean(s, m, Sample(s, g, v));
       v = Square(s, v, g);
@@ -997,6 +1009,9 @@ struct Job {
         break;
       case Rule::kADOPT:
         steps = Choose<Rule::kADOPT, false>(apart);
+        break;
+      case Rule::kScheduleFree:
+        steps = Choose<Rule::kScheduleFree, false>(apart);
         break;
       case Rule::kAtan2:
         steps = Choose<Rule::kAtan2, false>(apart);

@@ -1,9 +1,10 @@
 """Schedule-free optimizers."""
 
-from adamjax._core.typing import Mask, Scalar, ScalarOrSchedule
-from adamjax._transforms.chain import Chain, chain
+from adamjax._core.typing import FusedMode, Mask, Scalar, ScalarOrSchedule
+from adamjax._transforms.chain import Chain
 from adamjax._transforms.moment_storage import MomentFormat
 from adamjax._transforms.schedule_free import ScheduleFreeAdamW
+from adamjax.optimizers._parts import chain_or_fused
 
 
 def schedule_free_adamw(
@@ -17,6 +18,7 @@ def schedule_free_adamw(
     *,
     nu_dtype: MomentFormat = None,
     mask: Mask = None,
+    fused: FusedMode = False,
 ) -> Chain:
     r"""Schedule-Free AdamW (Defazio et al., 2024): AdamW whose learning rate need not decay, for runs of any length.
 
@@ -45,6 +47,7 @@ def schedule_free_adamw(
         rate.
       weight_lr_power: The power r, at least 0.
       mask: The leaves that decay; see `add_decayed_weights`.
+      fused: See `adam`.
 
     Returns:
       A transformation whose state is a tuple of a `ScheduleFreeState`; `update` needs `params`. In a chain it must be
@@ -66,4 +69,5 @@ def schedule_free_adamw(
     True
     """
     warmup = 0.0 if warmup_steps is None else warmup_steps
-    return chain(ScheduleFreeAdamW(learning_rate, warmup, b1, b2, eps, weight_decay, weight_lr_power, nu_dtype, mask))
+    opt = ScheduleFreeAdamW(learning_rate, warmup, b1, b2, eps, weight_decay, weight_lr_power, nu_dtype, mask)
+    return chain_or_fused(fused, opt)
