@@ -291,7 +291,7 @@ def _leaf(g: Array, u: Array, p: Array, found: _Moments) -> tuple[Array, Array]:
     if m_noise is not None:
         third = v_max if slow is None else jnp.zeros_like(slow)
         error += abs_sq(found.member.parts(m_noise.astype(dtype), v_loaded, third, t).m_hat) * scale * scale
-    if slow is not None:
+    if found.slow is not None:
         slow_noise, _ = moment_storage.storage_noise(found.slow, v, v_loaded)
         if slow_noise is not None:
             of_slow = found.member.parts(jnp.zeros_like(m_loaded), v_loaded, slow_noise.astype(dtype), t)
