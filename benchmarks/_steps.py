@@ -49,6 +49,25 @@ FUSED: dict[str, Make] = {f"adamjax fused{name}": partial(adamw, mu, nu, True) f
 OPTAX: dict[str, Make] = {"optax": lambda: optax.adamw(LR, weight_decay=DECAY)}
 # Each format, plain and fused side by side.
 EVERY = {name: make for pair in zip(PLAIN.items(), FUSED.items(), strict=True) for name, make in pair} | OPTAX
+# What came after Adam.
+RULES: dict[str, Callable[[bool], Any]] = {
+    "adamw": lambda fused: adamw(fused=fused),
+    "adamw, cautious": lambda fused: adamjax.adamw(LR, weight_decay=DECAY, cautious=True, fused=fused),
+    "adamw, cautious decay": lambda fused: adamjax.adamw(LR, weight_decay=DECAY, cautious_decay=True, fused=fused),
+    "stable_adamw": lambda fused: adamjax.stable_adamw(LR, weight_decay=DECAY, fused=fused),
+    "ademamix": lambda fused: adamjax.ademamix(LR, weight_decay=DECAY, fused=fused),
+    "ademamix, int8 moments": lambda fused: adamjax.ademamix(
+        LR, weight_decay=DECAY, mu_dtype=INT8, nu_dtype=INT8, fused=fused
+    ),
+    "adopt": lambda fused: adamjax.adopt(LR, weight_decay=DECAY, fused=fused),
+    "adam_atan2": lambda fused: adamjax.adam_atan2(LR, weight_decay=DECAY, fused=fused),
+    "schedule_free_adamw": lambda fused: adamjax.schedule_free_adamw(LR, weight_decay=DECAY, fused=fused),
+}
+FAMILY: dict[str, Make] = {
+    f"{name}{', fused' if fused else ''}": partial(make, fused)
+    for name, make in RULES.items()
+    for fused in (False, True)
+}
 # For many leaves. Rounded moments are left out: XLA would compile their kernels anew for each leaf, for minutes.
 PACKED: dict[str, Make] = {
     "adamjax packed": lambda: adamjax.packed(adamw()),

@@ -33,6 +33,9 @@ def tables(quick: bool) -> Iterator[Table]:
     yield measured("bfloat16", title, large, of_bfloat16, rounds, dtype="bfloat16")
     title = f"{millions} M float32 parameters in 4 leaves, stepped by frameworks and behind wrappers"
     yield measured("paths", title, large, _steps.PATHS, rounds)
+    part = max(millions // 4, 1)
+    title = f"{part} M float32 parameters in 4 leaves: what came after Adam"
+    yield measured("family", title, [(part * 256, 1024)] * 4, _steps.FAMILY | _steps.OPTAX, rounds, in_torch=())
     title = f"A transformer's {elements(mixed) / 1e6:.3g} million float32 parameters in {len(mixed)} leaves"
     yield measured("mixed", title, mixed, {n: make for n, make in _steps.EVERY.items() if "int4" not in n}, rounds)
     for name, shape in (("many", (64, 64)), ("tiny", (64,))):
