@@ -260,6 +260,7 @@ def horizons_of(steps: int) -> list[int]:
 
 def run(problem: Problem, contestant: Contestant, *, trials: int, steps: int, seeds: int) -> Result:
     """Tune a contestant for `steps` steps, and train what was chosen for all horizons with fresh seeds."""
+    jax.config.update("jax_num_cpu_devices", cores())
     make = Stretched(contestant)
     # A range test would not change the space.
     how: dict[str, Any] = {"space": contestant.space, "halving": False, "range_test": None, "seed": contestant.seed}
@@ -371,7 +372,6 @@ def tables(quick: bool, trials: int = 32, raw: Path | None = None, rows: Sequenc
       raw: The file, or None.
       rows: Names of optimizers to measure, also where the file has them; none for all that it lacks.
     """
-    jax.config.update("jax_num_cpu_devices", cores())
     trials, steps, seeds = (4, 20, 2) if quick else (trials, 300, 8)
     tracks, usual = (["digits"], CONTESTANTS[:3:2]) if quick else (list(PROBLEMS), CONTESTANTS)
     named = [c for c in CONTESTANTS if c.optimizer in rows]

@@ -365,6 +365,7 @@ def test_a_thousand_leaves_trace_once_per_distinct_leaf(monkeypatch):
         return original(*arguments)
 
     monkeypatch.setattr(AdamRule, "accumulate", counted)
+    jax.clear_caches()  # of other tests
     opt = adamjax.adamw(LR)
     params = [jnp.ones((2 + i % 4,)) for i in range(200)]
     jax.jit(opt.step).lower(params, opt.init(params), params)

@@ -542,7 +542,8 @@ def test_the_bias_of_the_keys():
     def loss(params, x):
         x = x.reshape(8, 8, 16)
         q, k, v = (x @ params[name]["kernel"] + params[name]["bias"] for name in "qkv")
-        return jnp.mean((jax.nn.softmax(jnp.einsum("bid,bjd->bij", q, k) / 4) @ v - jnp.sin(x)) ** 2)
+        # So small that rounding errors are below eps on any processor.
+        return 0.1 * jnp.mean((jax.nn.softmax(jnp.einsum("bid,bjd->bij", q, k) / 4) @ v - jnp.sin(x)) ** 2)
 
     keys = jax.random.split(jax.random.key(0), 3)
     kernels = [jax.random.normal(key, (16, 16)) / 4 for key in keys]

@@ -16,6 +16,7 @@ from tolerances import FUSED, FUSED_ROUNDED, RECOMPILED
 import adamjax
 import adamjax.interop.torch as optim
 from adamjax import sharding
+from adamjax._transforms.param_rounding import join_bits
 from adamjax.kernels import _fused, _library
 
 COMPILER = pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler")
@@ -73,7 +74,7 @@ def assert_same(found, expected, params):
         last, spacing = units(10 * LR, "float32"), None  # digits of the update
         if a.dtype in (jnp.uint8, jnp.uint16):  # lower bits, which alone say nothing
             random, last = a.dtype == jnp.uint8, units(terms[same], "float32")
-            a, b = (adamjax.rounding._join(*x) for x in ((found[0][name], a), (expected[0][name], b)))
+            a, b = (join_bits(*x) for x in ((found[0][name], a), (expected[0][name], b)))
             spacing = 2**8 * units(a[same], "float32") if random else None
         elif a.dtype == p.dtype:  # what Kahan's sum keeps
             spacing = units(np.maximum(np.abs(in_double(a)), np.abs(in_double(b)))[same], p.dtype)

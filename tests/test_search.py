@@ -102,7 +102,8 @@ def test_each_optimizer_is_searched_in_its_own_arguments(make, sampler):
 @pytest.mark.parametrize("make", SINCE_ADAM.values(), ids=SINCE_ADAM)
 def test_each_optimizer_is_tuned(make):
     report = tune(BOWL, optimizer=make, steps=40, trials=16, confirm=None)
-    assert report.best.value < 0.1 * report.trials[0].value("loss")
+    losses = [trial.value("loss") for trial in report.trials]
+    assert np.nanmin(losses) < 0.1 * losses[0]
 
 
 def test_results_may_come_in_any_order():
