@@ -7,7 +7,7 @@ import numpy as np
 from jax import Array
 
 from adamjax._core import checks
-from adamjax._core.numerics import Decay, abs_sq, decay, divide_by_real, ema, sqrt_with_zero_slope
+from adamjax._core.numerics import Decay, decay, divide_by_real, ema, sqrt_with_zero_slope
 from adamjax._core.quantization import OF_ITSELF
 from adamjax._core.typing import Scalar
 from adamjax._core.value import precise_field, static_field, value
@@ -30,7 +30,7 @@ class ADOPTRule(AdamRule):
         size = jnp.abs(normalised)
         # An infinity becomes NaN: limited to a number, it would hide.
         factor = jnp.where(size > s.extra, s.extra / jnp.where(size > s.extra, size, 1), 1)
-        return ema(m, factor * normalised, s.decay1), ema(v, abs_sq(g), s.decay2)
+        return ema(m, factor * normalised, s.decay1), self.second_moment(g, v, s)
 
     def direction(self, g: Array, m: Array, v: Array, v_max: Array | None, s: Any) -> Array:
         """The first moment."""
