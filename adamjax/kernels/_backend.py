@@ -123,12 +123,9 @@ def split(functions: Functions) -> Split | None:
         return None
     first, end = at, at + 1
     rule: Any = body[at].rule  # type: ignore[attr-defined]
-    # A factor of a whole array is made of the gradient that the rule is given.
-    takes = (
-        () if rule.has_factor else (_negates, _clips) if type(rule) is not AdamRule else (_adds_param, _negates, _clips)
-    )
-    for is_taken in takes:
-        first -= first > 0 and is_taken(body[first - 1])
+    if not rule.has_factor:  # a factor of a whole array is made of the gradient that the rule is given
+        for takes in (_adds_param, _negates, _clips) if type(rule) is AdamRule else (_negates, _clips):
+            first -= first > 0 and takes(body[first - 1])
     while end < len(body) and (_decays(body[end], body[at:end]) or body[end] in (scale_update, scale_by_kept)):
         end += 1
     end += end < len(body) and _delivers(body[end])
