@@ -15,18 +15,21 @@ from functools import partial
 
 import jax
 import numpy as np
+import optax
 import optuna
 import pytest
 from bowl import BOWL, CLOSED, Bowl
 from tolerances import SWEEP
 
 import adamjax
-from adamjax import cli
+from adamjax import cli, optimizers
 from adamjax.training import train
 from adamjax.tuning import Choice, Linear, Log, Report, Space, tune
 from adamjax.tuning._courses import Scheduled
 from adamjax.tuning._journal import Journal, TrialRecord
 from adamjax.tuning._population import PopulationRunner
+from adamjax.tuning._report import _optimizer_named
+from adamjax.tuning._spec import optimizer_name
 
 pytestmark = pytest.mark.numbers
 
@@ -563,6 +566,15 @@ class TestReport:
         unknown.save(tmp_path / "mine")
         with pytest.raises(ValueError, match=r"read from a folder: call mine.make with the arguments yourself"):
             Report.load(tmp_path / "mine").best.optimizer  # noqa: B018
+
+    def test_makes_every_optimizer_of_the_package(self):
+        makers = [x for name, x in vars(optimizers).items() if not name.startswith("_")]
+        assert adamjax.ademamix in makers
+        assert all(_optimizer_named(optimizer_name(make)) is make for make in makers)
+
+    def test_names_where_a_function_is_public(self):
+        assert optimizer_name(adamjax.interop.optax.muon) == "adamjax.interop.optax.muon"
+        assert optimizer_name(optax.contrib.ademamix) == "optax.contrib.ademamix"
 
     def test_json_and_table_say_the_same(self, report):
         content = json.loads(report.to_json())

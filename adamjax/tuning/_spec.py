@@ -195,8 +195,9 @@ def optimizer_name(optimizer: Callable[..., object]) -> str:
     if not hasattr(optimizer, "__qualname__") or not optimizer.__module__:
         return stable_repr(optimizer)
     package, name = optimizer.__module__.split(".")[0], optimizer.__qualname__
-    public = getattr(sys.modules.get(package), name, None) is optimizer
-    return f"{package if public else optimizer.__module__}.{name}"
+    modules = [m for m in sorted(sys.modules) if m.split(".")[0] == package and "._" not in m]
+    public = [m for m in modules if getattr(sys.modules[m], "__dict__", {}).get(name) is optimizer]
+    return f"{min(public, key=len, default=optimizer.__module__)}.{name}"
 
 
 def is_problem(x: object) -> "TypeIs[Problem]":
