@@ -72,6 +72,11 @@ def log(b: float) -> float:
     return math.log(b) if b > 0 else -math.inf
 
 
+def is_zero(x: object) -> bool:
+    """Whether a hyperparameter is the number 0, and not an array or a schedule, so that its term can be left out."""
+    return isinstance(x, float) and x == 0
+
+
 def largest_square_root(dtype: np.dtype) -> float:
     """The largest part of a number whose squared magnitude is finite, with room for rounding."""
     return 0.69 * float(jnp.finfo(dtype).max) ** 0.5

@@ -15,7 +15,7 @@ from jax import Array
 
 from adamjax._core import checks, trees
 from adamjax._core.low_precision import Dither, dither
-from adamjax._core.numerics import Decay, bias_correction, decay, divide_by_real
+from adamjax._core.numerics import Decay, bias_correction, decay, divide_by_real, is_zero
 from adamjax._core.quantization import QuantizedArray
 from adamjax._core.trees import Leaves
 from adamjax._core.typing import Mask, PyTree, Scalar, ScalarOrSchedule
@@ -159,7 +159,7 @@ class ScheduleFreeAdamW(Leafwise):
             self._replace_field(name, number_or_schedule(name, getattr(self, name)))
         self._check_whole("warmup_steps")
         self._check_numbers("b1", "b2", below=1.0)
-        if _is_zero(self.b1):
+        if is_zero(self.b1):
             raise ValueError(
                 "Invalid beta parameter at index 0: 0.0; b1 must be above 0: at 0, the average x is in none of the "
                 "arrays that are kept"
@@ -187,7 +187,7 @@ class ScheduleFreeAdamW(Leafwise):
             nu = storage.rebuild_quantized(nu, updates, self.nu_dtype, power=0)
         columns = checks.moments(updates, state.z, "state.z"), checks.moments(updates, nu, "state.nu", real=True)
         scalars, after = self._scalars(state)
-        decays: Sequence[bool | None] = [not _is_zero(self.weight_decay)] * len(updates.leaves)
+        decays: Sequence[bool | None] = [not is_zero(self.weight_decay)] * len(updates.leaves)
         if self.mask is not None:
             decays = updates.column(mask_tree(self.mask, params.tree))
         pairs = list(zip(*columns, strict=True))
@@ -246,7 +246,3 @@ class ScheduleFreeAdamW(Leafwise):
 def _part_of_warmup(t: Array, steps: Any) -> Array:
     """The part of the learning rate at step t (1 for the first) of a linear warmup over so many steps, or none."""
     return jnp.minimum(t / jnp.maximum(steps, 1), 1)
-
-
-def _is_zero(x: object) -> bool:
-    return isinstance(x, float) and x == 0

@@ -8,7 +8,7 @@ import numpy as np
 from jax import Array
 
 from adamjax._core import checks, collectives
-from adamjax._core.numerics import scale
+from adamjax._core.numerics import is_zero, scale
 from adamjax._core.trees import Leaves
 from adamjax._core.typing import AxisName, Mask, PyTree, Scalar, ScalarOrSchedule
 from adamjax._core.value import precise_field, static_field, value
@@ -96,7 +96,7 @@ class ScaleByStableAdam(Moments):
     def _leaf_transforms(self, updates: Leaves, state: PyTree, params: Leaves | None) -> list[LeafTransform]:
         (step,) = super()._leaf_transforms(updates, state, params)
         weight_decay: Any = self.weight_decay
-        if isinstance(weight_decay, float) and weight_decay == 0:
+        if is_zero(weight_decay):
             return [StableLeaves(step, None)]  # type: ignore[arg-type]
         checks.params_given(params, updates, "the weight decay of stable_adamw")
         weight_decay = weight_decay(state.count) if callable(weight_decay) else weight_decay

@@ -173,7 +173,7 @@ class CoupledDecay(Leafwise):
     def _leaf_transforms(self, updates: Leaves, state: PyTree, params: Leaves | None) -> list[LeafTransform]:
         before: list[LeafTransform] = [NegateLeaves()] if self.maximize else []
         # optax.inject_hyperparams makes arrays of all numbers: a 0 among them needs no parameters.
-        if not (params is None and _is_zero(self.weight_decay)):
+        if not (params is None and _is_known_zero(self.weight_decay)):
             checks.params_given(params, updates, "coupled weight decay")
             weight_decay: Any = self.weight_decay
             if callable(weight_decay):
@@ -217,7 +217,7 @@ def mask_tree(mask: Callable[[PyTree], PyTree], params: PyTree) -> PyTree:
     return jax.tree.map(bool, jax.tree.broadcast(tree, params))
 
 
-def _is_zero(x: object) -> bool:
+def _is_known_zero(x: object) -> bool:
     if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer):
         x = x.item() if x.ndim == 0 else x
     return isinstance(x, (int, float)) and x == 0

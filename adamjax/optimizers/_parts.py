@@ -3,6 +3,7 @@
 from typing import Any
 
 from adamjax._core import checks
+from adamjax._core.numerics import is_zero
 from adamjax._core.typing import FusedMode, Mask, ScalarOrSchedule
 from adamjax._transforms.base import Transformation
 from adamjax._transforms.chain import Chain, chain
@@ -42,5 +43,4 @@ def decay_like(learning_rate: ScalarOrSchedule, weight_decay: ScalarOrSchedule) 
 
 def without_zero(decay: AddDecayedWeights) -> tuple[AddDecayedWeights, ...]:
     """Return the decay as members of a chain: none if it is the number 0, so that `update` needs no parameters."""
-    weight_decay: Any = decay.weight_decay
-    return () if isinstance(weight_decay, float) and weight_decay == 0 else (decay,)
+    return () if is_zero(decay.weight_decay) else (decay,)
