@@ -511,4 +511,4 @@ def test_machines_share_a_storage_of_optuna(tmp_path):
 
 def test_progress(capsys):
     small(formula, trials=2, progress=True)
-    assert "trial" in capsys.readouterr().err
+    assert " trials after " in capsys.readouterr().err

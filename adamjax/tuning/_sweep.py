@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from adamjax._core import checks
-from adamjax._core.optional import require
+from adamjax._core.progress import progress_bar
 from adamjax._transforms.base import Transformation, as_transformation
 from adamjax.optimizers import adamw
 from adamjax.problems import Problem
@@ -142,7 +142,7 @@ def sweep(
       metric: The metric of the problem that settings are judged by.
       mode: "min" or "max", whichever value is better. None means "min" for the loss; other metrics need it.
       memory: Bytes that a device may use; None for 80 % of its free memory. A sweep that needs more runs in chunks.
-      progress: Whether to show a progress bar.
+      progress: Whether to show a progress bar; where stderr is no terminal, it is a line for each tenth.
 
     Returns:
       A `Sweep`.
@@ -243,7 +243,7 @@ def _run_all(
 ) -> Curves:
     curves = Curves(runner, len(opts), len(seeds), eval_steps)
     durations = np.diff(eval_steps, prepend=0)
-    with progress_bar(len(opts) * len(seeds) * int(eval_steps[-1]), shown=progress) as bar:
+    with shown_progress(len(opts) * len(seeds) * int(eval_steps[-1]), "step", progress) as bar:
         for group in group_by_structure(opts):
             for chunk, point, results in runner.run([opts[i] for i in group], seeds, eval_steps):
                 curves.record(np.asarray(group)[chunk], point, results)
@@ -269,9 +269,6 @@ def make_optimizer(optimizer: OptimizerFactory, setting: Setting, number: int) -
         raise kind(f"setting {number}, {setting}: {error}") from error
 
 
-def progress_bar(total: int, *, shown: bool) -> Any:
-    """Return the context of a bar of `total` steps, which is None unless it is to be shown."""
-    if not shown:
-        return contextlib.nullcontext()
-    tqdm = require("tqdm", "tune", "the progress bar").tqdm
-    return tqdm(total=total, unit="step", unit_scale=True, dynamic_ncols=True, disable=jax.process_index() > 0)
+def shown_progress(total: int, unit: str, shown: bool) -> Any:
+    """Return the context of a progress bar, which is None unless it is to be shown, here."""
+    return progress_bar(total, unit, "tune") if shown and jax.process_index() == 0 else contextlib.nullcontext()

@@ -27,7 +27,7 @@ from adamjax.tuning._space import OptimizerFactory, Space
 from adamjax.tuning._spec import RACE, Confirm, is_problem
 from adamjax.tuning._stop import Check, Stopped
 from adamjax.tuning._strategy import Stages
-from adamjax.tuning._sweep import progress_bar
+from adamjax.tuning._sweep import shown_progress
 from adamjax.tuning._trial import Trial
 
 STEPS = 300  # of a run of a problem
@@ -241,7 +241,7 @@ def _tune_problem(
     if tests:
         check()
         search.narrow(_range_test(search, runner.mesh if isinstance(runner, MeshRunner) else None))
-    with progress_bar((search.spec.steps or 0) * search.size, shown=progress) as bar:
+    with shown_progress((search.spec.steps or 0) * search.size, "step", progress) as bar:
         if halving == "auto" and isinstance(search.spec.optimizer, Scheduled):
             halving = False  # before the rate has decayed, a loss says little about that at the end
         scheduler = TrialScheduler(search, runner, check, bar)
@@ -292,9 +292,7 @@ def _tune_objective(
     with contextlib.ExitStack() as stack:
         workers = None if executor is None else stack.enter_context(Workers(executor, objective, check))
         search.journal.decide(execution=HERE if workers is None else f"side by side by a {workers.name}")
-        bar = stack.enter_context(progress_bar(search.size, shown=progress))
-        if bar is not None:
-            bar.unit = "trial"
+        bar = stack.enter_context(shown_progress(search.size, "trial", progress))
         run = partial(run_here, objective, check=check) if workers is None else workers.run
         defaults = search.ask_defaults()
         if defaults is not None:
