@@ -3,6 +3,10 @@
 import codecs
 
 REPLACE = "adamjax"  # name of the error handler below
+_ASCII = {
+    "±": "+-", "×": "x", "·": "*", "µ": "u", "²": "^2", "≤": "<=", "≥": ">=", "≈": "~", "−": "-",  # noqa: RUF001
+    "…": "...", "–": "-", "—": "--", "‘": "'", "’": "'", "“": '"', "”": '"', "→": "->", "←": "<-",  # noqa: RUF001
+}  # fmt: skip
 
 
 def printable(text: str) -> str:
@@ -17,9 +21,10 @@ def drawable(text: str) -> str:
 
 def _replacement(error: UnicodeError) -> tuple[str | bytes, int]:
     """Replace what an encoding lacks: an error handler for `codecs`."""
-    if isinstance(error, UnicodeEncodeError) and error.object[error.start] == "±":
-        return "+-", error.start + 1
-    return codecs.backslashreplace_errors(error)
+    if not isinstance(error, UnicodeEncodeError):
+        return codecs.backslashreplace_errors(error)
+    lacking = error.object[error.start : error.end]
+    return "".join(_ASCII.get(c) or c.encode("ascii", "backslashreplace").decode() for c in lacking), error.end
 
 
 codecs.register_error(REPLACE, _replacement)
