@@ -129,11 +129,19 @@ def choice() -> str:
         level = _prebuilt.files().get(path)
         why = "it was compiled for this machine" if level is None else f"of the prebuilt ones, it is for {level}"
         return f"fused steps use {path.name}: {why}"
-    try:
-        command = shlex.join(_compile.compiler())
-    except RuntimeError as error:
-        return f"there is no kernel for fused steps: {error}"
+    if (missing := shortage()) is not None:
+        return f"there is no kernel for fused steps: {missing}"
+    command = shlex.join(_compile.compiler())
     return f"the first fused step compiles a kernel by {command}: none is prebuilt or kept for this machine"
+
+
+def shortage() -> str | None:
+    """Return the reason why there is no kernel, and none can be compiled, or None."""
+    try:
+        _existing() or _compile.compiler()
+    except RuntimeError as error:
+        return str(error)
+    return None
 
 
 def clear() -> list[Path]:
