@@ -1,8 +1,13 @@
 """The command line: what PROBLEM can name, values and ranges of arguments, and objectives."""
 
+import argparse
 import inspect
+import io
 import json
 import re
+import shutil
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +17,7 @@ from bowl import BOWL, Bowl
 
 import adamjax
 from adamjax import cli, tuning
+from adamjax._core.progress import progress_bar
 from adamjax.run_folder import read_metrics
 from adamjax.training import keys_of
 
@@ -87,6 +93,135 @@ def three(optimizer, trial, epochs):
 NUMBER = 3
 
 
+ERRORS = {
+    "tune --lerning-rate 3": " tune: error: there is no flag --lerning-rate; did you mean --learning-rate?",
+    "train --no-fusd": " train: error: there is no flag --no-fusd; did you mean --no-fused?",
+    "lr-range --zzz=1": " lr-range: error: there is no flag --zzz; see adamjax lr-range --help",
+    "tune --prolem bowl:BOWL": " tune: error: there is no flag --prolem; see adamjax tune --help",
+    "tune digits more": " tune: error: more is one argument too many; see adamjax tune --help",
+    "tune --steps 3x": " tune: error: argument --steps: invalid int value: '3x'; see adamjax tune --help",
+    "kernels buld": " kernels: error: argument action: invalid choice: 'buld' (...); did you mean build?",
+    "train --amsgrad tor": " train: error: argument --amsgrad: invalid choice: 'tor' (...); did you mean torch?",
+    "report": " report: error: the following arguments are required: FOLDER; see adamjax report --help",
+    "tuen": ": error: argument COMMAND: invalid choice: 'tuen' (...); did you mean tune?",
+    "--verison": ": error: there is no flag --verison; did you mean --version?",
+    "": ": error: no command is given; see adamjax --help",
+    "train --fix b1": " train: error: --fix b1: expected NAME=VALUE, as in b1=0.9",
+    "train mine": " train: error: problem mine is neither one of characters, digits, digits_convnet nor MODULE:OBJECT",
+    "report /nowhere": " report: error: /nowhere holds no tuning: it has no tune.json",
+}
+
+
+def test_errors_are_one_line_with_a_hint(capsys):
+    for words, said in ERRORS.items():
+        assert cli.main(words.split()) == 2, words
+        found = capsys.readouterr()
+        assert found.out == ""
+        assert re.sub(r"\(choose from .*?\)", "(...)", found.err) == f"adamjax{said}\n"
+
+
+def test_every_flag_says_what_it_does_and_its_default():
+    root, commands = cli.parsers()
+    assert commands.keys() == cli.COMMANDS.keys()
+    for command, parser in {"": root, **commands}.items():
+        assert parser.description, command
+        assert "%(" not in parser.format_help(), command
+        for action in parser._actions:
+            where, default, said = f"{command} {action.option_strings or action.dest}", action.default, action.help
+            if action.dest == "problem_flag":  # the old spelling
+                assert said == argparse.SUPPRESS
+                continue
+            assert re.fullmatch(r"\S.*[^.\s]", said), where
+            if default not in (None, False, argparse.SUPPRESS):
+                shown = re.search(r"\(default: ([^;,) ]+)", said)
+                assert shown is not None, where
+                assert (action.type or str)(shown[1]) == default, where
+            elif action.option_strings and action.nargs != 0 and "can be repeated" not in said:
+                assert "default" in said, where
+    # Those of the optimizers are the numbers in their signatures.
+    for name, keywords in cli.HYPERPARAMETERS.items():
+        signatures = [inspect.signature(getattr(adamjax, x)).parameters for x in cli.OPTIMIZERS]
+        defaults = {x[name].default for x in signatures if name in x}
+        shown = " ".join(re.findall(r"\(default[^)]*\)", keywords["help"]))
+        numbers = {float(number) for number in re.findall(r"(?<=: )\d[\d.]*(?:e-?\d+)?", shown)}
+        assert numbers == {x for x in defaults if type(x) is float}, name
+
+
+def test_text_degrades_where_the_encoding_lacks_characters(monkeypatch):
+    for encoding, said in (("ascii", "m\\xfc->:x+-..."), ("cp1252", "mü->:x±…"), ("utf-8", "mü→:x±…")):
+        stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+        monkeypatch.setattr(sys, "stderr", stream)
+        assert cli.main(["train", "mü→:x±…"]) == 2
+        stream.flush()
+        found = stream.buffer.getvalue().decode(encoding)
+        assert found.startswith(f"adamjax train: error: problem {said}: ")
+        assert "\x1b" not in found
+
+
+def test_a_log_has_a_line_for_each_tenth_and_a_terminal_a_bar(tmp_path, monkeypatch, capsys):
+    def trained(name):
+        assert cli.main(["train", "bowl:BOWL", "--steps", "40", "--out", str(tmp_path / name)]) == 0
+        return capsys.readouterr().err
+
+    def check_lines(said):
+        pattern = r"adamjax: (\d+) of 40 steps after \d+ s: loss [\d.]+, learning_rate [\d.e-]+"
+        assert [int(re.fullmatch(pattern, line)[1]) for line in said.splitlines()] == [10, 20, 30, 40]
+
+    check_lines(trained("log"))
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("TERM", "dumb")
+    check_lines(trained("dumb"))
+    monkeypatch.setenv("TERM", "xterm")
+    said = trained("terminal")
+    assert "\r" in said
+    assert "40/40" in said
+    monkeypatch.undo()
+    with progress_bar(60, "trial", "tune", done=29) as progress:
+        for n in (1, 5, 20):
+            progress.update(n)
+    lines = ["adamjax: 30 of 60 trials", "adamjax: 55 of 60 trials"]
+    assert re.sub(r" after \d+ s", "", capsys.readouterr().err).splitlines() == lines
+    notebook = type("OutStream", (io.StringIO,), {"__module__": "ipykernel.iostream"})()
+    monkeypatch.setattr(sys, "stderr", notebook)
+    with progress_bar(250_000, "step", "demo") as bar:
+        bar.update(250_000)
+    assert "250k/250k" in notebook.getvalue()
+
+
+COMPLETED = {
+    "adamjax t": {"train", "tune"},
+    "adamjax train --optimizer ada": {"adam", "adam_atan2", "adamax", "adamaxw", "adamw"},
+    "adamjax train dig": {"digits", "digits_convnet"},
+    "adamjax tune --le": {"--learning-rate"},
+    "adamjax tune --prob": set(),
+    "adamjax train --out fol": {"folder"},
+    "adamjax train --config fil": {"file"},
+    "adamjax report fol": {"folder"},
+}
+
+
+def test_a_shell_completes_commands_flags_and_values(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("shtab")
+    scripts = {}
+    for shell in ("bash", "zsh", "fish", "tcsh"):
+        assert cli.main(["completion", shell]) == 0
+        scripts[shell] = capsys.readouterr().out
+        assert "schedule_free_adamw" in scripts[shell], "a value of --optimizer"
+    if bash := shutil.which("bash"):
+        (tmp_path / "folder").mkdir()
+        (tmp_path / "file").touch()
+        tries = [
+            f'COMP_WORDS=({line}); COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1)); _shtab_adamjax; echo "${{COMPREPLY[*]}}"'
+            for line in COMPLETED
+        ]
+        command = [bash, "--norc", "-c", "\n".join([scripts["bash"], *tries])]
+        said = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+        assert [set(line.split()) for line in said.splitlines()] == list(COMPLETED.values())
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    assert cli.main(["completion", "bash"]) == 2
+    assert "needs shtab: run  pip install 'adamjax[completion]'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["BOWL", "Bowl", "make_bowl"])
 @pytest.mark.parametrize("command", ["train", "tune", "lr-range"])
 def test_problems_and_their_factories(name, command, tmp_path, capsys, monkeypatch):
@@ -103,8 +238,7 @@ def test_the_old_flag_of_train_is_the_argument(tmp_path, capsys):
         found.append(json.loads((tmp_path / str(i) / "config.json").read_text()))
     assert found[0] == found[1]
     assert found[0]["flags"]["problem"] == "bowl:BOWL"
-    with pytest.raises(SystemExit, match="2"):
-        cli.main(["train", "bowl:BOWL", "--problem", "digits"])
+    assert cli.main(["train", "bowl:BOWL", "--problem", "digits"]) == 2
     assert "argument --problem: not allowed with argument PROBLEM" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="0"):
         cli.main(["train", "--help"])

@@ -202,7 +202,7 @@ def test_a_full_disk_is_said_in_a_line(tmp_path, monkeypatch, capsys, flags):
         assert cli.main(command) == 1
     said = capsys.readouterr().err
     assert "Traceback" not in said
-    assert "adamjax: error: [Errno 28] No space left on device" in said
+    assert "adamjax train: error: [Errno 28] No space left on device" in said
     assert "curves.png was not drawn" in said
     assert cli.main(["train", "--resume", str(tmp_path / "run")]) == 0
     assert [r["step"] for r in read_metrics(tmp_path / "run")] == [0, 10, 20, 30, 40]

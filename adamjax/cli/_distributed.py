@@ -18,9 +18,15 @@ from adamjax.cli._flags import CommandError, Flags, Options, flag
 
 # These flags say where a run takes place. They do not change its result, and are not kept with it.
 DISTRIBUTED_FLAGS: Flags = {
-    "coordinator": {"metavar": "HOST:PORT", "help": "address at which the processes meet: a free port of process 0"},
-    "processes": {"type": int, "help": "number of processes; 1: only this one, with all its devices"},
-    "process_id": {"type": int, "help": "number of this process, from 0"},
+    "coordinator": {
+        "metavar": "HOST:PORT",
+        "help": "address at which the processes meet, a free port of process 0 (default: the cluster's)",
+    },
+    "processes": {
+        "type": int,
+        "help": "number of processes; 1: only this one, with all its devices (default: the cluster's)",
+    },
+    "process_id": {"type": int, "help": "number of this process, from 0 (default: the cluster's)"},
     "start_timeout": {"type": int, "help": "seconds to wait for the other processes at the start (default: 300)"},
     "stall_timeout": {
         "type": int,
@@ -91,7 +97,7 @@ def process_group(options: Options) -> Iterator[ProcessGroup]:
             raise
         # An orderly exit would wait for the other processes, which wait for this one.
         if isinstance(error, CommandError):
-            code = error.show()
+            code = error.show("train")
         else:
             traceback.print_exc()
             code = 1

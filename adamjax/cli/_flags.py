@@ -39,14 +39,28 @@ def boolean_or_name(text: str) -> bool | str:
 
 # Flags by the names of the optimizers' arguments.
 HYPERPARAMETERS: Flags = {
-    "b1": {"type": float, "help": "decay rate of the first moment, the mean of the gradients (default: 0.9)"},
-    "b2": {"type": float, "help": "decay rate of the second moment, the mean of their squares (default: 0.999)"},
-    "b3": {"type": float, "help": "ademamix: decay rate of the slow mean of the gradients (default: 0.9999)"},
+    "b1": {
+        "type": float,
+        "help": "decay rate per update of the first moment, the mean of the gradients (default: 0.9; "
+        "simplified_ademamix: 0.99)",
+    },
+    "b2": {
+        "type": float,
+        "help": "decay rate per update of the second moment, the mean of their squares (default: 0.999; adam_atan2 and "
+        "stable_adamw: 0.99; adopt: 0.9999; simplified_ademamix: 0.95)",
+    },
+    "b3": {
+        "type": float,
+        "help": "ademamix: decay rate per update of the slow mean of the gradients (default: 0.9999)",
+    },
     "alpha": {
         "type": float,
         "help": "ademamix: weight of the slow mean (default: 5); simplified_ademamix: of the gradient (default: 0)",
     },
-    "eps": {"type": float, "help": "number added to the root of the second moment (default: 1e-8)"},
+    "eps": {
+        "type": float,
+        "help": "number added to the root of the second moment (default: 1e-8; adopt and stable_adamw: 1e-6)",
+    },
     "eps_root": {"type": float, "help": "number added to the second moment under the root (default: 0)"},
     "a": {"type": float, "help": "adam_atan2: factor of the angle (default: 1.27)"},
     "b": {"type": float, "help": "adam_atan2: factor of the root (default: 1)"},
@@ -56,7 +70,7 @@ HYPERPARAMETERS: Flags = {
     },
     "threshold": {
         "type": float,
-        "help": "radam: length of the moving average from which on the second moment is used (default: 5)",
+        "help": "radam: length of the moving average, in updates, from which on the second moment is used (default: 5)",
     },
     "weight_decay": {
         "type": float,
@@ -70,20 +84,24 @@ HYPERPARAMETERS: Flags = {
     },
     "decay_schedule": {
         "choices": ("lr", "independent"),
-        "help": "factor of the weight decay: lr, the learning rate; independent, its part of the peak (default: lr)",
+        "help": "adamw: factor of the weight decay: lr, the learning rate; independent, its part of the peak "
+        "(default: lr)",
     },
     "cautious": {
         "action": argparse.BooleanOptionalAction,
-        "help": "leave numbers alone whose direction opposes their gradient",
+        "help": "leave numbers alone whose direction opposes their gradient (default: false)",
     },
     "cautious_decay": {
         "action": argparse.BooleanOptionalAction,
-        "help": "let a number decay only where that does not oppose its update",
+        "help": "let a number decay only where that does not oppose its update (default: false)",
     },
     "mu_dtype": {"choices": FORMATS, "help": "storage format of the first moment (default: float32, or wider)"},
     "mu_slow_dtype": {"choices": FORMATS, "help": "ademamix: storage format of the slow mean (default: float32)"},
     "nu_dtype": {"choices": FORMATS, "help": "storage format of the second moment (default: float32, or wider)"},
-    "nesterov": {"action": argparse.BooleanOptionalAction, "help": "look ahead by one step, as Nesterov's momentum"},
+    "nesterov": {
+        "action": argparse.BooleanOptionalAction,
+        "help": "look ahead by one step, as Nesterov's momentum (default: false)",
+    },
     "amsgrad": {
         "type": boolean_or_name,
         "choices": (False, True, *AMSGRAD),
@@ -92,8 +110,11 @@ HYPERPARAMETERS: Flags = {
         "(default: false)",
     },
     "variant": {"choices": AMSGRAD, "help": "amsgrad: form of the maximum, as above (default: torch)"},
-    "maximize": {"action": argparse.BooleanOptionalAction, "help": "ascend instead of descend"},
-    "fused": {"action": argparse.BooleanOptionalAction, "help": "step in one pass over memory, by a compiled kernel"},
+    "maximize": {"action": argparse.BooleanOptionalAction, "help": "ascend instead of descend (default: false)"},
+    "fused": {
+        "action": argparse.BooleanOptionalAction,
+        "help": "step in one pass over memory, by a compiled kernel (default: false)",
+    },
 }
 
 # Flags by the names of the schedules' arguments.
@@ -110,8 +131,9 @@ PROBLEM_OPTIONS: Flags = {"batch_size": {"type": int, "help": "examples per upda
 class CommandError(Exception):
     """A command cannot be carried out; the message says why, and what to do."""
 
-    def show(self) -> int:
-        print(printable(f"adamjax: error: {self}"), file=sys.stderr)
+    def show(self, *command: str) -> int:
+        """Print the message with the name of the command, if that is known, and return the exit code."""
+        print(printable(f"{' '.join(('adamjax', *command))}: error: {self}"), file=sys.stderr)
         return 2
 
 

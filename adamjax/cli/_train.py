@@ -16,6 +16,7 @@ import adamjax
 from adamjax import safety, schedules, training
 from adamjax._core.optional import require
 from adamjax._core.processes import broadcast
+from adamjax._core.progress import progress_bar
 from adamjax._core.signals import STOPPED
 from adamjax._core.text import printable
 from adamjax._core.typing import ScheduleLike
@@ -31,8 +32,7 @@ _FAILED, _DIVERGED = 1, 1
 _DEFAULTS: Options = {"steps": 1000, "schedule": "warmup_cosine", "report_every": 10, "evaluate_every": 100}
 
 
-def add_parser(commands: _flags.Subparsers) -> argparse.ArgumentParser:
-    """Add the command to the command line, and return its parser."""
+def add_parser(commands: _flags.Subparsers) -> None:
     train = commands.add_parser(
         "train",
         help="train a model and draw its curves",
@@ -68,10 +68,9 @@ def add_parser(commands: _flags.Subparsers) -> argparse.ArgumentParser:
         "--skip-nonfinite",
         type=int,
         metavar="N",
-        help="skip updates whose gradients are not finite, and stop after N of them in a row (always with float16, "
-        f"where N is {_train_setup.MAX_SKIPPED} by default and the loss scale adapts)",
+        help="skip updates whose gradients are not finite, and stop after N of them in a row (default: skip none; "
+        f"with float16 {_train_setup.MAX_SKIPPED}, and the loss scale adapts)",
     )
-    return train
 
 
 def _add_run_flags(run: argparse._ArgumentGroup) -> None:
@@ -82,15 +81,21 @@ def _add_run_flags(run: argparse._ArgumentGroup) -> None:
     add("--report-every", type=int, help="updates between lines of metrics.jsonl (default: 10)")
     add("--evaluate-every", type=int, help="updates between validations (default: 100)")
     add("--checkpoint-every", type=int, help="updates between checkpoints, which are saved at reports (default: none)")
-    add("--out", type=Path, help="folder to write (default: the next free runs/train-N)")
+    add("--out", type=Path, metavar="FOLDER", help="folder to write (default: the next free runs/train-N)")
     earlier = run.add_mutually_exclusive_group()
-    earlier.add_argument("--config", type=Path, help="config.json of a run to repeat; other flags override it")
+    earlier.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="config.json of a run to repeat; other flags override it (default: none)",
+    )
     earlier.add_argument(
         "--resume",
         type=Path,
         metavar="FOLDER",
         help="continue a run from its last checkpoint (from its start, if it has none); the result is that of an "
-        "uninterrupted run, so of its flags only --checkpoint-every and those of the processes can be changed",
+        "uninterrupted run, so of its flags only --checkpoint-every and those of the processes can be changed "
+        "(default: a new run)",
     )
     trust = "import the module of the problem that a config.json names, which runs its code"
     add("--allow-import", action="store_true", help=trust)
@@ -167,7 +172,6 @@ def _open(path: Path) -> RunFolder:
 
 def _run_as_leader(run: _PreparedRun, folder: RunFolder, options: Options) -> int:
     """Train in the process that prints and writes for all."""
-    tqdm = require("tqdm", "demo", "the progress bar").tqdm
     with _flags.errors_for_users():
         folder.begin(run.history.records)
         diagnosis = Diagnosis(run.path, options)
@@ -179,7 +183,7 @@ def _run_as_leader(run: _PreparedRun, folder: RunFolder, options: Options) -> in
     rate = jax.jit(run.schedule)
     failure: FloatingPointError | None = None
     failed = False
-    with tqdm(total=options["steps"], initial=run.history.done, unit="step", dynamic_ncols=True) as bar:
+    with progress_bar(options["steps"], "step", "demo", done=run.history.done) as bar:
         try:
             for report in run.reports:
                 record = _record(report, rate)
@@ -207,7 +211,7 @@ def _run_as_leader(run: _PreparedRun, folder: RunFolder, options: Options) -> in
             if known is None:
                 traceback.print_exc()
             else:
-                known.show()
+                known.show("train")
             failed = True
         finally:
             _draw(folder)

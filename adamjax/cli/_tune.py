@@ -33,7 +33,7 @@ def add_parsers(commands: Subparsers) -> None:
         help="write the report of a tuning again",
         description="Write the plots and the page of a tuning, even of one that was stopped, and print its table.",
     )
-    report.add_argument("directory", type=Path, help="folder that adamjax tune wrote")
+    report.add_argument("directory", type=Path, metavar="FOLDER", help="folder that adamjax tune wrote")
     _add_format(report)
 
 
@@ -56,7 +56,9 @@ def _add_lr_range(commands: Subparsers) -> None:
     add("--rates", type=int, help="constant: number of learning rates, at least 10 (default: 32; an objective: 12)")
     add("--seed", type=int, help="seed of parameters, data order and dropout (default: 0)")
     output = parser.add_argument_group("the output")
-    output.add_argument("--plot", type=Path, help="file to draw the curve to: .png, .pdf or .svg (default: none)")
+    output.add_argument(
+        "--plot", type=Path, metavar="FILE", help="file to draw the curve to: .png, .pdf or .svg (default: none)"
+    )
     _add_format(output)
     _arguments.add_fix(_flags.add_optimizer(parser, _flags.OPTIMIZER_HELP))
 
@@ -81,14 +83,17 @@ def _add_tune(commands: Subparsers) -> None:
     add("--steps", type=int, help=f"updates of each run ({budget})")
     add("--metric", help="metric to judge by (default: loss)")
     add("--mode", choices=("min", "max"), help="better value of the metric (default for the loss: min)")
-    add("--stages", nargs="+", metavar="NAMES", help="arguments to vary in each stage, as in: learning_rate b1,b2")
+    stages = "arguments to vary in each stage, as in: learning_rate b1,b2 (default: the sampler decides)"
+    add("--stages", nargs="+", metavar="NAMES", help=stages)
     confirm = "how many of the best to run again, and with how many fresh seeds (default: (8, 2) (5, 4) (3, 8), a race)"
     add("--confirm", type=int, nargs=2, metavar=("BEST", "SEEDS"), help=confirm)
     add("--sampler", help="auto, halton, sobol, random, optuna or optuna:SAMPLER (default: auto)")
     add("--storage", metavar="URL", help="optuna: storage that several machines can share (default: memory)")
     add("--seed", type=int, help="seed of the search; the seeds after it confirm (default: 0)")
     output = parser.add_argument_group("the output")
-    output.add_argument("--out", type=Path, help="folder to write (default: the next free runs/tune-N)")
+    output.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="folder to write (default: the next free runs/tune-N)"
+    )
     output.add_argument("--resume", action="store_true", default=False, help="continue the tuning in --out")
     _transfer.add_flag(output)
     _add_format(output)
