@@ -1,6 +1,7 @@
 """The documentation site: `sphinx-build -W --keep-going .docs build/docs`."""
 
 import importlib.util
+import os
 import sys
 from pathlib import Path
 
@@ -49,7 +50,9 @@ html_static_path = ["static", str(_mathjax / "tex-svg.js")]
 mathjax_path = "tex-svg.js"
 
 html_theme = "furo"
+pygments_dark_style = "github-dark"
 html_title = f"adamjax {version}"
+html_baseurl = os.environ.get("READTHEDOCS_CANONICAL_URL", "")
 html_css_files = ["style.css"]
 html_favicon = "static/favicon.svg"
 html_copy_source = False

@@ -1,5 +1,8 @@
-"""Extensions of Sphinx: notebooks and their pictures, names that become links, docstrings in Google's style with Markdown,
-`--help`, and pages that load nothing from elsewhere."""
+"""Extensions of Sphinx.
+
+Notebooks with their pictures, names that become links, docstrings in Google's style with Markdown, `--help`, and pages
+that load nothing from elsewhere.
+"""
 
 import base64
 import contextlib
@@ -37,7 +40,7 @@ OTHERS = re.compile(
 
 
 def copy_notebooks(source: Path, target: Path) -> None:
-    """Copy notebooks, whose links lead to the same pages from there, and the picture of each cell tagged as thumbnail."""
+    """Copy the notebooks, their links made those of the site, and the picture of each cell tagged as a thumbnail."""
     target.mkdir(exist_ok=True)
     for path in source.glob("*.ipynb"):
         text = path.read_text(encoding="utf-8")
