@@ -50,7 +50,7 @@ html_static_path = ["static", str(_mathjax / "tex-svg.js")]
 mathjax_path = "tex-svg.js"
 
 html_theme = "furo"
-pygments_dark_style = "github-dark"
+pygments_dark_style = "monokai"
 html_title = f"adamjax {version}"
 html_baseurl = os.environ.get("READTHEDOCS_CANONICAL_URL", "")
 html_css_files = ["style.css"]
