@@ -40,14 +40,15 @@ OTHERS = re.compile(
 
 
 def copy_notebooks(source: Path, target: Path) -> None:
-    """Copy the notebooks, their links made those of the site, and the picture of each cell tagged as a thumbnail."""
+    """Copy the notebooks, their links made those of the site, and the picture of the cell tagged as a thumbnail."""
     target.mkdir(exist_ok=True)
     for path in source.glob("*.ipynb"):
         text = path.read_text(encoding="utf-8")
         (target / path.name).write_text(text.replace("](../.docs/", "](../"), encoding="utf-8")
-        (cell,) = (c for c in json.loads(text)["cells"] if "thumbnail" in c["metadata"].get("tags", ()))
-        picture = next(output["data"]["image/png"] for output in cell["outputs"] if "data" in output)
-        (target / f"{path.stem}.png").write_bytes(base64.b64decode("".join(picture)))
+        for cell in json.loads(text)["cells"]:
+            if "thumbnail" in cell["metadata"].get("tags", ()):
+                picture = next(output["data"]["image/png"] for output in cell["outputs"] if "data" in output)
+                (target / f"{path.stem}.png").write_bytes(base64.b64decode("".join(picture)))
 
 
 def resolve(app: Sphinx, env: Any, node: Any, contnode: Any) -> Any:
