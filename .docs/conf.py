@@ -1,13 +1,15 @@
 """The documentation site: `sphinx-build -W --keep-going .docs build/docs`."""
 
 import importlib.util
-import shutil
+import os
 import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 sys.path[:0] = [str(HERE), str(ROOT)]
+
+from extensions import copy_notebooks  # noqa: E402
 
 from adamjax import __version__  # noqa: E402
 
@@ -20,15 +22,16 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx.ext.mathjax",
     "sphinx_copybutton",
+    "sphinx_design",
     "myst_nb",
     "extensions",
 ]
 
 # Sphinx reads pages from this folder only, and the notebooks are at the top of the repository.
-shutil.copytree(ROOT / "notebooks", HERE / "notebooks", dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*"))
+copy_notebooks(ROOT / "notebooks", HERE / "notebooks")
 nb_execution_mode = "off"
 nb_merge_streams = True
-myst_enable_extensions = ["dollarmath"]
+myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 3
 
 autodoc_typehints = "none"
@@ -47,7 +50,9 @@ html_static_path = ["static", str(_mathjax / "tex-svg.js")]
 mathjax_path = "tex-svg.js"
 
 html_theme = "furo"
+pygments_dark_style = "monokai"
 html_title = f"adamjax {version}"
+html_baseurl = os.environ.get("READTHEDOCS_CANONICAL_URL", "")
 html_css_files = ["style.css"]
 html_favicon = "static/favicon.svg"
 html_copy_source = False

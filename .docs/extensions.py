@@ -1,12 +1,19 @@
-"""Extensions of Sphinx: names that become links, docstrings in Google's style with Markdown, and `--help`."""
+"""Extensions of Sphinx.
 
+Notebooks with their pictures, names that become links, docstrings in Google's style with Markdown, `--help`, and pages
+that load nothing from elsewhere.
+"""
+
+import base64
 import contextlib
 import inspect
 import io
+import json
 import os
 import re
 from functools import cache
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from docutils import nodes
@@ -17,6 +24,12 @@ from sphinx.util.nodes import make_refnode
 
 log = logging.getLogger(__name__)
 
+# What a browser loads by itself; links to other sites may be anywhere.
+ELSEWHERE = re.compile(
+    r"""<(?:script|img|iframe|source|audio|video)\b[^>]*\ssrc=["']?(?:https?:)?//"""
+    r"""|<link\b(?![^>]*\brel=["']?canonical)[^>]*\shref=["']?(?:https?:)?//|@import|url\(["']?(?:https?:)?//"""
+)
+
 # Names in backticks that are neither in adamjax nor arguments: of other libraries, files, and results of functions.
 OTHERS = re.compile(
     r"(jax|jnp|np|torch|optax|flax|nnx|equinox|eqx|optuna|concurrent|mpi4py)\.[\w.]+|\w+\.(json|jsonl|html|png)"
@@ -24,6 +37,18 @@ OTHERS = re.compile(
     r"|rngs|sow|is_training|deterministic|use_running_average|inference"
     r"|warmup_fraction|end_fraction|(in|out)_shardings|jax_enable_x64|bias_correction_[mn]u|load_state_dict|aux|param_names|ReduceLROnPlateau"
 )
+
+
+def copy_notebooks(source: Path, target: Path) -> None:
+    """Copy the notebooks, their links made those of the site, and the picture of the cell tagged as a thumbnail."""
+    target.mkdir(exist_ok=True)
+    for path in source.glob("*.ipynb"):
+        text = path.read_text(encoding="utf-8")
+        (target / path.name).write_text(text.replace("](../.docs/", "](../"), encoding="utf-8")
+        for cell in json.loads(text)["cells"]:
+            if "thumbnail" in cell["metadata"].get("tags", ()):
+                picture = next(output["data"]["image/png"] for output in cell["outputs"] if "data" in output)
+                (target / f"{path.stem}.png").write_bytes(base64.b64decode("".join(picture)))
 
 
 def resolve(app: Sphinx, env: Any, node: Any, contnode: Any) -> Any:
@@ -115,8 +140,16 @@ class CommandHelp(Directive):
         return [nodes.literal_block(text=out.getvalue(), language="text")]
 
 
+def refuse_elsewhere(app: Sphinx, error: Exception | None) -> None:
+    """Warn of what a page loads from another site: the documentation is complete offline, its search too."""
+    for path in () if error else [*Path(app.outdir).rglob("*.html"), *Path(app.outdir).rglob("*.css")]:
+        for found in ELSEWHERE.findall(path.read_text(encoding="utf-8")):
+            log.warning("%s loads something from elsewhere: %s", path, found)
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
     app.connect("missing-reference", resolve)
+    app.connect("build-finished", refuse_elsewhere)
     app.connect("autodoc-process-docstring", mend)
     app.add_directive("command-help", CommandHelp)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
