@@ -38,6 +38,7 @@ from adamjax._transforms.moments import AdamState as AdamState
 from adamjax._transforms.moments import AdEMAMixState as AdEMAMixState
 from adamjax._transforms.packed import packed as packed
 from adamjax._transforms.radam import scale_by_radam as scale_by_radam
+from adamjax._transforms.rates import learning_rate_of as learning_rate_of
 from adamjax._transforms.schedule import ScheduleState as ScheduleState
 from adamjax._transforms.schedule_free import ScheduleFreeState as ScheduleFreeState
 from adamjax._transforms.stable import scale_by_stable_adam as scale_by_stable_adam
