@@ -43,6 +43,7 @@ from adamjax._transforms.schedule import ScheduleState as ScheduleState
 from adamjax._transforms.schedule_free import ScheduleFreeState as ScheduleFreeState
 from adamjax._transforms.stable import scale_by_stable_adam as scale_by_stable_adam
 from adamjax._transforms.weight_decay import add_decayed_weights as add_decayed_weights
+from adamjax._transforms.weight_decay import decay_mask as decay_mask
 from adamjax.optimizers import adam as adam
 from adamjax.optimizers import adam_atan2 as adam_atan2
 from adamjax.optimizers import adamax as adamax

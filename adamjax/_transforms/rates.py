@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -43,12 +44,22 @@ def learning_rate_of(opt: GradientTransformation, state: PyTree) -> Rates:
     0.09
     """
     transform = as_transformation(opt, "argument opt of learning_rate_of")
-    found = transform._learning_rate(checks.as_arrays(state))
+    found = transform._learning_rate(checks.as_arrays(jax.tree.map(_as_array, state, is_leaf=_is_boxed)))
     found = {"": found} if not isinstance(found, dict) else found
     seen = {name: jnp.asarray(rate) for name, rate in found.items() if rate is not None}
     if not seen:
         raise ValueError(f"{checks.shown(transform)} has no learning rate that can be seen: {_remedy(transform)}")
     return seen.get("", seen)
+
+
+def _is_boxed(x: Any) -> bool:
+    """Return whether `x` is a variable with an array in it: what flax's nnx.Optimizer makes of a state."""
+    return hasattr(x, "__jax_array__")
+
+
+def _as_array(x: Any) -> Any:
+    """The scalar in a variable; only scalars decide learning rates."""
+    return jnp.asarray(x) if _is_boxed(x) and getattr(x, "shape", None) == () else x
 
 
 def _remedy(opt: Any) -> str:
