@@ -473,6 +473,7 @@ def test_figures_are_logged(tmp_path):
         log.write(stats)
     (file,) = tmp_path.iterdir()
     tags = scalars(stats)
+    assert tags["learning_rate"] == np.float32(1e-2)
     assert all(tag.encode() in file.read_bytes() for tag in tags)
     assert tags["gradient_norm/kernel"] == float(stats["kernel"].gradient_norm)
     assert tags["update_ratio/all"] == float(stats.overall.update_ratio)
