@@ -25,7 +25,9 @@ SCALARS = {
     "schedule": adamjax.adamw(FALLING, weight_decay=0.0),
     "schedule of optax": adamjax.adam(OPTAX),
     "fused": adamjax.adam(FALLING, fused="auto"),
-    "chain": adamjax.chain(optax.clip(5.0), adamjax.adam(FALLING), adamjax.scale_by_learning_rate(0.5, flip_sign=False)),
+    "chain": adamjax.chain(
+        optax.clip(5.0), adamjax.adam(FALLING), adamjax.scale_by_learning_rate(0.5, flip_sign=False)
+    ),
     "kahan": adamjax.kahan(adamjax.packed(adamjax.adam(FALLING))),
     "skip": adamjax.skip_nonfinite(adamjax.skip_spikes(adamjax.master_weights(adamjax.adam(FALLING)))),
     "average": adamjax.dynamic_loss_scale(adamjax.average_params(adamjax.adam(FALLING)), initial=1.0),
@@ -124,7 +126,10 @@ def test_learning_rates_of_methods():
 def test_learning_rates_on_a_mesh_and_in_nnx():
     mesh = jax.make_mesh((8,), ("data",))
     params = jax.device_put({"kernel": jnp.ones((8, 8))}, NamedSharding(mesh, PartitionSpec()))
-    for opt in (sharding.zero1(adamjax.adamw(FALLING), axis="data"), sharding.zero1_mapped(adamjax.adamw(FALLING), axis="data")):
+    for opt in (
+        sharding.zero1(adamjax.adamw(FALLING), axis="data"),
+        sharding.zero1_mapped(adamjax.adamw(FALLING), axis="data"),
+    ):
         assert_close(learning_rate_of(opt, opt.init(params)), np.float32(0.1), RECOMPILED)
 
     model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
@@ -144,17 +149,31 @@ def test_hyperparameters_are_leaves_of_what_is_told():
         assert_close(told(changed, opt.init(PARAMS)), np.float32(peak), RECOMPILED)
     assert len(traces) == 1
     rates = jnp.array([0.1, 0.2])
-    assert_close(jax.vmap(lambda rate: learning_rate_of(adamjax.adam(rate), adamjax.adam().init(PARAMS)))(rates), rates, 0)
+    assert_close(
+        jax.vmap(lambda rate: learning_rate_of(adamjax.adam(rate), adamjax.adam().init(PARAMS)))(rates), rates, 0
+    )
 
 
 @pytest.mark.parametrize(
     ("opt", "state", "message"),
     [
-        (optax.adam(0.1), (), r"^Foreign\(chain\) has no learning rate that can be seen: a transformation from elsewhere"),
-        (adamjax.scale_by_adam(), (), r"^ScaleByAdam\(.*\) has no learning rate that can be seen: give a whole optimizer"),
+        (
+            optax.adam(0.1),
+            (),
+            r"^Foreign\(chain\) has no learning rate that can be seen: a transformation from elsewhere",
+        ),
+        (
+            adamjax.scale_by_adam(),
+            (),
+            r"^ScaleByAdam\(.*\) has no learning rate that can be seen: give a whole optimizer",
+        ),
         (adamjax.kahan(adamjax.adam()), (), r"^Kahan was given a tuple for its state, expected one that has the state"),
         (adamjax.groups({"a": adamjax.adam()}), (), r"^groups of 1 transformations was given 0 states"),
-        (adamjax.adam(FALLING), optax.adam(OPTAX).init(PARAMS), r"^ScaleByLearningRate was given a ScaleByScheduleState"),
+        (
+            adamjax.adam(FALLING),
+            optax.adam(OPTAX).init(PARAMS),
+            r"^ScaleByLearningRate was given a ScaleByScheduleState",
+        ),
         (3, (), r"^argument opt of learning_rate_of is 3, expected a transformation"),
     ],
 )

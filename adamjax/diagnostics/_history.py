@@ -126,9 +126,7 @@ def scalars(stats: AdamStats) -> dict[str, float]:
     stats = jax.device_get(check_stats(stats))
     figures = zip(LeafStats._fields, stats.overall, stats.leaves, strict=True)
     rates = stats.learning_rate if isinstance(stats.learning_rate, dict) else {"": stats.learning_rate}
-    return {
-        f"learning_rate/{group}".removesuffix("/"): float(x) for group, x in rates.items() if x is not None
-    } | {
+    return {f"learning_rate/{group}".removesuffix("/"): float(x) for group, x in rates.items() if x is not None} | {
         f"{name}/{path}": float(x)
         for name, overall, leaves in figures
         if name not in ("size", "b2", "eps")
