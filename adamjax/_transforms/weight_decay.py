@@ -226,11 +226,13 @@ _NORMS = re.compile(r"norm|(^|_)(ln|bn|gn)(_|\d|$)", re.IGNORECASE)
 def decay_mask(params: PyTree, *, exclude: str | None = None) -> PyTree:
     """Find the parameters that weight decay is for: matrices and embeddings, but no biases and no norms.
 
-    It is itself a `mask`, `adamw(1e-3, weight_decay=0.1, mask=adamjax.decay_mask)`, also inside `groups`, and for optax's
-    optimizers. An array does not decay if it has fewer than two axes, or a name that tells a bias or a norm also where
-    layers are stacked in one array, or a bias has an axis for each head: "bias", "scale", "offset", "beta" or "gamma",
-    alone or after an underscore; "weight" in a module whose name has "norm", "ln", "bn" or "gn"; "b" beside a "w". These
-    are the names of Flax (linen and nnx), Equinox and Haiku.
+    The function is a mask itself: `adamw(1e-3, weight_decay=0.1, mask=adamjax.decay_mask)`. It serves inside `groups`, and
+    for optimizers of optax, too.
+
+    An array with fewer than two axes does not decay. A bias or a scale can have more: one axis for the layers that are
+    stacked in it, or for the heads. So its name counts as well, in the words of Flax (linen and nnx), Equinox and Haiku:
+    "bias", "scale", "offset", "beta" or "gamma", alone or after an underscore; "weight" in a module whose name has "norm",
+    "ln", "bn" or "gn"; "b" beside a "w".
 
     Args:
       params: The parameters, or `jax.ShapeDtypeStruct`s.
