@@ -226,13 +226,13 @@ _NORMS = re.compile(r"norm|(^|_)(ln|bn|gn)(_|\d|$)", re.IGNORECASE)
 def decay_mask(params: PyTree, *, exclude: str | None = None) -> PyTree:
     """Find the parameters that weight decay is for: matrices and embeddings, but no biases and no norms.
 
-    The function is a mask itself: `adamw(1e-3, weight_decay=0.1, mask=adamjax.decay_mask)`. It serves inside `groups`, and
-    for optimizers of optax, too.
+    The function is a mask itself: `adamw(1e-3, weight_decay=0.1, mask=adamjax.decay_mask)`. It serves inside `groups`,
+    and for optimizers of optax, too.
 
     An array with fewer than two axes does not decay. A bias or a scale can have more: one axis for the layers that are
-    stacked in it, or for the heads. So its name counts as well, in the words of Flax (linen and nnx), Equinox and Haiku:
-    "bias", "scale", "offset", "beta" or "gamma", alone or after an underscore; "weight" in a module whose name has "norm",
-    "ln", "bn" or "gn"; "b" beside a "w".
+    stacked in it, or for the heads. So its name counts as well, in the words of Flax (linen and nnx), Equinox and
+    Haiku: "bias", "scale", "offset", "beta" or "gamma", alone or after an underscore; "weight" in a module whose name
+    has "norm", "ln", "bn" or "gn"; "b" beside a "w".
 
     Args:
       params: The parameters, or `jax.ShapeDtypeStruct`s.
@@ -254,19 +254,24 @@ def decay_mask(params: PyTree, *, exclude: str | None = None) -> PyTree:
         excluded = None if exclude is None else re.compile(exclude)
     except (re.error, TypeError) as error:
         raise ValueError(f"Invalid exclude value: {exclude!r} is not a regular expression: {error}") from None
-    paths = {trees.path_of(key) for key, _ in jax.tree.leaves_with_path(params)}
+    paths = {_name_of(key) for key, _ in jax.tree.leaves_with_path(params)}
 
     def decays(key: Path, p: Any) -> bool:
-        path = trees.path_of(key)
+        path = _name_of(key)
         if np.ndim(p) < 2 or (excluded is not None and excluded.search(path)):
             return False
-        *owners, name = path.removesuffix("/value").split("/")  # the array in a variable of nnx
+        *owners, name = path.split("/")
         owner = next((x for x in reversed(owners) if not x.isdigit()), "")
         is_norm = name == "weight" and _NORMS.search(owner)
         is_bias_of_haiku = name == "b" and "/".join([*owners, "w"]) in paths
         return not (is_norm or is_bias_of_haiku or _BIASES_AND_SCALES.search(name))
 
     return jax.tree.map_with_path(decays, params)
+
+
+def _name_of(key: Path) -> str:
+    """The path of an array, without the last key in a variable of nnx."""
+    return trees.path_of(key).removesuffix("/value")
 
 
 def _is_known_zero(x: object) -> bool:
