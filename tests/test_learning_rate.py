@@ -93,7 +93,10 @@ def test_learning_rates_of_groups():
     found = learning_rate_of(opt, opt.init(PARAMS))
     told = {"^a/ + bias": 0.2, "^a/ + default": 0.1, "default": 0.3}
     expected = {f"{name} + default": x for name, x in told.items()}
-    expected |= {f"{name} + kernel": 0.1 * x for name, x in told.items()} | {"^b/bias + kernel": 0.1}
+    expected |= {f"{name} + kernel": 0.1 * x for name, x in told.items()} | {
+        "^b/bias + kernel": 0.1,
+        "^b/bias + default": 1.0,
+    }
     assert_close(found, {name: np.float32(0.5 * x) for name, x in expected.items()}, RECOMPILED)
 
 
@@ -153,6 +156,9 @@ def test_hyperparameters_are_leaves_of_what_is_told():
     )
 
 
+HIDDEN = adamjax.chain(optax.adam(0.1), schedules.reduce_on_plateau())  # only a factor of it is seen
+
+
 @pytest.mark.parametrize(
     ("opt", "state", "message"),
     [
@@ -165,6 +171,11 @@ def test_hyperparameters_are_leaves_of_what_is_told():
             adamjax.scale_by_adam(),
             (),
             r"^ScaleByAdam\(.*\) has no learning rate that can be seen: give a whole optimizer",
+        ),
+        (
+            HIDDEN,
+            HIDDEN.init(PARAMS),
+            r"^Chain\(\(Foreign\(chain\), ReduceOnPlateau\(.* has no learning rate that can be",
         ),
         (adamjax.kahan(adamjax.adam()), (), r"^Kahan was given a tuple for its state, expected one that has the state"),
         (adamjax.groups({"a": adamjax.adam()}), (), r"^groups of 1 transformations was given 0 states"),

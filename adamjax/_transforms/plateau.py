@@ -14,7 +14,7 @@ from adamjax._core.numerics import scale
 from adamjax._core.typing import Extra, PyTree, Scalar
 from adamjax._core.value import static_field, value
 from adamjax._transforms.base import Transformation
-from adamjax._transforms.rates import as_rate
+from adamjax._transforms.rates import Factor, as_rate
 
 
 class PlateauState(NamedTuple):
@@ -95,7 +95,7 @@ class ReduceOnPlateau(Transformation):
         return trees.map_leaves(lambda u: scale(u, factor(trees.compute_dtype(trees.dtype_of(u)))), updates), state
 
     def _learning_rate(self, state: PyTree) -> Any:
-        return as_rate(checks.state(state, PlateauState, type(self).__name__).scale)
+        return Factor(as_rate(checks.state(state, PlateauState, type(self).__name__).scale))
 
     def _judge(self, state: PlateauState, x: Array) -> PlateauState:
         """Return the state after one more value. Compare their mean once `accumulation_size` values are there."""

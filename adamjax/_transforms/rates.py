@@ -1,6 +1,6 @@
 """The learning rate of the next step, wherever in an optimizer it is."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +46,7 @@ def learning_rate_of(opt: GradientTransformation, state: PyTree) -> Rates:
     transform = as_transformation(opt, "argument opt of learning_rate_of")
     found = transform._learning_rate(checks.as_arrays(jax.tree.map(_as_array, state, is_leaf=_is_boxed)))
     found = {"": found} if not isinstance(found, dict) else found
-    seen = {name: jnp.asarray(rate) for name, rate in found.items() if rate is not None}
+    seen = {name: jnp.asarray(rate) for name, rate in found.items() if not isinstance(rate, Factor | None)}
     if not seen:
         raise ValueError(f"{checks.shown(transform)} has no learning rate that can be seen: {_remedy(transform)}")
     return seen.get("", seen)
@@ -71,8 +71,14 @@ def _remedy(opt: Any) -> str:
     return "give a whole optimizer, such as adamw(1e-3)"
 
 
+class Factor(NamedTuple):
+    """A factor of a learning rate, which is none by itself."""
+
+    number: Any
+
+
 def as_rate(x: Any) -> Any:
-    """A learning rate, or a factor of one, as a float32 scalar."""
+    """A learning rate as a float32 scalar."""
     return checks.as_scalar("learning_rate", x, np.dtype(np.float32))
 
 
@@ -87,4 +93,8 @@ def times(a: Any, b: Any) -> Any:
         return b if a is None else a
     if isinstance(a, dict):
         return {key: x for name, rate in a.items() for key, x in by_group(name, times(rate, b)).items()}
-    return {name: times(a, x) for name, x in b.items()} if isinstance(b, dict) else a * b
+    if isinstance(b, dict):
+        return {name: times(a, x) for name, x in b.items()}
+    if isinstance(a, Factor) and isinstance(b, Factor):
+        return Factor(a.number * b.number)
+    return (a.number if isinstance(a, Factor) else a) * (b.number if isinstance(b, Factor) else b)
