@@ -38,10 +38,12 @@ from adamjax._transforms.moments import AdamState as AdamState
 from adamjax._transforms.moments import AdEMAMixState as AdEMAMixState
 from adamjax._transforms.packed import packed as packed
 from adamjax._transforms.radam import scale_by_radam as scale_by_radam
+from adamjax._transforms.rates import learning_rate_of as learning_rate_of
 from adamjax._transforms.schedule import ScheduleState as ScheduleState
 from adamjax._transforms.schedule_free import ScheduleFreeState as ScheduleFreeState
 from adamjax._transforms.stable import scale_by_stable_adam as scale_by_stable_adam
 from adamjax._transforms.weight_decay import add_decayed_weights as add_decayed_weights
+from adamjax._transforms.weight_decay import decay_mask as decay_mask
 from adamjax.optimizers import adam as adam
 from adamjax.optimizers import adam_atan2 as adam_atan2
 from adamjax.optimizers import adamax as adamax

@@ -102,6 +102,8 @@ CALLS = {
     "scale_by_stable_adam": Call(optional=("mask", "axis_name", *DTYPES)),
     "scale_by_adamax": Call(optional=DTYPES),
     "scale_by_radam": Call(optional=DTYPES),
+    "learning_rate_of": Call({"opt": OPT, "state": STATE}),
+    "decay_mask": Call({"params": PARAMS}, ("params", "exclude")),
     "add_decayed_weights": Call(optional=("mask",)),
     "clip_by_global_norm": Call({"max_norm": 1.0}, ("axis_name",)),
     "scale_by_learning_rate": Call({"learning_rate": 0.1}, ("learning_rate",)),

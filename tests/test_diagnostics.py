@@ -246,7 +246,9 @@ def test_parts_are_those_of_the_direction(name):
 
 def test_without_the_optimizer_a_slow_mean_has_its_defaults():
     opt = adamjax.ademamix()
-    assert_equal(*(measured(opt, opt=given)[0] for given in (opt, None)))
+    given, without = (measured(opt, opt=given)[0] for given in (opt, None))
+    assert_equal((given.overall, given.leaves), (without.overall, without.leaves))
+    assert_equal((given.learning_rate, without.learning_rate), (jnp.float32(1e-3), None))
 
 
 def test_lost_and_not_finite_elements_are_counted():
@@ -473,6 +475,7 @@ def test_figures_are_logged(tmp_path):
         log.write(stats)
     (file,) = tmp_path.iterdir()
     tags = scalars(stats)
+    assert tags["learning_rate"] == np.float32(1e-2)
     assert all(tag.encode() in file.read_bytes() for tag in tags)
     assert tags["gradient_norm/kernel"] == float(stats["kernel"].gradient_norm)
     assert tags["update_ratio/all"] == float(stats.overall.update_ratio)

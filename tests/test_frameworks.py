@@ -310,6 +310,87 @@ def test_a_none_for_a_subtree_freezes_all_of_it():
         adamjax.packed(adamjax.adam()).update(grads, state.inner)
 
 
+def decaying(params, **options):
+    mask = adamjax.decay_mask(params, **options)
+    assert jax.tree.structure(mask) == jax.tree.structure(params)
+    return {jax.tree_util.keystr(path, simple=True, separator="/") for path, x in jax.tree.leaves_with_path(mask) if x}
+
+
+def test_decay_mask_knows_the_names_of_flax_and_equinox():
+    class Linen(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.Embed(4, 4, name="embed")(x)
+            x = nn.LayerNorm()(nn.MultiHeadDotProductAttention(2, name="attend")(x, x))
+            return nn.Dense(3, name="value")(nn.RMSNorm()(nn.GroupNorm(2)(x)))
+
+    params = jax.eval_shape(Linen().init, jax.random.key(0), jnp.zeros((2, 2), int))["params"]
+    kernels = {f"attend/{name}/kernel" for name in ("query", "key", "value", "out")} | {"value/kernel"}
+    assert decaying(params) == kernels | {"embed/embedding"}  # biases of heads have two axes
+    assert decaying(params, exclude="embed|^value") == kernels - {"value/kernel"}
+
+    class Layer(nnx.Module):
+        def __init__(self, rngs):
+            self.dense, self.norm = nnx.Linear(4, 4, rngs=rngs), nnx.LayerNorm(4, rngs=rngs)
+            self.embed = nnx.Embed(3, 4, rngs=rngs)
+
+        def __call__(self, i):
+            return self.norm(self.dense(self.embed(i)))
+
+    @nnx.split_rngs(splits=3)
+    @nnx.vmap
+    def layers(rngs):
+        return Layer(rngs)
+
+    for model in (Layer(nnx.Rngs(0)), layers(nnx.Rngs(0))):
+        assert decaying(nnx.state(model, nnx.Param)) == {"dense/kernel/value", "embed/embedding/value"}
+
+    class Block(eqx.Module):
+        ln_1: eqx.nn.LayerNorm
+        norms: list[eqx.nn.RMSNorm]
+        attend: eqx.nn.MultiheadAttention
+        mlp: eqx.nn.MLP
+
+    def block(key):
+        attend = eqx.nn.MultiheadAttention(2, 4, use_key_bias=True, key=key)
+        return Block(eqx.nn.LayerNorm(4), [eqx.nn.RMSNorm(4)], attend, eqx.nn.MLP(4, 4, 8, 1, key=key))
+
+    weights = {f"attend/{name}_proj/weight" for name in ("query", "key", "value", "output")}
+    weights |= {"mlp/layers/0/weight", "mlp/layers/1/weight"}
+    key = jax.random.key(0)
+    for model in (block(key), eqx.filter_vmap(block)(jax.random.split(key, 3))):
+        assert decaying(eqx.filter(model, eqx.is_inexact_array)) == weights
+
+
+def test_decay_mask_knows_the_names_of_haiku():
+    hk = pytest.importorskip("haiku")
+
+    def model(x):
+        x = hk.LayerNorm(-1, True, True, name="ln")(hk.Embed(4, 4)(x))
+        return hk.Linear(4)(x)
+
+    params = hk.transform(model).init(jax.random.key(0), jnp.zeros(2, int))
+    for stacked in (params, jax.tree.map(lambda p: jnp.stack([p, p]), params)):
+        assert decaying(stacked) == {"embed/embeddings", "linear/w"}
+    assert decaying({"lora": {"a": jnp.ones((4, 2)), "b": jnp.ones((2, 4))}}) == {"lora/a", "lora/b"}
+    with pytest.raises(ValueError, match=r"^Invalid exclude value: '\(' is not a regular expression"):
+        adamjax.decay_mask(params, exclude="(")
+
+
+def test_decay_mask_as_the_mask_of_a_step():
+    """Alone, inside groups and by optax: without gradients, only what decays changes."""
+    model = nnx.Linear(4, 4, bias_init=nnx.initializers.ones, rngs=nnx.Rngs(0))
+    ours = adamjax.adamw(0.1, weight_decay=0.5, mask=adamjax.decay_mask)
+    half = adamjax.groups({"kernel": {"learning_rate": adamjax.scale(0.5)}}, default=ours)
+    theirs = optax.adamw(0.1, weight_decay=0.5, mask=adamjax.decay_mask)
+    for tx, kept in ((ours, 0.95), (half, 0.975), (adamjax.kahan(half), 0.975), (theirs, 0.95)):
+        params = nnx.state(nnx.clone(model), nnx.Param)
+        optimizer = nnx.Optimizer(trained := nnx.clone(model), tx, wrt=nnx.Param)
+        optimizer.update(trained, jax.tree.map(jnp.zeros_like, params))
+        assert_close(trained.kernel[...], kept * model.kernel[...], RECOMPILED)
+        assert_equal(trained.bias[...], model.bias[...])
+
+
 # The nodes that states are made of, all of them.
 PARAMS = {"w": jnp.full((8, 32), 0.5, jnp.bfloat16), "b": [jnp.ones(8), jnp.ones((4, 16))]}
 STATES = {

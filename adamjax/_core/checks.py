@@ -221,6 +221,16 @@ def state(found: Any, expected: type, who: str) -> Any:
     return replace(**changed) if changed else found
 
 
+def inner_state(found: Any, who: object) -> Any:
+    """Check that `found` is the state of a transformation around another one; return the state of that."""
+    if not hasattr(found, "inner"):
+        raise TypeError(
+            f"{type(who).__name__} was given {describe(found)} for its state, expected one that has the state of the "
+            f"wrapped transformation in its field inner: {_state_remedy(found)}"
+        )
+    return found.inner
+
+
 def _state_scalar(name: str, x: Any, who: str, dtype: np.dtype) -> Any:
     """Check the scalar field `name` of a state; return a number of Python's or NumPy's as an array of JAX."""
     kind: Any = np.integer if jnp.issubdtype(dtype, np.integer) else np.floating

@@ -180,6 +180,10 @@ class Transformation(Value):
         """The transformations inside this one whose steps deliver its result."""
         return ()
 
+    def _learning_rate(self, state: PyTree) -> Any:
+        """The learning rate of the next step: see `learning_rate_of`. None if there is none."""
+        return None
+
 
 def _empty(cls: type[Transformation]) -> Transformation:
     """Make a transformation without fields, which unpickling fills."""
@@ -229,6 +233,8 @@ def apply_first(first: LeafTransform, updates: Leaves) -> Leaves:
 class Wrapper(Transformation):
     """Base of the transformations around another one."""
 
+    has_own_state: ClassVar[bool] = True  # whether its state has that of `inner` in a field; else it is that of `inner`
+
     inner: Any
 
     def _wrap(self, name: str) -> None:
@@ -237,6 +243,9 @@ class Wrapper(Transformation):
 
     def _delivered_by(self) -> tuple[Transformation, ...]:
         return (self.inner,)
+
+    def _learning_rate(self, state: PyTree) -> Any:
+        return self.inner._learning_rate(checks.inner_state(state, self) if self.has_own_state else state)
 
 
 class RoundsParams(Wrapper):

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterator
+from functools import reduce
 from typing import Any, ClassVar
 
 from adamjax._core import checks, trees
@@ -20,6 +21,7 @@ from adamjax._transforms.base import (
 )
 from adamjax._transforms.delivery import Delivery, update_dtype
 from adamjax._transforms.leafwise import Executor, LeafTransform, run_leafwise
+from adamjax._transforms.rates import times
 
 
 @value
@@ -49,6 +51,10 @@ class Chain(Transformation):
 
     def _delivered_by(self) -> tuple[Transformation, ...]:
         return self.transforms[-1:]
+
+    def _learning_rate(self, state: PyTree) -> Any:
+        checks.member_states(state, len(self.transforms), "a chain")
+        return reduce(times, [t._learning_rate(part) for t, part in zip(self.transforms, state, strict=True)], None)
 
     def _init(self, params: PyTree) -> PyTree:
         return tuple([t._init(params) for t in self.transforms])

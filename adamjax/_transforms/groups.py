@@ -15,11 +15,16 @@ from adamjax._core.typing import PyTree, Scalar
 from adamjax._core.value import low_part_name, replaced, static_field, value
 from adamjax._transforms.base import Result, StepContext, Transformation, as_transformation, rounds_params, run_inside
 from adamjax._transforms.chain import Chain
+from adamjax._transforms.plateau import ReduceOnPlateau
+from adamjax._transforms.rates import by_group
 from adamjax._transforms.schedule import Scaled
 
 # The hyperparameters that a member changes in the default. Each has the number of the first member that sets it to an
 # equal value, or None where the member scales it. Compared once: later, numbers may be tracers.
 Changes = tuple[tuple[str, int | None], ...]
+
+# Hyperparameters that the learning rate depends on.
+_OF_RATE = {"learning_rate", "warmup_steps", *(field.name for field in dataclasses.fields(ReduceOnPlateau))}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +69,17 @@ class Groups(Transformation):
 
     def _delivered_by(self) -> tuple[Transformation, ...]:
         return self.members
+
+    def _learning_rate(self, state: PyTree) -> Any:
+        checks.state(state, tuple, "groups")
+        checks.member_states(state[: len(self.members)], len(self.members), "groups")  # combinations come after them
+        rates = {}
+        for pattern, changes, member, part in zip(self.patterns, self.changes, self.members, state, strict=False):
+            if changes is None or not _OF_RATE.isdisjoint(dict(changes)):
+                rates[pattern or "default"] = member._learning_rate(part)
+        if list(rates) == ["default"]:
+            return rates["default"]
+        return {key: x for name, rate in rates.items() for key, x in by_group(name, rate).items()}
 
     def describe(self, params: PyTree) -> str:
         """A table: each parameter's path and shape, the patterns that match it, and its optimizer."""

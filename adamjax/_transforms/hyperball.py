@@ -27,6 +27,7 @@ from adamjax._transforms.base import (
 from adamjax._transforms.chain import Chain
 from adamjax._transforms.leafwise import LeafOp, LeafTransform, run_leafwise
 from adamjax._transforms.learning_rate import ScaleByLearningRate
+from adamjax._transforms.rates import as_rate
 from adamjax._transforms.schedule import number_or_schedule
 from adamjax._transforms.weight_decay import as_mask, mask_tree
 from adamjax._transforms.whole_array import norm
@@ -162,6 +163,15 @@ class Hyperball(Wrapper):
         found, states = run_leafwise([turn, *delivery], found, context.params)
         delivered = states[-1] if delivery else []
         return found, delivered, HyperballState(trees.increment(state.count), params.like(norms).tree, inner)
+
+    def _learning_rate(self, state: PyTree) -> Any:
+        others = super()._learning_rate(state)
+        if self.learning_rate is None:
+            return others
+        own = as_rate(self._current_rate(checks.state(state, HyperballState, "hyperball")))
+        if others is None:
+            return own
+        return {"hyperball": own, **(others if isinstance(others, dict) else {"default": others})}
 
     def _current_rate(self, state: HyperballState) -> Any:
         if self.learning_rate is not None:

@@ -17,6 +17,7 @@ from adamjax._core.value import static_field, value
 from adamjax._transforms.base import Transformation
 from adamjax._transforms.chain import chain
 from adamjax._transforms.leafwise import LeafOp, LeafTransform, as_constants
+from adamjax._transforms.rates import as_rate
 from adamjax._transforms.schedule import Scheduled, number_or_schedule
 
 
@@ -56,6 +57,9 @@ class ScaleByLearningRate(Scheduled):
         rate, state = self._current_value(state)
         factor = signed_factor("learning_rate", rate, -1 if self.flip_sign else 1, updates)
         return [ScaleLeaves(factor, state)]
+
+    def _learning_rate(self, state: PyTree) -> Any:
+        return as_rate(self._current_value(state)[0])
 
 
 def signed_factor(name: str, x: Any, sign: int, updates: Leaves) -> Callable[[np.dtype], Any]:

@@ -1,7 +1,7 @@
 """Lower the learning rate when the loss stops falling: a transformation, because it has a state."""
 
 from functools import cache
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.export
@@ -14,6 +14,7 @@ from adamjax._core.numerics import scale
 from adamjax._core.typing import Extra, PyTree, Scalar
 from adamjax._core.value import static_field, value
 from adamjax._transforms.base import Transformation
+from adamjax._transforms.rates import Factor, as_rate
 
 
 class PlateauState(NamedTuple):
@@ -92,6 +93,9 @@ class ReduceOnPlateau(Transformation):
         state = self._judge(state, checks.as_scalar("value", extra["value"], state.mean.dtype))
         factor = cache(lambda dtype: state.scale.astype(dtype))
         return trees.map_leaves(lambda u: scale(u, factor(trees.compute_dtype(trees.dtype_of(u)))), updates), state
+
+    def _learning_rate(self, state: PyTree) -> Any:
+        return Factor(as_rate(checks.state(state, PlateauState, type(self).__name__).scale))
 
     def _judge(self, state: PlateauState, x: Array) -> PlateauState:
         """Return the state after one more value. Compare their mean once `accumulation_size` values are there."""

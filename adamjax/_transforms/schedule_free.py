@@ -25,6 +25,7 @@ from adamjax._transforms.adam import AdamRule, epsilon
 from adamjax._transforms.base import Leafwise
 from adamjax._transforms.leafwise import LeafOp, LeafTransform, as_constants
 from adamjax._transforms.moment_storage import Quantized
+from adamjax._transforms.rates import as_rate
 from adamjax._transforms.schedule import number_or_schedule
 from adamjax._transforms.weight_decay import as_mask, mask_tree
 
@@ -198,17 +199,13 @@ class ScheduleFreeAdamW(Leafwise):
         dtype = state.max_lr.dtype
         count = trees.increment(state.count)
 
-        def now(name: str) -> Array:
-            x = getattr(self, name)
-            return checks.as_scalar(name, x(state.count) if callable(x) else x, dtype)
-
-        rate = now("learning_rate") * _part_of_warmup(count.astype(dtype), now("warmup_steps"))
+        rate = self._rate(state)
         c, weight_sum, max_lr = self._weight(state, rate)
         b1 = decay(self, "b1", dtype)
         # The last y was formed with the last b1. The new one is right even if that was another number.
         pull = c + (1 - c) * (state.b1 - b1.b) / state.b1
         push = rate * (b1.one_minus_b + b1.b * c)
-        weight_decay = now("weight_decay")
+        weight_decay = self._now("weight_decay", state)
 
         @cache
         def scalars(real: np.dtype) -> Any:
@@ -226,6 +223,19 @@ class ScheduleFreeAdamW(Leafwise):
             return as_constants(found, count)
 
         return scalars, ScheduleFreeState(count, None, None, jnp.asarray(b1.b, dtype), weight_sum, max_lr)
+
+    def _now(self, name: str, state: ScheduleFreeState) -> Array:
+        """A hyperparameter at the next step."""
+        x = getattr(self, name)
+        return checks.as_scalar(name, x(state.count) if callable(x) else x, state.max_lr.dtype)
+
+    def _rate(self, state: ScheduleFreeState) -> Array:
+        """The learning rate of the next step, with the warmup."""
+        t = trees.increment(state.count).astype(state.max_lr.dtype)
+        return self._now("learning_rate", state) * _part_of_warmup(t, self._now("warmup_steps", state))
+
+    def _learning_rate(self, state: PyTree) -> Any:
+        return as_rate(self._rate(checks.state(state, ScheduleFreeState, "schedule_free_adamw")))
 
     def _weight(self, state: ScheduleFreeState, rate: Array) -> tuple[Array, Array, Array]:
         """The weight c of the new z in the average, and the sum and the maximum behind it.

@@ -1,6 +1,7 @@
 """Weight decay, decoupled from the gradient or coupled to it, and the masks that say which parameters decay."""
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ from jax import Array
 
 from adamjax._core import checks, trees
 from adamjax._core.trees import Leaves
-from adamjax._core.typing import Mask, PyTree, ScalarOrSchedule
+from adamjax._core.typing import Mask, Path, PyTree, ScalarOrSchedule
 from adamjax._core.value import StaticTree, static_field, value
 from adamjax._transforms.base import Leafwise
 from adamjax._transforms.leafwise import LeafOp, LeafTransform
@@ -215,6 +216,62 @@ def mask_tree(mask: Callable[[PyTree], PyTree], params: PyTree) -> PyTree:
     checks.mask(tree)
     checks.prefix(tree, params)
     return jax.tree.map(bool, jax.tree.broadcast(tree, params))
+
+
+# Last names in the path of an array, and names of the modules that have a norm's weight, as equinox calls it.
+_BIASES_AND_SCALES = re.compile(r"(^|_)(bias(_\w+)?|offset|scale|beta|gamma)$", re.IGNORECASE)
+_NORMS = re.compile(r"norm|(^|_)(ln|bn|gn)(_|\d|$)", re.IGNORECASE)
+
+
+def decay_mask(params: PyTree, *, exclude: str | None = None) -> PyTree:
+    """Find the parameters that weight decay is for: matrices and embeddings, but no biases and no norms.
+
+    The function is a mask itself: `adamw(1e-3, weight_decay=0.1, mask=adamjax.decay_mask)`. It serves inside `groups`,
+    and for optimizers of optax, too.
+
+    An array with fewer than two axes does not decay. A bias or a scale can have more: one axis for the layers that are
+    stacked in it, or for the heads. So its name counts as well, in the words of Flax (linen and nnx), Equinox and
+    Haiku: "bias", "scale", "offset", "beta" or "gamma", alone or after an underscore; "weight" in a module whose name
+    has "norm", "ln", "bn" or "gn"; "b" beside a "w".
+
+    Args:
+      params: The parameters, or `jax.ShapeDtypeStruct`s.
+      exclude: A regular expression: arrays in whose path it is found do not decay either, such as "embed". As a mask,
+        ``lambda params: adamjax.decay_mask(params, exclude="embed")``.
+
+    Returns:
+      A tree like `params`: True for those that decay.
+
+    Raises:
+      ValueError: `exclude` is not a regular expression.
+
+    >>> import adamjax, jax.numpy as jnp
+    >>> layer = {"dense": {"kernel": jnp.ones((4, 2)), "bias": jnp.ones(2)}, "norm": {"scale": jnp.ones(2)}}
+    >>> adamjax.decay_mask(layer)
+    {'dense': {'bias': False, 'kernel': True}, 'norm': {'scale': False}}
+    """
+    try:
+        excluded = None if exclude is None else re.compile(exclude)
+    except (re.error, TypeError) as error:
+        raise ValueError(f"Invalid exclude value: {exclude!r} is not a regular expression: {error}") from None
+    paths = {_name_of(key) for key, _ in jax.tree.leaves_with_path(params)}
+
+    def decays(key: Path, p: Any) -> bool:
+        path = _name_of(key)
+        if np.ndim(p) < 2 or (excluded is not None and excluded.search(path)):
+            return False
+        *owners, name = path.split("/")
+        owner = next((x for x in reversed(owners) if not x.isdigit()), "")
+        is_norm = name == "weight" and _NORMS.search(owner)
+        is_bias_of_haiku = name == "b" and "/".join([*owners, "w"]) in paths
+        return not (is_norm or is_bias_of_haiku or _BIASES_AND_SCALES.search(name))
+
+    return jax.tree.map_with_path(decays, params)
+
+
+def _name_of(key: Path) -> str:
+    """The path of an array, without the last key in a variable of nnx."""
+    return trees.path_of(key).removesuffix("/value")
 
 
 def _is_known_zero(x: object) -> bool:

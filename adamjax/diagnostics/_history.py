@@ -109,21 +109,24 @@ def scalars(stats: AdamStats) -> dict[str, float]:
       stats: The result of `measure` for one step of one run.
 
     Returns:
-      A Python float per tag: each figure for all parameters together, and for each one.
+      A Python float per tag: each figure for all parameters together, and for each one. If `measure` was given the
+      optimizer, "learning_rate" is that of the next step; of groups, "learning_rate/bias", "learning_rate/default", ...
 
     Raises:
       TypeError: `stats` is something else.
 
     >>> import adamjax, jax.numpy as jnp
     >>> p = {"w": jnp.ones(2)}
-    >>> updates, state = adamjax.adam().update(p, adamjax.adam().init(p), p)
-    >>> tags = adamjax.diagnostics.scalars(adamjax.diagnostics.measure(p, updates, state, p))
-    >>> list(tags)[:2], tags["zero_gradients/w"]
-    (['gradient_norm/all', 'gradient_norm/w'], 0.0)
+    >>> opt = adamjax.adam(0.25)
+    >>> updates, state = opt.update(p, opt.init(p), p)
+    >>> tags = adamjax.diagnostics.scalars(adamjax.diagnostics.measure(p, updates, state, p, opt=opt))
+    >>> list(tags)[:3], tags["learning_rate"]
+    (['learning_rate', 'gradient_norm/all', 'gradient_norm/w'], 0.25)
     """
     stats = jax.device_get(check_stats(stats))
     figures = zip(LeafStats._fields, stats.overall, stats.leaves, strict=True)
-    return {
+    rates = stats.learning_rate if isinstance(stats.learning_rate, dict) else {"": stats.learning_rate}
+    return {f"learning_rate/{group}".removesuffix("/"): float(x) for group, x in rates.items() if x is not None} | {
         f"{name}/{path}": float(x)
         for name, overall, leaves in figures
         if name not in ("size", "b2", "eps")

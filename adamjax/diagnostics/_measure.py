@@ -21,6 +21,7 @@ from adamjax._transforms.ademamix import scale_by_ademamix
 from adamjax._transforms.groups import Groups
 from adamjax._transforms.moment_storage import Moment
 from adamjax._transforms.moments import find_moments
+from adamjax._transforms.rates import learning_rate_of
 
 _SAMPLE = 1024  # elements per parameter for the quantiles
 _QUANTILES = (0.05, 0.5, 0.95)
@@ -76,12 +77,15 @@ class AdamStats(Value):
       count: int32 scalar, the number of steps done, including this one.
       overall: The figures of all parameters together, scalars. `b2` and `eps` are the largest.
       leaves: The figures of each parameter, float32[number of parameters], in the order of `paths`.
+      learning_rate: That of the next step, as `learning_rate_of` returns it: a scalar, or a dict of them by group. None
+        if `opt` was not given, is not that of the whole state, or has none that can be seen.
       paths, shapes, dtypes: Those of the parameters.
     """
 
     count: Array
     overall: LeafStats
     leaves: LeafStats
+    learning_rate: Any
     paths: tuple[str, ...] = static_field()
     shapes: tuple[tuple[int, ...], ...] = static_field()
     dtypes: tuple[str, ...] = static_field()
@@ -127,7 +131,8 @@ def measure(
       updates: The updates that `update` returned for them.
       state: The state that `update` returned. Moments are found anywhere in it, also those of optax.
       params: The parameters before the step.
-      opt: The optimizer, for its b1, b2, eps and form of AMSGrad. None, or one of another library: those of `adam()`.
+      opt: The optimizer, for its b1, b2, eps, form of AMSGrad and learning rate. None, or one of another library: those
+        of `adam()`, and no learning rate.
       axis_name: The mapped axis (or axes) over which the arguments are sharded, inside `jax.shard_map` or
         `jax.pmap`. The quantiles are then means of the shards' quantiles.
 
@@ -173,10 +178,19 @@ def measure(
         jnp.max(jnp.stack([moments[key].count for key, *_ in chosen])),
         _figures(_Sums(*jnp.sum(table, axis=1)), mean_rates, jnp.max(hyper_table, axis=1)),
         _figures(_Sums(*table), rate_table, hyper_table),
+        _learning_rate(opt, state),
         tuple(trees.path_of(key) for key, *_ in chosen),
         tuple(np.shape(p) for *_, p in chosen),
         tuple(trees.dtype_of(p).name for *_, p in chosen),
     )
+
+
+def _learning_rate(opt: GradientTransformation | None, state: PyTree) -> Any:
+    """The learning rate, if `opt` and the state say it. Moments are found in the states of others around `opt`, too."""
+    try:
+        return None if opt is None else learning_rate_of(opt, state)
+    except (TypeError, ValueError):
+        return None
 
 
 class _Moments(NamedTuple):

@@ -49,6 +49,7 @@ class Transferred(Wrapper):
       parameters: A `ParameterScaling` for each parameter.
     """
 
+    has_own_state: ClassVar[bool] = False
     takes_first: ClassVar[bool] = True
 
     inner: Any

@@ -1,6 +1,6 @@
 """Keep a state in host memory and move it to the device for a step."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
@@ -15,6 +15,8 @@ from adamjax._transforms.base import Result, StepContext, Wrapper
 @value
 class Offload(Wrapper):
     """See `offload`."""
+
+    has_own_state: ClassVar[bool] = False
 
     inner: Any
 

@@ -1,6 +1,6 @@
 """ZeRO, stage 1, inside `jax.shard_map`: the same mathematics with explicit collectives."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 from jax import Array, lax
@@ -19,6 +19,8 @@ from adamjax.sharding._layout import Names
 @value
 class Zero1Mapped(StepsParts):
     """See `zero1_mapped`."""
+
+    has_own_state: ClassVar[bool] = False
 
     inner: Any
     axis: str | Names = static_field(described=False)
