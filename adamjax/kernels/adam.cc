@@ -148,6 +148,13 @@ struct Array {
     if (out != nullptr && out != in) std::memcpy(out + At(s), in + At(s), s.n * 4);
     return reinterpret_cast<float*>((out != nullptr ? out : const_cast<char*>(in)) + At(s));
   }
+
+  // The same of first moments, whose codes are of their ratios to the root of the second.
+  float* BringMean(const Span& s, const float* square, float* buffer) const {
+    if (block == 0) return Bring(s, buffer);
+    format->load_mean(*this, s, square, buffer);
+    return buffer;
+  }
 };
 
 // Vectors, for loops that compilers do not vectorise by themselves.
@@ -204,6 +211,12 @@ T Max(T x, T y) {
 template <class T>
 T Min(T x, T y) {
   return x < y ? x : y;
+}
+
+// NaN stays NaN, as in jnp.maximum.
+template <class T>
+T MaxOrNaN(T x, T y) {
+  return (x > y) | (x != x) ? x : y;
 }
 
 float Abs(float x) { return std::fabs(x); }
@@ -702,6 +715,10 @@ constexpr Format kRatios{nullptr, LoadRatios<kBits>, nullptr, nullptr, StoreRati
 template <int kBits>
 constexpr Format kSquares{LoadSquares<kBits>, nullptr, nullptr, nullptr, nullptr, StoreSquares<kBits>, StoreLargest<kBits>};
 
+// In 8 and 4 bits.
+constexpr const Format* kCodesOfMeans[] = {&kRatios<8>, &kRatios<4>};
+constexpr const Format* kCodesOfSquares[] = {&kSquares<8>, &kSquares<4>};
+
 // The prefetches during the step of a tile: of p, g, m and v, the numbers of a later tile.
 struct Ahead {
   static constexpr int64_t kNumbers = 16;  // at a time
@@ -775,15 +792,25 @@ struct Form {
   }
 
   template <class T>
-  static T Update(const Scalars& s, T g, T m, T largest, T slow, T p) {
+  static T Numerator(const Scalars& s, T g, T m, T slow) {
     T direction = s.of_m * m;
     // 0 times an infinite gradient would be NaN, which a cautious step takes for a sign that disagrees.
     if (kNesterov && s.of_g != 0) direction += s.of_g * g;
     if (kMixes) direction += s.of_slow * slow;
-    if (kRule == Rule::kCautious) {
-      T signed_ = s.agreeing * direction;
-      direction = ((signed_ > 0) & (g > 0)) | ((signed_ < 0) & (g < 0)) ? direction : T{};
-    }
+    return direction;
+  }
+
+  // Whether a direction has the sign of the gradient. No product, which could underflow.
+  template <class T>
+  static auto Agrees(const Scalars& s, T direction, T g) {
+    T signed_ = s.agreeing * direction;
+    return ((signed_ > 0) & (g > 0)) | ((signed_ < 0) & (g < 0));
+  }
+
+  template <class T>
+  static T Update(const Scalars& s, T g, T m, T largest, T slow, T p) {
+    T direction = Numerator(s, g, m, slow);
+    if (kRule == Rule::kCautious) direction = Agrees(s, direction, g) ? direction : T{};
     if (kRule != Rule::kADOPT) {
       T root = Root(largest * s.by_c2 + s.eps_root) + s.eps;
       direction = kRule == Rule::kAtan2 ? s.angle * Atan2(direction, s.of_root * root) : direction / root;
@@ -794,9 +821,49 @@ struct Form {
 
   template <class T>
   static T Maximum(const Scalars& s, T top, T square) {
-    T corrected = square * s.kept_by_c2;
-    // NaN stays NaN, as in jnp.maximum.
-    return (top > corrected) | (top != top) ? top : corrected;
+    return MaxOrNaN(top, square * s.kept_by_c2);
+  }
+
+  // The factor of a whole array is made of a sum with a term for each number: of a cautious step, the count of those
+  // that agree; of StableAdamW's, the squares of g / sqrt(v). A term depends on one moment, after the step.
+  static constexpr bool kCounts = kRule == Rule::kCautious;
+
+  template <class T>
+  static T Counted(const Scalars& s, T moment, T g) {
+    return kCounts ? Mean(s, moment, g) : Square(s, moment, g);
+  }
+
+  template <class T>
+  static T Term(const Scalars& s, T moment, T g) {
+    if (kCounts) return Agrees(s, Numerator(s, g, moment, T{}), g) ? T{} + 1 : T{};
+    return g * g / MaxOrNaN(moment * s.by_c2, T{} + s.eps * s.eps);
+  }
+
+  // That moment of a tile, given the one before the step.
+  static void Count(int64_t n, const Scalars& scalars, Ahead& ahead_, const float* g, const float* before, float* after) {
+    const Scalars s = scalars;
+    Ahead ahead = ahead_;
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) {
+      ahead.Prefetch(i, 0, 2);
+      Floats gradient = Gradient(s, Lanes<Floats>(g + i), Floats{});
+      Put(after + i, Counted(s, Lanes<Floats>(before + i), gradient));
+    }
+    for (; i < n; ++i) after[i] = Counted(s, before[i], Gradient(s, g[i], 0.0f));
+  }
+
+  // The sum over a tile, given that moment.
+  static double Sum(int64_t n, const Scalars& scalars, const float* g, const float* moment) {
+    const Scalars s = scalars;
+    Floats terms{};
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) {
+      terms += Term(s, Lanes<Floats>(moment + i), Gradient(s, Lanes<Floats>(g + i), Floats{}));
+    }
+    double sum = 0;
+    for (int64_t j = 0; j < kLanes; ++j) sum += terms[j];
+    for (; i < n; ++i) sum += Term(s, moment[i], Gradient(s, g[i], 0.0f));
+    return sum;
   }
 
   // The step of loaded numbers, or a part of the step. The caller loads and stores.
@@ -910,6 +977,15 @@ Steps Choose(bool next, Rest... rest) {
   return next ? Choose<chosen..., true>(rest...) : Choose<chosen..., false>(rest...);
 }
 
+// The two loops of the sum that the factor of a whole array is made of.
+struct Sums {
+  void (*count)(int64_t, const Scalars&, Ahead&, const float*, const float*, float*);
+  double (*sum)(int64_t, const Scalars&, const float*, const float*);
+};
+
+template <class F>
+constexpr Sums kSums{F::Count, F::Sum};
+
 // The place of a shard in the global array. Random numbers depend on the global index.
 struct Place {
   std::vector<int64_t> shape, whole;
@@ -983,18 +1059,22 @@ struct Job {
   Array update;  // the result in place of the parameter, which then stays as it is
   bool third, rounds;
   bool mixes;  // whether the third array is a mean, and not a maximum
-  int64_t rows, columns;  // of one array of a batch
+  int64_t rows = 0, columns = 0;  // of one array of a batch
   bool is_whole;          // if so, the index of a number is its offset in memory
   bool is_grouped = false;  // if so, only the moments are part of a larger array
   Place place;
 
-  // Set the fields that follow from the arrays.
-  void Complete(Rule rule, bool nesterov, bool coupled, bool decays) {
+  void SetStrides() {
     rounds = m.format != nullptr || v.format != nullptr;
     for (Array* x : {&p, &g, &m, &v, &top, &kept, &update}) {
       x->stride = x->Bytes(columns);
       x->ahead = rounds ? kFarAhead : kAhead;
     }
+  }
+
+  // Set the fields that follow from the arrays.
+  void Complete(Rule rule, bool nesterov, bool coupled, bool decays) {
+    SetStrides();
     bool apart = landing == Landing::kNone ? p.format != nullptr || update.out != nullptr : landing == Landing::kCompensated;
     mixes = rule == Rule::kAdEMAMix;
     switch (rule) {
@@ -1034,8 +1114,7 @@ struct Job {
     if (kept.in != nullptr) {
       for (int64_t i = 0; i < kept.Bytes(kTile); i += kLine) __builtin_prefetch(kept.Ahead(span) + i);
     }
-    int64_t row = span.row - first_row;
-    uint32_t first = is_whole ? static_cast<uint32_t>(row * columns + span.column) : place.Index(row, span.column);
+    uint32_t first = Index(span, first_row);
     uint32_t first_of_p = is_grouped ? static_cast<uint32_t>(span.column) : first;
     Tile tile{Read(span, buffers[0]), buffers[2], buffers[3], nullptr, buffers[5], g.Bring(span, buffers[1])};
     const bool in_place = landing == Landing::kNone && update.out != nullptr && update.format == nullptr;
@@ -1044,17 +1123,8 @@ struct Job {
       of_vectors(span, s, ahead, tile, m, v, d, first);
     } else {
       tile.v = v.Bring(span, buffers[3]);
-      if (m.block > 0) {
-        m.format->load_mean(m, span, tile.v, tile.m);
-      } else {
-        tile.m = m.Bring(span, buffers[2]);
-      }
-      if (third && mixes && top.block > 0) {
-        tile.top = buffers[4];
-        top.format->load_mean(top, span, tile.v, tile.top);
-      } else if (third) {
-        tile.top = top.Bring(span, buffers[4]);
-      }
+      tile.m = m.BringMean(span, tile.v, buffers[2]);
+      if (third) tile.top = mixes ? top.BringMean(span, tile.v, buffers[4]) : top.Bring(span, buffers[4]);
       bool settles = m.IsNarrow() || v.IsNarrow() || top.IsNarrow();
       (settles ? steps.moments : steps.all)(span.n, s, ahead, tile);
       if (rounds) {
@@ -1083,6 +1153,36 @@ struct Job {
     } else if (p.format != nullptr) {
       Land(p, span, span, tile, first_of_p, dithers.parameter);
     }
+  }
+
+  // The global index of the first number of a span.
+  uint32_t Index(const Span& span, int64_t first_row) const {
+    const int64_t row = span.row - first_row;
+    return is_whole ? static_cast<uint32_t>(row * columns + span.column) : place.Index(row, span.column);
+  }
+
+  // The sum over a span that the factor of a whole array is made of, of the first moment or the second. Nothing is stored.
+  double Sum(const Sums& sums, bool of_first, const Span& span, int64_t first_row, const Scalars& s, const Dither& d) const {
+    constexpr int64_t kBuffer = kTile + kLanes;
+    alignas(64) float buffers[3][kBuffer], after[kBuffer];
+    const Array& moment = of_first ? m : v;
+    constexpr int64_t kEach = Ahead::kNumbers;
+    Ahead ahead{{g.Ahead(span), moment.Ahead(span)}, {g.Bytes(kEach), moment.Bytes(kEach)}};
+    const float* gradient = g.Bring(span, buffers[0]);
+    const float* square = of_first && m.block == 0 ? nullptr : v.Bring(span, buffers[1]);
+    sums.count(span.n, s, ahead, gradient, of_first ? m.BringMean(span, square, buffers[2]) : square, after);
+    if (moment.IsNarrow()) {  // the factor is that of the moments as stored
+      alignas(64) char halves[kTile * 2];
+      alignas(64) uint32_t random[kBuffer];
+      Draw(span, Index(span, first_row), d, random);
+      Array stored = moment;
+      stored.in = stored.out = halves;
+      const Span here{0, 0, span.n};
+      if (of_first) moment.format->store_mean(stored, here, after, random, 0);
+      if (!of_first) moment.format->store_square(stored, here, after, random);
+      moment.format->load(stored, here, after);
+    }
+    return sums.sum(span.n, s, gradient, after);
   }
 
   void StoreSlow(const Span& span, const Scalars& s, const Tile& tile, uint32_t first, const Dither& d, float* buffer) const {
@@ -1278,12 +1378,20 @@ class Operands {
       array.block = block;
       array.blocks = (row + block - 1) / block;
       const char* scales_in;
-      char* scales_out;
-      if (Next(true, size / row * array.blocks, &scales_in, &scales_out) != ffi::U16) wrong = "adamjax: wrong scales";
+      char* scales_out = nullptr;
+      const int64_t scales = size / row * array.blocks;
+      if (Next(is_changed, scales, &scales_in, &scales_out) != ffi::U16) wrong = "adamjax: wrong scales";
       array.scales_in = reinterpret_cast<const uint16_t*>(scales_in);
       array.scales_out = reinterpret_cast<uint16_t*>(scales_out);
       if (kTile % block != 0) wrong = "adamjax: blocks of this size do not fill a tile";
     }
+    return array;
+  }
+
+  // The same of a moment, given the formats of its codes.
+  Array TakeMoment(const Format* const* codes, bool is_changed, int64_t size, int64_t row, int64_t block, int64_t bits) {
+    Array array = Take(is_changed, size, row, block, bits);
+    if (block > 0) array.format = codes[bits == 8 ? 0 : 1];
     return array;
   }
 
@@ -1318,6 +1426,68 @@ class Operands {
   size_t next_in_ = 0, next_out_ = 0;
 };
 
+// Arrays of one shape that are stepped together, each with a row of scalars and a row of integers.
+class Batch {
+ public:
+  Batch(const ffi::Buffer<ffi::F32>& scalars, const ffi::Buffer<ffi::U32>& dithers, int64_t axes)
+      : count(scalars.element_count() / kScalars),
+        scalars_(scalars.typed_data()),
+        dithers_(dithers.typed_data()),
+        width_(kDithers + axes),
+        fits_(count > 0 && static_cast<int64_t>(scalars.element_count()) == count * kScalars &&
+              static_cast<int64_t>(dithers.element_count()) == count * width_) {}
+
+  const int64_t count;
+
+  // Set the rows and the place of a job by the first of its arrays. Returns whether the rows of scalars fit.
+  bool Shape(Job& job, const ffi::AnyBuffer& array, ffi::Span<const int64_t> whole, ffi::Span<const int64_t> block) const {
+    const int64_t size = array.element_count(), axes = whole.size();
+    if (!fits_ || size % count != 0) return false;
+    auto shape = array.dimensions();
+    job.place.shape.assign(shape.end() - axes, shape.end());
+    job.place.whole.assign(whole.begin(), whole.end());
+    job.is_whole = job.place.shape == job.place.whole;
+    // Rows that begin with a block each follow each other like one.
+    bool is_one_row = job.is_whole;
+    for (int64_t of_moment : block) is_one_row = is_one_row && (of_moment == 0 || shape.back() % of_moment == 0);
+    job.columns = is_one_row ? size / count : shape.back();
+    job.rows = size / count / job.columns;
+    return true;
+  }
+
+  // The tiles of each array.
+  static int64_t Tiles(const Job& job) { return job.rows * ((job.columns + kTile - 1) / kTile); }
+
+  // Call `task` for each tile: with its number, the job in its array, its span, the first row of its array, and the
+  // scalars and dithers.
+  template <class F>
+  void ForEachTile(ffi::ThreadPool& pool, const Job& job, F task) const {
+    const int64_t of_row = (job.columns + kTile - 1) / kTile;
+    Parallel(pool, count * Tiles(job), [&](int64_t begin, int64_t end) {
+      Job mine = job;
+      Scalars s;
+      Dithers d;
+      for (int64_t tile = begin, last = -1; tile < end; ++tile) {
+        int64_t row = tile / of_row, column = tile % of_row * kTile, b = row / job.rows;
+        if (b != last) {
+          const uint32_t* dither = dithers_ + b * width_;
+          std::memcpy(&s, scalars_ + b * kScalars, sizeof(s));
+          std::memcpy(&d, dither, sizeof(d));
+          mine.place.offsets = dither + kDithers;
+          last = b;
+        }
+        task(tile, mine, Span{row, column, std::min(kTile, job.columns - column)}, b * job.rows, s, d);
+      }
+    });
+  }
+
+ private:
+  const float* scalars_;
+  const uint32_t* dithers_;
+  const int64_t width_;  // of a row of integers
+  const bool fits_;
+};
+
 // A step that delivers an update and has no need of the parameter is given none. `bits` and `block` describe the codes of
 // the first moment, the second, and the third array; 0 for floats. Only Adam's rule takes `coupled` decay.
 ffi::Error Impl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> scalars, ffi::Buffer<ffi::U32> dithers,
@@ -1326,22 +1496,10 @@ ffi::Error Impl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> scalars, ffi::Buffer
                 ffi::Span<const int64_t> bits, ffi::Span<const int64_t> block) {
   auto parameters = arrays.get<ffi::AnyBuffer>(0);
   if (!parameters.has_value()) return ffi::Error::InvalidArgument("adamjax: no parameters");
-  int64_t axes = whole.size(), width = kDithers + axes, size = parameters->element_count();
-  int64_t batch = scalars.element_count() / kScalars;
-  if (static_cast<int64_t>(scalars.element_count()) != batch * kScalars ||
-      static_cast<int64_t>(dithers.element_count()) != batch * width || batch == 0 || size % batch != 0) {
-    return ffi::Error::InvalidArgument("adamjax: scalars of the wrong shape");
-  }
   Job job;
-  auto shape = parameters->dimensions();
-  job.place.shape.assign(shape.end() - axes, shape.end());
-  job.place.whole.assign(whole.begin(), whole.end());
-  job.is_whole = job.place.shape == job.place.whole;
-  // Rows that begin with a block each follow each other like one.
-  bool is_one_row = job.is_whole;
-  for (int64_t of_moment : block) is_one_row = is_one_row && (of_moment == 0 || shape.back() % of_moment == 0);
-  job.columns = is_one_row ? size / batch : shape.back();
-  job.rows = size / batch / job.columns;
+  const Batch batch(scalars, dithers, whole.size());
+  if (!batch.Shape(job, *parameters, whole, block)) return ffi::Error::InvalidArgument("adamjax: scalars of the wrong shape");
+  const int64_t size = parameters->element_count();
   Operands operands(arrays, results);
   job.third = third;
   job.landing = static_cast<Landing>(landing);
@@ -1352,36 +1510,54 @@ ffi::Error Impl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> scalars, ffi::Buffer
   if (!reads) job.p = job.g;
   Array* const moments[] = {&job.m, &job.v, &job.top};
   const bool mixes = static_cast<Rule>(rule) == Rule::kAdEMAMix;
-  const Format* const of_means[] = {&kRatios<8>, &kRatios<4>};
-  const Format* const of_squares[] = {&kSquares<8>, &kSquares<4>};
-  const Format* const* const codes[] = {of_means, of_squares, mixes ? of_means : of_squares};
+  const Format* const* const codes[] = {kCodesOfMeans, kCodesOfSquares, mixes ? kCodesOfMeans : kCodesOfSquares};
   for (int i = 0; i < (third ? 3 : 2); ++i) {
-    *moments[i] = operands.Take(true, size, job.columns, block[i], bits[i]);
-    if (block[i] > 0) moments[i]->format = codes[i][bits[i] == 8 ? 0 : 1];
+    *moments[i] = operands.TakeMoment(codes[i], true, size, job.columns, block[i], bits[i]);
   }
   job.kept = operands.TakeKept(job.landing, size, job.columns);
   if (operands.wrong != nullptr) return ffi::Error::InvalidArgument(operands.wrong);
   job.Complete(static_cast<Rule>(rule), nesterov, coupled, decays);
 
-  int64_t of_row = (job.columns + kTile - 1) / kTile, tiles = batch * job.rows * of_row;
-  const float* all_scalars = scalars.typed_data();
-  const uint32_t* all_dithers = dithers.typed_data();
-  Parallel(pool, tiles, [&](int64_t begin, int64_t end) {
-    Job mine = job;
-    Scalars s;
-    Dithers d;
-    for (int64_t tile = begin, last = -1; tile < end; ++tile) {
-      int64_t row = tile / of_row, column = tile % of_row * kTile, b = row / job.rows;
-      if (b != last) {
-        const uint32_t* dither = all_dithers + b * width;
-        std::memcpy(&s, all_scalars + b * kScalars, sizeof(s));
-        std::memcpy(&d, dither, sizeof(d));
-        mine.place.offsets = dither + kDithers;
-        last = b;
-      }
-      mine.Run({row, column, std::min(kTile, job.columns - column)}, b * job.rows, s, d);
-    }
+  batch.ForEachTile(pool, job, [](int64_t, const Job& mine, const Span& span, int64_t first_row, const Scalars& s,
+                                  const Dithers& d) { mine.Run(span, first_row, s, d); });
+  return ffi::Error::Success();
+}
+
+// The sum that the factor of a whole array is made of, of each array of a batch: see `Form::Term`. The operands are
+// gradients and both moments. The sums of tiles are added in order, so that no number of threads changes the result.
+ffi::Error Sum(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> scalars, ffi::Buffer<ffi::U32> dithers,
+               ffi::RemainingArgs arrays, ffi::RemainingRets results, int64_t rule, ffi::Span<const int64_t> whole,
+               ffi::Span<const int64_t> bits, ffi::Span<const int64_t> block) {
+  auto gradients = arrays.get<ffi::AnyBuffer>(0);
+  auto sums = results.get<ffi::Buffer<ffi::F32>>(0);
+  if (!gradients.has_value() || !sums.has_value()) return ffi::Error::InvalidArgument("adamjax: an array is missing");
+  Job job;
+  const Batch batch(scalars, dithers, whole.size());
+  if (!batch.Shape(job, *gradients, whole, block) || static_cast<int64_t>((*sums)->element_count()) != batch.count) {
+    return ffi::Error::InvalidArgument("adamjax: scalars or sums of the wrong shape");
+  }
+  const int64_t size = gradients->element_count();
+  Operands operands(arrays, results);
+  job.g = operands.Take(false, size, job.columns, 0, 0);
+  job.m = operands.TakeMoment(kCodesOfMeans, false, size, job.columns, block[0], bits[0]);
+  job.v = operands.TakeMoment(kCodesOfSquares, false, size, job.columns, block[1], bits[1]);
+  if (operands.wrong != nullptr) return ffi::Error::InvalidArgument(operands.wrong);
+  job.SetStrides();
+
+  const bool counts = static_cast<Rule>(rule) == Rule::kCautious;
+  const Sums& loops = counts ? kSums<Form<Rule::kCautious, false, true, false, false, false>>
+                             : kSums<Form<Rule::kAdam, false, false, false, false, false>>;
+  const int64_t tiles = Batch::Tiles(job);
+  std::vector<double> parts(batch.count * tiles);
+  batch.ForEachTile(pool, job, [&](int64_t tile, const Job& mine, const Span& span, int64_t first_row, const Scalars& s,
+                                   const Dithers& d) {
+    parts[tile] = mine.Sum(loops, counts, span, first_row, s, d.moments);
   });
+  for (int64_t i = 0; i < batch.count; ++i) {
+    double sum = 0;
+    for (int64_t j = 0; j < tiles; ++j) sum += parts[i * tiles + j];
+    (*sums)->typed_data()[i] = static_cast<float>(sum);
+  }
   return ffi::Error::Success();
 }
 
@@ -1488,3 +1664,15 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(AdamjaxGroup, Group,
                               Bound()
                                   .Attr<ffi::Span<const int64_t>>("coupled")
                                   .Attr<ffi::Span<const int64_t>>("decays"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(AdamjaxSum, Sum,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::U32>>()
+                                  .RemainingArgs()
+                                  .RemainingRets()
+                                  .Attr<int64_t>("rule")
+                                  .Attr<ffi::Span<const int64_t>>("whole")
+                                  .Attr<ffi::Span<const int64_t>>("bits")
+                                  .Attr<ffi::Span<const int64_t>>("block"));
