@@ -148,7 +148,7 @@ def _run(leaf: LeafSpec, scalars: Array, integers: Array, *arrays: Array) -> Any
 
 def _sum(leaf: LeafSpec, scalars: Array, integers: Array, g: Array, *moments: Array) -> Array:
     batch = g.ndim - len(leaf.shape)
-    like = jax.eval_shape(lambda g: jnp.sum(g, axis=range(batch, g.ndim), dtype=jnp.float32), g)
+    like = jax.eval_shape(lambda g: jnp.sum(g, axis=tuple(range(batch, g.ndim)), dtype=jnp.float32), g)
     bits, block = zip(*leaf.formats, strict=True)
     return jax.ffi.ffi_call(f"{_library.target()}-sum", like)(
         scalars,

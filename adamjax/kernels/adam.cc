@@ -840,29 +840,29 @@ struct Form {
   }
 
   // That moment of a tile, given the one before the step.
-  static void Count(int64_t n, const Scalars& scalars, Ahead& ahead_, const float* g, const float* before, float* after) {
+  static void Count(int64_t n, const Scalars& scalars, const float* g, const float* before, float* after) {
     const Scalars s = scalars;
-    Ahead ahead = ahead_;
     int64_t i = 0;
     for (; i + kLanes <= n; i += kLanes) {
-      ahead.Prefetch(i, 0, 2);
-      Floats gradient = Gradient(s, Lanes<Floats>(g + i), Floats{});
-      Put(after + i, Counted(s, Lanes<Floats>(before + i), gradient));
+      Put(after + i, Counted(s, Lanes<Floats>(before + i), Gradient(s, Lanes<Floats>(g + i), Floats{})));
     }
     for (; i < n; ++i) after[i] = Counted(s, before[i], Gradient(s, g[i], 0.0f));
   }
 
-  // The sum over a tile, given that moment.
+  // The sum over a tile, given that moment; or if it is not `kAfter`, the one before the step.
+  template <bool kAfter>
   static double Sum(int64_t n, const Scalars& scalars, const float* g, const float* moment) {
     const Scalars s = scalars;
+    auto term = [&](auto gradient, auto moment) {
+      gradient = Gradient(s, gradient, decltype(gradient){});
+      return Term(s, kAfter ? moment : Counted(s, moment, gradient), gradient);
+    };
     Floats terms{};
     int64_t i = 0;
-    for (; i + kLanes <= n; i += kLanes) {
-      terms += Term(s, Lanes<Floats>(moment + i), Gradient(s, Lanes<Floats>(g + i), Floats{}));
-    }
+    for (; i + kLanes <= n; i += kLanes) terms += term(Lanes<Floats>(g + i), Lanes<Floats>(moment + i));
     double sum = 0;
     for (int64_t j = 0; j < kLanes; ++j) sum += terms[j];
-    for (; i < n; ++i) sum += Term(s, moment[i], Gradient(s, g[i], 0.0f));
+    for (; i < n; ++i) sum += term(g[i], moment[i]);
     return sum;
   }
 
@@ -977,14 +977,16 @@ Steps Choose(bool next, Rest... rest) {
   return next ? Choose<chosen..., true>(rest...) : Choose<chosen..., false>(rest...);
 }
 
-// The two loops of the sum that the factor of a whole array is made of.
+// The loops of the sum that the factor of a whole array is made of.
 struct Sums {
-  void (*count)(int64_t, const Scalars&, Ahead&, const float*, const float*, float*);
-  double (*sum)(int64_t, const Scalars&, const float*, const float*);
+  bool of_first;  // of the first moment, and not of the second
+  void (*count)(int64_t, const Scalars&, const float*, const float*, float*);
+  using OfNumbers = double (*)(int64_t, const Scalars&, const float*, const float*);
+  OfNumbers before, after;
 };
 
-template <class F>
-constexpr Sums kSums{F::Count, F::Sum};
+template <Rule rule, class F = Form<rule, false, true, false, false, false>>
+constexpr Sums kSums{F::kCounts, F::Count, F::template Sum<false>, F::template Sum<true>};
 
 // The place of a shard in the global array. Random numbers depend on the global index.
 struct Place {
@@ -1161,28 +1163,32 @@ struct Job {
     return is_whole ? static_cast<uint32_t>(row * columns + span.column) : place.Index(row, span.column);
   }
 
-  // The sum over a span that the factor of a whole array is made of, of the first moment or the second. Nothing is stored.
-  double Sum(const Sums& sums, bool of_first, const Span& span, int64_t first_row, const Scalars& s, const Dither& d) const {
+  // The sum over a span that the factor of a whole array is made of. Nothing is stored. There is no prefetch: it is slower
+  // for two arrays that are only read.
+  double Sum(const Sums& sums, const Span& span, int64_t first_row, const Scalars& s, const Dither& d) const {
     constexpr int64_t kBuffer = kTile + kLanes;
-    alignas(64) float buffers[3][kBuffer], after[kBuffer];
-    const Array& moment = of_first ? m : v;
-    constexpr int64_t kEach = Ahead::kNumbers;
-    Ahead ahead{{g.Ahead(span), moment.Ahead(span)}, {g.Bytes(kEach), moment.Bytes(kEach)}};
+    alignas(64) float buffers[3][kBuffer];
     const float* gradient = g.Bring(span, buffers[0]);
-    const float* square = of_first && m.block == 0 ? nullptr : v.Bring(span, buffers[1]);
-    sums.count(span.n, s, ahead, gradient, of_first ? m.BringMean(span, square, buffers[2]) : square, after);
-    if (moment.IsNarrow()) {  // the factor is that of the moments as stored
-      alignas(64) char halves[kTile * 2];
-      alignas(64) uint32_t random[kBuffer];
-      Draw(span, Index(span, first_row), d, random);
-      Array stored = moment;
-      stored.in = stored.out = halves;
-      const Span here{0, 0, span.n};
-      if (of_first) moment.format->store_mean(stored, here, after, random, 0);
-      if (!of_first) moment.format->store_square(stored, here, after, random);
-      moment.format->load(stored, here, after);
+    const float* square = sums.of_first && m.block == 0 ? nullptr : v.Bring(span, buffers[1]);
+    const float* before = sums.of_first ? m.BringMean(span, square, buffers[2]) : square;
+    const Array& moment = sums.of_first ? m : v;
+    if (!moment.IsNarrow()) return sums.before(span.n, s, gradient, before);
+    // The factor is that of a half precision moment as stored.
+    alignas(64) float after[kBuffer];
+    alignas(64) uint32_t random[kBuffer];
+    alignas(64) char halves[kTile * 2];
+    sums.count(span.n, s, gradient, before, after);
+    Draw(span, Index(span, first_row), d, random);
+    Array stored = moment;
+    stored.in = stored.out = halves;
+    const Span here{0, 0, span.n};
+    if (sums.of_first) {
+      moment.format->store_mean(stored, here, after, random, 0);
+    } else {
+      moment.format->store_square(stored, here, after, random);
     }
-    return sums.sum(span.n, s, gradient, after);
+    moment.format->load(stored, here, after);
+    return sums.after(span.n, s, gradient, after);
   }
 
   void StoreSlow(const Span& span, const Scalars& s, const Tile& tile, uint32_t first, const Dither& d, float* buffer) const {
@@ -1543,15 +1549,12 @@ ffi::Error Sum(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> scalars, ffi::Buffer<
   job.v = operands.TakeMoment(kCodesOfSquares, false, size, job.columns, block[1], bits[1]);
   if (operands.wrong != nullptr) return ffi::Error::InvalidArgument(operands.wrong);
   job.SetStrides();
-
-  const bool counts = static_cast<Rule>(rule) == Rule::kCautious;
-  const Sums& loops = counts ? kSums<Form<Rule::kCautious, false, true, false, false, false>>
-                             : kSums<Form<Rule::kAdam, false, false, false, false, false>>;
+  const Sums& loops = static_cast<Rule>(rule) == Rule::kCautious ? kSums<Rule::kCautious> : kSums<Rule::kAdam>;
   const int64_t tiles = Batch::Tiles(job);
   std::vector<double> parts(batch.count * tiles);
   batch.ForEachTile(pool, job, [&](int64_t tile, const Job& mine, const Span& span, int64_t first_row, const Scalars& s,
                                    const Dithers& d) {
-    parts[tile] = mine.Sum(loops, counts, span, first_row, s, d.moments);
+    parts[tile] = mine.Sum(loops, span, first_row, s, d.moments);
   });
   for (int64_t i = 0; i < batch.count; ++i) {
     double sum = 0;
