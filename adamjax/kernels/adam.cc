@@ -361,7 +361,7 @@ struct BFloat16 {
     Words bits = reinterpret_cast<Words>(x);
     return x == x ? bits + (random >> 16) : bits | 0x400000;
   }
-  static Floats Cut(Floats x, Words random) { return reinterpret_cast<Floats>(CutBits(x, random)); }
+  static Floats Cut(Floats x, Words random) { return reinterpret_cast<Floats>(CutBits(x, random) & 0xFFFF0000); }
   static Floats Saturated(Floats x) { return x; }
   static Floats Settled(Floats, Floats rounded) { return rounded; }
   static Floats Positive(Floats, Floats rounded) { return rounded; }  // unchanged: subnormals are flushed here
@@ -442,17 +442,23 @@ void StoreRandom(const Array& a, const Span& s, const float* x, const uint32_t* 
 }
 
 template <class T>
+Floats RoundedMean(Floats x, Words random) {
+  return T::Settled(x, T::Cut(T::Saturated(x), random));
+}
+
+template <class T>
+Floats RoundedSquare(Floats x, Words random) {
+  return T::Positive(x, T::Cut(T::Saturated(x), random << 9));
+}
+
+template <class T>
 void StoreMean(const Array& a, const Span& s, const float* x, const uint32_t* random, float) {
-  Store<T>(a, s, x, [=](int64_t i, Floats x) {
-    return T::Settled(x, T::Cut(T::Saturated(x), Lanes<Words>(random + i)));
-  });
+  Store<T>(a, s, x, [=](int64_t i, Floats x) { return RoundedMean<T>(x, Lanes<Words>(random + i)); });
 }
 
 template <class T>
 void StoreSquare(const Array& a, const Span& s, const float* x, const uint32_t* random) {
-  Store<T>(a, s, x, [=](int64_t i, Floats x) {
-    return T::Positive(x, T::Cut(T::Saturated(x), Lanes<Words>(random + i) << 9));
-  });
+  Store<T>(a, s, x, [=](int64_t i, Floats x) { return RoundedSquare<T>(x, Lanes<Words>(random + i)); });
 }
 
 template <class T>
@@ -824,46 +830,52 @@ struct Form {
     return MaxOrNaN(top, square * s.kept_by_c2);
   }
 
-  // The factor of a whole array is made of a sum with a term for each number: of a cautious step, the count of those
-  // that agree; of StableAdamW's, the squares of g / sqrt(v). A term depends on one moment, after the step.
-  static constexpr bool kCounts = kRule == Rule::kCautious;
+  // The factor of a whole array is made of a sum with a term for each number: of a cautious step, 1 where it agrees; of
+  // StableAdamW's, the square of g / sqrt(v). A term depends on one moment, after the step.
+  static constexpr bool kOfFirst = kRule == Rule::kCautious;  // the first moment, and not the second
 
-  template <class T>
-  static T Counted(const Scalars& s, T moment, T g) {
-    return kCounts ? Mean(s, moment, g) : Square(s, moment, g);
+  static Floats Counted(const Scalars& s, Floats moment, Floats g) {
+    return kOfFirst ? Mean(s, moment, g) : Square(s, moment, g);
   }
 
-  template <class T>
-  static T Term(const Scalars& s, T moment, T g) {
-    if (kCounts) return Agrees(s, Numerator(s, g, moment, T{}), g) ? T{} + 1 : T{};
-    return g * g / MaxOrNaN(moment * s.by_c2, T{} + s.eps * s.eps);
+  static Floats Term(const Scalars& s, Floats moment, Floats g) {
+    if (kOfFirst) return Agrees(s, Numerator(s, g, moment, Floats{}), g) ? 1 + Floats{} : Floats{};
+    return g * g / MaxOrNaN(moment * s.by_c2, s.eps * s.eps + Floats{});
   }
 
-  // That moment of a tile, given the one before the step.
-  static void Count(int64_t n, const Scalars& scalars, const float* g, const float* before, float* after) {
-    const Scalars s = scalars;
-    int64_t i = 0;
-    for (; i + kLanes <= n; i += kLanes) {
-      Put(after + i, Counted(s, Lanes<Floats>(before + i), Gradient(s, Lanes<Floats>(g + i), Floats{})));
-    }
-    for (; i < n; ++i) after[i] = Counted(s, before[i], Gradient(s, g[i], 0.0f));
-  }
-
-  // The sum over a tile, given that moment; or if it is not `kAfter`, the one before the step.
-  template <bool kAfter>
-  static double Sum(int64_t n, const Scalars& scalars, const float* g, const float* moment) {
-    const Scalars s = scalars;
-    auto term = [&](auto gradient, auto moment) {
-      gradient = Gradient(s, gradient, decltype(gradient){});
-      return Term(s, kAfter ? moment : Counted(s, moment, gradient), gradient);
-    };
+  // The sum over `n` numbers, given their gradients. `after` is called with the place of a vector, and its gradients,
+  // and returns its moments. Zeros that fill the last vector have terms of 0.
+  template <class F>
+  static double Sum(int64_t n, const Scalars& s, const float* g, F after) {
     Floats terms{};
-    int64_t i = 0;
-    for (; i + kLanes <= n; i += kLanes) terms += term(Lanes<Floats>(g + i), Lanes<Floats>(moment + i));
+    for (int64_t i = 0; i < n; i += kLanes) {
+      const Floats gradient = Gradient(s, Some(g + i, n - i), Floats{});
+      terms += Term(s, after(i, gradient), gradient);
+    }
     double sum = 0;
-    for (int64_t j = 0; j < kLanes; ++j) sum += terms[j];
-    for (; i < n; ++i) sum += term(g[i], moment[i]);
+    for (int64_t i = 0; i < kLanes; ++i) sum += terms[i];
     return sum;
+  }
+
+  // The same, given the moments before the step.
+  static double SumOf(int64_t n, const Scalars& scalars, const float* g, const float* before) {
+    const Scalars s = scalars;
+    return Sum(n, s, g, [&](int64_t i, Floats gradient) { return Counted(s, Some(before + i, n - i), gradient); });
+  }
+
+  // The same of moments in half precision, which are rounded as they will be stored.
+  template <class T>
+  static double SumOfHalves(const Span& span, const Scalars& scalars, const float* g, const Array& moment,
+                            const Dither& dither, uint32_t first) {
+    const Scalars s = scalars;
+    const Dither d = dither;
+    alignas(64) float before[kTile + kLanes];
+    Load<T>(moment, span, before);
+    return Sum(span.n, s, g, [&](int64_t i, Floats gradient) {
+      const Floats after = Counted(s, Some(before + i, span.n - i), gradient);
+      const Words random = Random(first + static_cast<uint32_t>(i), d);
+      return kOfFirst ? RoundedMean<T>(after, random) : RoundedSquare<T>(after, random);
+    });
   }
 
   // The step of loaded numbers, or a part of the step. The caller loads and stores.
@@ -979,14 +991,14 @@ Steps Choose(bool next, Rest... rest) {
 
 // The loops of the sum that the factor of a whole array is made of.
 struct Sums {
-  bool of_first;  // of the first moment, and not of the second
-  void (*count)(int64_t, const Scalars&, const float*, const float*, float*);
-  using OfNumbers = double (*)(int64_t, const Scalars&, const float*, const float*);
-  OfNumbers before, after;
+  bool of_first;  // given the first moment, and not the second
+  double (*numbers)(int64_t, const Scalars&, const float*, const float*);
+  using OfHalves = double (*)(const Span&, const Scalars&, const float*, const Array&, const Dither&, uint32_t);
+  OfHalves bfloat16, float16;
 };
 
 template <Rule rule, class F = Form<rule, false, true, false, false, false>>
-constexpr Sums kSums{F::kCounts, F::Count, F::template Sum<false>, F::template Sum<true>};
+constexpr Sums kSums{F::kOfFirst, F::SumOf, F::template SumOfHalves<BFloat16>, F::template SumOfHalves<Float16>};
 
 // The place of a shard in the global array. Random numbers depend on the global index.
 struct Place {
@@ -1169,26 +1181,13 @@ struct Job {
     constexpr int64_t kBuffer = kTile + kLanes;
     alignas(64) float buffers[3][kBuffer];
     const float* gradient = g.Bring(span, buffers[0]);
-    const float* square = sums.of_first && m.block == 0 ? nullptr : v.Bring(span, buffers[1]);
-    const float* before = sums.of_first ? m.BringMean(span, square, buffers[2]) : square;
     const Array& moment = sums.of_first ? m : v;
-    if (!moment.IsNarrow()) return sums.before(span.n, s, gradient, before);
-    // The factor is that of a half precision moment as stored.
-    alignas(64) float after[kBuffer];
-    alignas(64) uint32_t random[kBuffer];
-    alignas(64) char halves[kTile * 2];
-    sums.count(span.n, s, gradient, before, after);
-    Draw(span, Index(span, first_row), d, random);
-    Array stored = moment;
-    stored.in = stored.out = halves;
-    const Span here{0, 0, span.n};
-    if (sums.of_first) {
-      moment.format->store_mean(stored, here, after, random, 0);
-    } else {
-      moment.format->store_square(stored, here, after, random);
+    if (moment.IsNarrow()) {
+      auto sum = moment.format == &kFloat<BFloat16> ? sums.bfloat16 : sums.float16;
+      return sum(span, s, gradient, moment, d, Index(span, first_row));
     }
-    moment.format->load(stored, here, after);
-    return sums.after(span.n, s, gradient, after);
+    const float* square = sums.of_first && m.block == 0 ? nullptr : v.Bring(span, buffers[1]);
+    return sums.numbers(span.n, s, gradient, sums.of_first ? m.BringMean(span, square, buffers[2]) : square);
   }
 
   void StoreSlow(const Span& span, const Scalars& s, const Tile& tile, uint32_t first, const Dither& d, float* buffer) const {
