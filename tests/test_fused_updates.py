@@ -203,6 +203,19 @@ def test_clipping_writes_no_gradients(around):
     assert kernels_in(opt.step, *args) == 1
 
 
+def test_clipping_before_a_factor_of_a_whole_array(one_device):
+    """The kernel clips what it reads for the factor, too."""
+    params, grads = {"cube": PARAMS["cube"]}, {"cube": GRADS["cube"]}
+    for make in (RULES["cautious"], RULES["stable"]):
+        fused, plain = (adamjax.chain(CLIP, make(**kw)) for kw in ({"fused": True}, {}))
+        state = plain.init(params)
+        step = jax.jit(lambda params, state, grads, opt=fused: opt.step(grads, state, params), donate_argnums=(0, 1))
+        memory = step.lower(params, state, grads).compile().memory_analysis()
+        assert memory.temp_size_in_bytes < params["cube"].nbytes / 10
+        found, expected = (jax.jit(opt.step)(grads, state, params) for opt in (fused, plain))
+        assert_close(found, expected, 4 * RECOMPILED)
+
+
 def test_clipping_is_limited_as_in_the_plain_step():
     g = jnp.full(1 << 15, 1e-3).at[:4].set(jnp.asarray([3e38, -1e25, 1e19, 5.0]))
     for wrong in (g, g.at[7].set(jnp.nan), g.at[7].set(jnp.inf)):

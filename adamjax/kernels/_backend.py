@@ -345,7 +345,6 @@ def _one_hot_sum(numbers: Sequence[Array], length: int) -> Array:
 @cache
 def batched(backend: Backend, leaf: LeafSpec) -> Any:
     """The kernel for arrays of a shape; mapped by `jax.vmap`, for many at once, each with a row of scalars."""
-
     return _batched(partial(_placed, backend, leaf))
 
 
