@@ -104,8 +104,8 @@ class Backend(NamedTuple):
     # all have the same leading axes more. The results are those of `results`; all that are like their operands come in
     # place of them
     run: Callable[..., Sequence[Array]]
-    # Reads gradients and both moments, after the same scalars and integers, and returns the sum of the `factor_terms` of
-    # a rule, of each of many leaves. None if XLA computes factors.
+    # Takes scalars and integers of the same form, the gradient and both moments, and returns the float32 sum of the
+    # `factor_terms` of the rule: of many leaves, one for each. None if XLA computes factors.
     sum: Callable[..., Array] | None = None
 
 
@@ -261,7 +261,7 @@ def _run_kernel(
 
 
 def _factor(backend: Backend, functions: Functions, leaf: Leaf, operands: list[Any]) -> Array | None:
-    """The factor of the rule, if it has one: whole arrays are read for it before the kernel writes them."""
+    """The factor of the rule, if it has one. It is made of the gradient that the rule is given, and the new moments."""
     at, step = next((i, f) for i, (_, f) in enumerate(functions) if _steps(f))
     if not isinstance(step, StepLeaf) or not step.rule.has_factor:
         return None
@@ -271,7 +271,7 @@ def _factor(backend: Backend, functions: Functions, leaf: Leaf, operands: list[A
     if backend.sum is None or not is_on_one_device(arrays):
         u, _ = run_program(functions[:at], leaf.u, leaf.p, leaf.states, operands[:at])
         return step.factor(u, moments, operands[at]).astype(jnp.float32)
-    # Without the learning rate, which could make directions underflow.
+    # The learning rate, which comes after the step, is left out: it could make directions underflow.
     scalars, dithers = step_scalars(functions[: at + 1], operands[: at + 1], jnp.float32(1))
     spec = LeafSpec.of(variant, (leaf.u, *moments[:2], None, None))
     packed = pack_operands(backend, variant, scalars, dithers, leaf.u.ndim)
@@ -350,7 +350,7 @@ def batched(backend: Backend, leaf: LeafSpec) -> Any:
 
 @cache
 def _batched_sum(backend: Backend, leaf: LeafSpec) -> Any:
-    """The sum that the kernel makes of arrays of a shape that are on one device; mapped, likewise."""
+    """The sum that a factor is made of, over arrays of a shape that are on one device; mapped likewise."""
 
     def sum_all(*operands: Array) -> Array:
         assert backend.sum is not None
@@ -360,7 +360,7 @@ def _batched_sum(backend: Backend, leaf: LeafSpec) -> Any:
 
 
 def _batched(call: Callable[..., Any]) -> Any:
-    """A call for arrays, or for arrays with leading axes more; `jax.vmap` adds one to all of its operands."""
+    """Let `jax.vmap` map a call by one more leading axis of all its operands."""
 
     @custom_vmap
     def call_all(*operands: Array) -> Any:

@@ -1,7 +1,8 @@
 // One step of one array by Adam, or a rule of its kin, in one pass over memory. The rules are those of ../_transforms,
 // the formats are those
 // of ../_transforms/moment_storage.py, ../_core/low_precision.py, ../_core/quantization.py and ../rounding.py;
-// _backend.py makes the operands.
+// _backend.py makes the operands. Where a step has a factor of a whole array, a pass that only reads sums what it is made of
+// before.
 //
 // Arithmetic is in float32. Tiles of all arrays are converted to float32 in the cache, stepped there, and written back.
 // So each format needs one loop that loads and one that stores, independent of the formats of other arrays.
@@ -830,12 +831,12 @@ struct Form {
     return MaxOrNaN(top, square * s.kept_by_c2);
   }
 
-  // The factor of a whole array is made of a sum with a term for each number: of a cautious step, 1 where it agrees; of
-  // StableAdamW's, the square of g / sqrt(v). A term depends on one moment, after the step.
+  // The factor of a whole array follows from a sum over its numbers: in a cautious step, of 1 for each that agrees with
+  // its gradient; in StableAdamW's, of the squares of g / sqrt(v). These need one moment, as it is after the step.
   static constexpr bool kOfFirst = kRule == Rule::kCautious;  // the first moment, and not the second
 
-  static Floats Counted(const Scalars& s, Floats moment, Floats g) {
-    return kOfFirst ? Mean(s, moment, g) : Square(s, moment, g);
+  static Floats MomentAfter(const Scalars& s, Floats before, Floats g) {
+    return kOfFirst ? Mean(s, before, g) : Square(s, before, g);
   }
 
   static Floats Term(const Scalars& s, Floats moment, Floats g) {
@@ -843,8 +844,8 @@ struct Form {
     return g * g / MaxOrNaN(moment * s.by_c2, s.eps * s.eps + Floats{});
   }
 
-  // The sum over `n` numbers, given their gradients. `after` is called with the place of a vector, and its gradients,
-  // and returns its moments. Zeros that fill the last vector have terms of 0.
+  // The sum of `n` terms. `after` is called with the place of a vector, and its gradients, and returns its moments. Zeros
+  // that fill the last vector have terms of 0.
   template <class F>
   static double Sum(int64_t n, const Scalars& s, const float* g, F after) {
     Floats terms{};
@@ -860,10 +861,10 @@ struct Form {
   // The same, given the moments before the step.
   static double SumOf(int64_t n, const Scalars& scalars, const float* g, const float* before) {
     const Scalars s = scalars;
-    return Sum(n, s, g, [&](int64_t i, Floats gradient) { return Counted(s, Some(before + i, n - i), gradient); });
+    return Sum(n, s, g, [&](int64_t i, Floats gradient) { return MomentAfter(s, Some(before + i, n - i), gradient); });
   }
 
-  // The same of moments in half precision, which are rounded as they will be stored.
+  // The same of moments in half precision, which are rounded as the step will store them.
   template <class T>
   static double SumOfHalves(const Span& span, const Scalars& scalars, const float* g, const Array& moment,
                             const Dither& dither, uint32_t first) {
@@ -872,7 +873,7 @@ struct Form {
     alignas(64) float before[kTile + kLanes];
     Load<T>(moment, span, before);
     return Sum(span.n, s, g, [&](int64_t i, Floats gradient) {
-      const Floats after = Counted(s, Some(before + i, span.n - i), gradient);
+      const Floats after = MomentAfter(s, Some(before + i, span.n - i), gradient);
       const Words random = Random(first + static_cast<uint32_t>(i), d);
       return kOfFirst ? RoundedMean<T>(after, random) : RoundedSquare<T>(after, random);
     });
@@ -989,9 +990,9 @@ Steps Choose(bool next, Rest... rest) {
   return next ? Choose<chosen..., true>(rest...) : Choose<chosen..., false>(rest...);
 }
 
-// The loops of the sum that the factor of a whole array is made of.
+// The sums that the factor of a whole array is made of, by the format of the moment.
 struct Sums {
-  bool of_first;  // given the first moment, and not the second
+  bool of_first;  // by the first moment, and not the second
   double (*numbers)(int64_t, const Scalars&, const float*, const float*);
   using OfHalves = double (*)(const Span&, const Scalars&, const float*, const Array&, const Dither&, uint32_t);
   OfHalves bfloat16, float16;
@@ -1073,7 +1074,7 @@ struct Job {
   Array update;  // the result in place of the parameter, which then stays as it is
   bool third, rounds;
   bool mixes;  // whether the third array is a mean, and not a maximum
-  int64_t rows = 0, columns = 0;  // of one array of a batch
+  int64_t rows, columns;  // of one array of a batch
   bool is_whole;          // if so, the index of a number is its offset in memory
   bool is_grouped = false;  // if so, only the moments are part of a larger array
   Place place;
@@ -1175,8 +1176,8 @@ struct Job {
     return is_whole ? static_cast<uint32_t>(row * columns + span.column) : place.Index(row, span.column);
   }
 
-  // The sum over a span that the factor of a whole array is made of. Nothing is stored. There is no prefetch: it is slower
-  // for two arrays that are only read.
+  // The sum over a span, for the factor of a whole array. Nothing is prefetched: that is slower for two arrays that are
+  // only read.
   double Sum(const Sums& sums, const Span& span, int64_t first_row, const Scalars& s, const Dither& d) const {
     constexpr int64_t kBuffer = kTile + kLanes;
     alignas(64) float buffers[3][kBuffer];
@@ -1431,7 +1432,7 @@ class Operands {
   size_t next_in_ = 0, next_out_ = 0;
 };
 
-// Arrays of one shape that are stepped together, each with a row of scalars and a row of integers.
+// Arrays of one shape in one call, each with a row of scalars and a row of integers.
 class Batch {
  public:
   Batch(const ffi::Buffer<ffi::F32>& scalars, const ffi::Buffer<ffi::U32>& dithers, int64_t axes)
@@ -1444,7 +1445,7 @@ class Batch {
 
   const int64_t count;
 
-  // Set the rows and the place of a job by the first of its arrays. Returns whether the rows of scalars fit.
+  // Set the rows and the place of a job by one of its arrays. Returns whether there is a row of scalars for each.
   bool Shape(Job& job, const ffi::AnyBuffer& array, ffi::Span<const int64_t> whole, ffi::Span<const int64_t> block) const {
     const int64_t size = array.element_count(), axes = whole.size();
     if (!fits_ || size % count != 0) return false;
@@ -1463,8 +1464,8 @@ class Batch {
   // The tiles of each array.
   static int64_t Tiles(const Job& job) { return job.rows * ((job.columns + kTile - 1) / kTile); }
 
-  // Call `task` for each tile: with its number, the job in its array, its span, the first row of its array, and the
-  // scalars and dithers.
+  // Call `task` with the number of each tile, the job at its array, its span, the first row of its array, and the scalars
+  // and dithers of that.
   template <class F>
   void ForEachTile(ffi::ThreadPool& pool, const Job& job, F task) const {
     const int64_t of_row = (job.columns + kTile - 1) / kTile;
@@ -1528,8 +1529,8 @@ ffi::Error Impl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> scalars, ffi::Buffer
   return ffi::Error::Success();
 }
 
-// The sum that the factor of a whole array is made of, of each array of a batch: see `Form::Term`. The operands are
-// gradients and both moments. The sums of tiles are added in order, so that no number of threads changes the result.
+// The sum that the factor of a whole array is made of, for each array: see `Form::Term`. The operands are gradients and
+// both moments. The sums of tiles are added in order, so that the number of threads does not change the result.
 ffi::Error Sum(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> scalars, ffi::Buffer<ffi::U32> dithers,
                ffi::RemainingArgs arrays, ffi::RemainingRets results, int64_t rule, ffi::Span<const int64_t> whole,
                ffi::Span<const int64_t> bits, ffi::Span<const int64_t> block) {
