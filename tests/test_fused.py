@@ -117,6 +117,76 @@ def test_rules_since_adam(form, dtype, format):
     three_steps(RULES[form], dtype, added=added_by(form), **FORMATS[format], **slow)
 
 
+def sums_in(function, *args):
+    """How often a lowered program has the kernel sum what a factor is made of."""
+    return jax.jit(function).lower(*args).as_text().count(f'custom_call @"{_library.target()}-sum"')
+
+
+@pytest.mark.parametrize(
+    ("form", "format"),
+    [
+        ("cautious", "float16"),
+        ("cautious nesterov", "float32"),
+        ("cautious nesterov", "bfloat16"),
+        ("cautious", "int4 and int8"),
+        ("stable", "float32"),
+        ("stable", "mixed and bfloat16"),
+        ("stable", "int8"),
+    ],
+)
+def test_factors_by_the_kernel(form, format, one_device):
+    """Where it sees whole arrays, it sums what their factors are made of."""
+    moments = {"nu_dtype": "bfloat16"} if format == "mixed and bfloat16" else FORMATS[format]
+    opt = RULES[form](fused=True, **moments)
+    assert sums_in(opt.step, PARAMS, opt.init(PARAMS), PARAMS) == 2
+    three_steps(RULES[form], **moments)
+
+
+@pytest.mark.parametrize("form", ["cautious", "stable"])
+def test_factors_by_the_kernel_do_not_depend_on_who_sums(form, one_device):
+    """Of many arrays, they are those of each, bit by bit: the sums of tiles are added in order."""
+    opt = RULES[form](fused=True)
+    large = {name: PARAMS[name] for name in ("matrix", "cube")}
+    params, grads = stacked(large), jax.tree.map(lambda x: jnp.stack([x, -x, jnp.roll(x, 1)]), large)
+    state, step, of_all = jax.vmap(opt.init)(params), jax.jit(opt.step), jax.jit(jax.vmap(opt.step))
+    assert sums_in(of_all, grads, state, params) == 2
+    for _ in range(2):
+        found = of_all(grads, state, params)
+        for i in range(3):
+            each = jax.tree.map(lambda x, i=i: x[i], (found, (grads, state, params)))
+            assert_equal(each[0], step(*each[1]))
+        params, state = found
+        grads = jax.tree.map(lambda g: -0.5 * g, grads)
+
+
+@pytest.mark.parametrize("form", ["cautious", "stable"])
+def test_factors_of_parts_inside_shard_map(form):
+    """The kernel sums over the part of a device, and JAX over devices."""
+    mesh = make_mesh(AxisType.Auto, (2,))
+    params = {"parts": PARAMS["cube"].reshape(256, 128), "whole": PARAMS["matrix"]}
+    # The second gradient opposes the first moment, or outgrows the second, in the first part alone.
+    change = -0.3 if form == "cautious" else 9.0
+    all_grads = [params, params | {"parts": params["parts"].at[:128].multiply(change)}]
+    specs = {"parts": P("data"), "whole": P()}
+
+    def two_steps(opt):
+        def run(params, all_grads):
+            state = opt.init(params)
+            for grads in all_grads:
+                params, state = opt.step(grads, state, params)
+            return params
+
+        return run
+
+    rule = {"cautious": adamjax.adam, "stable": adamjax.stable_adamw}[form]
+    options = {"b1": 0.5} | ({"cautious": True} if form == "cautious" else {})
+    expected = jax.jit(two_steps(rule(LR, **options)))(params, all_grads)
+    fused = two_steps(rule(LR, fused=True, axis_name="data", **options))
+    mapped = jax.shard_map(fused, mesh=mesh, in_specs=(specs, [specs] * 2), out_specs=specs)
+    assert sums_in(mapped, params, all_grads) == 4
+    assert_close(jax.jit(mapped)(params, all_grads), expected, 4 * RECOMPILED)
+
+
 def test_adopt_with_a_second_moment_in_8_bits():
     three_steps(RULES["adopt"], added=added_by("adopt"), mu_dtype="bfloat16", nu_dtype=INT8)
 
@@ -253,8 +323,10 @@ def test_parameters_that_are_numbers():
         *((form, "float32") for form in ("cautious", "ademamix", "adopt", "atan2 nesterov", "stable")),
     ],
 )
-def test_numbers_at_the_edges(form, format):
+def test_numbers_at_the_edges(form, format, request):
     """What is not finite, not normal, or has no square stays what it is in the plain step."""
+    if form in ("cautious", "stable"):
+        request.getfixturevalue("one_device")
     edges = [0.0, -0.0, np.nan, np.inf, -np.inf, 1e-45, 1e-38, -1e-30, 1e-23, 1e-19, 1e19, -1e20, 3e38]
     g = jnp.asarray(np.resize(edges, 16 * 1040), jnp.float32)
     p = jnp.asarray(np.repeat(np.resize(edges[:2] + edges[5:], 16), 1040), jnp.float32)

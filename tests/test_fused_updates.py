@@ -203,6 +203,22 @@ def test_clipping_writes_no_gradients(around):
     assert kernels_in(opt.step, *args) == 1
 
 
+@pytest.mark.parametrize("devices", ["one", "many"])
+def test_clipping_before_a_factor_of_a_whole_array(devices, request):
+    """The factor is that of clipped gradients; on one device the kernel clips what it reads for it, too."""
+    if devices == "one":
+        request.getfixturevalue("one_device")
+    params, grads = {"cube": PARAMS["cube"]}, {"cube": GRADS["cube"]}
+    for make in (RULES["cautious"], RULES["stable"]):
+        fused, plain = (adamjax.chain(CLIP, make(**kw)) for kw in ({"fused": True}, {}))
+        state = plain.init(params)
+        step = jax.jit(lambda params, state, grads, opt=fused: opt.step(grads, state, params), donate_argnums=(0, 1))
+        memory = step.lower(params, state, grads).compile().memory_analysis()
+        assert devices == "many" or memory.temp_size_in_bytes < params["cube"].nbytes / 10
+        found, expected = (jax.jit(opt.step)(grads, state, params) for opt in (fused, plain))
+        assert_close(found, expected, 4 * RECOMPILED)
+
+
 def test_clipping_is_limited_as_in_the_plain_step():
     g = jnp.full(1 << 15, 1e-3).at[:4].set(jnp.asarray([3e38, -1e25, 1e19, 5.0]))
     for wrong in (g, g.at[7].set(jnp.nan), g.at[7].set(jnp.inf)):

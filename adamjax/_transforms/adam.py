@@ -23,7 +23,7 @@ from adamjax._core.typing import AMSGrad, AxisName, Scalar
 from adamjax._core.value import precise_field, static_field, value
 from adamjax._transforms.moment_storage import MomentFormat
 from adamjax._transforms.moments import Moments, Parts
-from adamjax._transforms.whole_array import agreeing_part, agreement
+from adamjax._transforms.whole_array import agreeing_part, agreement, agrees
 
 
 class AdamScalars(NamedTuple):
@@ -89,7 +89,15 @@ class AdamRule:
 
     def factor(self, g: Array, m: Array, v: Array, s: Any) -> Array:
         """The factor of the direction, if it has one, given the new moments."""
-        return agreement(self.m_hat(g, m, s), g, self.axis_name)
+        return self.factor_of(jnp.sum(self.factor_terms(g, m, v, s)), g.size)
+
+    def factor_terms(self, g: Array, m: Array, v: Array, s: Any) -> Array:
+        """The numbers whose sum the factor is made of."""
+        return agrees(self.m_hat(g, m, s), g).astype(g.real.dtype)
+
+    def factor_of(self, total: Array, size: int) -> Array:
+        """The factor, given the sum of its terms over the `size` numbers that this device has of a parameter."""
+        return agreement(total, size, self.axis_name)
 
     def parts(self, m: Array, v: Array, v_max: Array | None, s: Any) -> Parts:
         """The parts of the direction; of Nesterov's, without the part that the gradient itself has."""

@@ -4,11 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
 from adamjax._core import checks, collectives
 from adamjax._core.numerics import is_zero, scale
+from adamjax._core.numerics import abs_sq, scale
 from adamjax._core.trees import Leaves
 from adamjax._core.typing import AxisName, Mask, PyTree, Scalar, ScalarOrSchedule
 from adamjax._core.value import precise_field, static_field, value
@@ -31,9 +33,13 @@ class StableAdamRule(AdamRule):
         """Whether the direction is multiplied by a factor that depends on the whole array."""
         return True
 
-    def factor(self, g: Array, m: Array, v: Array, s: Any) -> Array:
+    def factor_terms(self, g: Array, m: Array, v: Array, s: Any) -> Array:
+        """The squares of what an Adam without memory would do."""
+        return abs_sq(g) / jnp.maximum(v / s.c2, s.eps * s.eps)
+
+    def factor_of(self, total: Array, size: int) -> Array:
         """The factor of the learning rate."""
-        return update_clipping(g, v / s.c2, s.eps, self.axis_name)
+        return update_clipping(total, size, self.axis_name)
 
 
 @dataclass(frozen=True)

@@ -23,37 +23,34 @@ def agreeing_part(u: Array, g: Array) -> Array:
     return jnp.where(agrees(u, g), u, jnp.zeros_like(u))
 
 
-def agreement(u: Array, g: Array, axis_name: AxisName) -> Array:
-    """Return the factor that makes up for what `agreeing_part` leaves out (Liang et al., 2024, Algorithm 1)."""
-    count = _total(agrees(u, g).astype(g.real.dtype), u, axis_name)
-    return _size(u, axis_name) / (count + 1)
+def agreement(count: Array, size: int, axis_name: AxisName) -> Array:
+    """Return the factor that makes up for what `agreeing_part` leaves out (Liang et al., 2024, Algorithm 1).
+
+    `count` is how many numbers agree, of the `size` that this device has of a parameter.
+    """
+    count, whole = _of_whole(count, size, axis_name)
+    return whole / (count + 1)
 
 
-def update_clipping(g: Array, v_hat: Array, eps: Any, axis_name: AxisName) -> Array:
+def update_clipping(squares: Array, size: int, axis_name: AxisName) -> Array:
     """Return 1 over the root mean square of what an Adam without memory would do, if that is above 1.
 
-    Wortsman et al., 2023, Algorithm 2.
+    Wortsman et al., 2023, Algorithm 2. `squares` is the sum of the squares of the `size` numbers that this device has
+    of it.
     """
-    squares = _total(abs_sq(g) / jnp.maximum(v_hat, eps * eps), g, axis_name)
-    return 1 / jnp.maximum(1, sqrt_with_zero_slope(squares / _size(g, axis_name)))
+    squares, whole = _of_whole(squares, size, axis_name)
+    return 1 / jnp.maximum(1, sqrt_with_zero_slope(squares / whole))
 
 
 def norm(x: Array, axis_name: AxisName) -> Array:
     """Return the Frobenius norm of a whole parameter."""
-    return sqrt_with_zero_slope(_total(abs_sq(x), x, axis_name))
+    return sqrt_with_zero_slope(_of_whole(jnp.sum(abs_sq(x)), x.size, axis_name)[0])
 
 
-def _total(x: Array, like: Array, axis_name: AxisName) -> Array:
-    """The sum over a whole parameter, of which a device may have the part `like`."""
-    axes = _axes_of_parts(like, axis_name)
-    total = jnp.sum(x)
-    return lax.psum(total, axes) if axes else total
-
-
-def _size(like: Array, axis_name: AxisName) -> Any:
-    """The elements of a whole parameter."""
-    axes = _axes_of_parts(like, axis_name)
-    return like.size * lax.axis_size(axes) if axes else like.size
+def _of_whole(total: Array, size: int, axis_name: AxisName) -> tuple[Array, Any]:
+    """The sum over a whole parameter, and its elements, from those of the part that a device may have."""
+    axes = _axes_of_parts(total, axis_name)
+    return (lax.psum(total, axes), size * lax.axis_size(axes)) if axes else (total, size)
 
 
 def _axes_of_parts(x: Array, axis_name: AxisName) -> tuple[str, ...]:

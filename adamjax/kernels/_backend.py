@@ -104,6 +104,9 @@ class Backend(NamedTuple):
     # all have the same leading axes more. The results are those of `results`; all that are like their operands come in
     # place of them
     run: Callable[..., Sequence[Array]]
+    # Takes scalars and integers of the same form, the gradient and both moments, and returns the float32 sum of the
+    # `factor_terms` of the rule: of many leaves, one for each. None if XLA computes factors.
+    sum: Callable[..., Array] | None = None
 
 
 class Split(NamedTuple):
@@ -123,9 +126,9 @@ def split(functions: Functions) -> Split | None:
         return None
     first, end = at, at + 1
     rule: Any = body[at].rule  # type: ignore[attr-defined]
-    if not rule.has_factor:  # a factor of a whole array is made of the gradient that the rule is given
-        for takes in (_adds_param, _negates, _clips) if type(rule) is AdamRule else (_negates, _clips):
-            first -= first > 0 and takes(body[first - 1])
+    is_adam = type(rule) is AdamRule and not rule.has_factor
+    for takes in (_adds_param, _negates, _clips) if is_adam else (_negates, _clips):
+        first -= first > 0 and takes(body[first - 1])
     while end < len(body) and (_decays(body[end], body[at:end]) or body[end] in (scale_update, scale_by_kept)):
         end += 1
     end += end < len(body) and _delivers(body[end])
@@ -245,8 +248,9 @@ def _run_kernel(
     variant = variant_of(functions)
     assert variant is not None
     moments = moments_of(functions, states)
-    scalars, dithers = step_scalars(functions, operands, _factor(functions, u, moments, operands))
-    leaf = arrays_of(variant, functions, Leaf(-1, u, p, states), moments)
+    given = Leaf(-1, u, p, states)
+    scalars, dithers = step_scalars(functions, operands, _factor(backend, functions, given, operands))
+    leaf = arrays_of(variant, functions, given, moments)
     new, m, v, v_max, residual = step_leaf(backend, variant, leaf, u, scalars, dithers)
     after = list(states)
     number = _moments_number(functions)
@@ -256,12 +260,22 @@ def _run_kernel(
     return new, after
 
 
-def _factor(functions: Functions, u: Array, moments: Any, operands: Sequence[Any]) -> Array | None:
-    """The factor of the rule, which XLA computes: it reads whole arrays before the kernel writes them."""
+def _factor(backend: Backend, functions: Functions, leaf: Leaf, operands: list[Any]) -> Array | None:
+    """The factor of the rule, if it has one. It is made of the gradient that the rule is given, and the new moments."""
     at, step = next((i, f) for i, (_, f) in enumerate(functions) if _steps(f))
     if not isinstance(step, StepLeaf) or not step.rule.has_factor:
         return None
-    return step.factor(u, moments, operands[at]).astype(jnp.float32)
+    variant, moments = variant_of(functions), moments_of(functions, leaf.states)
+    assert variant is not None
+    arrays = [leaf.u, *jax.tree.leaves(moments[:2])]
+    if backend.sum is None or not is_on_one_device(arrays):
+        u, _ = run_program(functions[:at], leaf.u, leaf.p, leaf.states, operands[:at])
+        return step.factor(u, moments, operands[at]).astype(jnp.float32)
+    # The learning rate, which comes after the step, is left out: it could make directions underflow.
+    scalars, dithers = step_scalars(functions[: at + 1], operands[: at + 1], jnp.float32(1))
+    spec = LeafSpec.of(variant, (leaf.u, *moments[:2], None, None))
+    packed = pack_operands(backend, variant, scalars, dithers, leaf.u.ndim)
+    return step.rule.factor_of(_batched_sum(backend, spec)(*packed, *arrays), leaf.u.size)
 
 
 @partial(_run_kernel.defjvp, symbolic_zeros=True)
@@ -331,18 +345,34 @@ def _one_hot_sum(numbers: Sequence[Array], length: int) -> Array:
 @cache
 def batched(backend: Backend, leaf: LeafSpec) -> Any:
     """The kernel for arrays of a shape; mapped by `jax.vmap`, for many at once, each with a row of scalars."""
+    return _batched(partial(_placed, backend, leaf))
+
+
+@cache
+def _batched_sum(backend: Backend, leaf: LeafSpec) -> Any:
+    """The sum that a factor is made of, over arrays of a shape that are on one device; mapped likewise."""
+
+    def sum_all(*operands: Array) -> Array:
+        assert backend.sum is not None
+        return backend.sum(leaf, *collectives.pcast_all(*operands))
+
+    return _batched(sum_all)
+
+
+def _batched(call: Callable[..., Any]) -> Any:
+    """Let `jax.vmap` map a call by one more leading axis of all its operands."""
 
     @custom_vmap
-    def step_all(scalars: Array, integers: Array, *arrays: Array) -> list[Array]:
-        return _placed(backend, leaf, scalars, integers, *arrays)
+    def call_all(*operands: Array) -> Any:
+        return call(*operands)
 
-    @step_all.def_vmap
-    def _(size: int, is_mapped: list[bool], *operands: Array) -> tuple[list[Array], list[bool]]:
+    @call_all.def_vmap
+    def _(size: int, is_mapped: list[bool], *operands: Array) -> tuple[Any, Any]:
         mapped = [x if y else jnp.broadcast_to(x, (size, *x.shape)) for x, y in zip(operands, is_mapped, strict=True)]
-        new = step_all(*mapped)
-        return new, [True] * len(new)
+        new = call_all(*mapped)
+        return new, jax.tree.map(lambda _: True, new)
 
-    return step_all
+    return call_all
 
 
 def _placed(backend: Backend, leaf: LeafSpec, scalars: Array, integers: Array, *arrays: Array) -> list[Array]:

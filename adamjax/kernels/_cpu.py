@@ -146,4 +146,20 @@ def _run(leaf: LeafSpec, scalars: Array, integers: Array, *arrays: Array) -> Any
     )
 
 
-KERNEL = Backend(_scalars, _run)
+def _sum(leaf: LeafSpec, scalars: Array, integers: Array, g: Array, *moments: Array) -> Array:
+    batch = g.ndim - len(leaf.shape)
+    like = jax.eval_shape(lambda g: jnp.sum(g, axis=tuple(range(batch, g.ndim)), dtype=jnp.float32), g)
+    bits, block = zip(*leaf.formats, strict=True)
+    return jax.ffi.ffi_call(f"{_library.target()}-sum", like)(
+        scalars,
+        integers,
+        g,
+        *moments,
+        rule=attributes(leaf.variant)["rule"],
+        whole=np.asarray(leaf.shape, np.int64),
+        bits=np.asarray(bits, np.int64),
+        block=np.asarray(block, np.int64),
+    )
+
+
+KERNEL = Backend(_scalars, _run, _sum)

@@ -27,6 +27,9 @@ class Fused(Chain):
     calls its kernel: a chain, anywhere in it, `groups`, `skip_nonfinite`, `dynamic_loss_scale`, `zero1`, `offload`,
     `stochastic_rounding`, `kahan`, `master_weights`, optax's wrappers and the loops of frameworks.
     A `clip_by_global_norm` just before it reads the gradients for the norm, and leaves their scaling to the kernel.
+    For a factor that depends on a whole parameter, as those of `adamw(cautious=True)` and `stable_adamw`, gradients
+    and one moment are read before: by the kernel on a CPU, if there is one device or inside `jax.shard_map`, and by
+    XLA elsewhere.
     Code that calls `update` adds the result to the parameters itself, in a second pass; `step` has no need of that.
 
     It goes wherever a step does: under `jax.jit` (donate parameters and state, and nothing is copied),

@@ -16,7 +16,7 @@ import jax
 from adamjax.kernels import _cache, _compile, _prebuilt
 
 # The functions of a library, by the end of their FFI targets' names.
-_HANDLERS = {"": "AdamjaxStep", "-group": "AdamjaxGroup"}
+_HANDLERS = {"": "AdamjaxStep", "-group": "AdamjaxGroup", "-sum": "AdamjaxSum"}
 _lock = threading.Lock()
 
 
@@ -53,7 +53,10 @@ def build() -> Path:
 
 
 def target() -> str:
-    """Load and register the kernel, and return its FFI target; with "-group", the target for several arrays.
+    """Load and register the kernel, and return its FFI target.
+
+    With "-group", it is the target for several arrays, and with "-sum" the one for what factors of whole arrays are
+    made of.
 
     Raises:
       RuntimeError: There is no kernel, and none can be compiled.

@@ -1,7 +1,8 @@
 // One step of one array by Adam, or a rule of its kin, in one pass over memory. The rules are those of ../_transforms,
 // the formats are those
 // of ../_transforms/moment_storage.py, ../_core/low_precision.py, ../_core/quantization.py and ../rounding.py;
-// _backend.py makes the operands.
+// _backend.py makes the operands. Where a step has a factor of a whole array, a pass that only reads sums what it is made of
+// before.
 //
 // Arithmetic is in float32. Tiles of all arrays are converted to float32 in the cache, stepped there, and written back.
 // So each format needs one loop that loads and one that stores, independent of the formats of other arrays.
@@ -148,6 +149,13 @@ struct Array {
     if (out != nullptr && out != in) std::memcpy(out + At(s), in + At(s), s.n * 4);
     return reinterpret_cast<float*>((out != nullptr ? out : const_cast<char*>(in)) + At(s));
   }
+
+  // The same of first moments, whose codes are of their ratios to the root of the second.
+  float* BringMean(const Span& s, const float* square, float* buffer) const {
+    if (block == 0) return Bring(s, buffer);
+    format->load_mean(*this, s, square, buffer);
+    return buffer;
+  }
 };
 
 // Vectors, for loops that compilers do not vectorise by themselves.
@@ -204,6 +212,12 @@ T Max(T x, T y) {
 template <class T>
 T Min(T x, T y) {
   return x < y ? x : y;
+}
+
+// NaN stays NaN, as in jnp.maximum.
+template <class T>
+T MaxOrNaN(T x, T y) {
+  return (x > y) | (x != x) ? x : y;
 }
 
 float Abs(float x) { return std::fabs(x); }
@@ -348,7 +362,7 @@ struct BFloat16 {
     Words bits = reinterpret_cast<Words>(x);
     return x == x ? bits + (random >> 16) : bits | 0x400000;
   }
-  static Floats Cut(Floats x, Words random) { return reinterpret_cast<Floats>(CutBits(x, random)); }
+  static Floats Cut(Floats x, Words random) { return reinterpret_cast<Floats>(CutBits(x, random) & 0xFFFF0000); }
   static Floats Saturated(Floats x) { return x; }
   static Floats Settled(Floats, Floats rounded) { return rounded; }
   static Floats Positive(Floats, Floats rounded) { return rounded; }  // unchanged: subnormals are flushed here
@@ -429,17 +443,23 @@ void StoreRandom(const Array& a, const Span& s, const float* x, const uint32_t* 
 }
 
 template <class T>
+Floats RoundedMean(Floats x, Words random) {
+  return T::Settled(x, T::Cut(T::Saturated(x), random));
+}
+
+template <class T>
+Floats RoundedSquare(Floats x, Words random) {
+  return T::Positive(x, T::Cut(T::Saturated(x), random << 9));
+}
+
+template <class T>
 void StoreMean(const Array& a, const Span& s, const float* x, const uint32_t* random, float) {
-  Store<T>(a, s, x, [=](int64_t i, Floats x) {
-    return T::Settled(x, T::Cut(T::Saturated(x), Lanes<Words>(random + i)));
-  });
+  Store<T>(a, s, x, [=](int64_t i, Floats x) { return RoundedMean<T>(x, Lanes<Words>(random + i)); });
 }
 
 template <class T>
 void StoreSquare(const Array& a, const Span& s, const float* x, const uint32_t* random) {
-  Store<T>(a, s, x, [=](int64_t i, Floats x) {
-    return T::Positive(x, T::Cut(T::Saturated(x), Lanes<Words>(random + i) << 9));
-  });
+  Store<T>(a, s, x, [=](int64_t i, Floats x) { return RoundedSquare<T>(x, Lanes<Words>(random + i)); });
 }
 
 template <class T>
@@ -702,6 +722,10 @@ constexpr Format kRatios{nullptr, LoadRatios<kBits>, nullptr, nullptr, StoreRati
 template <int kBits>
 constexpr Format kSquares{LoadSquares<kBits>, nullptr, nullptr, nullptr, nullptr, StoreSquares<kBits>, StoreLargest<kBits>};
 
+// In 8 and 4 bits.
+constexpr const Format* kCodesOfMeans[] = {&kRatios<8>, &kRatios<4>};
+constexpr const Format* kCodesOfSquares[] = {&kSquares<8>, &kSquares<4>};
+
 // The prefetches during the step of a tile: of p, g, m and v, the numbers of a later tile.
 struct Ahead {
   static constexpr int64_t kNumbers = 16;  // at a time
@@ -775,15 +799,25 @@ struct Form {
   }
 
   template <class T>
-  static T Update(const Scalars& s, T g, T m, T largest, T slow, T p) {
+  static T Numerator(const Scalars& s, T g, T m, T slow) {
     T direction = s.of_m * m;
     // 0 times an infinite gradient would be NaN, which a cautious step takes for a sign that disagrees.
     if (kNesterov && s.of_g != 0) direction += s.of_g * g;
     if (kMixes) direction += s.of_slow * slow;
-    if (kRule == Rule::kCautious) {
-      T signed_ = s.agreeing * direction;
-      direction = ((signed_ > 0) & (g > 0)) | ((signed_ < 0) & (g < 0)) ? direction : T{};
-    }
+    return direction;
+  }
+
+  // Whether a direction has the sign of the gradient. No product, which could underflow.
+  template <class T>
+  static auto Agrees(const Scalars& s, T direction, T g) {
+    T signed_ = s.agreeing * direction;
+    return ((signed_ > 0) & (g > 0)) | ((signed_ < 0) & (g < 0));
+  }
+
+  template <class T>
+  static T Update(const Scalars& s, T g, T m, T largest, T slow, T p) {
+    T direction = Numerator(s, g, m, slow);
+    if (kRule == Rule::kCautious) direction = Agrees(s, direction, g) ? direction : T{};
     if (kRule != Rule::kADOPT) {
       T root = Root(largest * s.by_c2 + s.eps_root) + s.eps;
       direction = kRule == Rule::kAtan2 ? s.angle * Atan2(direction, s.of_root * root) : direction / root;
@@ -794,9 +828,55 @@ struct Form {
 
   template <class T>
   static T Maximum(const Scalars& s, T top, T square) {
-    T corrected = square * s.kept_by_c2;
-    // NaN stays NaN, as in jnp.maximum.
-    return (top > corrected) | (top != top) ? top : corrected;
+    return MaxOrNaN(top, square * s.kept_by_c2);
+  }
+
+  // The factor of a whole array follows from a sum over its numbers: in a cautious step, of 1 for each that agrees with
+  // its gradient; in StableAdamW's, of the squares of g / sqrt(v). These need one moment, as it is after the step.
+  static constexpr bool kOfFirst = kRule == Rule::kCautious;  // the first moment, and not the second
+
+  static Floats MomentAfter(const Scalars& s, Floats before, Floats g) {
+    return kOfFirst ? Mean(s, before, g) : Square(s, before, g);
+  }
+
+  static Floats Term(const Scalars& s, Floats moment, Floats g) {
+    if (kOfFirst) return Agrees(s, Numerator(s, g, moment, Floats{}), g) ? 1 + Floats{} : Floats{};
+    return g * g / MaxOrNaN(moment * s.by_c2, s.eps * s.eps + Floats{});
+  }
+
+  // The sum of `n` terms. `after` is called with the place of a vector, and its gradients, and returns its moments. Zeros
+  // that fill the last vector have terms of 0.
+  template <class F>
+  static double Sum(int64_t n, const Scalars& s, const float* g, F after) {
+    Floats terms{};
+    for (int64_t i = 0; i < n; i += kLanes) {
+      const Floats gradient = Gradient(s, Some(g + i, n - i), Floats{});
+      terms += Term(s, after(i, gradient), gradient);
+    }
+    double sum = 0;
+    for (int64_t i = 0; i < kLanes; ++i) sum += terms[i];
+    return sum;
+  }
+
+  // The same, given the moments before the step.
+  static double SumOf(int64_t n, const Scalars& scalars, const float* g, const float* before) {
+    const Scalars s = scalars;
+    return Sum(n, s, g, [&](int64_t i, Floats gradient) { return MomentAfter(s, Some(before + i, n - i), gradient); });
+  }
+
+  // The same of moments in half precision, which are rounded as the step will store them.
+  template <class T>
+  static double SumOfHalves(const Span& span, const Scalars& scalars, const float* g, const Array& moment,
+                            const Dither& dither, uint32_t first) {
+    const Scalars s = scalars;
+    const Dither d = dither;
+    alignas(64) float before[kTile + kLanes];
+    Load<T>(moment, span, before);
+    return Sum(span.n, s, g, [&](int64_t i, Floats gradient) {
+      const Floats after = MomentAfter(s, Some(before + i, span.n - i), gradient);
+      const Words random = Random(first + static_cast<uint32_t>(i), d);
+      return kOfFirst ? RoundedMean<T>(after, random) : RoundedSquare<T>(after, random);
+    });
   }
 
   // The step of loaded numbers, or a part of the step. The caller loads and stores.
@@ -910,6 +990,17 @@ Steps Choose(bool next, Rest... rest) {
   return next ? Choose<chosen..., true>(rest...) : Choose<chosen..., false>(rest...);
 }
 
+// The sums that the factor of a whole array is made of, by the format of the moment.
+struct Sums {
+  bool of_first;  // by the first moment, and not the second
+  double (*numbers)(int64_t, const Scalars&, const float*, const float*);
+  using OfHalves = double (*)(const Span&, const Scalars&, const float*, const Array&, const Dither&, uint32_t);
+  OfHalves bfloat16, float16;
+};
+
+template <Rule rule, class F = Form<rule, false, true, false, false, false>>
+constexpr Sums kSums{F::kOfFirst, F::SumOf, F::template SumOfHalves<BFloat16>, F::template SumOfHalves<Float16>};
+
 // The place of a shard in the global array. Random numbers depend on the global index.
 struct Place {
   std::vector<int64_t> shape, whole;
@@ -988,13 +1079,17 @@ struct Job {
   bool is_grouped = false;  // if so, only the moments are part of a larger array
   Place place;
 
-  // Set the fields that follow from the arrays.
-  void Complete(Rule rule, bool nesterov, bool coupled, bool decays) {
+  void SetStrides() {
     rounds = m.format != nullptr || v.format != nullptr;
     for (Array* x : {&p, &g, &m, &v, &top, &kept, &update}) {
       x->stride = x->Bytes(columns);
       x->ahead = rounds ? kFarAhead : kAhead;
     }
+  }
+
+  // Set the fields that follow from the arrays.
+  void Complete(Rule rule, bool nesterov, bool coupled, bool decays) {
+    SetStrides();
     bool apart = landing == Landing::kNone ? p.format != nullptr || update.out != nullptr : landing == Landing::kCompensated;
     mixes = rule == Rule::kAdEMAMix;
     switch (rule) {
@@ -1034,8 +1129,7 @@ struct Job {
     if (kept.in != nullptr) {
       for (int64_t i = 0; i < kept.Bytes(kTile); i += kLine) __builtin_prefetch(kept.Ahead(span) + i);
     }
-    int64_t row = span.row - first_row;
-    uint32_t first = is_whole ? static_cast<uint32_t>(row * columns + span.column) : place.Index(row, span.column);
+    uint32_t first = Index(span, first_row);
     uint32_t first_of_p = is_grouped ? static_cast<uint32_t>(span.column) : first;
     Tile tile{Read(span, buffers[0]), buffers[2], buffers[3], nullptr, buffers[5], g.Bring(span, buffers[1])};
     const bool in_place = landing == Landing::kNone && update.out != nullptr && update.format == nullptr;
@@ -1044,17 +1138,8 @@ struct Job {
       of_vectors(span, s, ahead, tile, m, v, d, first);
     } else {
       tile.v = v.Bring(span, buffers[3]);
-      if (m.block > 0) {
-        m.format->load_mean(m, span, tile.v, tile.m);
-      } else {
-        tile.m = m.Bring(span, buffers[2]);
-      }
-      if (third && mixes && top.block > 0) {
-        tile.top = buffers[4];
-        top.format->load_mean(top, span, tile.v, tile.top);
-      } else if (third) {
-        tile.top = top.Bring(span, buffers[4]);
-      }
+      tile.m = m.BringMean(span, tile.v, buffers[2]);
+      if (third) tile.top = mixes ? top.BringMean(span, tile.v, buffers[4]) : top.Bring(span, buffers[4]);
       bool settles = m.IsNarrow() || v.IsNarrow() || top.IsNarrow();
       (settles ? steps.moments : steps.all)(span.n, s, ahead, tile);
       if (rounds) {
@@ -1083,6 +1168,27 @@ struct Job {
     } else if (p.format != nullptr) {
       Land(p, span, span, tile, first_of_p, dithers.parameter);
     }
+  }
+
+  // The global index of the first number of a span.
+  uint32_t Index(const Span& span, int64_t first_row) const {
+    const int64_t row = span.row - first_row;
+    return is_whole ? static_cast<uint32_t>(row * columns + span.column) : place.Index(row, span.column);
+  }
+
+  // The sum over a span, for the factor of a whole array. Nothing is prefetched: that is slower for two arrays that are
+  // only read.
+  double Sum(const Sums& sums, const Span& span, int64_t first_row, const Scalars& s, const Dither& d) const {
+    constexpr int64_t kBuffer = kTile + kLanes;
+    alignas(64) float buffers[3][kBuffer];
+    const float* gradient = g.Bring(span, buffers[0]);
+    const Array& moment = sums.of_first ? m : v;
+    if (moment.IsNarrow()) {
+      auto sum = moment.format == &kFloat<BFloat16> ? sums.bfloat16 : sums.float16;
+      return sum(span, s, gradient, moment, d, Index(span, first_row));
+    }
+    const float* square = sums.of_first && m.block == 0 ? nullptr : v.Bring(span, buffers[1]);
+    return sums.numbers(span.n, s, gradient, sums.of_first ? m.BringMean(span, square, buffers[2]) : square);
   }
 
   void StoreSlow(const Span& span, const Scalars& s, const Tile& tile, uint32_t first, const Dither& d, float* buffer) const {
@@ -1278,12 +1384,20 @@ class Operands {
       array.block = block;
       array.blocks = (row + block - 1) / block;
       const char* scales_in;
-      char* scales_out;
-      if (Next(true, size / row * array.blocks, &scales_in, &scales_out) != ffi::U16) wrong = "adamjax: wrong scales";
+      char* scales_out = nullptr;
+      const int64_t scales = size / row * array.blocks;
+      if (Next(is_changed, scales, &scales_in, &scales_out) != ffi::U16) wrong = "adamjax: wrong scales";
       array.scales_in = reinterpret_cast<const uint16_t*>(scales_in);
       array.scales_out = reinterpret_cast<uint16_t*>(scales_out);
       if (kTile % block != 0) wrong = "adamjax: blocks of this size do not fill a tile";
     }
+    return array;
+  }
+
+  // The same of a moment, given the formats of its codes.
+  Array TakeMoment(const Format* const* codes, bool is_changed, int64_t size, int64_t row, int64_t block, int64_t bits) {
+    Array array = Take(is_changed, size, row, block, bits);
+    if (block > 0) array.format = codes[bits == 8 ? 0 : 1];
     return array;
   }
 
@@ -1318,6 +1432,68 @@ class Operands {
   size_t next_in_ = 0, next_out_ = 0;
 };
 
+// Arrays of one shape in one call, each with a row of scalars and a row of integers.
+class Batch {
+ public:
+  Batch(const ffi::Buffer<ffi::F32>& scalars, const ffi::Buffer<ffi::U32>& dithers, int64_t axes)
+      : count(scalars.element_count() / kScalars),
+        scalars_(scalars.typed_data()),
+        dithers_(dithers.typed_data()),
+        width_(kDithers + axes),
+        fits_(count > 0 && static_cast<int64_t>(scalars.element_count()) == count * kScalars &&
+              static_cast<int64_t>(dithers.element_count()) == count * width_) {}
+
+  const int64_t count;
+
+  // Set the rows and the place of a job by one of its arrays. Returns whether there is a row of scalars for each.
+  bool Shape(Job& job, const ffi::AnyBuffer& array, ffi::Span<const int64_t> whole, ffi::Span<const int64_t> block) const {
+    const int64_t size = array.element_count(), axes = whole.size();
+    if (!fits_ || size % count != 0) return false;
+    auto shape = array.dimensions();
+    job.place.shape.assign(shape.end() - axes, shape.end());
+    job.place.whole.assign(whole.begin(), whole.end());
+    job.is_whole = job.place.shape == job.place.whole;
+    // Rows that begin with a block each follow each other like one.
+    bool is_one_row = job.is_whole;
+    for (int64_t of_moment : block) is_one_row = is_one_row && (of_moment == 0 || shape.back() % of_moment == 0);
+    job.columns = is_one_row ? size / count : shape.back();
+    job.rows = size / count / job.columns;
+    return true;
+  }
+
+  // The tiles of each array.
+  static int64_t Tiles(const Job& job) { return job.rows * ((job.columns + kTile - 1) / kTile); }
+
+  // Call `task` with the number of each tile, the job at its array, its span, the first row of its array, and the scalars
+  // and dithers of that.
+  template <class F>
+  void ForEachTile(ffi::ThreadPool& pool, const Job& job, F task) const {
+    const int64_t of_row = (job.columns + kTile - 1) / kTile;
+    Parallel(pool, count * Tiles(job), [&](int64_t begin, int64_t end) {
+      Job mine = job;
+      Scalars s;
+      Dithers d;
+      for (int64_t tile = begin, last = -1; tile < end; ++tile) {
+        int64_t row = tile / of_row, column = tile % of_row * kTile, b = row / job.rows;
+        if (b != last) {
+          const uint32_t* dither = dithers_ + b * width_;
+          std::memcpy(&s, scalars_ + b * kScalars, sizeof(s));
+          std::memcpy(&d, dither, sizeof(d));
+          mine.place.offsets = dither + kDithers;
+          last = b;
+        }
+        task(tile, mine, Span{row, column, std::min(kTile, job.columns - column)}, b * job.rows, s, d);
+      }
+    });
+  }
+
+ private:
+  const float* scalars_;
+  const uint32_t* dithers_;
+  const int64_t width_;  // of a row of integers
+  const bool fits_;
+};
+
 // A step that delivers an update and has no need of the parameter is given none. `bits` and `block` describe the codes of
 // the first moment, the second, and the third array; 0 for floats. Only Adam's rule takes `coupled` decay.
 ffi::Error Impl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> scalars, ffi::Buffer<ffi::U32> dithers,
@@ -1326,22 +1502,10 @@ ffi::Error Impl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> scalars, ffi::Buffer
                 ffi::Span<const int64_t> bits, ffi::Span<const int64_t> block) {
   auto parameters = arrays.get<ffi::AnyBuffer>(0);
   if (!parameters.has_value()) return ffi::Error::InvalidArgument("adamjax: no parameters");
-  int64_t axes = whole.size(), width = kDithers + axes, size = parameters->element_count();
-  int64_t batch = scalars.element_count() / kScalars;
-  if (static_cast<int64_t>(scalars.element_count()) != batch * kScalars ||
-      static_cast<int64_t>(dithers.element_count()) != batch * width || batch == 0 || size % batch != 0) {
-    return ffi::Error::InvalidArgument("adamjax: scalars of the wrong shape");
-  }
   Job job;
-  auto shape = parameters->dimensions();
-  job.place.shape.assign(shape.end() - axes, shape.end());
-  job.place.whole.assign(whole.begin(), whole.end());
-  job.is_whole = job.place.shape == job.place.whole;
-  // Rows that begin with a block each follow each other like one.
-  bool is_one_row = job.is_whole;
-  for (int64_t of_moment : block) is_one_row = is_one_row && (of_moment == 0 || shape.back() % of_moment == 0);
-  job.columns = is_one_row ? size / batch : shape.back();
-  job.rows = size / batch / job.columns;
+  const Batch batch(scalars, dithers, whole.size());
+  if (!batch.Shape(job, *parameters, whole, block)) return ffi::Error::InvalidArgument("adamjax: scalars of the wrong shape");
+  const int64_t size = parameters->element_count();
   Operands operands(arrays, results);
   job.third = third;
   job.landing = static_cast<Landing>(landing);
@@ -1352,36 +1516,51 @@ ffi::Error Impl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> scalars, ffi::Buffer
   if (!reads) job.p = job.g;
   Array* const moments[] = {&job.m, &job.v, &job.top};
   const bool mixes = static_cast<Rule>(rule) == Rule::kAdEMAMix;
-  const Format* const of_means[] = {&kRatios<8>, &kRatios<4>};
-  const Format* const of_squares[] = {&kSquares<8>, &kSquares<4>};
-  const Format* const* const codes[] = {of_means, of_squares, mixes ? of_means : of_squares};
+  const Format* const* const codes[] = {kCodesOfMeans, kCodesOfSquares, mixes ? kCodesOfMeans : kCodesOfSquares};
   for (int i = 0; i < (third ? 3 : 2); ++i) {
-    *moments[i] = operands.Take(true, size, job.columns, block[i], bits[i]);
-    if (block[i] > 0) moments[i]->format = codes[i][bits[i] == 8 ? 0 : 1];
+    *moments[i] = operands.TakeMoment(codes[i], true, size, job.columns, block[i], bits[i]);
   }
   job.kept = operands.TakeKept(job.landing, size, job.columns);
   if (operands.wrong != nullptr) return ffi::Error::InvalidArgument(operands.wrong);
   job.Complete(static_cast<Rule>(rule), nesterov, coupled, decays);
 
-  int64_t of_row = (job.columns + kTile - 1) / kTile, tiles = batch * job.rows * of_row;
-  const float* all_scalars = scalars.typed_data();
-  const uint32_t* all_dithers = dithers.typed_data();
-  Parallel(pool, tiles, [&](int64_t begin, int64_t end) {
-    Job mine = job;
-    Scalars s;
-    Dithers d;
-    for (int64_t tile = begin, last = -1; tile < end; ++tile) {
-      int64_t row = tile / of_row, column = tile % of_row * kTile, b = row / job.rows;
-      if (b != last) {
-        const uint32_t* dither = all_dithers + b * width;
-        std::memcpy(&s, all_scalars + b * kScalars, sizeof(s));
-        std::memcpy(&d, dither, sizeof(d));
-        mine.place.offsets = dither + kDithers;
-        last = b;
-      }
-      mine.Run({row, column, std::min(kTile, job.columns - column)}, b * job.rows, s, d);
-    }
+  batch.ForEachTile(pool, job, [](int64_t, const Job& mine, const Span& span, int64_t first_row, const Scalars& s,
+                                  const Dithers& d) { mine.Run(span, first_row, s, d); });
+  return ffi::Error::Success();
+}
+
+// The sum that the factor of a whole array is made of, for each array: see `Form::Term`. The operands are gradients and
+// both moments. The sums of tiles are added in order, so that the number of threads does not change the result.
+ffi::Error Sum(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> scalars, ffi::Buffer<ffi::U32> dithers,
+               ffi::RemainingArgs arrays, ffi::RemainingRets results, int64_t rule, ffi::Span<const int64_t> whole,
+               ffi::Span<const int64_t> bits, ffi::Span<const int64_t> block) {
+  auto gradients = arrays.get<ffi::AnyBuffer>(0);
+  auto sums = results.get<ffi::Buffer<ffi::F32>>(0);
+  if (!gradients.has_value() || !sums.has_value()) return ffi::Error::InvalidArgument("adamjax: an array is missing");
+  Job job;
+  const Batch batch(scalars, dithers, whole.size());
+  if (!batch.Shape(job, *gradients, whole, block) || static_cast<int64_t>((*sums)->element_count()) != batch.count) {
+    return ffi::Error::InvalidArgument("adamjax: scalars or sums of the wrong shape");
+  }
+  const int64_t size = gradients->element_count();
+  Operands operands(arrays, results);
+  job.g = operands.Take(false, size, job.columns, 0, 0);
+  job.m = operands.TakeMoment(kCodesOfMeans, false, size, job.columns, block[0], bits[0]);
+  job.v = operands.TakeMoment(kCodesOfSquares, false, size, job.columns, block[1], bits[1]);
+  if (operands.wrong != nullptr) return ffi::Error::InvalidArgument(operands.wrong);
+  job.SetStrides();
+  const Sums& loops = static_cast<Rule>(rule) == Rule::kCautious ? kSums<Rule::kCautious> : kSums<Rule::kAdam>;
+  const int64_t tiles = Batch::Tiles(job);
+  std::vector<double> parts(batch.count * tiles);
+  batch.ForEachTile(pool, job, [&](int64_t tile, const Job& mine, const Span& span, int64_t first_row, const Scalars& s,
+                                   const Dithers& d) {
+    parts[tile] = mine.Sum(loops, span, first_row, s, d.moments);
   });
+  for (int64_t i = 0; i < batch.count; ++i) {
+    double sum = 0;
+    for (int64_t j = 0; j < tiles; ++j) sum += parts[i * tiles + j];
+    (*sums)->typed_data()[i] = static_cast<float>(sum);
+  }
   return ffi::Error::Success();
 }
 
@@ -1488,3 +1667,15 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(AdamjaxGroup, Group,
                               Bound()
                                   .Attr<ffi::Span<const int64_t>>("coupled")
                                   .Attr<ffi::Span<const int64_t>>("decays"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(AdamjaxSum, Sum,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::U32>>()
+                                  .RemainingArgs()
+                                  .RemainingRets()
+                                  .Attr<int64_t>("rule")
+                                  .Attr<ffi::Span<const int64_t>>("whole")
+                                  .Attr<ffi::Span<const int64_t>>("bits")
+                                  .Attr<ffi::Span<const int64_t>>("block"));
