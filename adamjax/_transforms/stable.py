@@ -9,8 +9,7 @@ import numpy as np
 from jax import Array
 
 from adamjax._core import checks, collectives
-from adamjax._core.numerics import is_zero, scale
-from adamjax._core.numerics import abs_sq, scale
+from adamjax._core.numerics import abs_sq, is_zero, scale
 from adamjax._core.trees import Leaves
 from adamjax._core.typing import AxisName, Mask, PyTree, Scalar, ScalarOrSchedule
 from adamjax._core.value import precise_field, static_field, value
