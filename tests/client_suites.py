@@ -122,13 +122,15 @@ CLIENTS = {
 
 
 def install(names, folder):
-    """Install clients and what they import, and unpack the sdists whose tests are used."""
-    wheels = {f"{name}=={CLIENTS[name].version}" for name in names}.union(*(CLIENTS[name].packages for name in names))
+    """Unpack the sdists of clients whose tests are in them; install the other clients, and what they all import."""
+    sdists = [name for name in names if CLIENTS[name].sdist]
+    wheels = {f"{name}=={CLIENTS[name].version}" for name in names if name not in sdists}
+    wheels.update(*(CLIENTS[name].packages for name in names))
     # MaxText asks for a newer Python than its factory needs.
     options = ["--no-deps", "--ignore-requires-python"]
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-    subprocess.run([*pip, "install", *options, "--target", folder / "packages", *sorted(wheels)], check=True)
-    sdists = [name for name in names if CLIENTS[name].sdist]
+    if wheels:
+        subprocess.run([*pip, "install", *options, "--target", folder / "packages", *sorted(wheels)], check=True)
     if sdists:
         pinned = [f"{name}=={CLIENTS[name].version}" for name in sdists]
         no_binary = f"--no-binary={','.join(sdists)}"
@@ -167,8 +169,7 @@ def run_here(name, library, root, tests):
     `library` is "adamjax" or "optax", whose optimizers the client's own tests get, or "both" for ours, which compare.
     """
     client, plugin = CLIENTS[name], Plugin()
-    options = ["-q", "--tb=short", "-W", "ignore", "-p", "no:cacheprovider", "-p", "no:xdist", "-c", os.devnull]
-    options += ["--import-mode=append", "--rootdir", root]  # what is installed comes first
+    options = "-q --tb=short -W ignore -p no:cacheprovider -p no:xdist -c".split() + [os.devnull, "--rootdir", root]
     if library != "both":
         optimizers = {"adamjax": adamjax, "optax": optax}[library]
         for optimizer in NAMES:
@@ -200,12 +201,13 @@ def report(name, library, root, tests):
             if outcome != "failed":
                 wrong.append(f"{short} no longer differs")
         elif outcome == "failed":
-            same = (
+            if (
                 library == "adamjax"
                 and subprocess.run(command(name, "optax", root, [test]), capture_output=True).returncode
-            )
-            print(f"{short} fails" + " with optax's optimizers, too" * bool(same))
-            wrong += [] if same else [short]
+            ):
+                print(f"{short} fails with optax's optimizers, too")
+            else:
+                wrong.append(f"{short} fails")
     outcomes = list(plugin.outcomes.values())
     counts = ", ".join(f"{outcomes.count(kind)} {kind}" for kind in ("passed", "failed", "skipped"))
     whose = "our lines" if library == "both" else "its own tests"
@@ -232,7 +234,7 @@ def main(names, checkout):
                 runs.append((name, "both", TESTS, [f"clients.py::{test}" for test in client.ours]))
         failed = False
         for name, library, root, tests in runs:
-            paths = [str(folder / "packages"), str(root), *filter(None, [os.environ.get("PYTHONPATH")])]
+            paths = [str(root), str(folder / "packages"), *filter(None, [os.environ.get("PYTHONPATH")])]
             environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "KERAS_BACKEND": "jax"}
             failed |= subprocess.run(command(name, library, root, tests), cwd=root, env=environment).returncode != 0
     return int(failed)

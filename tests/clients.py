@@ -111,8 +111,9 @@ def test_maxtext_factory(monkeypatch):
         monkeypatch.setitem(sys.modules, module.__name__, module)
     from maxtext.optimizers import optimizers
 
-    config = dict(opt_type="adamw", adam_b1=0.9, adam_b2=0.95, adam_eps=1e-8, adam_eps_root=0.0, adam_weight_decay=0.1)
-    config |= dict(mu_dtype=jnp.dtype("float32"), skip_step_interval=4, skip_step_scaling_factor=1.0)
+    config = {"opt_type": "adamw", "adam_b1": 0.9, "adam_b2": 0.95, "adam_eps": 1e-8, "adam_eps_root": 0.0}
+    config |= {"adam_weight_decay": 0.1, "mu_dtype": jnp.dtype("float32")}
+    config |= {"skip_step_interval": 4, "skip_step_scaling_factor": 1.0}
     variants = {
         "plain": {},
         "masked": {"adamw_mask": ["bias", "norm"]},
