@@ -169,7 +169,8 @@ def run_here(name, library, root, tests):
     `library` is "adamjax" or "optax", whose optimizers the client's own tests get, or "both" for ours, which compare.
     """
     client, plugin = CLIENTS[name], Plugin()
-    options = "-q --tb=short -W ignore -p no:cacheprovider -p no:xdist -c".split() + [os.devnull, "--rootdir", root]
+    options = ["-q", "--tb=short", "-W", "ignore", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    options += ["-c", os.devnull, "--rootdir", root]
     if library != "both":
         optimizers = {"adamjax": adamjax, "optax": optax}[library]
         for optimizer in NAMES:
