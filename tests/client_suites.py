@@ -89,7 +89,7 @@ CLIENTS = {
         "0.1.0",
         packages=("diffrax==0.7.2", "lineax==0.1.1"),
         ours=("test_optimistix_minimise",),
-        checkout=("tests/test_minimise.py",),
+        checkout=("tests/test_minimise.py::test_optax_recompilation",),
     ),
     "blackjax": Client(
         "1.7.1",
