@@ -91,7 +91,7 @@ CLIENTS = {
         ours=("test_optimistix_minimise",),
         checkout=("tests/test_minimise.py::test_optax_recompilation",),
         differs={
-            "test_minimise.py::test_optax_recompilation": "optax.chain keeps methods of ours, which are no pytrees"
+            "tests/test_minimise.py::test_optax_recompilation": "optimistix sees no hyperparameters in optax.chain"
         },
     ),
     "blackjax": Client(
