@@ -250,13 +250,11 @@ if __name__ == "__main__":
     parser.add_argument("--checkout", type=Path, help="of the repository of the one client that is named")
     parser.add_argument("--here", nargs=3, metavar=("NAME", "LIBRARY", "ROOT"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    unknown = set(arguments.names) - CLIENTS.keys()
-    if arguments.here:  # a process that `main` started
-        sys.exit(bool(report(*arguments.here, arguments.names)))
-    if unknown:
-        parser.error(f"{sorted(unknown)} are not among {list(CLIENTS)}")
-    if arguments.checkout and not (len(arguments.names) == 1 and CLIENTS[arguments.names[0]].checkout):
-        parser.error(
-            "--checkout is for one of " + ", ".join(name for name, client in CLIENTS.items() if client.checkout)
-        )
+    if arguments.here:  # in a process that `main` started
+        name, library, root = arguments.here
+        sys.exit(bool(report(name, library, root, arguments.names)))
+    if unknown := sorted(set(arguments.names) - CLIENTS.keys()):
+        parser.error(f"{unknown} are not among {list(CLIENTS)}")
+    if arguments.checkout and (len(arguments.names) != 1 or not CLIENTS[arguments.names[0]].checkout):
+        parser.error(f"--checkout is for one of {[name for name in CLIENTS if CLIENTS[name].checkout]}")
     sys.exit(main(arguments.names or list(CLIENTS), arguments.checkout and arguments.checkout.resolve()))
