@@ -205,10 +205,8 @@ def report(name, library, root, tests):
             if outcome != "failed":
                 wrong.append(f"{short} no longer differs")
         elif outcome == "failed":
-            if (
-                library == "adamjax"
-                and subprocess.run(command(name, "optax", root, [test]), capture_output=True).returncode
-            ):
+            rerun = command(name, "optax", root, [test])
+            if library == "adamjax" and subprocess.run(rerun, capture_output=True).returncode:
                 print(f"{short} fails with optax's optimizers, too")
             else:
                 wrong.append(f"{short} fails")
