@@ -82,7 +82,7 @@ CLIENTS = {
         packages=("multipledispatch==1.0.0",),
         sdist=("test/test_optimizers.py", "test/test_handlers.py::test_subsample_gradient"),
         ours=("test_numpyro_svi",),
-        checkout=("test/infer/test_svi.py",),
+        checkout=("test/infer/test_svi.py::test_beta_bernoulli", "test/infer/test_svi.py::test_stable_run"),
         prepare=numpyro_adam,
     ),
     "optimistix": Client(
