@@ -9,7 +9,10 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 # Scripts: to look for doctests in them would run what they do when they are imported.
-collect_ignore = ["kill_and_resume.py", "optax_suite.py", "sdist_and_wheel.py", "train_installed.py"]
+collect_ignore = [
+    *("client_suites.py", "clients.py", "optax_suite.py"),
+    *("kill_and_resume.py", "sdist_and_wheel.py", "train_installed.py"),
+]
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")

@@ -420,3 +420,79 @@ def test_other_bad_input():
     opt = optim.adam()
     with pytest.raises(ValueError, match=r"^the gradients lack state\['b'\]"):
         opt.update({"a": P}, opt.init({"a": P, "b": P}))
+
+
+# Errors of torch that are none here, by their descriptions in its database.
+ACCEPTED = {
+    "invalid param type": "an array is a tree",
+    "a param group cannot have duplicate parameters": "each place in a tree is a parameter",
+    "duplicate parameters should not occur across param groups either": "each place in a tree is a parameter",
+    "betas must be either both floats or both Tensors": "a tensor is read as one number",
+    "lr as Tensor doesn't work with foreach & not capturable": "foreach is ignored",
+    r"betas\[0\] as a Tensor is not supported for capturable=False and foreach=True": "foreach is ignored",
+}
+
+
+@pytest.fixture(scope="module")
+def database():
+    """The OptimizerInfo, by our names, of torch's optimizers that are here."""
+    for name in ("torch", "expecttest"):
+        pytest.importorskip(name)
+    from torch.testing._internal.common_optimizers import optim_db
+
+    names = {name: function for function, name in cases.CLASSES.items()}
+    found = {names[info.optim_cls.__name__]: info for info in optim_db if info.optim_cls.__name__ in names}
+    assert len(found) == 5
+    return found
+
+
+@pytest.mark.slow
+def test_every_configuration_in_the_database_of_torch(database):
+    import torch
+
+    rng = np.random.default_rng(0)
+    start, grads = rng.normal(size=(2, 3)).astype(np.float32), rng.normal(size=(12, 2, 3)).astype(np.float32)
+
+    @jax.jit
+    def run(opt, p):
+        return jax.lax.scan(lambda carry, g: (opt.step(g, carry[1], carry[0]), None), (p, opt.init(p)), grads)[0][0]
+
+    count = 0
+    for name, info in database.items():
+        # Those for accelerators have tensors for numbers, and `capturable`, which torch refuses on a CPU.
+        inputs = [each for device in ("cpu", "cuda", "mps") for each in info.optim_inputs_func(device=device)]
+        for given in {str(each): each for each in inputs}.values():
+            tensor = torch.nn.Parameter(torch.tensor(start))
+            other = info.optim_cls([tensor], **given.kwargs | {"capturable": False})
+            for g in grads:
+                tensor.grad = torch.tensor(g)
+                other.step()
+            found = run(getattr(optim, name)(**given.kwargs), jnp.asarray(start))
+            assert_same_course(np.asarray(found), tensor.detach().numpy(), TORCH_COURSE["float32"])
+            count += 1
+    assert count > 50
+
+
+def test_every_error_in_the_database_of_torch(database):
+    import torch
+
+    for name, info in database.items():
+        make = getattr(optim, name)
+        for expected in info.optim_error_inputs_func(device="cpu", dtype=torch.float32):
+            given = expected.optimizer_error_input
+            if given.params is None:
+                if given.desc in ACCEPTED:
+                    make(**given.kwargs)
+                    continue
+                message = "torch.Tensor of shape" if "1-element" in given.desc else expected.error_regex
+                with pytest.raises(ValueError, match=message):
+                    make(**given.kwargs)
+                continue
+            with pytest.raises(TypeError, match=r"is 'weight'|convert it, as in jnp\.asarray"):
+                make().init(given.params)
+            arrays = jax.tree.map(lambda x: jnp.asarray(x.detach()) if isinstance(x, torch.Tensor) else x, given.params)
+            if given.desc in ACCEPTED:
+                make().init(arrays)
+                continue
+            with pytest.raises(TypeError, match=r"'weight' \(str\)|\['lr'\]"):
+                make().init(arrays)
