@@ -217,6 +217,7 @@ def ranges_of(*lacking: str, **own: Log | Linear) -> Space:
 
 
 ADEMAMIX = ranges_of(one_minus_b3=Log(1e-4, 0.1), alpha=Linear(0.0, 10.0))
+MUON = ranges_of(one_minus_beta=Log(0.02, 0.5))
 # The momentum is a sum of gradients, so the same steps need lower learning rates, by up to 1 - b1.
 SIMPLIFIED = ranges_of(learning_rate=Log(1e-6, 0.5), one_minus_b1=Log(1e-3, 0.5), alpha=Log(0.1, 200.0))
 
@@ -228,6 +229,7 @@ CONTESTANTS = (
     Contestant("adamjax.adamw", adamjax.adamw, seed=100),
     Contestant("adamjax.adamw(amsgrad=True)", partial(adamjax.adamw, amsgrad=True)),
     Contestant("adamjax.nadamw", adamjax.nadamw),
+    Contestant("adamjax.nadamw", adamjax.nadamw, seed=100),
     Contestant("adamjax.radam with weight decay", radamw),
     Contestant("adamjax.adamaxw", adamjax.adamaxw),
     Contestant("optax.lion", partial(by_optax, optax.lion)),
@@ -235,22 +237,26 @@ CONTESTANTS = (
     Contestant("adamjax.ademamix", adamjax.ademamix, space=ADEMAMIX),
     Contestant("adamjax.simplified_ademamix", adamjax.simplified_ademamix, space=SIMPLIFIED),
     Contestant("adamjax.adopt", adamjax.adopt),
+    Contestant("adamjax.adopt", adamjax.adopt, seed=100),
     Contestant("adamjax.adam_atan2", adamjax.adam_atan2),
     Contestant("adamjax.stable_adamw", adamjax.stable_adamw),
     Contestant("adamjax.adamw(cautious=True)", partial(adamjax.adamw, cautious=True)),
+    Contestant("adamjax.adamw(cautious=True)", partial(adamjax.adamw, cautious=True), seed=100),
     Contestant("adamjax.adamw(cautious_decay=True)", partial(adamjax.adamw, cautious_decay=True)),
     Contestant("adamjax.nadamw, both cautious", partial(adamjax.nadamw, cautious=True, cautious_decay=True)),
-    Contestant(
-        "adamjax.schedule_free_adamw",
-        adamjax.schedule_free_adamw,
-        space=ranges_of("end_fraction"),
-        course=constant_after_warmup,
+    *(
+        Contestant(
+            "adamjax.schedule_free_adamw",
+            adamjax.schedule_free_adamw,
+            seed=seed,
+            space=ranges_of("end_fraction"),
+            course=constant_after_warmup,
+        )
+        for seed in (0, 100)
     ),
     Contestant("adamjax.average_params(adamw)", averaged, space=ranges_of(one_minus_decay=Log(1e-3, 0.5))),
     Contestant("adamjax.hyperball(adam)", adam_h, space=ranges_of("weight_decay")),
-    Contestant(
-        "adamjax.interop.optax.muon", adamjax.interop.optax.muon, space=ranges_of(one_minus_beta=Log(0.02, 0.5))
-    ),
+    *(Contestant("adamjax.interop.optax.muon", adamjax.interop.optax.muon, seed=seed, space=MUON) for seed in (0, 100)),
 )
 
 
