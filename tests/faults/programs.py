@@ -9,6 +9,7 @@ import enum
 import gc
 import io
 import json
+import re
 import traceback
 from unittest import mock
 
@@ -76,7 +77,7 @@ def command(*arguments):
         raise LostError(f"exit code {code} and a traceback: ... {said[said.rindex('Traceback') :][-600:]!r}")
     if code not in (0, 1, 2, 130):
         raise LostError(f"exit code {code}")
-    lines = [line for line in said.splitlines() if line.startswith("adamjax:")]
+    lines = [line for line in said.splitlines() if re.match(r"adamjax( [\w-]+)?:", line)]
     if code:
         check_message(lines[-1] if lines else "")
     return code, "\n".join(lines)
