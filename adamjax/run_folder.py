@@ -4,6 +4,7 @@ import io
 import json
 import math
 import os
+import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,12 @@ from typing import Any
 from adamjax._core import files
 from adamjax._core.locks import FolderLock
 from adamjax._core.optional import require
+from adamjax._core.text import printable
 
 Record = dict[str, Any]  # a step and the measurements made there, by name
 # The losses since the last record, by the step at which a run was stopped between two: the next record has them, too.
 _STOPS = "stops.json"
+_LETTERS = 60  # of a title, that fit above a panel
 
 
 class RunFolder:
@@ -67,13 +70,15 @@ class RunFolder:
         """Let other processes write to the folder."""
         self._lock.release()
 
-    def plot(self) -> None:
-        """Plot all measurements against the step into `curves.png`, with a panel for each quantity."""
+    def plot(self, title: str = "") -> None:
+        """Plot all measurements against the step into `curves.png`, a panel for each quantity, below a title."""
         figures = require("matplotlib.figure", "demo", "drawing curves.png")
         # A validation metric shares the panel of the training metric of that name.
         names = [name for record in self.records for name in record if name != "step"]
         panels = dict.fromkeys(["loss", *(name.removeprefix("val_") for name in names)])
-        figure = figures.Figure((4.5 * len(panels), 3.5), layout="constrained")
+        lines = [part for line in title.splitlines() for part in textwrap.wrap(printable(line), _LETTERS * len(panels))]
+        figure = figures.Figure((4.5 * len(panels), 3.5 + 0.2 * len(lines)), layout="constrained")
+        figure.suptitle("\n".join(lines), fontsize=9, parse_math=False)
         axes = figure.subplots(1, len(panels), squeeze=False)[0]
         for axis, panel in zip(axes, panels, strict=True):
             for name, style in ((panel, "-"), (f"val_{panel}", "o-")):

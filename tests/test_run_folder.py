@@ -9,8 +9,10 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import matplotlib.figure
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 import adamjax
 from adamjax import cli
@@ -178,8 +180,22 @@ def test_the_losses_between_two_reports_are_kept_to_the_last_bit(tmp_path):
 def test_names_of_metrics_are_drawn_as_they_are(tmp_path):
     folder = RunFolder(tmp_path)
     folder.log({"step": 1, "loss": 1.0, "val_$\\frac{$": 2.0})
-    folder.plot()
+    folder.plot("mine:$\\frac{$")
     assert (tmp_path / "curves.png").exists()
+
+
+def test_curves_name_the_problem_and_the_optimizer(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda self, *_, **__: drawn.append(self))
+    flags = ["--steps=2", "--b1=0.125", "--schedule=cosine", f"--out={tmp_path / 'run'}"]
+    assert cli.main(["train", "bowl:BOWL", *flags]) == 0
+    (figure,) = drawn
+    FigureCanvasAgg(figure).draw()
+    title = figure._suptitle
+    assert title.get_text().startswith("bowl:BOWL, adamw\n")
+    assert "b1=0.125" in title.get_text()
+    assert title.get_window_extent().width < figure.bbox.width
+    assert title.get_window_extent().y0 > max(axis.get_window_extent().y1 for axis in figure.axes)
 
 
 def fail(*_, **__):

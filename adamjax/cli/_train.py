@@ -176,7 +176,7 @@ def _run_as_leader(run: _PreparedRun, folder: RunFolder, options: Options) -> in
         folder.begin(run.history.records)
         diagnosis = Diagnosis(run.path, options)
         if run.history.done == options["steps"]:
-            folder.plot()
+            folder.plot(_train_setup.title(options, run.optimizer))
             print(f"{run.path} is finished: all its {run.history.done} steps are done")
             return 0
         _train_setup.write_config(folder, options, run.optimizer)
@@ -214,7 +214,7 @@ def _run_as_leader(run: _PreparedRun, folder: RunFolder, options: Options) -> in
                 known.show("train")
             failed = True
         finally:
-            _draw(folder)
+            _draw(folder, _train_setup.title(options, run.optimizer))
     if failed and run.checkpoints.has_saved:
         print(f"adamjax: failed, see above; adamjax train --resume {run.path} goes on", file=sys.stderr)
     if failed:
@@ -234,10 +234,10 @@ def _out_of_memory(error: Exception) -> CommandError | None:
     return CommandError(f"{first}: try a smaller --batch-size, or moments of fewer bits (--mu-dtype, --nu-dtype)")
 
 
-def _draw(folder: RunFolder) -> None:
+def _draw(folder: RunFolder, title: str) -> None:
     """Draw the curves of a run that has ended; a full disk is no reason to end it otherwise."""
     try:
-        folder.plot()
+        folder.plot(title)
     except OSError as error:
         print(f"adamjax: curves.png was not drawn: {error}", file=sys.stderr)
 

@@ -87,7 +87,7 @@ def run(objective: Callable[..., Any], options: Options) -> int:
         print(stopped, file=sys.stderr)
         return signals.STOPPED
     finally:
-        folder.plot()
+        folder.plot(_train_setup.title(options, optimizer))
         diagnosis.finish()
         folder.close()
     print(f"the objective returned {_listed(metrics)}")

@@ -38,6 +38,11 @@ def make_optimizer(schedule: ScheduleLike, options: Options, mesh: Mesh | None =
     return optimizer if limit is None else adamjax.skip_nonfinite(optimizer, max_consecutive=limit)
 
 
+def title(options: Options, optimizer: adamjax.Transformation) -> str:
+    """Return the title of a picture of a run: the problem and the optimizer."""
+    return f"{options['problem']}, {options['optimizer']}\n{optimizer!r}"
+
+
 def write_config(folder: RunFolder, options: Options, optimizer: adamjax.Transformation) -> None:
     flags = {name: x for name, x in options.items() if name not in _config.PLACES}
     versions = {"adamjax": adamjax.__version__, "jax": jax.__version__}
