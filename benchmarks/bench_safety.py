@@ -22,6 +22,7 @@ VARIANTS = {
     "plain": PLAIN,
     "noise": PLAIN,
     "skip_nonfinite": adamjax.skip_nonfinite(PLAIN),
+    "skip_spikes": adamjax.skip_spikes(PLAIN),
     "dynamic_loss_scale": adamjax.dynamic_loss_scale(PLAIN),
 }
 Tree = Any
@@ -90,7 +91,7 @@ def tables(quick: bool) -> Iterator[Table]:
         runs = {name: runner(through_updates, opt, large, large_grads) for name, opt in VARIANTS.items()}
         yield f"`update` and `apply_updates`, 4 leaves of {width} x {width}", runs
 
-    columns = ["noise", "skip_nonfinite", "dynamic_loss_scale", "measure"]
+    columns = ["noise", "skip_nonfinite", "skip_spikes", "dynamic_loss_scale", "measure"]
     rows: list[list[Any]] = []
     raw: Seconds = {}
     for title, runs in cases():
