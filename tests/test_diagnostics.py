@@ -1,5 +1,8 @@
 """The figures against others' arithmetic; the findings against runs that have the illness, and runs that have not."""
 
+import base64
+import html
+import re
 from functools import cache, partial
 from typing import NamedTuple
 
@@ -481,6 +484,21 @@ def test_figures_are_logged(tmp_path):
     assert tags["update_ratio/all"] == float(stats.overall.update_ratio)
 
 
+def test_a_page_has_findings_picture_and_figures(tmp_path):
+    found = history(adamjax.adamw(1e-9), steps=STEPS)
+    found.save(tmp_path / "page.html", title="Mine & <yours>")
+    page = (tmp_path / "page.html").read_text()
+    assert "<h1>Mine &amp; &lt;yours&gt;</h1>" in page
+    assert page.count("<li>") == len(found.explain()) > 0
+    assert all(html.escape(str(finding)) in page for finding in found.explain())
+    (png,) = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
+    assert base64.b64decode(png).startswith(b"\x89PNG")
+    *_, last = found
+    assert page.count("<tr>") == 2 + len(last.paths)
+    assert f"<td>{float(last['kernel'].gradient_norm):.3g}</td>" in page
+    assert not re.search("https?:|<script", page)
+
+
 @pytest.mark.slow
 def test_a_run_that_is_measured_is_the_same_run(tmp_path, capsys):
     opt = adamjax.adam(0.1)
@@ -492,6 +510,7 @@ def test_a_run_that_is_measured_is_the_same_run(tmp_path, capsys):
     assert main(["train", *flags, "--diagnose", "--tensorboard", "--schedule", "constant"]) == 0
     assert "no update is more than" in capsys.readouterr().out
     assert (tmp_path / "diagnostics.png").exists()
+    assert "<h1>Diagnosis of bowl:BOWL, adamw</h1>" in (tmp_path / "diagnostics.html").read_text()
     logs = list((tmp_path / "tensorboard").iterdir())
     assert logs
     assert main(["train", *flags, "--tensorboard"]) == 2  # the folder holds a run already, which gets no other log

@@ -11,7 +11,8 @@ class Diagnosis:
     """Collects the measurements of a run in its folder, if the flags ask for them."""
 
     def __init__(self, run: Path, options: Options) -> None:
-        self._picture = run / "diagnostics.png"
+        self._picture, self._page = run / "diagnostics.png", run / "diagnostics.html"
+        self._title = f"Diagnosis of {options['problem']}, {options['optimizer']}"
         self._history = History()
         self._writer = LogWriter(run / "tensorboard") if options.get("tensorboard") else None
 
@@ -38,7 +39,8 @@ class Diagnosis:
         if not len(self._history):
             return
         self._history.plot(self._picture)
+        self._history.save(self._page, title=self._title)
         findings = self._history.explain()
         for finding in findings:
             print(finding)
-        print(f"diagnosis: {len(findings) or 'no'} finding{'' if len(findings) == 1 else 's'}; see {self._picture}")
+        print(f"diagnosis: {len(findings) or 'no'} finding{'' if len(findings) == 1 else 's'}; see {self._page}")

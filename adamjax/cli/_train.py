@@ -99,7 +99,8 @@ def _add_run_flags(run: argparse._ArgumentGroup) -> None:
     )
     trust = "import the module of the problem that a config.json names, which runs its code"
     add("--allow-import", action="store_true", help=trust)
-    diagnose = "measure the update after each report, draw diagnostics.png, and print what is wrong at the end"
+    diagnose = "measure the update after each report, draw diagnostics.png, and say at the end, and in diagnostics.html"
+    diagnose += ", what is wrong"
     add("--diagnose", action="store_true", help=f"{diagnose} (a resumed run: only since it was resumed)")
     add("--tensorboard", action="store_true", help="also write the measurements for TensorBoard")
 

@@ -1,11 +1,10 @@
-"""A report as one self-contained HTML page."""
+"""The report of a tuning as one self-contained HTML page."""
 
-import base64
-import struct
 from collections.abc import Mapping, Sequence
 from html import escape
 
-Rows = Sequence[Sequence[str]]  # of a table; the first one is the head
+from adamjax._core import html
+from adamjax._core.html import Rows
 
 CAPTIONS = {
     "progress": ("The search", "A dot is a trial, in the colour of its stage."),
@@ -29,37 +28,6 @@ CAPTIONS = {
     "importance": ("Importance of each hyperparameter", ""),
     "range_test": ("Range test of the learning rate", ""),
 }
-WIDE = 900  # pixels, beyond which a picture is not shrunk to the width of a phone
-STYLE = """
-  :root { color-scheme: light dark; --text: #222; --page: #fff; --box: #f3f3f3; --line: #ddd; --mild: #666; }
-  body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem;
-    color: var(--text); background: var(--page); }
-  h1, td { overflow-wrap: anywhere; }
-  pre { background: var(--box); padding: 1rem; white-space: pre-wrap; overflow-wrap: anywhere; }
-  .verdict { font-size: 1.1rem; }
-  .scroll { overflow-x: auto; }
-  table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-  th, td { text-align: left; padding: .2rem 1rem .2rem 0; vertical-align: top; border-bottom: 1px solid var(--line); }
-  .scroll th, .scroll td { white-space: nowrap; }
-  figure { margin: 2rem 0; }
-  figcaption { margin-bottom: .5rem; color: var(--mild); }
-  figcaption b { color: var(--text); }
-  img { max-width: 100%; background: #fff; }
-  img.wide { min-width: 40rem; }
-  summary { cursor: pointer; font-weight: 600; }
-  @media screen and (prefers-color-scheme: dark) {
-    :root { --text: #ddd; --page: #161616; --box: #252525; --line: #3a3a3a; --mild: #999; }
-  }
-  @media print {
-    body { max-width: none; margin: 0; padding: 0; font-size: 10pt; }
-    img.wide { min-width: 0; }
-    figure, tr { break-inside: avoid; }
-    h2 { break-after: avoid; }
-    .scroll { overflow: visible; }
-    .scroll th, .scroll td { white-space: normal; padding-right: .5rem; }
-    details:not([open]) { display: none; }
-  }
-"""
 
 
 def page(
@@ -89,52 +57,23 @@ def page(
       question: What was tuned, by name.
       facts: Where, when and with which versions, by name.
     """
-    notes = "".join(f"<li>{escape(x)}</li>\n" for x in warnings)
-    figures = "".join(_figure(name, png) for name, png in pictures.items())
-    return f"""<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{escape(title)}</title>
-<style>{STYLE}</style>
-<h1>{escape(title)}</h1>
-<p class="verdict">{escape(verdict)}</p>
+    figures = "".join(html.figure(*CAPTIONS[name], png) for name, png in pictures.items())
+    return html.document(
+        title,
+        f"""<p class="verdict">{escape(verdict)}</p>
 <h2>Best setting</h2>
 <pre>{escape(best)}</pre>
 <p>{escape(horizon)}</p>
-{_table(settings)}
-{f"<h2>Warnings</h2><ul>{notes}</ul>" if notes else ""}
+{html.table(settings)}
+{f"<h2>Warnings</h2>{html.items(warnings)}" if warnings else ""}
 <h2>Results</h2>
 {figures}
 <details>
 <summary>All {len(runs) - 1} runs</summary>
-{_table(runs)}
+{html.table(runs)}
 </details>
 <h2>Specification</h2>
-{_facts(question)}
+{html.facts(question)}
 <h2>Execution</h2>
-{_facts(facts)}
-</html>
-"""
-
-
-def _figure(name: str, png: bytes) -> str:
-    title, note = CAPTIONS[name]
-    (width,) = struct.unpack(">I", png[16:20])  # of the header
-    shown = ' class="wide"' if width > WIDE else ""
-    data = base64.b64encode(png).decode()
-    return (
-        f"<figure><figcaption><b>{title}</b> {note}</figcaption>"
-        f'<div class="scroll"><img alt="{title}"{shown} src="data:image/png;base64,{data}"></div></figure>\n'
+{html.facts(facts)}""",
     )
-
-
-def _table(rows: Rows) -> str:
-    head, *body = ["".join(f"<td>{escape(x)}</td>" for x in row) for row in rows]
-    lines = "".join(f"<tr>{row}</tr>\n" for row in body)
-    return f'<div class="scroll"><table>\n<tr>{head.replace("td>", "th>")}</tr>\n{lines}</table></div>'
-
-
-def _facts(facts: Mapping[str, object]) -> str:
-    rows = "".join(f"<tr><th>{escape(name)}</th><td>{escape(str(x))}</td></tr>\n" for name, x in facts.items())
-    return f"<table>\n{rows}</table>"
