@@ -1,6 +1,5 @@
 """The folder of a training run: its configuration, its measurements and a plot of them."""
 
-import io
 import json
 import math
 import os
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from adamjax._core import files
+from adamjax._core.figures import png
 from adamjax._core.locks import FolderLock
 from adamjax._core.optional import require
 from adamjax._core.text import printable
@@ -92,9 +92,7 @@ class RunFolder:
             axes[0].set_yscale("log")
         if axes[0].lines:
             axes[0].legend()
-        picture = io.BytesIO()
-        figure.savefig(picture, dpi=120)
-        files.replace(self.path / "curves.png", picture.getvalue())
+        files.replace(self.path / "curves.png", png(figure))
 
 
 def read_metrics(path: Path) -> list[Record]:

@@ -486,12 +486,13 @@ def test_figures_are_logged(tmp_path):
 
 def test_a_page_has_findings_picture_and_figures(tmp_path):
     found = history(adamjax.adamw(1e-9), steps=STEPS)
-    found.save(tmp_path / "page.html", title="Mine & <yours>")
-    page = (tmp_path / "page.html").read_text()
+    found.save(tmp_path, title="Mine & <yours>")
+    page = (tmp_path / "diagnostics.html").read_text()
     assert "<h1>Mine &amp; &lt;yours&gt;</h1>" in page
     assert page.count("<li>") == len(found.explain()) > 0
     assert all(html.escape(str(finding)) in page for finding in found.explain())
     (png,) = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
+    assert base64.b64decode(png) == (tmp_path / "diagnostics.png").read_bytes()
     assert base64.b64decode(png).startswith(b"\x89PNG")
     *_, last = found
     assert page.count("<tr>") == 2 + len(last.paths)

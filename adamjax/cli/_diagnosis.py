@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from adamjax.cli._flags import Options
+from adamjax.cli._flags import Options, subject
 from adamjax.diagnostics import AdamStats, History, LogWriter
 from adamjax.run_folder import Record
 
@@ -11,8 +11,7 @@ class Diagnosis:
     """Collects the measurements of a run in its folder, if the flags ask for them."""
 
     def __init__(self, run: Path, options: Options) -> None:
-        self._picture, self._page = run / "diagnostics.png", run / "diagnostics.html"
-        self._title = f"Diagnosis of {options['problem']}, {options['optimizer']}"
+        self._run, self._title = run, f"Diagnosis of {subject(options)}"
         self._history = History()
         self._writer = LogWriter(run / "tensorboard") if options.get("tensorboard") else None
 
@@ -38,9 +37,9 @@ class Diagnosis:
             self._writer.close()
         if not len(self._history):
             return
-        self._history.plot(self._picture)
-        self._history.save(self._page, title=self._title)
+        self._history.save(self._run, title=self._title)
         findings = self._history.explain()
         for finding in findings:
             print(finding)
-        print(f"diagnosis: {len(findings) or 'no'} finding{'' if len(findings) == 1 else 's'}; see {self._page}")
+        count = f"{len(findings) or 'no'} finding{'' if len(findings) == 1 else 's'}"
+        print(f"diagnosis: {count}; see {self._run / 'diagnostics.html'}")

@@ -142,6 +142,11 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def subject(options: Options) -> str:
+    """Return what a run is about, for headings."""
+    return f"{options['problem']}, {options['optimizer']}"
+
+
 def add_flags(group: argparse._ActionsContainer, flags: Flags) -> None:
     for name, keywords in flags.items():
         group.add_argument(flag(name), **keywords)

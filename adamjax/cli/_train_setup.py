@@ -39,8 +39,8 @@ def make_optimizer(schedule: ScheduleLike, options: Options, mesh: Mesh | None =
 
 
 def title(options: Options, optimizer: adamjax.Transformation) -> str:
-    """Return the title of a picture of a run: the problem and the optimizer."""
-    return f"{options['problem']}, {options['optimizer']}\n{optimizer!r}"
+    """Return the title of a picture of a run: the problem, and the optimizer with its hyperparameters."""
+    return f"{_flags.subject(options)}\n{optimizer!r}"
 
 
 def write_config(folder: RunFolder, options: Options, optimizer: adamjax.Transformation) -> None:

@@ -1,9 +1,7 @@
 """Figures of a whole run: collect, plot and log them."""
 
-import io
 import os
 from collections.abc import Iterator
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +9,13 @@ import jax
 import numpy as np
 
 from adamjax._core import files, html
+from adamjax._core.figures import png
 from adamjax._core.optional import require
 from adamjax._core.text import drawable
 from adamjax.diagnostics._explain import Finding, Series, explain, series
 from adamjax.diagnostics._measure import AdamStats, LeafStats, check_stats
 
-# The panels of the plot: figure, title, and True for a logarithmic scale.
+# The panels of the plot, and columns of the table: figure, title, and True for a logarithmic scale.
 _PANELS = (
     ("gradient_norm", "norm of the gradient", True),
     ("update_norm", "norm of the update", True),
@@ -26,15 +25,6 @@ _PANELS = (
     ("lost", "updates lost to rounding", False),
 )
 _MOST_LABELS = 12
-# The columns of the table of a page: figure, and title.
-_COLUMNS = (
-    ("gradient_norm", "gradient"),
-    ("update_norm", "update"),
-    ("update_ratio", "update / parameter"),
-    ("rate_median", "effective rate"),
-    ("eps_dominated", "eps dominates"),
-    ("lost", "lost to rounding"),
-)
 
 
 class History:
@@ -109,42 +99,39 @@ class History:
             figure.savefig(path, dpi=120)
         return figure
 
-    def save(self, path: str | os.PathLike[str], *, title: str = "Diagnosis of a run") -> None:
-        """Write a page for a browser: the findings, the plot, and the last figures of each parameter.
+    def save(self, directory: str | os.PathLike[str], *, title: str = "Diagnosis of a run") -> None:
+        """Write the plot, and a page with it, with the findings, and with the last figures of each parameter.
 
         The page is one file, which loads nothing, on paper and on screens, light or dark, of any width.
 
         Args:
-          path: The file to write, such as "diagnostics.html".
-          title: The heading.
+          directory: The folder, which gets `diagnostics.png` and `diagnostics.html`. It is made if it does not exist.
+          title: The heading of the page.
 
         Raises:
           ImportError: matplotlib is not installed.
-          OSError: The file cannot be written.
+          OSError: A file cannot be written.
           ValueError: Nothing has been measured.
         """
-        picture = io.BytesIO()
-        self.plot().savefig(picture, format="png", dpi=120)
-        findings = list(map(str, self.explain()))
-        last = self._stats[-1]
-        steps = f"{len(self)} measurements, the last at step {int(last.count)}."
-        files.replace(
-            Path(path),
-            html.document(
-                title,
-                f"""<h2>Findings</h2>
+        path, picture = Path(directory), png(self.plot())
+        findings, last = list(map(str, self.explain())), self._stats[-1]
+        page = html.document(
+            title,
+            f"""<h2>Findings</h2>
 {html.items(findings) if findings else "<p>None.</p>"}
-{html.figure("The run", "A line is a parameter.", picture.getvalue())}
+{html.figure("The run", "A line is a parameter.", picture)}
 <h2>Parameters</h2>
-<p>{escape(steps)}</p>
+<p>{len(self)} measurements, the last at step {int(last.count)}.</p>
 {html.table(_rows(last))}""",
-            ),
         )
+        files.make_folder(path)
+        files.replace(path / "diagnostics.png", picture)
+        files.replace(path / "diagnostics.html", page)
 
 
 def _rows(stats: AdamStats) -> html.Rows:
     """Return the table of the figures of all parameters together, and of each."""
-    rows = [["parameter", "shape", "dtype", *(title for _, title in _COLUMNS)]]
+    rows = [["parameter", "shape", "dtype", *(title for _, title, _ in _PANELS)]]
     rows.append(["all parameters", "", "", *_shown(stats.overall)])
     for path, shape, dtype in zip(stats.paths, stats.shapes, stats.dtypes, strict=True):
         rows.append([path or "the parameter", str(list(shape)), dtype, *_shown(stats[path])])
@@ -152,7 +139,7 @@ def _rows(stats: AdamStats) -> html.Rows:
 
 
 def _shown(figures: LeafStats) -> list[str]:
-    return [f"{float(getattr(figures, name)):.3g}" for name, _ in _COLUMNS]
+    return [f"{float(getattr(figures, name)):.3g}" for name, _, _ in _PANELS]
 
 
 def _draw(axis: Any, figures: Series, name: str, **style: Any) -> None:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import inspect
-import io
 import json
 import math
 import os
@@ -20,6 +19,7 @@ import numpy as np
 
 from adamjax import optimizers
 from adamjax._core import checks, files
+from adamjax._core.figures import png
 from adamjax._core.files import DamagedFileError
 from adamjax._core.optional import require
 from adamjax._core.typing import GradientTransformation
@@ -398,7 +398,7 @@ class Report:
         _journal.keep(path, self.question, decisions, facts, self.trials)
         if jax.process_index() > 0:
             return
-        pictures = {name: _png(figure) for name, figure in figures.items()}
+        pictures = {name: png(figure) for name, figure in figures.items()}
         for name, picture in pictures.items():
             files.replace(path / f"{name}.png", picture)
         files.replace(path / "report.json", self.to_json() + "\n")
@@ -504,12 +504,6 @@ def _check_courses(trials: Sequence[TrialRecord], course: str, steps: int, path:
             file = path / _journal.TRIALS
             message = f"the setting of trial {t.number} in {file} has no schedule ({error}): remove its lines"
             raise DamagedFileError(file, message) from error
-
-
-def _png(figure: "Figure") -> bytes:
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=120)
-    return picture.getvalue()
 
 
 def _commonest_error(failed: Sequence[TrialRecord]) -> str:
