@@ -1565,8 +1565,8 @@ ffi::Error Sum(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> scalars, ffi::Buffer<
 }
 
 // The step of several parameters whose moments are concatenated in float arrays. The operands are all parameters, if
-// the step reads them, then all gradients, then the moments, and then what is kept of each parameter. `dithers` has the dither of the moments, and
-// then one for each parameter. `coupled` and `decays` say for each parameter whether it decays.
+// the step reads them, then all gradients, then the moments, and then what is kept of each parameter. `dithers` has the
+// dither of the moments, and then one for each parameter. `coupled` and `decays` say for each parameter whether it decays.
 ffi::Error Group(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> scalars, ffi::Buffer<ffi::U32> dithers,
                  ffi::RemainingArgs arrays, ffi::RemainingRets results, int64_t rule, bool nesterov, bool third,
                  bool as_update, int64_t landing, ffi::Span<const int64_t> coupled, ffi::Span<const int64_t> decays) {
@@ -1638,7 +1638,7 @@ ffi::Error Group(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> scalars, ffi::Buffe
   return ffi::Error::Success();
 }
 
-// The operands and attributes of both handlers.
+// The operands of all handlers, and the rule.
 auto Bound() {
   return ffi::Ffi::Bind()
       .Ctx<ffi::ThreadPool>()
@@ -1646,7 +1646,12 @@ auto Bound() {
       .Arg<ffi::Buffer<ffi::U32>>()
       .RemainingArgs()
       .RemainingRets()
-      .Attr<int64_t>("rule")
+      .Attr<int64_t>("rule");
+}
+
+// The same of those that step, with what else they are told.
+auto BoundStep() {
+  return Bound()
       .Attr<bool>("nesterov")
       .Attr<bool>("third")
       .Attr<bool>("as_update")
@@ -1656,7 +1661,7 @@ auto Bound() {
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(AdamjaxStep, Impl,
-                              Bound()
+                              BoundStep()
                                   .Attr<bool>("coupled")
                                   .Attr<bool>("decays")
                                   .Attr<ffi::Span<const int64_t>>("whole")
@@ -1664,18 +1669,12 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(AdamjaxStep, Impl,
                                   .Attr<ffi::Span<const int64_t>>("block"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(AdamjaxGroup, Group,
-                              Bound()
+                              BoundStep()
                                   .Attr<ffi::Span<const int64_t>>("coupled")
                                   .Attr<ffi::Span<const int64_t>>("decays"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(AdamjaxSum, Sum,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Arg<ffi::Buffer<ffi::U32>>()
-                                  .RemainingArgs()
-                                  .RemainingRets()
-                                  .Attr<int64_t>("rule")
+                              Bound()
                                   .Attr<ffi::Span<const int64_t>>("whole")
                                   .Attr<ffi::Span<const int64_t>>("bits")
                                   .Attr<ffi::Span<const int64_t>>("block"));
