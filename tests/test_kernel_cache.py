@@ -72,7 +72,7 @@ def calls_of(path):
 
 def damaged_kernel(kept, how):
     content = kept.read_bytes()
-    kept.unlink()  # this process may have loaded it, and would read the end of its mapped pages when it exits
+    kept.unlink()  # this process may have loaded it, and a loaded library that is cut short ends its process at exit
     kept.write_bytes({"cut": content[: len(content) // 2], "empty": b"", "foreign": b"x" * len(content)}[how])
 
 
