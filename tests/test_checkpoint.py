@@ -499,7 +499,7 @@ def test_what_resume_refuses(tmp_path, whole, capsys):
 
 
 def test_resume_of_a_run_without_checkpoints(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(RunFolder, "plot", lambda self: None)
+    monkeypatch.setattr(RunFolder, "plot", lambda self, title: None)
     folder = tmp_path / "run"
     assert cli.main(["train", "bowl:BOWL", "--steps=20", "--out", str(folder)]) == 0
     metrics = (folder / "metrics.jsonl").read_text()
