@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from adamjax._core import files
-from adamjax._core.figures import png
+from adamjax._core.figures import png, suits_logarithm
 from adamjax._core.locks import FolderLock
 from adamjax._core.optional import require
 from adamjax._core.text import printable
@@ -81,17 +81,16 @@ class RunFolder:
         figure.suptitle("\n".join(lines), fontsize=9, parse_math=False)
         axes = figure.subplots(1, len(panels), squeeze=False)[0]
         for axis, panel in zip(axes, panels, strict=True):
-            for name, style in ((panel, "-"), (f"val_{panel}", "o-")):
+            for name, style, label in ((panel, "C0-", "training"), (f"val_{panel}", "C1o-", "validation")):
                 points = [(r["step"], r[name]) for r in self.records if name in r]
                 if points:
-                    axis.plot(*zip(*points, strict=True), style, label="validation" if name != panel else "training")
+                    axis.plot(*zip(*points, strict=True), style, label=label)
             axis.set_xlabel("step")
             axis.set_title(panel.replace("_", " "), parse_math=False)
-        losses = [y for line in axes[0].lines for y in line.get_ydata() if math.isfinite(y)]
-        if min(losses, default=0) >= 0 and any(losses):  # a logarithmic axis has no place for losses below 0
+            if f"val_{panel}" in names:
+                axis.legend()
+        if suits_logarithm([y for line in axes[0].lines for y in line.get_ydata()]):
             axes[0].set_yscale("log")
-        if axes[0].lines:
-            axes[0].legend()
         files.replace(self.path / "curves.png", png(figure))
 
 

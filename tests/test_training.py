@@ -440,7 +440,10 @@ def test_run_folder_writes_as_it_goes(tmp_path):
 
 @pytest.mark.parametrize(
     ("losses", "scale"),
-    [((2, 0), "log"), ((np.nan, 1), "log"), ((-1, -3), "linear"), ((0.5, -0.5), "linear"), ((0, 0), "linear")],
+    [
+        *(((20, 2, 0), "log"), ((np.nan, 1, 0.1), "log"), ((2, 1, 0), "linear"), ((-1, -30), "linear")),
+        *(((0.5, -0.05), "linear"), ((0, 0), "linear"), ((np.nan, np.inf), "linear")),
+    ],
 )
 def test_curves_of_any_sign_are_drawn(tmp_path, monkeypatch, losses, scale):
     scales = []

@@ -551,7 +551,7 @@ class TestReport:
         assert "http" not in page  # self-contained
         assert "<script" not in page
         assert report.verdict in page
-        assert page.count("<tr><td>") == len(report.confirmed) + len(report.trials)
+        assert page.count("\n<tr><td>") == len(report.confirmed) + len(report.trials)
         assert all(f"<td>{x}</td>" in page for x in report.facts.values())
         loaded = Report.load(tmp_path)
         assert loaded.facts == report.facts

@@ -11,31 +11,31 @@ WIDE = 900  # pixels, beyond which a picture is not shrunk to the width of a pho
 STYLE = """
   :root { color-scheme: light dark; --text: #222; --page: #fff; --box: #f3f3f3; --line: #ddd; --mild: #666; }
   body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem;
-    color: var(--text); background: var(--page); }
-  h1, td { overflow-wrap: anywhere; }
-  pre { background: var(--box); padding: 1rem; white-space: pre-wrap; overflow-wrap: anywhere; }
+    color: var(--text); background: var(--page); overflow-wrap: anywhere; }
+  pre { background: var(--box); padding: 1rem; white-space: pre-wrap; }
   .verdict { font-size: 1.1rem; }
   .scroll { overflow-x: auto; }
   table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
   th, td { text-align: left; padding: .2rem 1rem .2rem 0; vertical-align: top; border-bottom: 1px solid var(--line); }
-  .scroll th, .scroll td { white-space: nowrap; }
+  th { overflow-wrap: normal; }
+  .scroll td { white-space: nowrap; }
   figure { margin: 2rem 0; }
   figcaption { margin-bottom: .5rem; color: var(--mild); }
   figcaption b { color: var(--text); }
   img { max-width: 100%; background: #fff; }
-  img.wide { min-width: 40rem; }
+  .scroll img { min-width: 40rem; }
   summary { cursor: pointer; font-weight: 600; }
   @media screen and (prefers-color-scheme: dark) {
     :root { --text: #ddd; --page: #161616; --box: #252525; --line: #3a3a3a; --mild: #999; }
   }
   @media print {
     body { max-width: none; margin: 0; padding: 0; font-size: 10pt; }
-    img.wide { min-width: 0; }
+    .scroll img { min-width: 0; }
     figure, tr { break-inside: avoid; }
     h2 { break-after: avoid; }
     .scroll { overflow: visible; }
-    .scroll th, .scroll td { white-space: normal; padding-right: .5rem; }
-    details:not([open]) { display: none; }
+    .scroll th, .scroll td { white-space: normal; overflow-wrap: anywhere; padding-right: .5rem; }
+    ::details-content { content-visibility: visible; block-size: auto; }
   }
 """
 
@@ -48,8 +48,10 @@ def document(title: str, body: str) -> str:
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{escape(title)}</title>
 <style>{STYLE}</style>
+<main>
 <h1>{escape(title)}</h1>
 {body}
+</main>
 </html>
 """
 
@@ -57,12 +59,11 @@ def document(title: str, body: str) -> str:
 def figure(title: str, note: str, png: bytes) -> str:
     """Return a picture with its caption."""
     (width,) = struct.unpack(">I", png[16:20])  # of the header
-    shown = ' class="wide"' if width > WIDE else ""
-    data = base64.b64encode(png).decode()
-    return (
-        f"<figure><figcaption><b>{escape(title)}</b> {escape(note)}</figcaption>"
-        f'<div class="scroll"><img alt="{escape(title)}"{shown} src="data:image/png;base64,{data}"></div></figure>\n'
-    )
+    source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
+    shown = f'<img alt="{escape(title)}" src="{source}">'
+    if width > WIDE:
+        shown = _scrolling(title, shown)
+    return f"<figure><figcaption><b>{escape(title)}</b> {escape(note)}</figcaption>{shown}</figure>\n"
 
 
 def items(lines: Sequence[str]) -> str:
@@ -71,11 +72,17 @@ def items(lines: Sequence[str]) -> str:
     return f"<ul>{shown}</ul>"
 
 
-def table(rows: Rows) -> str:
+def table(name: str, rows: Rows) -> str:
     """Return a table that scrolls where it is wider than the page."""
-    head, *body = ["".join(f"<td>{escape(x)}</td>" for x in row) for row in rows]
-    lines = "".join(f"<tr>{row}</tr>\n" for row in body)
-    return f'<div class="scroll"><table>\n<tr>{head.replace("td>", "th>")}</tr>\n{lines}</table></div>'
+    head, *body = rows
+    titles = "".join(f"<th>{escape(x)}</th>" if x else "<td></td>" for x in head)
+    lines = "".join(f"<tr>{''.join(f'<td>{escape(x)}</td>' for x in row)}</tr>\n" for row in body)
+    return _scrolling(name, f"<table>\n<thead><tr>{titles}</tr></thead>\n<tbody>\n{lines}</tbody></table>")
+
+
+def _scrolling(name: str, content: str) -> str:
+    """Return what scrolls by itself, by the keyboard too, and has a name for those who do not see it."""
+    return f'<div class="scroll" role="group" aria-label="{escape(name)}" tabindex="0">{content}</div>'
 
 
 def facts(named: Mapping[str, object]) -> str:

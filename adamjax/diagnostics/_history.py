@@ -1,6 +1,7 @@
 """Figures of a whole run: collect, plot and log them."""
 
 import os
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import jax
 import numpy as np
 
 from adamjax._core import files, html
-from adamjax._core.figures import png
+from adamjax._core.figures import png, suits_logarithm
 from adamjax._core.optional import require
 from adamjax._core.text import drawable
 from adamjax.diagnostics._explain import Finding, Series, explain, series
@@ -25,6 +26,7 @@ _PANELS = (
     ("lost", "updates lost to rounding", False),
 )
 _MOST_LABELS = 12
+_LETTERS = 140  # of labels, that fit side by side below the panels
 
 
 class History:
@@ -89,12 +91,14 @@ class History:
             axis.set(xlabel="step", title=title)
             if not logarithmic:
                 axis.set_ylim(-0.02, 1.02)
-            elif any(np.any(np.asarray(line.get_ydata()) > 0) for line in axis.lines):
+            elif suits_logarithm(np.concatenate([line.get_ydata() for line in axis.lines])):
                 axis.set_yscale("log")
         handles, labels = axis.get_legend_handles_labels()
         if len(labels) > _MOST_LABELS:  # the first and last parameter suffice to read the colours
             handles, labels = [[x[0], *x[-2:]] for x in (handles, labels)]
-        figure.legend(handles, labels, loc="outside lower center", ncols=4)
+        labels = [textwrap.fill(label, _LETTERS) for label in labels]
+        ncols = min(4, max(1, _LETTERS // max(map(len, labels))))
+        figure.legend(handles, labels, loc="outside lower center", ncols=ncols)
         if path is not None:
             figure.savefig(path, dpi=120)
         return figure
@@ -122,7 +126,7 @@ class History:
 {html.figure("The run", "A line is a parameter.", picture)}
 <h2>Parameters</h2>
 <p>{len(self)} measurements, the last at step {int(last.count)}.</p>
-{html.table(_rows(last))}""",
+{html.table("Parameters", _rows(last))}""",
         )
         files.make_folder(path)
         files.replace(path / "diagnostics.png", picture)

@@ -64,13 +64,13 @@ def page(
 <h2>Best setting</h2>
 <pre>{escape(best)}</pre>
 <p>{escape(horizon)}</p>
-{html.table(settings)}
+{html.table("Confirmed settings", settings)}
 {f"<h2>Warnings</h2>{html.items(warnings)}" if warnings else ""}
 <h2>Results</h2>
 {figures}
 <details>
 <summary>All {len(runs) - 1} runs</summary>
-{html.table(runs)}
+{html.table("All runs", runs)}
 </details>
 <h2>Specification</h2>
 {html.facts(question)}

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLUMNS = 3  # of panels
-MAX_TICK_LENGTH = 20  # characters; longer labels would leave no room for the plot
+MAX_LABEL_LENGTH = 20  # characters; longer labels would leave no room for the plot
+COLUMN_WIDTH = 13  # characters of a label below the column of a setting
 BEST, DEFAULTS, OTHERS, INFEASIBLE = "black", "C1", "0.75", "C3"  # colours that the scale of the metric has not
 UNUSED = ("C0", "C2", "C4", "C5", "C6", "C9")  # colours that stand for nothing else
 
@@ -56,7 +58,7 @@ class PlotData(NamedTuple):
 
     @property
     def metric_label(self) -> str:
-        return drawable(f"validation {self.metric}")
+        return f"validation {_short(self.metric)}"
 
     @property
     def sign(self) -> int:
@@ -111,11 +113,15 @@ class PlotData(NamedTuple):
         return np.asarray([t.status == status for t in self.trials])
 
 
+def _short(name: str) -> str:
+    return drawable(name if len(name) <= MAX_LABEL_LENGTH else f"{name[: MAX_LABEL_LENGTH - 3]}...")
+
+
 def make_axis(name: str, values: Sequence[object]) -> Axis:
     """Return an axis for the values: logarithmic if they span a decade; for the betas, of 1 - beta."""
     if not all(isinstance(x, (int, float)) and not isinstance(x, bool) for x in values):
         names = sorted({repr(x) for x in values})
-        ticks = [drawable(x if len(x) <= MAX_TICK_LENGTH else f"{x[: MAX_TICK_LENGTH - 3]}...") for x in names]
+        ticks = list(map(_short, names))
         return Axis(drawable(name), "linear", np.asarray([float(names.index(repr(x))) for x in values]), ticks)
     x = np.asarray(values, float)
     if name in ("b1", "b2", "b3", "beta") and x.max() < 1:
@@ -160,7 +166,7 @@ def confirmation(data: PlotData) -> "Figure | None":
 
 def _column_label(c: Confirmed, data: PlotData) -> str:
     verdict = "best" if c.number == data.confirmed[0].number else "= best" if c.finalist and c.tied else ""
-    return f"{c.name}\n{len(c.values)} seed{'s' * (len(c.values) > 1)}\n{verdict}"
+    return f"{textwrap.fill(c.name, COLUMN_WIDTH)}\n{len(c.values)} seed{'s' * (len(c.values) > 1)}\n{verdict}"
 
 
 def progress(data: PlotData) -> "Figure":
@@ -351,7 +357,7 @@ def importance(data: PlotData) -> "Figure | None":
     order = np.argsort(means, kind="stable")
     figure, (panel,) = _panels(1, width=5.0, height=1.2 + 0.35 * len(axes))
     panel.barh([drawable(list(axes)[i]) for i in order], means[order] / max(means.sum(), 1e-12), color="C0")
-    panel.set(xlabel=drawable(f"share of the variation of {data.metric}"), xlim=(0, 1))
+    panel.set(xlabel=f"share of the variation of {_short(data.metric)}", xlim=(0, 1))
     return figure
 
 
