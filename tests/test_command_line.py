@@ -4,6 +4,7 @@ import argparse
 import inspect
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -186,6 +187,17 @@ def test_a_log_has_a_line_for_each_tenth_and_a_terminal_a_bar(tmp_path, monkeypa
     with progress_bar(250_000, "step", "demo") as bar:
         bar.update(250_000)
     assert "250k/250k" in notebook.getvalue()
+
+
+@pytest.mark.parametrize("command", ["completion bash", "kernels status"])
+def test_output_that_nobody_reads_ends_a_command_quietly(command, monkeypatch, capsys):
+    reads, writes = os.pipe()
+    os.close(reads)
+    with open(writes, "w") as pipe, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", pipe)
+        assert cli.main(command.split()) == 141
+        print("more")  # which does not fail when the file is closed
+    assert capsys.readouterr().err == ""
 
 
 COMPLETED = {

@@ -16,6 +16,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 import adamjax
 from adamjax import cli
+from adamjax.diagnostics import History
 from adamjax.run_folder import RunFolder, claim, read_metrics, read_stops
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), *sys.path])}
@@ -219,9 +220,31 @@ def test_a_full_disk_is_said_in_a_line(tmp_path, monkeypatch, capsys, flags):
     said = capsys.readouterr().err
     assert "Traceback" not in said
     assert "adamjax train: error: [Errno 28] No space left on device" in said
-    assert "curves.png was not drawn" in said
+    assert "adamjax: curves.png was not written: [Errno 28]" in said
     assert cli.main(["train", "--resume", str(tmp_path / "run")]) == 0
     assert [r["step"] for r in read_metrics(tmp_path / "run")] == [0, 10, 20, 30, 40]
+
+
+@pytest.mark.parametrize(
+    ("command", "failing", "said"),
+    [
+        ("bowl:BOWL --diagnose", (History, "save"), "adamjax: diagnostics.html was not written: [Errno 28]"),
+        ("test_run_folder:one", (RunFolder, "plot"), "adamjax: curves.png was not written: [Errno 28]"),
+        ("test_run_folder:one", (RunFolder, "write_config"), "adamjax train: error: [Errno 28]"),
+        ("test_run_folder:one", (RunFolder, "log"), "adamjax train: error: [Errno 28]"),
+    ],
+)
+def test_a_full_disk_at_the_end_is_said_in_a_line(command, failing, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(*failing, fail)
+    status = cli.main(["train", *command.split(), "--steps=2", "--out", str(tmp_path / "run")])
+    assert status == (2 if "error" in said else 0)
+    printed = capsys.readouterr().err
+    assert [line for line in printed.splitlines() if line.startswith(f"{said} No space left on device")]
+    assert "Traceback" not in printed
+
+
+def one(optimizer, trial):
+    return 1.0
 
 
 @pytest.fixture

@@ -403,8 +403,13 @@ def test_missing_extras_name_the_command(monkeypatch, capsys, tmp_path):
     with pytest.raises(ImportError, match=r"drawing needs nothing_like_it: run  pip install 'adamjax\[demo\]'"):
         require("nothing_like_it.at_all", "demo", "drawing")
     monkeypatch.setitem(sys.modules, "tqdm", None)
-    assert cli.main(["train", "--out", str(tmp_path / "run")]) == 2
-    assert "pip install 'adamjax[demo]'" in capsys.readouterr().err
+    command = ["train", "bowl:BOWL", "--steps", "1", "--out", str(tmp_path / "run")]
+    with monkeypatch.context() as terminal:
+        terminal.setattr(sys.stderr, "isatty", lambda: True)
+        terminal.setenv("TERM", "xterm")
+        assert cli.main(command) == 2
+        assert "pip install 'adamjax[demo]'" in capsys.readouterr().err
+    assert cli.main(command) == 0  # a log has no bar
 
 
 def test_signals_stop_a_run_in_python():

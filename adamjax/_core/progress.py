@@ -17,13 +17,13 @@ def progress_bar(total: int, unit: str, extra: str, *, done: int = 0) -> Any:
     Raises:
       ImportError: There is a terminal, and tqdm is not installed; the message names the extra that has it.
     """
-    if not _is_live():
+    if not is_live():
         return Lines(total, unit, done)
     tqdm = require("tqdm", extra, "the progress bar").tqdm
     return tqdm(total=total, initial=done, unit=unit, unit_scale=total >= _MANY, dynamic_ncols=True)
 
 
-def _is_live() -> bool:
+def is_live() -> bool:
     """Return whether a line of stderr can be written over."""
     if type(sys.stderr).__module__.startswith("ipykernel."):
         return True

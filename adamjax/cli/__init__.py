@@ -31,15 +31,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code.
 
     0: success. 1: the training diverged, every trial did, no learning rate can be suggested, or the doctor found
-    something wrong. 2: the command could not start. 130: a signal stopped it.
+    something wrong. 2: the command could not start. 130: a signal stopped it. 141: what reads its output, such as
+    `head`, has ended.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # whose encoding may lack characters that a command prints
             stream.reconfigure(errors=text.REPLACE)
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        options = _parse(words)
-        return int(COMMANDS[options.pop("command")](options))
+        try:
+            options = _parse(words)
+            return int(COMMANDS[options.pop("command")](options))
+        finally:
+            print(end="", flush=True)  # here, since a pipe that fails at the exit of Python has its traceback printed
+    except BrokenPipeError:
+        if not signals.is_unread(sys.stdout):
+            raise
+        return signals.UNREAD
     except CommandError as error:
         return error.show(*(word for word in words[:1] if word in COMMANDS))
     except KeyboardInterrupt as stopped:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from adamjax.cli._flags import Options, subject
+from adamjax.cli._flags import Options, subject, without
 from adamjax.diagnostics import AdamStats, History, LogWriter
 from adamjax.run_folder import Record
 
@@ -34,12 +34,14 @@ class Diagnosis:
 
     def finish(self) -> None:
         if self._writer is not None:
-            self._writer.close()
+            with without("the end of the log for TensorBoard"):
+                self._writer.close()
         if not len(self._history):
             return
-        self._history.save(self._run, title=self._title)
         findings = self._history.explain()
         for finding in findings:
             print(finding)
         count = f"{len(findings) or 'no'} finding{'' if len(findings) == 1 else 's'}"
-        print(f"diagnosis: {count}; see {self._run / 'diagnostics.html'}")
+        with without("diagnostics.html"):
+            self._history.save(self._run, title=self._title)
+            print(f"diagnosis: {count}; see {self._run / 'diagnostics.html'}")

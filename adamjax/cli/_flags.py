@@ -216,10 +216,23 @@ def errors_for_users(problem: str = "") -> Iterator[None]:
     """
     try:
         yield
+    except BrokenPipeError:  # of what prints
+        raise
     except (ImportError, OSError, TypeError, ValueError) as error:
         raise CommandError(f"{error}{_line_in_problem(error, problem)}") from error
     except MemoryError as error:
         raise CommandError(f"this machine's memory is too small. {error}".rstrip()) from error
+
+
+@contextmanager
+def without(what: str) -> Iterator[None]:
+    """Say in one line that something cannot be written, as on a full disk, and go on: the run itself is kept."""
+    try:
+        yield
+    except BrokenPipeError:  # of what prints
+        raise
+    except OSError as error:
+        print(printable(f"adamjax: {what} was not written: {error}"), file=sys.stderr)
 
 
 def _line_in_problem(error: Exception, problem: str) -> str:

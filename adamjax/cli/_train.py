@@ -16,7 +16,7 @@ import adamjax
 from adamjax import safety, schedules, training
 from adamjax._core.optional import require
 from adamjax._core.processes import broadcast
-from adamjax._core.progress import progress_bar
+from adamjax._core.progress import is_live, progress_bar
 from adamjax._core.signals import STOPPED
 from adamjax._core.text import printable
 from adamjax._core.typing import ScheduleLike
@@ -157,7 +157,8 @@ def _prepare(
         mesh=group.mesh,
     )
     if group.is_leader:
-        require("tqdm", "demo", "the progress bar")
+        if is_live():
+            require("tqdm", "demo", "the progress bar")
         require("matplotlib", "demo", "drawing curves.png")
         folder = folder or _open(options["out"] if "out" in options else claim(Path("runs"), "train"))
     path = Path(broadcast(str(folder.path if folder else "")))
@@ -195,10 +196,11 @@ def _run_as_leader(run: _PreparedRun, folder: RunFolder, options: Options) -> in
                     if run.checkpoints.is_due(report):
                         folder.sync()
                         run.checkpoints.save(report, run.path)
+                    measured = diagnosis.add(report.step, record, report.stats)
                 except OSError as error:  # a full disk, say
                     raise CommandError(str(error)) from error
                 shown = [f"{name} {record[name]:.3g}" for name in ("loss", "learning_rate") if name in record]
-                shown += diagnosis.add(report.step, record, report.stats)
+                shown += measured
                 bar.set_postfix_str(", ".join(shown), refresh=False)
                 bar.update(report.step - bar.n)
         except FloatingPointError as error:
@@ -215,7 +217,8 @@ def _run_as_leader(run: _PreparedRun, folder: RunFolder, options: Options) -> in
                 known.show("train")
             failed = True
         finally:
-            _draw(folder, _train_setup.title(options, run.optimizer))
+            with _flags.without("curves.png"):
+                folder.plot(_train_setup.title(options, run.optimizer))
     if failed and run.checkpoints.has_saved:
         print(f"adamjax: failed, see above; adamjax train --resume {run.path} goes on", file=sys.stderr)
     if failed:
@@ -233,14 +236,6 @@ def _out_of_memory(error: Exception) -> CommandError | None:
     if not isinstance(error, jax.errors.JaxRuntimeError) or "RESOURCE_EXHAUSTED" not in first:
         return None
     return CommandError(f"{first}: try a smaller --batch-size, or moments of fewer bits (--mu-dtype, --nu-dtype)")
-
-
-def _draw(folder: RunFolder, title: str) -> None:
-    """Draw the curves of a run that has ended; a full disk is no reason to end it otherwise."""
-    try:
-        folder.plot(title)
-    except OSError as error:
-        print(f"adamjax: curves.png was not drawn: {error}", file=sys.stderr)
 
 
 def _summarize(run: _PreparedRun, report: training.Report, rate: Callable[[int], jax.Array], options: Options) -> int:

@@ -65,12 +65,13 @@ def run(objective: Callable[..., Any], options: Options) -> int:
         folder = RunFolder(options["out"] if "out" in options else claim(Path("runs"), "train"))
         folder.begin()
         diagnosis = Diagnosis(folder.path, options)
-    _train_setup.write_config(folder, options, optimizer)
+        _train_setup.write_config(folder, options, optimizer)
 
     def log(step: int, metrics: Metrics) -> None:
         record = _record(step, metrics)
-        folder.log(record)
-        diagnosis.add(step, record, None)
+        with _flags.errors_for_users():
+            folder.log(record)
+            diagnosis.add(step, record, None)
         print(f"step {step}: {_listed(metrics)}", flush=True)
 
     stopped = f"adamjax: stopped; what was reported is in {folder.path}"
@@ -79,15 +80,16 @@ def run(objective: Callable[..., Any], options: Options) -> int:
             value = objective(optimizer, Trial(options, optimizer, log))
         with _flags.errors_for_users():
             metrics = _metrics(value, f"{options['problem']} returned")
-        reported: int = folder.records[-1]["step"] if folder.records else options.get("steps", 0)
-        record = _record(reported, metrics)
-        if record not in folder.records[-1:]:
-            folder.log(record)
+            reported: int = folder.records[-1]["step"] if folder.records else options.get("steps", 0)
+            record = _record(reported, metrics)
+            if record not in folder.records[-1:]:
+                folder.log(record)
     except KeyboardInterrupt:
         print(stopped, file=sys.stderr)
         return signals.STOPPED
     finally:
-        folder.plot(_train_setup.title(options, optimizer))
+        with _flags.without("curves.png"):
+            folder.plot(_train_setup.title(options, optimizer))
         diagnosis.finish()
         folder.close()
     print(f"the objective returned {_listed(metrics)}")

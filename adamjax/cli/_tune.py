@@ -11,7 +11,7 @@ from pathlib import Path
 
 import adamjax
 from adamjax import schedules, tuning
-from adamjax._core import signals
+from adamjax._core import files, signals
 from adamjax._core.text import printable
 from adamjax._core.typing import GradientTransformation, ScalarOrSchedule
 from adamjax.cli import _arguments, _flags, _subject, _transfer
@@ -194,7 +194,8 @@ def report(options: Options) -> int:
 def _show(report: tuning.Report, out: Path, options: Options) -> int:
     found = _transfer.transferred(report.best, options) if report.ranking and "transfer_to" in options else None
     if found is not None:
-        (out / "transfer.json").write_text(json.dumps(found, indent=1) + "\n")
+        with _flags.errors_for_users():
+            files.replace(out / "transfer.json", json.dumps(found, indent=1) + "\n")
     if options["format"] == "json":
         print(report.to_json() if found is None else json.dumps(json.loads(report.to_json()) | {"transfer": found}))
     else:
