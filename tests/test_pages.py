@@ -44,8 +44,8 @@ HIDDEN = """() => {
   const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT, x => x.data.trim() ? 1 : 2)
   while (texts.nextNode()) {
     range.selectNode(texts.currentNode)
-    const box = range.getBoundingClientRect()
-    if (!box.width || box.right > innerWidth) hidden.push(texts.currentNode.data)
+    const {width, right} = range.getBoundingClientRect(), isShown = texts.currentNode.parentElement.checkVisibility()
+    if (!isShown || !width || right > innerWidth) hidden.push(texts.currentNode.data)
   }
   return hidden
 }"""

@@ -33,7 +33,7 @@ STYLE = """
     .scroll img { min-width: 0; }
     figure, tr { break-inside: avoid; }
     h2 { break-after: avoid; }
-    .scroll { overflow: visible; }
+    .scroll { overflow: visible; font-size: 7.5pt; }
     .scroll th, .scroll td { white-space: normal; overflow-wrap: anywhere; padding-right: .5rem; }
     ::details-content { content-visibility: visible; block-size: auto; }
   }
