@@ -189,15 +189,19 @@ def test_a_log_has_a_line_for_each_tenth_and_a_terminal_a_bar(tmp_path, monkeypa
     assert "250k/250k" in notebook.getvalue()
 
 
-@pytest.mark.parametrize("command", ["completion bash", "kernels status"])
-def test_output_that_nobody_reads_ends_a_command_quietly(command, monkeypatch, capsys):
-    reads, writes = os.pipe()
+@pytest.mark.parametrize("command", ["completion bash", "kernels status", "doctor"])
+def test_output_that_cannot_be_written_ends_a_command(command, monkeypatch, capsys):
+    reads, unread = os.pipe()
     os.close(reads)
-    with open(writes, "w") as pipe, monkeypatch.context() as patch:
-        patch.setattr(sys, "stdout", pipe)
-        assert cli.main(command.split()) == 141
-        print("more")  # which does not fail when the file is closed
-    assert capsys.readouterr().err == ""
+    full = os.open("/dev/full", os.O_WRONLY) if os.path.exists("/dev/full") else None
+    error = f"adamjax {command.split()[0]}: error: the output cannot be written: [Errno 28] No space left on device\n"
+    for descriptor, status, said in ((unread, 141, ""), (full, 1, error)):
+        if descriptor is not None:
+            with open(descriptor, "w") as output, monkeypatch.context() as patch:
+                patch.setattr(sys, "stdout", output)
+                assert cli.main(command.split()) == status
+                print("more")  # which does not fail when the file is closed
+            assert capsys.readouterr().err == said
 
 
 COMPLETED = {

@@ -8,13 +8,12 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
-from typing import NoReturn, TextIO
+from typing import NoReturn
 
 # SIGHUP is not known everywhere.
 STOPS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 STOPPED = 130  # exit status of a command that a signal stopped
-UNREAD = 141  # exit status of a command whose output nobody reads, as of one that SIGPIPE ends
 PATIENCE = 5.0  # seconds that a command has to end by itself
 _LEFT = b"\0"  # which is no signal
 
@@ -54,18 +53,6 @@ def end_process(last_words: str) -> NoReturn:
             child.kill()
     finally:
         os._exit(STOPPED)
-
-
-def is_unread(stream: TextIO) -> bool:
-    """Return whether a stream is a pipe that has lost its reader; what is still written there is then dropped."""
-    try:
-        print(file=stream, flush=True)  # a flush alone may have nothing left to write
-        return False
-    except BrokenPipeError:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, stream.fileno())
-        os.close(nowhere)
-        return True
 
 
 @contextmanager

@@ -2,9 +2,11 @@
 
 import argparse
 import io
+import os
 import sys
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple, TextIO
 
 from adamjax._core import signals, text
 from adamjax._core.version import __version__
@@ -31,23 +33,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code.
 
     0: success. 1: the training diverged, every trial did, no learning rate can be suggested, or the doctor found
-    something wrong. 2: the command could not start. 130: a signal stopped it. 141: what reads its output, such as
-    `head`, has ended.
+    something wrong, or a disk was full. 2: the command could not start. 130: a signal stopped it. 141: what read its
+    output, such as `head`, has ended.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # whose encoding may lack characters that a command prints
             stream.reconfigure(errors=text.REPLACE)
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        try:
+        with _written_output():
             options = _parse(words)
             return int(COMMANDS[options.pop("command")](options))
-        finally:
-            print(end="", flush=True)  # here, since a pipe that fails at the exit of Python has its traceback printed
-    except BrokenPipeError:
-        if not signals.is_unread(sys.stdout):
-            raise
-        return signals.UNREAD
     except CommandError as error:
         return error.show(*(word for word in words[:1] if word in COMMANDS))
     except KeyboardInterrupt as stopped:
@@ -56,6 +52,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
             signals.end_process(last_words)
         print(last_words, file=sys.stderr)
         return signals.STOPPED
+
+
+@contextmanager
+def _written_output() -> Iterator[None]:
+    """Raise a `CommandError` if the output cannot be written: its reader has ended, or its disk is full."""
+    try:
+        try:
+            yield
+        finally:
+            print(end="", flush=True)  # now, since an error at the exit of Python is printed with its traceback
+    except OSError as error:
+        if not _is_lost(sys.stdout):
+            raise
+        raise CommandError(f"the output cannot be written: {error}") from error
+
+
+def _is_lost(stream: TextIO) -> bool:
+    """Return whether a stream cannot be written; what follows is then dropped, at the exit of Python too."""
+    try:
+        print(file=stream, flush=True)
+        return False
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+        return True
 
 
 class Parsers(NamedTuple):

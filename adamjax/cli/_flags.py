@@ -1,6 +1,7 @@
 """Flags of the optimizer, its schedule and the problem, and errors for users: what the commands share."""
 
 import argparse
+import errno
 import inspect
 import sys
 import traceback
@@ -25,6 +26,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 FORMATS = (*DTYPES, "int8", "int4")
 AMSGRAD = ("torch", "corrected", "paper")
 
+UNREAD = 141  # the exit code, as of a command that SIGPIPE ends
 STOPPED = "adamjax: stopped"  # what a command says that a signal stopped
 
 Options = dict[str, Any]  # the values of the flags that were given, by name
@@ -133,8 +135,11 @@ class CommandError(Exception):
 
     def show(self, *command: str) -> int:
         """Print the message with the name of the command, if that is known, and return the exit code."""
+        if isinstance(self.__cause__, BrokenPipeError):  # of a reader that has read enough, as `head` does
+            return UNREAD
         print(printable(f"{' '.join(('adamjax', *command))}: error: {self}"), file=sys.stderr)
-        return 2
+        is_full = isinstance(self.__cause__, OSError) and self.__cause__.errno in (errno.ENOSPC, errno.EDQUOT)
+        return 1 if is_full else 2
 
 
 def flag(name: str) -> str:
