@@ -38,10 +38,11 @@ class Diagnosis:
                 self._writer.close()
         if not len(self._history):
             return
+        seen = ""
+        with without("diagnostics.html"):
+            self._history.save(self._run, title=self._title)
+            seen = f"; see {self._run / 'diagnostics.html'}"
         findings = self._history.explain()
         for finding in findings:
             print(finding)
-        count = f"{len(findings) or 'no'} finding{'' if len(findings) == 1 else 's'}"
-        with without("diagnostics.html"):
-            self._history.save(self._run, title=self._title)
-            print(f"diagnosis: {count}; see {self._run / 'diagnostics.html'}")
+        print(f"diagnosis: {len(findings) or 'no'} finding{'' if len(findings) == 1 else 's'}{seen}")
