@@ -29,8 +29,8 @@ def test_each_is_a_small_problem(name):
 @each_problem
 def test_a_good_learning_rate_ends_far_below_a_bad_one(name):
     problem, steps = HELD_OUT[name]
-    settings = [{"learning_rate": x} for x in (1e-4, 1e-2, 3e-2)]
-    losses = sweep(problem, settings, steps=steps, seeds=2, points=1).metrics["loss"][..., -1].mean(1)
+    settings = [{"learning_rate": x} for x in (1e-4, 1e-2)]
+    losses = sweep(problem, settings, steps=steps, points=1).metrics["loss"][..., -1]
     assert (losses > 0).all()
     assert losses.min() < 0.7 * losses.max()
 
