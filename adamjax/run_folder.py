@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from adamjax._core import files
-from adamjax._core.figures import png
+from adamjax._core.figures import png, styled, subplots
 from adamjax._core.locks import FolderLock
-from adamjax._core.optional import require
 from adamjax._core.text import printable
 
 Record = dict[str, Any]  # a step and the measurements made there, by name
@@ -70,16 +69,15 @@ class RunFolder:
         """Let other processes write to the folder."""
         self._lock.release()
 
+    @styled("demo", "drawing curves.png")
     def plot(self, title: str = "") -> None:
         """Plot all measurements against the step into `curves.png`, a panel for each quantity, below a title."""
-        figures = require("matplotlib.figure", "demo", "drawing curves.png")
         # A validation metric shares the panel of the training metric of that name.
         names = [name for record in self.records for name in record if name != "step"]
         panels = dict.fromkeys(["loss", *(name.removeprefix("val_") for name in names)])
         lines = [part for line in title.splitlines() for part in textwrap.wrap(printable(line), _LETTERS * len(panels))]
-        figure = figures.Figure((4.5 * len(panels), 3.5 + 0.2 * len(lines)), layout="constrained")
+        figure, (axes,) = subplots((4.5 * len(panels), 3.5 + 0.2 * len(lines)), 1, len(panels))
         figure.suptitle("\n".join(lines), fontsize=9, parse_math=False)
-        axes = figure.subplots(1, len(panels), squeeze=False)[0]
         for axis, panel in zip(axes, panels, strict=True):
             for name, style in ((panel, "-"), (f"val_{panel}", "o-")):
                 points = [(r["step"], r[name]) for r in self.records if name in r]

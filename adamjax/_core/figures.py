@@ -1,7 +1,46 @@
-"""Figures of matplotlib as files."""
+"""Figures of matplotlib: their style, and their files."""
 
+import contextlib
 import io
+from collections.abc import Iterator
 from typing import Any
+
+import numpy as np
+
+from adamjax._core.optional import require
+
+# The colours of lines in plots.mplstyle. matplotlib looks names such as "C1" up only when it draws, in another style.
+BLUE, RED, TEAL, PURPLE, AMBER, GREY = "#1558D6", "#CC2F14", "#08A398", "#8E2F88", "#D48400", "#737373"
+
+
+@contextlib.contextmanager
+def styled(extra: str, purpose: str) -> Iterator[None]:
+    """Draw in the style of adamjax, whatever the caller's; a context, and a decorator.
+
+    Raises:
+      ImportError: matplotlib is not installed; the message has the command that installs it.
+    """
+    with require("matplotlib.style", extra, purpose).context("adamjax.plots"):
+        yield
+
+
+def subplots(size: tuple[float, float], rows: int = 1, columns: int = 1, *, sharey: bool = False) -> Any:
+    """Return a figure of `size` inches, and an array of its axes, in the style of the context."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(size)
+    axes = figure.subplots(rows, columns, squeeze=False, sharey=sharey)
+    for panel in axes.flat:
+        for axis in (panel.xaxis, panel.yaxis):
+            _ = axis.majorTicks, axis.minorTicks  # made when they are first read: now, in this style
+    return figure, axes
+
+
+def shades(count: int) -> Any:
+    """Return float[count, 4], the colours of values in order, from dark to light; the lightest is readable on white."""
+    from matplotlib import colormaps
+
+    return colormaps["viridis"](np.linspace(0, 0.85, count))
 
 
 def png(figure: Any) -> bytes:

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from adamjax._core import files, html
-from adamjax._core.figures import png
+from adamjax._core.figures import png, shades, styled, subplots
 from adamjax._core.optional import require
 from adamjax._core.text import drawable
 from adamjax.diagnostics._explain import Finding, Series, explain, series
@@ -59,6 +59,7 @@ class History:
         """Return the findings about the run; see `adamjax.diagnostics.explain`."""
         return explain(self._stats)
 
+    @styled("demo", "drawing a history")
     def plot(self, path: str | os.PathLike[str] | None = None) -> Any:
         """Plot norms, ratios, and the losses to eps and rounding over time, with a line for each parameter.
 
@@ -73,18 +74,10 @@ class History:
           ValueError: Nothing has been measured.
         """
         overall, leaves = series(self._stats)
-        figures = require("matplotlib.figure", "demo", "drawing a history")
-        colors = require("matplotlib", "demo", "drawing a history").colormaps["viridis"]
-        figure = figures.Figure(figsize=(15, 8), layout="constrained")
-        for axis, (name, title, logarithmic) in zip(figure.subplots(2, 3).flat, _PANELS, strict=True):
-            for i, leaf in enumerate(leaves):
-                _draw(
-                    axis,
-                    leaf,
-                    name,
-                    color=colors(i / max(len(leaves) - 1, 1)),
-                    label=drawable(leaf.path or "the parameter"),
-                )
+        figure, axes = subplots((12, 6.5), 2, 3)
+        for axis, (name, title, logarithmic) in zip(axes.flat, _PANELS, strict=True):
+            for color, leaf in zip(shades(len(leaves)), leaves, strict=True):
+                _draw(axis, leaf, name, color=color, label=drawable(leaf.path or "the parameter"))
             _draw(axis, overall, name, color="black", label=drawable(overall.path), linestyle="--")
             axis.set(xlabel="step", title=title)
             if not logarithmic:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from adamjax._core.figures import AMBER, BLUE, GREY, PURPLE, RED, TEAL, subplots
 from adamjax._core.optional import require
 from adamjax._core.text import drawable
 from adamjax.tuning._confirmed import Confirmed
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
 
 COLUMNS = 3  # of panels
 MAX_TICK_LENGTH = 20  # characters; longer labels would leave no room for the plot
-BEST, DEFAULTS, OTHERS, INFEASIBLE = "black", "C1", "0.75", "C3"  # colours that the scale of the metric has not
-UNUSED = ("C0", "C2", "C4", "C5", "C6", "C9")  # colours that stand for nothing else
+BEST, DEFAULTS, OTHERS, INFEASIBLE = "black", AMBER, "0.75", RED  # colours that the scale of the metric has not
+UNUSED = (BLUE, TEAL, PURPLE, GREY)  # colours that stand for nothing else
 
 
 class Axis(NamedTuple):
@@ -141,7 +142,7 @@ def confirmation(data: PlotData) -> "Figure | None":
         panel.plot(at, runs, color=OTHERS, linewidth=0.8, zorder=1)
     limits = _spread(values[np.isfinite(values)])
     for i, c in enumerate(columns):
-        colour = _colour_of(c.setting, data, "C0")
+        colour = _colour_of(c.setting, data, BLUE)
         finite = np.isfinite(values[:, i])
         x = np.full(finite.sum(), i)
         panel.scatter(x, values[finite, i], s=26, facecolors=colour if c.finalist else "none", edgecolors=colour)
@@ -350,7 +351,7 @@ def importance(data: PlotData) -> "Figure | None":
     means = np.maximum(permuted.importances_mean, 0)
     order = np.argsort(means, kind="stable")
     figure, (panel,) = _panels(1, width=5.0, height=1.2 + 0.35 * len(axes))
-    panel.barh([drawable(list(axes)[i]) for i in order], means[order] / max(means.sum(), 1e-12), color="C0")
+    panel.barh([drawable(list(axes)[i]) for i in order], means[order] / max(means.sum(), 1e-12), color=BLUE)
     panel.set(xlabel=drawable(f"share of the variation of {data.metric}"), xlim=(0, 1))
     return figure
 
@@ -371,10 +372,9 @@ def _panels(
     count: int, *, width: float = 3.4, height: float = 3.6, sharey: bool = True
 ) -> tuple["Figure", "Sequence[Axes]"]:
     """Return a figure and its panels, in rows of three."""
-    figure_module = require("matplotlib.figure", "tune", "plotting a tuning")
     columns, rows = max(min(count, COLUMNS), 1), max(math.ceil(count / COLUMNS), 1)
-    figure = figure_module.Figure((width * columns, height * rows), layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False, sharey=sharey).ravel()
+    figure, panels = subplots((width * columns, height * rows), rows, columns, sharey=sharey)
+    panels = panels.ravel()
     for panel in panels[count:]:
         panel.remove()
     return figure, panels[:count]
