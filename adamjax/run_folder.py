@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from adamjax._core import files
-from adamjax._core.figures import png, styled, subplots
+from adamjax._core.figures import BLUE, RED, label_log_axes, png, styled, subplots
 from adamjax._core.locks import FolderLock
 from adamjax._core.text import printable
 
@@ -77,17 +77,19 @@ class RunFolder:
         panels = dict.fromkeys(["loss", *(name.removeprefix("val_") for name in names)])
         lines = [part for line in title.splitlines() for part in textwrap.wrap(printable(line), _LETTERS * len(panels))]
         figure, (axes,) = subplots((4.5 * len(panels), 3.5 + 0.2 * len(lines)), 1, len(panels))
-        figure.suptitle("\n".join(lines), fontsize=9, parse_math=False)
+        figure.suptitle("\n".join(lines), fontsize=9, parse_math=False, x=0.01, ha="left")
         for axis, panel in zip(axes, panels, strict=True):
-            for name, style in ((panel, "-"), (f"val_{panel}", "o-")):
+            for name, style, color in ((panel, "-", BLUE), (f"val_{panel}", "o-", RED)):
                 points = [(r["step"], r[name]) for r in self.records if name in r]
                 if points:
-                    axis.plot(*zip(*points, strict=True), style, label="validation" if name != panel else "training")
+                    label = "validation" if name != panel else "training"
+                    axis.plot(*zip(*points, strict=True), style, color=color, label=label)
             axis.set_xlabel("step")
             axis.set_title(panel.replace("_", " "), parse_math=False)
         losses = [y for line in axes[0].lines for y in line.get_ydata() if math.isfinite(y)]
         if min(losses, default=0) >= 0 and any(losses):  # a logarithmic axis has no place for losses below 0
             axes[0].set_yscale("log")
+            label_log_axes(axes[0])
         if axes[0].lines:
             axes[0].legend()
         files.replace(self.path / "curves.png", png(figure))

@@ -3,14 +3,14 @@
 import contextlib
 import io
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from adamjax._core.optional import require
 
 # The colours of lines in plots.mplstyle. matplotlib looks names such as "C1" up only when it draws, in another style.
-BLUE, RED, TEAL, PURPLE, AMBER, GREY = "#1558D6", "#CC2F14", "#08A398", "#8E2F88", "#D48400", "#737373"
+BLUE, RED, TEAL, PURPLE, AMBER, GREY = "#1558D6", "#CC2F14", "#08A398", "#8E2F88", "#D28300", "#737373"
 
 
 @contextlib.contextmanager
@@ -24,7 +24,9 @@ def styled(extra: str, purpose: str) -> Iterator[None]:
         yield
 
 
-def subplots(size: tuple[float, float], rows: int = 1, columns: int = 1, *, sharey: bool = False) -> Any:
+def subplots(
+    size: tuple[float, float], rows: int = 1, columns: int = 1, *, sharey: bool | Literal["row"] = False
+) -> tuple[Any, Any]:
     """Return a figure of `size` inches, and an array of its axes, in the style of the context."""
     from matplotlib.figure import Figure
 
@@ -36,13 +38,27 @@ def subplots(size: tuple[float, float], rows: int = 1, columns: int = 1, *, shar
     return figure, axes
 
 
+def label_log_axes(panel: Any) -> None:
+    """Set ticks that are readable on logarithmic axes of a few decades, once their limits are known."""
+    from matplotlib import ticker
+
+    beside = int(1.5 * panel.figure.get_figwidth() / panel.get_gridspec().ncols)  # three labels in two inches
+    for axis, count in ((panel.xaxis, beside), (panel.yaxis, None)):
+        if axis.get_scale() == "log":
+            low, high = sorted(axis.get_view_interval())
+            axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,), numticks=count))
+            axis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+            axis.set_minor_formatter(ticker.NullFormatter())
+
+
 def shades(count: int) -> Any:
     """Return float[count, 4], the colours of values in order, from dark to light; the lightest is readable on white."""
     from matplotlib import colormaps
 
-    return colormaps["viridis"](np.linspace(0, 0.85, count))
+    return colormaps["viridis"](np.linspace(0, 0.8, count))
 
 
+@styled("demo", "writing a picture")
 def png(figure: Any) -> bytes:
     """Return the content of a PNG file of a figure."""
     picture = io.BytesIO()

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from adamjax._core import checks, trees
-from adamjax._core.figures import shades, styled, subplots
+from adamjax._core.figures import label_log_axes, shades, styled, subplots
 from adamjax._core.text import drawable
 from adamjax._core.typing import PyTree
 from adamjax._transforms.base import as_transformation
@@ -86,6 +86,7 @@ class CoordinateCheck:
                 label = f"after {step + 1} update{'s' * (step > 0)}" if step in (0, steps - 1) else None
                 axis.plot(self.widths, change[:, step], marker="o", markersize=3, color=color, label=label)
             axis.set(xscale="log", yscale="log", title=drawable(f"{layer}: slope {slope:.2f}"), xlabel="width")
+            label_log_axes(axis)
             axis.set_xticks(self.widths, [str(width) for width in self.widths])
             axis.minorticks_off()
         for axis in list(axes):

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from adamjax._core import files, html
-from adamjax._core.figures import png, shades, styled, subplots
+from adamjax._core.figures import label_log_axes, png, shades, styled, subplots
 from adamjax._core.optional import require
 from adamjax._core.text import drawable
 from adamjax.diagnostics._explain import Finding, Series, explain, series
@@ -83,11 +83,12 @@ class History:
             if not logarithmic:
                 axis.set_ylim(-0.02, 1.02)
             elif any(np.any(np.asarray(line.get_ydata()) > 0) for line in axis.lines):
-                axis.set_yscale("log")
+                axis.set_yscale("log", nonpositive="mask")
+                label_log_axes(axis)
         handles, labels = axis.get_legend_handles_labels()
         if len(labels) > _MOST_LABELS:  # the first and last parameter suffice to read the colours
             handles, labels = [[x[0], *x[-2:]] for x in (handles, labels)]
-        figure.legend(handles, labels, loc="outside lower center", ncols=4)
+        figure.legend(handles, labels, loc="outside lower center", ncols=5)
         if path is not None:
             figure.savefig(path, dpi=120)
         return figure

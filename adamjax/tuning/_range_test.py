@@ -17,7 +17,7 @@ from jax import lax
 from jax.sharding import Mesh
 
 from adamjax._core import checks, trees
-from adamjax._core.figures import AMBER, BLUE, PURPLE, RED, TEAL, styled, subplots
+from adamjax._core.figures import AMBER, BLUE, PURPLE, RED, TEAL, label_log_axes, styled, subplots
 from adamjax._core.typing import Extra, PyTree
 from adamjax._core.value import value
 from adamjax._transforms.base import Transformation, as_transformation, may_skip
@@ -200,6 +200,7 @@ class LrRange:
             ylabel="training loss",
             title="\n".join(textwrap.wrap(" ".join(self.warnings), 64)),
         )
+        label_log_axes(axis)
         axis.legend()
         if path is not None:
             figure.savefig(path, dpi=150)
