@@ -28,9 +28,7 @@ def subplots(
     size: tuple[float, float], rows: int = 1, columns: int = 1, *, sharey: bool | Literal["row"] = False
 ) -> tuple[Any, Any]:
     """Return a figure of `size` inches, and an array of its axes, in the style of the context."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(size)
+    figure = require("matplotlib.figure", "demo", "drawing").Figure(size)
     axes = figure.subplots(rows, columns, squeeze=False, sharey=sharey)
     for panel in axes.flat:
         for axis in (panel.xaxis, panel.yaxis):
@@ -40,8 +38,7 @@ def subplots(
 
 def label_log_axes(panel: Any) -> None:
     """Set ticks that are readable on logarithmic axes of a few decades, once their limits are known."""
-    from matplotlib import ticker
-
+    ticker = require("matplotlib.ticker", "demo", "drawing")
     beside = int(1.5 * panel.figure.get_figwidth() / panel.get_gridspec().ncols)  # three labels in two inches
     for axis, count in ((panel.xaxis, beside), (panel.yaxis, None)):
         if axis.get_scale() == "log":
@@ -52,10 +49,8 @@ def label_log_axes(panel: Any) -> None:
 
 
 def shades(count: int) -> Any:
-    """Return float[count, 4], the colours of values in order, from dark to light; the lightest is readable on white."""
-    from matplotlib import colormaps
-
-    return colormaps["viridis"](np.linspace(0, 0.8, count))
+    """Return float[count, 4], the colours of values in order, from dark to light, without those that white hides."""
+    return require("matplotlib", "demo", "drawing").colormaps["viridis"](np.linspace(0, 0.8, count))
 
 
 @styled("demo", "writing a picture")
