@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from adamjax._core import files
-from adamjax._core.figures import png, suits_logarithm
+from adamjax._core.figures import BLUE, RED, label_log_axes, png, styled, subplots, suits_logarithm
 from adamjax._core.locks import FolderLock
-from adamjax._core.optional import require
 from adamjax._core.text import printable
 
 Record = dict[str, Any]  # a step and the measurements made there, by name
@@ -70,27 +69,30 @@ class RunFolder:
         """Let other processes write to the folder."""
         self._lock.release()
 
+    @styled("demo", "drawing curves.png")
     def plot(self, title: str = "") -> None:
         """Plot all measurements against the step into `curves.png`, a panel for each quantity, below a title."""
-        figures = require("matplotlib.figure", "demo", "drawing curves.png")
         # A validation metric shares the panel of the training metric of that name.
         names = [name for record in self.records for name in record if name != "step"]
         panels = dict.fromkeys(["loss", *(name.removeprefix("val_") for name in names)])
         lines = [part for line in title.splitlines() for part in textwrap.wrap(printable(line), _LETTERS * len(panels))]
-        figure = figures.Figure((4.5 * len(panels), 3.5 + 0.2 * len(lines)), layout="constrained")
-        figure.suptitle("\n".join(lines), fontsize=9, parse_math=False)
-        axes = figure.subplots(1, len(panels), squeeze=False)[0]
+        figure, (axes,) = subplots((4.5 * len(panels), 3.5 + 0.2 * len(lines)), 1, len(panels))
+        figure.suptitle("\n".join(lines), fontsize=9, parse_math=False, x=0.01, ha="left")
         for axis, panel in zip(axes, panels, strict=True):
-            for name, style, label in ((panel, "C0-", "training"), (f"val_{panel}", "C1o-", "validation")):
+            for name, style, color, label in (
+                (panel, "-", BLUE, "training"),
+                (f"val_{panel}", "o-", RED, "validation"),
+            ):
                 points = [(r["step"], r[name]) for r in self.records if name in r]
                 if points:
-                    axis.plot(*zip(*points, strict=True), style, label=label)
+                    axis.plot(*zip(*points, strict=True), style, color=color, label=label)
             axis.set_xlabel("step")
             axis.set_title(panel.replace("_", " "), parse_math=False)
             if f"val_{panel}" in names:
                 axis.legend()
         if suits_logarithm([y for line in axes[0].lines for y in line.get_ydata()]):
             axes[0].set_yscale("log")
+            label_log_axes(axes[0])
         files.replace(self.path / "curves.png", png(figure))
 
 

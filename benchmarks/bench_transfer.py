@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import adamjax
-from adamjax._core.optional import require
+from adamjax._core.figures import shades, styled, subplots
 from adamjax._core.typing import PyTree
 from adamjax._transforms.base import Transformation
 from adamjax.problems import Problem
@@ -222,24 +222,21 @@ def read(path: Path) -> tuple[dict[str, Study], dict[tuple[str, str, int], np.nd
     return studies, found
 
 
+@styled("demo", "plotting losses")
 def draw(studies: dict[str, Study], found: dict[tuple[str, str, int], np.ndarray], path: Path) -> None:
     """Plot the losses by learning rate: a row for each study, a column for each way, a line for each width."""
-    figure = require("matplotlib.figure", "demo", "plotting losses").Figure((8.5, 6.5), layout="constrained")
-    colors = require("matplotlib", "demo", "plotting losses").colormaps["viridis"]
-    axes = figure.subplots(len(studies), 2, sharey="row", sharex="row")
+    figure, axes = subplots((10, 7), len(studies), 2, sharey="row")
     for row, (name, study) in zip(axes, studies.items(), strict=True):
         for axis, how in zip(row, reversed(HOW), strict=True):
-            for i, width in enumerate(study.widths):
+            for width, color in zip(study.widths, shades(len(study.widths)), strict=True):
                 means = geometric_mean(found[name, how, width])
-                color = colors(0.9 * i / (len(study.widths) - 1))
                 axis.plot(study.rates, means, marker="o", markersize=3, color=color, label=f"width {width}")
                 best = best_rate(np.array(study.rates), found[name, how, width])
                 axis.plot(best, means.min() * 0.9, marker="v", color=color)
             axis.set(xscale="log", yscale="log", title=f"{study.title}: {how}", xlabel="learning rate")
-            axis.grid(alpha=0.3)
         row[0].set_ylabel("training loss")
-        row[1].legend(fontsize="small", loc="upper center")
-    figure.savefig(path, dpi=90)
+        row[1].legend(loc="upper center")
+    figure.savefig(path, dpi=120)
 
 
 if __name__ == "__main__":

@@ -30,8 +30,8 @@ VERSION = runpy.run_path(str(ROOT / "adamjax/_core/version.py"))["__version__"]
 STEM = f"adamjax-{VERSION}"
 PURE, COMPILED = (f"{STEM}-py3-none-{tag}.whl" for tag in ("any", f"manylinux_2_28_{platform.machine()}"))
 LEVELS = runpy.run_path(str(ROOT / "adamjax/kernels/_flags.py"))["LEVELS"][platform.machine()]
-# Files of all wheels beside Python; without them, no fused step, and no types for those who import it.
-DATA = {"adamjax/kernels/adam.cc", "adamjax/py.typed"}
+# Files of all wheels beside Python; without them, no fused step, no pictures, and no types for those who import it.
+DATA = {"adamjax/kernels/adam.cc", "adamjax/plots.mplstyle", "adamjax/py.typed"}
 # Of each folder of the sdist, a file that it would be useless without.
 SOURCES = [
     *("LICENSE", "PKG-INFO", "README.md", "pyproject.toml", ".ci/run", ".ci/kernels_hook.py", ".docs/conf.py"),

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from adamjax._core import checks, trees
-from adamjax._core.optional import require
+from adamjax._core.figures import label_log_axes, shades, styled, subplots
 from adamjax._core.text import drawable
 from adamjax._core.typing import PyTree
 from adamjax._transforms.base import as_transformation
@@ -64,6 +64,7 @@ class CoordinateCheck:
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
+    @styled("demo", "drawing a coordinate check")
     def plot(self, path: str | os.PathLike[str] | None = None) -> Any:
         """Plot the change of each activation over the width, with a line for each update.
 
@@ -76,17 +77,16 @@ class CoordinateCheck:
         Raises:
           ImportError: matplotlib is not installed.
         """
-        figures = require("matplotlib.figure", "demo", "drawing a coordinate check")
-        colors = require("matplotlib", "demo", "drawing a coordinate check").colormaps["viridis"]
         count, steps = len(self.layers), self.changes.shape[2]
-        figure = figures.Figure((3.2 * min(count, 4), 2.9 * -(-count // 4) + 0.4), layout="constrained")
-        axes = figure.subplots(-(-count // 4), min(count, 4), squeeze=False, sharey=True).flat
+        rows, columns = -(-count // 4), min(count, 4)
+        figure, panels = subplots((3.2 * columns, 2.9 * rows + 0.4), rows, columns, sharey=True)
+        axes = panels.flat
         for axis, (layer, slope), change in zip(axes, self.slopes.items(), self.changes, strict=False):
-            for step in range(steps):
+            for step, color in enumerate(shades(steps)):
                 label = f"after {step + 1} update{'s' * (step > 0)}" if step in (0, steps - 1) else None
-                color = colors(0.9 * step / max(steps - 1, 1))
                 axis.plot(self.widths, change[:, step], marker="o", markersize=3, color=color, label=label)
             axis.set(xscale="log", yscale="log", title=drawable(f"{layer}: slope {slope:.2f}"), xlabel="width")
+            label_log_axes(axis)
             axis.set_xticks(self.widths, [str(width) for width in self.widths])
             axis.minorticks_off()
         for axis in list(axes):

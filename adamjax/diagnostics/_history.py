@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from adamjax._core import files, html
-from adamjax._core.figures import png, suits_logarithm
+from adamjax._core.figures import label_log_axes, png, shades, styled, subplots, suits_logarithm
 from adamjax._core.optional import require
 from adamjax._core.text import drawable
 from adamjax.diagnostics._explain import Finding, Series, explain, series
@@ -61,6 +61,7 @@ class History:
         """Return the findings about the run; see `adamjax.diagnostics.explain`."""
         return explain(self._stats)
 
+    @styled("demo", "drawing a history")
     def plot(self, path: str | os.PathLike[str] | None = None) -> Any:
         """Plot norms, ratios, and the losses to eps and rounding over time, with a line for each parameter.
 
@@ -75,29 +76,22 @@ class History:
           ValueError: Nothing has been measured.
         """
         overall, leaves = series(self._stats)
-        figures = require("matplotlib.figure", "demo", "drawing a history")
-        colors = require("matplotlib", "demo", "drawing a history").colormaps["viridis"]
-        figure = figures.Figure(figsize=(15, 8), layout="constrained")
-        for axis, (name, title, logarithmic) in zip(figure.subplots(2, 3).flat, _PANELS, strict=True):
-            for i, leaf in enumerate(leaves):
-                _draw(
-                    axis,
-                    leaf,
-                    name,
-                    color=colors(i / max(len(leaves) - 1, 1)),
-                    label=drawable(leaf.path or "the parameter"),
-                )
+        figure, axes = subplots((12, 6.5), 2, 3)
+        for axis, (name, title, logarithmic) in zip(axes.flat, _PANELS, strict=True):
+            for color, leaf in zip(shades(len(leaves)), leaves, strict=True):
+                _draw(axis, leaf, name, color=color, label=drawable(leaf.path or "the parameter"))
             _draw(axis, overall, name, color="black", label=drawable(overall.path), linestyle="--")
             axis.set(xlabel="step", title=title)
             if not logarithmic:
                 axis.set_ylim(-0.02, 1.02)
             elif suits_logarithm(np.concatenate([line.get_ydata() for line in axis.lines])):
-                axis.set_yscale("log")
+                axis.set_yscale("log", nonpositive="mask")
+                label_log_axes(axis)
         handles, labels = axis.get_legend_handles_labels()
         if len(labels) > _MOST_LABELS:  # the first and last parameter suffice to read the colours
             handles, labels = [[x[0], *x[-2:]] for x in (handles, labels)]
         labels = [textwrap.fill(label, _LETTERS) for label in labels]
-        ncols = min(4, max(1, _LETTERS // max(map(len, labels))))
+        ncols = min(5, max(1, _LETTERS // max(map(len, labels))))
         figure.legend(handles, labels, loc="outside lower center", ncols=ncols)
         if path is not None:
             figure.savefig(path, dpi=120)

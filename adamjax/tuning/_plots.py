@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from adamjax._core.figures import AMBER, BLUE, GREY, PURPLE, RED, TEAL, label_log_axes, subplots
 from adamjax._core.optional import require
 from adamjax._core.text import drawable
 from adamjax.tuning._confirmed import Confirmed
@@ -25,8 +26,8 @@ if TYPE_CHECKING:
 COLUMNS = 3  # of panels
 MAX_LABEL_LENGTH = 20  # characters; longer labels would leave no room for the plot
 COLUMN_WIDTH = 13  # characters of a label below the column of a setting
-BEST, DEFAULTS, OTHERS, INFEASIBLE = "black", "C1", "0.75", "C3"  # colours that the scale of the metric has not
-UNUSED = ("C0", "C2", "C4", "C5", "C6", "C9")  # colours that stand for nothing else
+BEST, DEFAULTS, OTHERS, INFEASIBLE = "black", AMBER, "0.75", RED  # colours that the scale of the metric has not
+UNUSED = (BLUE, TEAL, PURPLE, GREY)  # colours that stand for nothing else
 
 
 class Axis(NamedTuple):
@@ -147,7 +148,7 @@ def confirmation(data: PlotData) -> "Figure | None":
         panel.plot(at, runs, color=OTHERS, linewidth=0.8, zorder=1)
     limits = _spread(values[np.isfinite(values)])
     for i, c in enumerate(columns):
-        colour = _colour_of(c.setting, data, "C0")
+        colour = _colour_of(c.setting, data, BLUE)
         finite = np.isfinite(values[:, i])
         x = np.full(finite.sum(), i)
         panel.scatter(x, values[finite, i], s=26, facecolors=colour if c.finalist else "none", edgecolors=colour)
@@ -160,7 +161,7 @@ def confirmation(data: PlotData) -> "Figure | None":
     labels = [_column_label(c, data) for c in columns]
     panel.set_xticks(at, labels, fontsize="small")
     panel.set(xlim=(-0.6, len(columns) - 0.4), ylim=limits, yscale=_scale(limits), ylabel=data.metric_label)
-    _label_log_axes(panel)
+    label_log_axes(panel)
     return figure
 
 
@@ -190,7 +191,7 @@ def progress(data: PlotData) -> "Figure":
         numbers, np.where(np.isfinite(best), best, np.nan), where="post", color=BEST, linewidth=1, label="best so far"
     )
     panel.set(xlabel="trial", ylabel=data.metric_label, ylim=limits, yscale=_scale(limits))
-    _label_log_axes(panel)
+    label_log_axes(panel)
     _legend(figure, panel)
     return figure
 
@@ -230,7 +231,7 @@ def hyperparameters(data: PlotData) -> "Figure":
             x, marker = axis.positions[beyond], "^" if data.mode == "min" else "v"
             panel.scatter(x, np.full(len(x), worst), marker=marker, c=OTHERS, label="beyond the axis", clip_on=False)
         panel.set(xlabel=axis.label, xscale=axis.scale, ylim=limits, yscale=_scale(limits))
-        _label_log_axes(panel)
+        label_log_axes(panel)
         if axis.ticks:
             panel.set_xticks(range(len(axis.ticks)), axis.ticks)
         if i % COLUMNS == 0:
@@ -253,12 +254,12 @@ def heat_map(data: PlotData) -> "Figure | None":
     for panel, axis in zip(panels, axes.values(), strict=True):
         _draw_trials(panel, rate.positions, axis.positions, data)
         panel.set(xlabel=rate.label, xscale=rate.scale, ylabel=axis.label, yscale=axis.scale)
-        _label_log_axes(panel)
+        label_log_axes(panel)
         if axis.ticks:
             panel.set_yticks(range(len(axis.ticks)), axis.ticks)
     worse_end = "max" if data.mode == "min" else "min"
     extend = worse_end if data.beyond.any() else "neither"
-    figure.colorbar(data.colours, ax=list(panels), label=data.metric_label, extend=extend)
+    figure.colorbar(data.colours, ax=list(panels), label=data.metric_label, extend=extend, format="%g")
     _legend(figure, panels[0])
     return figure
 
@@ -290,7 +291,7 @@ def parallel(data: PlotData) -> "Figure | None":
     finite = np.isfinite(data.values)
     if len(axes) < 2 or not finite.any():
         return None
-    figure, (panel,) = _panels(1, width=3.6 + 1.6 * len(axes))
+    figure, (panel,) = _panels(1, width=3 + len(axes))
     colours, limits = data.colours, data.limits
     worst = 1.0 if data.mode == "min" else 0.0
     ends = np.where(finite, colours.norm(np.where(finite, data.values, limits[0])), worst)
@@ -299,7 +300,7 @@ def parallel(data: PlotData) -> "Figure | None":
     for i in np.argsort(-data.rank_fraction, kind="stable"):
         style = ":" if data.trials[i].status == "pruned" else "-"
         panel.plot(
-            rows[i], style, color=rgba[i] if finite[i] else INFEASIBLE, linewidth=1.2, alpha=0.8 if finite[i] else 0.4
+            rows[i], style, color=rgba[i] if finite[i] else INFEASIBLE, linewidth=1, alpha=1 if finite[i] else 0.4
         )
     for trial, colour in ((data.defaults, DEFAULTS), (data.best, BEST)):
         if trial is not None:
@@ -311,7 +312,7 @@ def parallel(data: PlotData) -> "Figure | None":
     shown.append((data.metric_label, [f"{x:.3g}" for x in limits]))
     for at, (_, ticks) in enumerate(shown):
         panel.axvline(at, color="0.4", linewidth=0.8)
-        for text, height, side in ((ticks[0], 0.0, "top"), (ticks[-1], 1.0, "bottom")):
+        for text, height, side in ((ticks[0], -0.02, "top"), (ticks[-1], 1.02, "bottom")):
             panel.text(at, height, text, ha="center", va=side, fontsize="small")
     panel.set_xticks(range(len(shown)), [label for label, _ in shown])
     panel.tick_params(axis="x", length=0, pad=16)
@@ -332,7 +333,7 @@ def curves(data: PlotData) -> "Figure | None":
         if marked is not None:
             panel.plot(*_curve(marked, data.metric), ".-", color=colour, linewidth=2, label=label)
     panel.set(xlabel="step", ylabel=data.metric_label, ylim=limits, yscale=_scale(limits))
-    _label_log_axes(panel)
+    label_log_axes(panel)
     if panel.get_legend_handles_labels()[0]:
         panel.legend()
     return figure
@@ -356,8 +357,11 @@ def importance(data: PlotData) -> "Figure | None":
     means = np.maximum(permuted.importances_mean, 0)
     order = np.argsort(means, kind="stable")
     figure, (panel,) = _panels(1, width=5.0, height=1.2 + 0.35 * len(axes))
-    panel.barh([drawable(list(axes)[i]) for i in order], means[order] / max(means.sum(), 1e-12), color="C0")
+    shares = means[order] / max(means.sum(), 1e-12)
+    bars = panel.barh([drawable(list(axes)[i]) for i in order], shares, color=BLUE)
+    panel.bar_label(bars, [f"{share:.0%}" for share in shares], padding=4)
     panel.set(xlabel=f"share of the variation of {_short(data.metric)}", xlim=(0, 1))
+    panel.grid(False)
     return figure
 
 
@@ -374,13 +378,12 @@ def _colour_of(setting: Setting, data: PlotData, other: str) -> str:
 
 
 def _panels(
-    count: int, *, width: float = 3.4, height: float = 3.6, sharey: bool = True
+    count: int, *, width: float = 3.4, height: float = 3.3, sharey: bool = True
 ) -> tuple["Figure", "Sequence[Axes]"]:
     """Return a figure and its panels, in rows of three."""
-    figure_module = require("matplotlib.figure", "tune", "plotting a tuning")
     columns, rows = max(min(count, COLUMNS), 1), max(math.ceil(count / COLUMNS), 1)
-    figure = figure_module.Figure((width * columns, height * rows), layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False, sharey=sharey).ravel()
+    figure, panels = subplots((width * columns, height * rows), rows, columns, sharey=sharey)
+    panels = panels.ravel()
     for panel in panels[count:]:
         panel.remove()
     return figure, panels[:count]
@@ -413,14 +416,3 @@ def _spread(values: np.ndarray) -> tuple[float, float]:
 
 def _scale(limits: tuple[float, float]) -> str:
     return "log" if limits[0] > 0 and limits[1] > 5 * limits[0] else "linear"
-
-
-def _label_log_axes(panel: "Axes") -> None:
-    """Set ticks that are readable on logarithmic axes of a few decades."""
-    ticker = require("matplotlib.ticker", "tune", "plotting a tuning")
-    for axis in (panel.xaxis, panel.yaxis):
-        if axis.get_scale() == "log":
-            low, high = sorted(axis.get_view_interval())
-            axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,), numticks=8))
-            axis.set_major_formatter(ticker.FormatStrFormatter("%g"))
-            axis.set_minor_formatter(ticker.NullFormatter())

@@ -17,7 +17,7 @@ from jax import lax
 from jax.sharding import Mesh
 
 from adamjax._core import checks, trees
-from adamjax._core.optional import require
+from adamjax._core.figures import AMBER, BLUE, PURPLE, RED, TEAL, label_log_axes, styled, subplots
 from adamjax._core.typing import Extra, PyTree
 from adamjax._core.value import value
 from adamjax._transforms.base import Transformation, as_transformation, may_skip
@@ -174,6 +174,7 @@ class LrRange:
         """The suggestion of each method; empty if the curve determines none."""
         return {} if self._obstacle() else {method: self.suggestion(method) for method in METHODS[self.mode]}
 
+    @styled("tune", "plotting a range test")
     def plot(self, path: str | Path | None = None) -> "Figure":
         """Plot the curve, the suggestions and the band; return a matplotlib figure.
 
@@ -183,14 +184,13 @@ class LrRange:
         Raises:
           ImportError: matplotlib is not installed.
         """
-        figure = require("matplotlib.figure", "tune", "plotting a range test").Figure((7, 4), layout="constrained")
-        axis = figure.subplots()
-        axis.plot(self.learning_rates, self.losses, color="0.7", linewidth=1, label="loss")
-        axis.plot(self.learning_rates, self.smoothed, color="C0", label="smoothed")
+        figure, ((axis,),) = subplots((8, 4))
+        axis.plot(self.learning_rates, self.losses, color="0.75", linewidth=1, label="loss")
+        axis.plot(self.learning_rates, self.smoothed, color=BLUE, label="smoothed")
         if self.suggestions:
-            axis.axvspan(*self.band, color="C2", alpha=0.15, label="band")
-            for i, (method, lr) in enumerate(self.suggestions.items()):
-                axis.axvline(lr, color=f"C{i + 3}", linestyle="--", label=f"{method}: {lr:.2g}")
+            axis.axvspan(*self.band, color=TEAL, alpha=0.15, label="band")
+            for color, (method, lr) in zip((RED, PURPLE, AMBER), self.suggestions.items(), strict=False):
+                axis.axvline(lr, color=color, linestyle="--", linewidth=1.5, label=f"{method}: {lr:.2g}")
             low, high = np.nanmin(self.smoothed), np.nanmax(self.smoothed)
             # Losses after a blow-up would flatten the rest of the curve.
             axis.set_ylim(low - 0.1 * (high - low), high + 0.3 * (high - low))
@@ -200,6 +200,7 @@ class LrRange:
             ylabel="training loss",
             title="\n".join(textwrap.wrap(" ".join(self.warnings), 64)),
         )
+        label_log_axes(axis)
         axis.legend()
         if path is not None:
             figure.savefig(path, dpi=150)

@@ -19,7 +19,7 @@ import numpy as np
 
 from adamjax import optimizers
 from adamjax._core import checks, files
-from adamjax._core.figures import png
+from adamjax._core.figures import png, styled
 from adamjax._core.files import DamagedFileError
 from adamjax._core.optional import require
 from adamjax._core.typing import GradientTransformation
@@ -363,6 +363,7 @@ class Report:
         }
         return json.dumps(content, indent=2, allow_nan=False)
 
+    @styled("tune", "plotting a tuning")
     def figures(self) -> dict[str, "Figure"]:
         """Return the plots that the trials suffice for, as matplotlib figures, by name.
 
