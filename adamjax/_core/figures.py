@@ -6,14 +6,12 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from adamjax._core.optional import require
 
 # The colours of lines in plots.mplstyle. matplotlib looks names such as "C1" up only when it draws, in another style.
 BLUE, RED, TEAL, PURPLE, AMBER, GREY = "#1558D6", "#CC2F14", "#08A398", "#8E2F88", "#D28300", "#737373"
-
-import numpy as np
-from numpy.typing import ArrayLike
 
 
 @contextlib.contextmanager
