@@ -17,6 +17,7 @@ from tolerances import FUSED, RECOMPILED
 
 import adamjax
 from adamjax import checkpoint, interop, schedules, sharding
+from adamjax._core.schema import tree_schema
 from adamjax._transforms import delivery
 from adamjax._transforms.adam import AdamRule
 from adamjax.kernels import _library
@@ -580,3 +581,8 @@ def test_fused_refuses_groups_that_it_cannot_step(one_device):
     opt = adamjax.packed(adamjax.adam(fused=True))
     with pytest.raises(ValueError, match=r"fused=True cannot step params\['a'\]: its parameter is complex64"):
         opt.step(params, opt.init(params), params)
+
+
+def test_checkpoints_of_0_1_0_describe_packed_moments_alike():
+    state = adamjax.packed(adamjax.adam(LR)).init({"b": jnp.zeros(3)})
+    assert tree_schema("state", state)["state[0].mu"] == "PackedTree (((0, (3,)),),)"

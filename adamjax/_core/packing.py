@@ -115,14 +115,23 @@ def split_groups(tree: PyTree, layout: Layout) -> tuple[PyTree, list[list[Any]]]
     return structure.unflatten(leaves), groups
 
 
-jax.tree_util.register_dataclass(PackedTree, data_fields=["rest", "groups"], meta_fields=["layout"])
+def _unflatten(layout: Layout, children: Any) -> PackedTree:
+    rest, groups = children
+    return PackedTree(rest, groups, layout)
+
+
+# Not `register_dataclass`: the layout itself, not a tuple of it, stands in descriptions and exports of adamjax 0.1.0.
+jax.tree_util.register_pytree_with_keys(
+    PackedTree,
+    lambda x: ([(jax.tree_util.GetAttrKey(name), getattr(x, name)) for name in ("rest", "groups")], x.layout),
+    _unflatten,
+)
 jax.export.register_pytree_node_serialization(
     PackedTree,
     serialized_name="adamjax.PackedTree",
-    serialize_auxdata=lambda static: json.dumps(static).encode(),
+    serialize_auxdata=lambda layout: json.dumps(layout).encode(),
     deserialize_auxdata=lambda found: tuple(
-        tuple(tuple((number, tuple(shape)) for number, shape in places) for places in layout)
-        for layout in json.loads(bytes(found))
+        tuple((number, tuple(shape)) for number, shape in places) for places in json.loads(bytes(found))
     ),
 )
 

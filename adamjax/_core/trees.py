@@ -172,7 +172,7 @@ def _empty(like: PyTree, tree: PyTree) -> PyTree:
 
 def is_node(x: Any) -> bool:
     """Return whether `x` is a node of a tree, and not a leaf."""
-    return jax.tree_util.is_tree_node(type(x))
+    return not jax.tree_util.all_leaves([x])
 
 
 def is_placeholder(params: PyTree) -> bool:

@@ -168,7 +168,7 @@ class StaticTree:
 
 def is_static_callable(x: object) -> bool:
     """Return whether `x` is a callable without leaves: a function, not a callable pytree."""
-    return callable(x) and not jax.tree_util.is_tree_node(type(x))
+    return callable(x) and jax.tree_util.all_leaves([x])
 
 
 def name_of(fn: Callable[..., Any]) -> str:
