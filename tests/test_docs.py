@@ -7,6 +7,7 @@ import json
 import re
 import shlex
 import sys
+import tomllib
 import types
 from operator import attrgetter
 from pathlib import Path
@@ -116,6 +117,17 @@ def test_ten_lines_are_enough_to_start():
     assert all(len([line for line in block.splitlines() if line]) <= 10 for block in blocks)
     cards = re.findall(r"\{grid-item-card\} \[.*\]\(guides/start\.md#(.*)\)", (DOCS / "index.md").read_text())
     assert len(cards) == (DOCS / "guides" / "start.md").read_text().count("\n## ")
+
+
+def test_the_page_on_versions_has_the_lowest_of_each_package():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    requirements = {f"Python{project['requires-python']}", *project["dependencies"]}
+    requirements.update(*project["optional-dependencies"].values())
+    rows = re.findall(r"^\| ([\w, -]+) \| ([\d.]+) \|", (DOCS / "guides" / "versions.md").read_text(), re.MULTILINE)
+    assert {"Python", "jax, jaxlib", "flax", "optax", "orbax-checkpoint"} <= dict(rows).keys()
+    for names, version in rows:
+        for name in names.split(", "):
+            assert {x for x in requirements if x.startswith(f"{name}>=")} == {f"{name}>={version}"}
 
 
 def test_notebooks_say_what_is_learnt_and_what_comes_next():
