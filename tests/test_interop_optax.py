@@ -1,5 +1,7 @@
 """States to and from optax."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,7 +28,14 @@ PAIRS = {
     "radam": (adamjax.radam(LR), optax.radam(LR)),
     "adamax": (adamjax.adamax(LR), optax.adamax(LR)),
     "adamaxw": (adamjax.adamaxw(OURS_OVER), optax.adamaxw(THEIRS_OVER)),
+    "adopt": (adamjax.adopt(LR), optax.contrib.adopt(LR)),
+    "ademamix": (adamjax.ademamix(LR, b3=0.99), optax.contrib.ademamix(LR, b3=0.99)),
+    "ademamix with decay": (
+        adamjax.ademamix(OURS_OVER, weight_decay=0.1),
+        optax.contrib.ademamix(THEIRS_OVER, weight_decay=0.1),
+    ),
 }
+SCHEDULE_FREE: dict[str, Any] = {"warmup_steps": 3, "b1": 0.95, "weight_decay": 0.1, "weight_lr_power": 1.5}
 AROUND = {
     "chain": (
         adamjax.chain(adamjax.clip_by_global_norm(10.0), adamjax.adamw(OURS_OVER)),
@@ -43,6 +52,10 @@ AROUND = {
     ),
     "from MultiSteps": (adamjax.adam(LR), optax.MultiSteps(optax.adam(LR), 2)),
     "MultiSteps": (optax.MultiSteps(adamjax.adam(OURS_OVER), 3), optax.MultiSteps(optax.adam(THEIRS_OVER), 3)),
+    "schedule-free": (
+        adamjax.chain(adamjax.clip_by_global_norm(10.0), adamjax.schedule_free_adamw(LR, **SCHEDULE_FREE)),
+        optax.chain(optax.clip_by_global_norm(10.0), optax.contrib.schedule_free_adamw(LR, **SCHEDULE_FREE)),
+    ),
 }
 PARAMS = {"a": jnp.linspace(-1, 1, 6).reshape(2, 3), "b": jnp.ones(4)}
 GRADS = [{"a": a, "b": b} for a, b in zip(gradients((2, 3), 20), gradients((4,), 20, seed=1), strict=True)]
@@ -119,6 +132,19 @@ BAD = {
         optax.chain(ADAM, ADAM).init(PARAMS),
         r"^state has 2 states of Adam: state\[0\]\[0\], state",
     ),
+    "AdEMAMix": (adamjax.ademamix(), ADAM.init(PARAMS), r"^state has no states of AdEMAMix"),
+    "Adam of AdEMAMix": (adamjax.adam(), optax.contrib.ademamix(LR).init(PARAMS), r"^state has no states of Adam"),
+    "Schedule-Free": (adamjax.schedule_free_adamw(LR), ADAM.init(PARAMS), r"^state has no states of Schedule-Free"),
+    "Schedule-Free SGD": (
+        adamjax.schedule_free_adamw(LR),
+        optax.contrib.schedule_free_sgd(LR).init(PARAMS),
+        r"^state\.base_optimizer_state has no states of schedule_free_adamw",
+    ),
+    "Schedule-Free inside": (
+        optax.MultiSteps(adamjax.schedule_free_adamw(LR), 2),
+        optax.MultiSteps(optax.contrib.schedule_free_adamw(LR), 2).init(PARAMS),
+        r"^opt has no schedule_free_adamw where one is expected, perhaps inside an optimizer of optax",
+    ),
     "codes": (adamjax.adam(mu_dtype=INT8), ADAM.init({"w": jnp.ones((8, 8))}), r"of other parameters, or opt stores"),
     "accumulated": (
         adamjax.adam(),
@@ -168,6 +194,8 @@ def test_what_does_not_fit_is_named(name):
     ("opt", "message"),
     [
         (adamjax.amsgrad(), r"^optax has nothing like ScaleByAdam"),
+        (adamjax.simplified_ademamix(LR), r"^optax has nothing like ScaleBySimplifiedAdEMAMix"),
+        (adamjax.schedule_free_adamw(LR), r"^optax has nothing like ScheduleFreeAdamW"),
         (adamjax.adam(maximize=True), r"^optax has nothing like CoupledDecay"),
         (adamjax.scale_by_adam(), r"is not one of adamjax's optimizers"),
         (adamjax.adam(mu_dtype=INT8), r"quantised cannot be exported"),
