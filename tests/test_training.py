@@ -467,8 +467,10 @@ def test_lr_range_command(tmp_path, capsys):
     table = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
     assert list(table) == ["valley", "steep", "minimum/10", "usable"]
     assert (tmp_path / "range.png").stat().st_size > 1000
-    assert cli.main([*arguments, "--format", "json"]) == 0
-    found = json.loads(capsys.readouterr().out)
+    assert cli.main([*arguments, "--format", "json", "--plot", str(tmp_path / "nowhere" / "range.png")]) == 2
+    said = capsys.readouterr()
+    assert "adamjax lr-range: error: [Errno 2] No such file or directory" in said.err
+    found = json.loads(said.out)  # the result is printed all the same
     assert {name: f"{rate:.3g}" for name, rate in found["suggestions"].items()} == {
         name: table[name] for name in ("valley", "steep", "minimum/10")
     }

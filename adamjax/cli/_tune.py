@@ -12,6 +12,7 @@ from pathlib import Path
 import adamjax
 from adamjax import schedules, tuning
 from adamjax._core import files, signals
+from adamjax._core.optional import require
 from adamjax._core.text import printable
 from adamjax._core.typing import GradientTransformation, ScalarOrSchedule
 from adamjax.cli import _arguments, _flags, _subject, _transfer
@@ -121,14 +122,14 @@ def lr_range(options: Options) -> int:
             raise CommandError(
                 f"--steps is for problems; {options['problem']} is an objective: it ends when it reports"
             )
+        if "plot" in options:
+            require("matplotlib", "tune", "plotting a range test")
         named = {"steps": "num_steps", "rates": "num_rates"} | {k: k for k in ("min_lr", "max_lr", "mode", "seed")}
         result = tuning.lr_range_test(
             subject,
             optimizer=_with_arguments(make, _flags.hyperparameters(make, options)),
             **{argument: options[name] for name, argument in named.items() if name in options},
         )
-        if "plot" in options:
-            result.plot(options["plot"])
     suggestions = result.suggestions
     if options["format"] == "json":
         band = result.band if suggestions else None
@@ -140,6 +141,9 @@ def lr_range(options: Options) -> int:
             print(f"{'usable':12} {result.band[0]:.3g} to {result.band[1]:.3g}")
         for warning in result.warnings:
             print(printable(f"adamjax: {warning}"), file=sys.stderr)
+    if "plot" in options:  # last, since it may not be possible to write it
+        with _flags.errors_for_users():
+            result.plot(options["plot"])
     return 0 if suggestions else 1
 
 
