@@ -22,6 +22,8 @@ from adamjax._core.progress import progress_bar
 from adamjax.run_folder import read_metrics
 from adamjax.training import keys_of
 
+pytestmark = pytest.mark.numbers
+
 
 @jax.jit
 def bowl_step(optimizer, params, state, step, key):

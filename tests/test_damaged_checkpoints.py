@@ -21,7 +21,7 @@ from adamjax import DamagedFileError, checkpoint, cli
 from adamjax.checkpoint import _array_digests, _description, _step_folder
 
 # Orbax gives up the reads that it has begun once the first fails. Each complains when it is collected.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+pytestmark = [pytest.mark.numbers, pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")]
 
 OPT = adamjax.adamw(1e-3, mu_dtype=adamjax.quantized("int8"))
 LIKE = {"w": jnp.zeros((8, 300), jnp.bfloat16), "b": jnp.zeros(3)}

@@ -95,25 +95,25 @@ def test_two_processes_that_a_signal_stops_are_one_with_two_devices(one, tmp_pat
 
 @pytest.mark.slow
 @pytest.mark.processes
-@pytest.mark.parametrize(("before", "killed", "after", "steps"), [(4, 2, 2, 60), (2, 0, 4, 30)])
-def test_a_killed_process_ends_the_others_and_another_number_goes_on(tmp_path, before, killed, after, steps):
+@pytest.mark.parametrize(("killed", "after"), [(1, 1), (0, 4)])
+def test_a_killed_process_ends_the_other_and_another_number_goes_on(tmp_path, killed, after):
     """To the loss of one device, without any of this."""
     out = tmp_path / "run"
-    started = start([f"--steps={steps}", "--checkpoint-every=10", "--out", str(out)], processes=before)
+    started = start(["--steps=30", "--checkpoint-every=10", "--out", str(out)])
     wait_for((out / "checkpoints" / "10").exists, started)
     started[killed].kill()
     codes, said = finish(started, timeout=90)
     assert codes[killed] == -signal.SIGKILL
     for i, (code, (_, errors)) in enumerate(zip(codes, said, strict=True)):
         assert code != 0
-        assert f"adamjax: process {i} of {before} ended before the run did" in errors.splitlines()[-1]
+        assert f"adamjax: process {i} of 2 ended before the run did" in errors.splitlines()[-1]
         assert f"Started again with --resume {out}" in errors.splitlines()[-1]
     codes, said = finish(start(["--resume", str(out)], processes=after))
     assert codes == [0] * after, said
-    arguments = ["train", f"--steps={steps}", "--out", str(tmp_path / "alone")]
+    arguments = ["train", "--steps=30", "--out", str(tmp_path / "alone")]
     assert cli.main(arguments) == 0
     found, expected = read_metrics(out), read_metrics(tmp_path / "alone")
-    assert found[-1]["step"] == steps
+    assert found[-1]["step"] == 30
     assert_close(found, expected, PROCESSES)
 
 

@@ -17,6 +17,8 @@ import pytest
 from adamjax.tuning import process_pool, tune
 from adamjax.tuning._executors import _take_part_of_the_cores
 
+pytestmark = pytest.mark.numbers
+
 SPAWN = multiprocessing.get_context("spawn")
 small = functools.partial(tune, trials=6, confirm=(1, 2), range_test=None)
 

@@ -18,6 +18,8 @@ from adamjax._core import files, locks
 from adamjax._core.locks import FolderLock
 from adamjax._core.text import printable
 
+pytestmark = pytest.mark.numbers
+
 
 def fail(*_, **__):
     raise OSError(errno.ENOSPC, "No space left on device")

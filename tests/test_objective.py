@@ -17,6 +17,8 @@ import adamjax
 from adamjax import schedules
 from adamjax.tuning import Choice, Log, LrRange, Pruned, Report, Space, lr_range_test, tune
 
+pytestmark = pytest.mark.numbers
+
 EPOCHS = 10
 
 

@@ -17,6 +17,8 @@ from test_run_folder import start, wait_for
 from adamjax import cli
 from adamjax.tuning import tune
 
+pytestmark = pytest.mark.numbers
+
 small = partial(tune, BOWL, steps=40, trials=10, confirm=(2, 2), range_test=None)
 objective_tuning = {"trials": 6, "confirm": (1, 2), "stages": ["learning_rate"]}
 

@@ -19,6 +19,8 @@ import pytest
 from adamjax import DamagedFileError, FolderInUseError
 from adamjax.tuning import LrRange, Report, Search, tune
 
+pytestmark = pytest.mark.numbers
+
 FILES = ("tune.json", "trials.jsonl")
 WRONG: tuple[Any, ...] = (None, True, -1, 2**70, 1.5, 1e300, "x", "", [], [[]], [None], ["x"], {}, {"x": []}, math.nan)
 
