@@ -14,6 +14,7 @@ from typing import NoReturn
 STOPS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 STOPPED = 130  # exit status of a command that a signal stopped
+UNREAD = 141  # exit status of a command whose output nobody reads any more, as of one that SIGPIPE ends
 PATIENCE = 5.0  # seconds that a command has to end by itself
 _LEFT = b"\0"  # which is no signal
 

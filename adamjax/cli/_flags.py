@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 import adamjax
 from adamjax import schedules, storage
-from adamjax._core import checks
+from adamjax._core import checks, signals
 from adamjax._core.text import printable
 
 OPTIMIZERS = (
@@ -26,7 +26,6 @@ DTYPES = ("bfloat16", "float16", "float32")
 FORMATS = (*DTYPES, "int8", "int4")
 AMSGRAD = ("torch", "corrected", "paper")
 
-UNREAD = 141  # the exit code, as of a command that SIGPIPE ends
 STOPPED = "adamjax: stopped"  # what a command says that a signal stopped
 
 Options = dict[str, Any]  # the values of the flags that were given, by name
@@ -136,7 +135,7 @@ class CommandError(Exception):
     def show(self, *command: str) -> int:
         """Print the message with the name of the command, if that is known, and return the exit code."""
         if isinstance(self.__cause__, BrokenPipeError):  # of a reader that has read enough, as `head` does
-            return UNREAD
+            return signals.UNREAD
         print(printable(f"{' '.join(('adamjax', *command))}: error: {self}"), file=sys.stderr)
         is_full = isinstance(self.__cause__, OSError) and self.__cause__.errno in (errno.ENOSPC, errno.EDQUOT)
         return 1 if is_full else 2
