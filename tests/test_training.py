@@ -412,6 +412,15 @@ def test_missing_extras_name_the_command(monkeypatch, capsys, tmp_path):
     assert cli.main(command) == 0  # a log has no bar
 
 
+def wait_while_interrupted_in_a_finalizer():
+    class Interrupted:
+        def __del__(self):  # which Python lets raise nothing
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    Interrupted()
+    time.sleep(60)
+
+
 def test_signals_stop_a_run_in_python():
     """Ctrl-C also where a shell has had it ignored, for a command in the background."""
     handlers = {number: signal.getsignal(number) for number in signals.STOPS}
@@ -431,6 +440,8 @@ def test_signals_stop_a_run_in_python():
             os.kill(os.getpid(), signal.SIGINT)
     with signals.interrupted(), pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGTERM)
+    with signals.interrupted(), pytest.raises(KeyboardInterrupt):
+        wait_while_interrupted_in_a_finalizer()
     assert {number: signal.getsignal(number) for number in signals.STOPS} == handlers
 
 
