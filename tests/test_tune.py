@@ -609,6 +609,16 @@ class TestReport:
         assert "$\\frac{$ <b> \\x1b[31m" in said.out
         assert "\x1b" not in said.out + said.err
 
+    def test_is_printed_where_it_cannot_be_written(self, report, tmp_path, capsys):
+        report.save(tmp_path)
+        (tmp_path / "report.html").unlink()
+        (tmp_path / "report.html").mkdir()
+        assert cli.main(["report", str(tmp_path)]) == 2
+        said = capsys.readouterr()
+        assert said.out.strip().startswith(report.table().strip())
+        assert "wrote" not in said.out
+        assert "report.html" in said.err.splitlines()[-1]
+
     @pytest.mark.slow
     def test_is_printed_in_ascii(self, report, tmp_path):
         report.save(tmp_path)

@@ -183,7 +183,10 @@ def tune(options: Options) -> int:
                     progress=True,
                     **given,
                 )
-            return _show(report, folders[0], options)
+            found = _transferred(report, folders[0], options)
+            _show(report, found, options)
+            _say_written(folders[0], found, options)
+            return 0 if report.ranking else 1
     except KeyboardInterrupt:
         raise KeyboardInterrupt(stopped()) from None
 
@@ -191,28 +194,41 @@ def tune(options: Options) -> int:
 def report(options: Options) -> int:
     with _flags.errors_for_users():
         loaded = tuning.Report.load(options["directory"])
+    _show(loaded, None, options)
+    with _flags.errors_for_users():  # last, since it may not be possible to write it
         loaded.save(options["directory"])
-    return _show(loaded, options["directory"], options)
+    _say_written(options["directory"], None, options)
+    return 0 if loaded.ranking else 1
 
 
-def _show(report: tuning.Report, out: Path, options: Options) -> int:
-    found = _transfer.transferred(report.best, options) if report.ranking and "transfer_to" in options else None
-    if found is not None:
-        with _flags.errors_for_users():
-            files.replace(out / "transfer.json", json.dumps(found, indent=1) + "\n")
+def _transferred(report: tuning.Report, out: Path, options: Options) -> Options | None:
+    """Return the hyperparameters of the large model, which are written too, if they are asked for and can be had."""
+    if not report.ranking or "transfer_to" not in options:
+        return None
+    found = _transfer.transferred(report.best, options)
+    with _flags.errors_for_users():
+        files.replace(out / "transfer.json", json.dumps(found, indent=1) + "\n")
+    return found
+
+
+def _show(report: tuning.Report, transferred: Options | None, options: Options) -> None:
     if options["format"] == "json":
-        print(report.to_json() if found is None else json.dumps(json.loads(report.to_json()) | {"transfer": found}))
-    else:
-        print(printable(report.table()))
-        if report.ranking:
-            print(printable(f"\n{report.best}\n{report.horizon}\n"))
-        if found is not None:
-            print(printable(f"{_transfer.table(found)}\n"))
-        for warning in report.warnings:
-            print(printable(f"adamjax: {warning}"), file=sys.stderr)
-        also = ", transfer.json" if found is not None else ""
+        found = report.to_json()
+        print(found if transferred is None else json.dumps(json.loads(found) | {"transfer": transferred}))
+        return
+    print(printable(report.table()))
+    if report.ranking:
+        print(printable(f"\n{report.best}\n{report.horizon}\n"))
+    if transferred is not None:
+        print(printable(f"{_transfer.table(transferred)}\n"))
+    for warning in report.warnings:
+        print(printable(f"adamjax: {warning}"), file=sys.stderr)
+
+
+def _say_written(out: Path, transferred: Options | None, options: Options) -> None:
+    if options["format"] != "json":
+        also = ", transfer.json" if transferred is not None else ""
         print(printable(f"wrote report.html, its pictures{also} and trials.jsonl to {out}"))
-    return 0 if report.ranking else 1
 
 
 def _tuned_optimizer(options: Options) -> OptimizerFactory:
