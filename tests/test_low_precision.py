@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from helpers import decoded
 from specs import ROUNDED
-from tolerances import CONSTANT_GRADIENT, DIGITS, LEAST_SQUARES
+from tolerances import CONSTANT_GRADIENT, DIGITS, LARGEST_STEP, LEAST_SQUARES
 
 import adamjax
 from adamjax import problems
@@ -57,6 +57,33 @@ def test_a_constant_gradient(name, b1):
     assert abs(last.mean() - 1) <= CONSTANT_GRADIENT[name]
     equal, _ = directions(opt, opt.init(jnp.zeros(SHAPE)), repeated(0.3, 1500))
     assert abs(np.asarray(equal, np.float64).mean() - 1) <= CONSTANT_GRADIENT[name]
+
+
+MIXTURES = [(None, INT4), (INT8, INT4), (INT4, INT8), (INT4, None)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [adamjax.adam, adamjax.amsgrad, adamjax.nadam, adamjax.radam, adamjax.adamax])
+def test_no_step_is_far_larger_than_in_float32(make):
+    """One element of each block has a large gradient, and the others much smaller ones."""
+
+    def largest_steps(mu_dtype, nu_dtype):
+        opt = make(1.0, mu_dtype=mu_dtype, nu_dtype=nu_dtype)
+
+        def of_ratio(ratio):
+            g, p = jnp.full((128, 64), ratio).at[:, 0].set(1.0), jnp.zeros((128, 64))
+
+            def body(state, _):
+                updates, state = opt.update(g, state, p)
+                return state, jnp.max(jnp.abs(updates), 0)
+
+            return jnp.max(jax.lax.scan(body, opt.init(p), length=20)[1], 0)
+
+        return jax.jit(lambda: jax.lax.map(of_ratio, jnp.float32([1e-1, 1e-2, 1e-3, 1e-4, 1e-5])))()
+
+    exact = largest_steps(None, None)
+    for mixture in MIXTURES:
+        assert np.max(largest_steps(*mixture) / exact) <= LARGEST_STEP, mixture
 
 
 @pytest.mark.slow

@@ -51,6 +51,9 @@ DIRECTION = {
 # The mean direction after 1500 equal gradients, against 1.
 CONSTANT_GRADIENT = {"bfloat16": 0.03, "int8": 0.1, "int4 and int8": 0.15, "int4": 0.5}
 
+# The largest step in any format, where gradients of a block are of very different sizes, against that in float32.
+LARGEST_STEP = 4
+
 # The final loss of noisy least squares, relative to that with moments in float32.
 LEAST_SQUARES = {"int8": 0.01, "int4 and int8": 0.15, "int4": 0.25}
 

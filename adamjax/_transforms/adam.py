@@ -1,5 +1,6 @@
 """The Adam rule of one array, and Adam as a transformation."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -81,6 +82,13 @@ class AdamRule:
         v = v if v_max is None else v_max
         v_hat = v if self.amsgrad == "corrected" else v / s.c2
         return sqrt_with_zero_slope(v_hat + s.eps_root)
+
+    def unit_of_mean(self, v: Array, v_kept: Callable[[], Array], s: Any) -> Array:
+        """The second moment whose root is the unit of a first one in codes: `v`, or as it was rounded, `v_kept()`.
+
+        By `v`, a first moment shares the rounding of the second, and the direction has none of it.
+        """
+        return v
 
     @property
     def has_factor(self) -> bool:

@@ -1,5 +1,6 @@
 """RAdam: its difference from Adam."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -23,6 +24,10 @@ class RAdamRule(AdamRule):
         tractable, rectifier = s.extra
         adaptive = rectifier * super().direction(g, m, v, v_max, s)
         return jnp.where(tractable, adaptive, self.m_hat(g, m, s))
+
+    def unit_of_mean(self, v: Array, v_kept: Callable[[], Array], s: Any) -> Array:
+        tractable, _ = s.extra
+        return jnp.where(tractable, v, v_kept())  # a first moment that is the direction keeps its size
 
 
 def sma_lengths(opt: Any, t: Array) -> tuple[Any, Array]:
