@@ -183,8 +183,12 @@ def tune(options: Options) -> int:
                     progress=True,
                     **given,
                 )
-            found = _transferred(report, folders[0], options)
+            asked = report.ranking and "transfer_to" in options
+            found = _transfer.transferred(report.best, options) if asked else None
             _show(report, found, options)
+            if found is not None:
+                with _flags.errors_for_users():
+                    files.replace(folders[0] / "transfer.json", json.dumps(found, indent=1) + "\n")
             _say_written(folders[0], found, options)
             return 0 if report.ranking else 1
     except KeyboardInterrupt:
@@ -199,16 +203,6 @@ def report(options: Options) -> int:
         loaded.save(options["directory"])
     _say_written(options["directory"], None, options)
     return 0 if loaded.ranking else 1
-
-
-def _transferred(report: tuning.Report, out: Path, options: Options) -> Options | None:
-    """Return the hyperparameters of the large model, which are written too, if they are asked for and can be had."""
-    if not report.ranking or "transfer_to" not in options:
-        return None
-    found = _transfer.transferred(report.best, options)
-    with _flags.errors_for_users():
-        files.replace(out / "transfer.json", json.dumps(found, indent=1) + "\n")
-    return found
 
 
 def _show(report: tuning.Report, transferred: Options | None, options: Options) -> None:
