@@ -9,8 +9,9 @@ norm of all differences divided by that of all updates.
 - `spread`: normal noise times a scale of each element, whose logarithm is normal with standard deviation `sigma`; the
   update after 60 steps.
 - `mixtures`: a constant gradient, one element of 64 large and the others smaller by a ratio; the largest single step
-  in 20, in learning rates. And a regression with 64 outputs, one of them 1000 times larger than the others: the loss of
-  the others after 600 steps, which begins at 64.
+  in 20, in learning rates. The same in 60 with constant gradients whose logarithms are normal, with standard deviation
+  2. And a regression with 64 outputs, one of them 1000 times larger than the others: the loss of the others after
+  600 steps, which begins at 64.
 - `parameters`: bfloat16 parameters between 1 and 2 take 1000 equal steps of a part of themselves; the norm of the
   errors of the parameters, as the wrapper knows them, divided by that of their changes.
 
@@ -154,17 +155,27 @@ def with_spread_scales(quick: bool) -> Table:
     )
 
 
-def largest_steps(opt: Any) -> list[float]:
-    def of_ratio(ratio: jax.Array) -> jax.Array:
-        g, p = jnp.full((256, 64), ratio).at[:, 0].set(1.0), jnp.zeros((256, 64))
+def with_one_large(ratio: float) -> np.ndarray:
+    return np.tile(np.where(np.arange(64) == 0, 1.0, ratio), (256, 1))
+
+
+def lognormal() -> np.ndarray:
+    return np.exp(2 * np.random.default_rng(0).normal(size=(256, 64)))
+
+
+def largest_steps(opt: Any, all_grads: list[np.ndarray], steps: int) -> list[float]:
+    """The largest step of any number with each of some constant gradients."""
+
+    def with_gradient(g: jax.Array) -> jax.Array:
+        p = jnp.zeros_like(g)
 
         def body(state: Any, _: None) -> Any:
             found, state = opt.update(g, state, p)
             return state, jnp.max(jnp.abs(found))
 
-        return jnp.max(jax.lax.scan(body, opt.init(p), length=20)[1])
+        return jnp.max(jax.lax.scan(body, opt.init(p), length=steps)[1])
 
-    return jax.jit(lambda ratios: jax.lax.map(of_ratio, ratios))(jnp.float32(RATIOS)).tolist()
+    return jax.jit(lambda grads: jax.lax.map(with_gradient, grads))(jnp.float32(np.stack(all_grads))).tolist()
 
 
 def regression(make: Any, steps: int) -> float:
@@ -192,15 +203,18 @@ def in_mixtures(quick: bool) -> Table:
     makes |= {name: lambda lr, codes=codes: peer(codes, lr) for name, codes in REFERENCES.items()}
     steps = 20 if quick else 600
     exact = regression(makes["float32 and float32"], steps)
+
+    def row(make: Any) -> list[str]:
+        found = largest_steps(make(1.0), [*map(with_one_large, RATIOS)], 20)
+        found += largest_steps(make(1.0), [lognormal()], 60)
+        return [f"{x:.3g}" for x in (*found, regression(make, steps) / exact)]
+
     return Table(
         "mixtures",
         "Largest step in learning rates, by the ratio of small to large gradients in a block; loss of the small "
         f"outputs of a regression, over that in float32, {exact:.2f}",
-        ["first and second moment", *(f"{ratio:.0e}" for ratio in RATIOS), "loss"],
-        [
-            [name, *(f"{x:.3g}" for x in largest_steps(make(1.0))), f"{regression(make, steps) / exact:.3g}"]
-            for name, make in makes.items()
-        ],
+        ["first and second moment", *(f"{ratio:.0e}" for ratio in RATIOS), "lognormal", "loss"],
+        [[name, *row(make)] for name, make in makes.items()],
     )
 
 
