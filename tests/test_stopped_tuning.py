@@ -121,7 +121,7 @@ def test_a_tuning_by_workers_that_is_stopped_goes_on(tmp_path):
     tuning = partial(tune, partial(naps, folder=tmp_path / "naps", seconds=0.05), range_test=None, **objective_tuning)
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
         tuning(out=tmp_path / "whole", executor=pool)
-        # It is asked each time that a worker has ended, or both: five times at least, for ten trials.
+        # `stop` is called whenever one worker or both have ended: at least five times for ten trials.
         _, stops = stopped_again_and_again(partial(tuning, executor=pool), tmp_path / "stopped", itertools.repeat(4))
     assert stops
     assert numbers(tmp_path / "stopped") == numbers(tmp_path / "whole")

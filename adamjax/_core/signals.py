@@ -16,7 +16,7 @@ STOPS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") 
 STOPPED = 130  # exit status of a command that a signal stopped
 UNREAD = 141  # exit status of a command whose output nobody reads any more, as of one that SIGPIPE ends
 PATIENCE = 5.0  # seconds that a command has to end by itself
-_AGAIN = 0.05  # seconds until an interrupt that was lost is raised again
+_AGAIN = 0.05  # seconds until a lost interrupt is raised again
 _LEFT = b"\0"  # which is no signal
 
 Handler = Callable[[int, FrameType | None], object]
@@ -37,7 +37,7 @@ def calls_on_signals(stop: Callable[[], object], numbers: Sequence[int] = STOPS)
 
 @contextmanager
 def interrupted() -> Iterator[None]:
-    """Let all signals that ask to stop raise KeyboardInterrupt, also if one finds Python where exceptions end."""
+    """Let all signals that ask to stop raise KeyboardInterrupt, whatever Python is doing at that moment."""
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
@@ -50,7 +50,7 @@ def interrupted() -> Iterator[None]:
 def _raised_again() -> Iterator[None]:
     """Interrupt again a little later if an interrupt was raised in a finalizer, or in a callback of the collector.
 
-    Python prints what is raised there, and goes on; JAX has such a callback.
+    Python prints exceptions there, and goes on. JAX has such a callback.
     """
     before, main = sys.unraisablehook, threading.main_thread().ident
     raised: list[threading.Timer] = []
@@ -59,7 +59,7 @@ def _raised_again() -> Iterator[None]:
         if unraisable.exc_type is not KeyboardInterrupt:
             before(unraisable)
             return
-        # From another thread, as an interrupt that is raised here would end here, too.
+        # Python prints what is raised here, too, so another thread sends the signal.
         raised.append(threading.Timer(_AGAIN, signal.pthread_kill, (main, signal.SIGINT)))
         raised[-1].start()
 

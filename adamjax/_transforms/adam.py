@@ -83,10 +83,10 @@ class AdamRule:
         v_hat = v if self.amsgrad == "corrected" else v / s.c2
         return sqrt_with_zero_slope(v_hat + s.eps_root)
 
-    def unit_of_mean(self, v: Array, v_kept: Callable[[], Array], s: Any) -> Array:
-        """The second moment whose root is the unit of a first one in codes: `v`, or as it was rounded, `v_kept()`.
+    def ratio_base(self, v: Array, v_stored: Callable[[], Array], s: Any) -> Array:
+        """The second moment to which codes of a first one are ratios: `v`, or as it is stored, `v_stored()`.
 
-        By `v`, a first moment shares the rounding of the second, and the direction has none of it.
+        With `v`, the first moment takes on the rounding of the second, and the direction has none of it.
         """
         return v
 

@@ -233,7 +233,7 @@ class StepLeaf:
             elif rule.keeps_factor:
                 factor = rule.factor(g, m, v, scalars)
         v_new = storage.store(v, v_stored, dither2)
-        v = rule.unit_of_mean(storage.storable(v, v_new), partial(storage.load, v_new, v.dtype, g), scalars)
+        v = rule.ratio_base(storage.storable(v, v_new), partial(storage.load, v_new, v.dtype, g), scalars)
         m_new = storage.store_first(m, v, m_stored, dither1, scalars.decay1.one_minus_b)
         third_new: Any = None
         if third is not None and rule.has_slow_mean:

@@ -25,9 +25,9 @@ class RAdamRule(AdamRule):
         adaptive = rectifier * super().direction(g, m, v, v_max, s)
         return jnp.where(tractable, adaptive, self.m_hat(g, m, s))
 
-    def unit_of_mean(self, v: Array, v_kept: Callable[[], Array], s: Any) -> Array:
+    def ratio_base(self, v: Array, v_stored: Callable[[], Array], s: Any) -> Array:
         tractable, _ = s.extra
-        return jnp.where(tractable, v, v_kept())  # a first moment that is the direction keeps its size
+        return jnp.where(tractable, v, v_stored())  # a first moment that is the direction keeps its size
 
 
 def sma_lengths(opt: Any, t: Array) -> tuple[Any, Array]:

@@ -187,7 +187,7 @@ def tune(options: Options) -> int:
             found = _transfer.transferred(report.best, options) if asked else None
             _show(report, found, options)
             if found is not None:
-                with _flags.errors_for_users():
+                with _flags.errors_for_users():  # after the results are shown, since writing may fail
                     files.replace(folders[0] / "transfer.json", json.dumps(found, indent=1) + "\n")
             _say_written(folders[0], found, options)
             return 0 if report.ranking else 1
@@ -199,7 +199,7 @@ def report(options: Options) -> int:
     with _flags.errors_for_users():
         loaded = tuning.Report.load(options["directory"])
     _show(loaded, None, options)
-    with _flags.errors_for_users():  # last, since it may not be possible to write it
+    with _flags.errors_for_users():  # after the results are shown, since writing may fail
         loaded.save(options["directory"])
     _say_written(options["directory"], None, options)
     return 0 if loaded.ranking else 1
@@ -207,8 +207,8 @@ def report(options: Options) -> int:
 
 def _show(report: tuning.Report, transferred: Options | None, options: Options) -> None:
     if options["format"] == "json":
-        found = report.to_json()
-        print(found if transferred is None else json.dumps(json.loads(found) | {"transfer": transferred}))
+        shown = report.to_json()
+        print(shown if transferred is None else json.dumps(json.loads(shown) | {"transfer": transferred}))
         return
     print(printable(report.table()))
     if report.ranking:
